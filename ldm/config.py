@@ -1,0 +1,143 @@
+"""The architecture of Stable Diffusion as numbers: frozen dataclasses and their named instances.
+
+A level is one resolution of the UNet or the VAE; level 0 is the finest. Tuples have one entry a level.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Rombach et al., arXiv 2112.10752, as released in SD 1.x and 2.x."""
+
+    channels: int = 320  # of level 0
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_width: int = 768
+    linear_projections: bool = False  # around a transformer: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
+    fp32_logits: bool = False  # attention logits in fp32 even in half precision: SD 2.1 overflows without
+    groups: int = 32  # of every GroupNorm
+    latent_channels: int = 4
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * m for m in self.multipliers)
+
+    @property
+    def time_width(self) -> int:
+        return 4 * self.channels
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The KL-regularised autoencoder: images of 8 h x 8 w pixels <-> latents of h x w (four levels)."""
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    groups: int = 32
+    latent_channels: int = 4
+    scale: float = 0.18215  # times a latent: unit deviation for the UNet
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * m for m in self.multipliers)
+
+    @property
+    def downscale(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The CLIP text transformer.
+
+    Family "clip" is OpenAI's ViT-L of SD 1.x: quick GELU, the last layer's output, prompts padded with the end token.
+    Family "open_clip" is the ViT-H of SD 2.x: exact GELU, the penultimate layer's output, prompts padded with 0.
+    """
+
+    family: Literal["clip", "open_clip"] = "clip"
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+    vocabulary: int = 49408  # 512 bytes + merges + the start and the end token
+    positions: int = 77
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The forward process: betas linear in their square root, and what the UNet predicts."""
+
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    zero_terminal_snr: bool = False  # betas rescaled so that x_999 is pure noise, sampled at trailing timesteps
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    timesteps: int = 1000
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """What a ControlNet adds to the copy of the UNet's encoder: the channels along its hint encoder."""
+
+    hint_channels: int = 3
+    hint_widths: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    resolution: int = 512  # pixels, the side it was trained at
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """The inverse of `to_dict`, also after a round trip through JSON (which turns tuples into lists).
+
+        Raises TypeError for a field that this version does not know.
+        """
+        parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig, "schedule": ScheduleConfig}
+        return cls(**{k: dataclass_from_dict(parts[k], v) if k in parts else v for k, v in values.items()})
+
+
+def dataclass_from_dict(cls, values: dict):
+    """A flat configuration dataclass from JSON's dict, lists turned back into tuples."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+SD15 = Config("sd15")
+
+_SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projections=True, fp32_logits=True)
+_SD2_TEXT = TextConfig("open_clip", width=1024, heads=16, layers=24)
+
+SD21_BASE = Config("sd21-base", unet=_SD2_UNET, text=_SD2_TEXT)
+SD21 = Config("sd21", unet=_SD2_UNET, text=_SD2_TEXT, schedule=ScheduleConfig("v"), resolution=768)
+
+# The family at the size of a laptop: 128x128 pictures, 16x16 latents. Its few groups keep a flat picture's colour
+# readable through the norms: with 32 groups of one channel each, GroupNorm would take every channel's mean away.
+TINY = Config(
+    "tiny",
+    unet=UNetConfig(
+        channels=32,
+        multipliers=(1, 2, 4),
+        blocks=1,
+        attention=(True, True, True),
+        heads=(4, 4, 4),
+        context_width=128,
+        groups=4,
+    ),
+    vae=VAEConfig(channels=16, blocks=1, groups=1),
+    text=TextConfig("clip", width=128, heads=4, layers=3, vocabulary=4096),
+    schedule=ScheduleConfig("v", zero_terminal_snr=True),
+    resolution=128,
+)
+
+PRESETS = {config.name: config for config in (SD15, SD21_BASE, SD21, TINY)}

@@ -1,0 +1,96 @@
+"""Attention, the gated feed-forward and the transformer that lets the picture look at itself and at the prompt.
+
+Shapes: B batch, N tokens of the picture (h * w), M tokens of the prompt, C channels, D context width.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al., arXiv 1706.03762) of x (B, N, C) to a context (B, M, D) -> (B, N, C).
+
+    q, k and v have no bias, as in the released models. `fp32_logits` computes in fp32 whatever the precision around:
+    SD 2.1's logits leave the range of fp16.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.fp32_logits = fp32_logits
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(context_width, width, bias=False)
+        self.v = nn.Linear(context_width, width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(context), self.v(context)
+        q, k, v = (rearrange(y, "b n (heads c) -> b heads n c", heads=self.heads) for y in (q, k, v))
+        if self.fp32_logits:
+            with torch.autocast(x.device.type, enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(y, "b heads n c -> b n (heads c)"))
+
+
+class FeedForward(nn.Module):
+    """GEGLU (Shazeer, arXiv 2002.05202): one projection gives value and gate; the gate passes the exact GELU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.expand = nn.Linear(width, 2 * 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.expand(x).chunk(2, dim=-1)
+        return self.contract(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt and feed-forward, each on a normalised residual branch."""
+
+    def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attention = Attention(width, width, heads, fp32_logits)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, context_width, heads, fp32_logits)
+        self.norm3 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.self_attention(y, y)
+        x = x + self.cross_attention(self.norm2(x), context)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the positions of a feature map (B, C, h, w), with a residual connection around it.
+
+    SD 1.x projects in and out with 1x1 convolutions, SD 2.x with linear layers: the same mathematics, other weight
+    shapes. The norm's epsilon is 1e-6 here and 1e-5 in the residual blocks, as in the released code.
+    """
+
+    def __init__(
+        self, width: int, context_width: int, heads: int, groups: int, linear_projections: bool, fp32_logits: bool
+    ):
+        super().__init__()
+        self.linear_projections = linear_projections
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width) if linear_projections else nn.Conv2d(width, width, 1)
+        self.block = TransformerBlock(width, context_width, heads, fp32_logits)
+        self.proj_out = nn.Linear(width, width) if linear_projections else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height = x.shape[2]
+        if self.linear_projections:
+            y = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+            y = self.proj_out(self.block(y, context))
+            return x + rearrange(y, "b (h w) c -> b c h w", h=height)
+        y = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        y = rearrange(self.block(y, context), "b (h w) c -> b c h w", h=height)
+        return x + self.proj_out(y)

@@ -1,0 +1,80 @@
+"""The convolutional parts of the UNet: time embedding, residual block, downsampling, upsampling.
+
+Shapes: B batch, C channels, h w positions, T width of the time embedding.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
+    """Timesteps (B,), whole or fractional, -> (B, width) in fp32: cosines, then sines, at `width // 2` frequencies.
+
+    The released models divide the exponent by half the width (DDPM's own code divides by half - 1), and an odd width
+    ends in a column of zeros.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies  # (B, half)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """Timesteps (B,) -> (B, T): the sinusoidal embedding through a two-layer perceptron."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.channels = channels
+        self.linear1 = nn.Linear(channels, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        embedding = sinusoidal_embedding(t, self.channels).to(self.linear1.weight.dtype)
+        return self.linear2(F.silu(self.linear1(embedding)))
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions around a residual connection; the time enters between them.
+
+    (B, C_in, h, w), (B, T) -> (B, C_out, h, w)
+    """
+
+    def __init__(self, c_in: int, c_out: int, time_width: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_width, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = y + self.time(F.silu(time))[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.shortcut(x) + y
+
+
+class Downsample(nn.Module):
+    """Half the resolution, rounded up, with a strided convolution padded by one on every side."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

@@ -1,0 +1,170 @@
+"""The autoencoder that the diffusion happens inside of: images (B, 3, H, W) <-> latents (B, 4, H/8, W/8).
+
+Rombach et al., arXiv 2112.10752, as released with SD 1.x and 2.x. Images are RGB in [-1, 1]; every GroupNorm has
+epsilon 1e-6. The numbering of the levels goes from fine to coarse in the encoder and in the decoder alike, as it does
+in the released files, so the decoder runs its levels backwards.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .blocks import Upsample
+from .config import VAEConfig
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The diagonal Gaussian q(z | image) that the encoder predicts, not yet scaled for the UNet: (B, 4, h, w) each."""
+
+    mean: Tensor
+    logvar: Tensor  # within [-30, 20]
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """The divergence from a standard normal, summed over each latent: (B,)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions around a residual connection: (B, C_in, h, w) -> (B, C_out, h, w)."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.shortcut(x) + y
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of one head over all positions, with a residual connection."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (rearrange(z, "b c h w -> b 1 (h w) c") for z in (self.q(y), self.k(y), self.v(y)))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.res1 = ResBlock(channels, channels, groups)
+        self.attention = AttentionBlock(channels, groups)
+        self.res2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.res2(self.attention(self.res1(x)))
+
+
+class Downsample(nn.Module):
+    """Half the resolution. Pads right and bottom only, unlike the UNet's."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and the way to the next (none at the last)."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, resample: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> features (B, 2 * 4, h, w)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups, last = config.widths, config.groups, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], c, config.blocks, groups, Downsample(c) if i < last else nn.Identity())
+            for i, c in enumerate(widths)
+        )
+        self.middle = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, 4, h, w) -> images (B, 3, H, W)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups, last = config.widths, config.groups, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.middle = Middle(widths[-1], groups)
+        self.levels = nn.ModuleList(
+            Level(widths[min(i + 1, last)], c, config.blocks + 1, groups, Upsample(c) if i > 0 else nn.Identity())
+            for i, c in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(x))
+        for level in reversed(self.levels):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def posterior(self, images: Tensor) -> Posterior:
+        """Images (B, 3, H, W) in [-1, 1] -> the distribution of their latents (B, 4, H/8, W/8), unscaled."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8): a sample with `noise`, else the mean."""
+        posterior = self.posterior(images)
+        return self.config.scale * (posterior.mean if noise is None else posterior.sample(noise))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> images (B, 3, 8 h, 8 w), around [-1, 1] but not clipped to it."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scale))

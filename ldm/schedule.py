@@ -1,0 +1,87 @@
+"""The forward process: how noise enters a latent, what the UNet is trained to predict, and how to read its output.
+
+Symbols, as in DPM-Solver (arXiv 2206.00927): x_t = alpha_t x0 + sigma_t eps with alpha_t^2 + sigma_t^2 = 1. DDPM's
+"alpha bar" is alpha_t^2 and is called `alphas_cumprod` here, as in the released checkpoints.
+Shapes: x, x0, noise, output (B, C, h, w) in any floating dtype, t (B,) whole timesteps in [0, T) on the same device.
+"""
+
+import torch
+from torch import Tensor
+
+from .config import ScheduleConfig
+
+
+class Schedule:
+    """The tables of the forward process and the conversions between eps, v and x0.
+
+    betas           (T,) fp64, linear in their square root (Rombach et al., arXiv 2112.10752, the released code)
+    alphas_cumprod  (T,) fp32, computed in fp64: the buffer of the released checkpoints
+    alpha, sigma    (T,) fp32, computed in fp64: what a picture and its noise are multiplied with
+
+    Raises ValueError for eps-prediction at zero terminal SNR: x_T is pure noise there, and eps says nothing about x0.
+    """
+
+    def __init__(self, config: ScheduleConfig):
+        if config.prediction not in ("eps", "v", "x0"):
+            raise ValueError(f'the prediction is "{config.prediction}", expected "eps", "v" or "x0"')
+        if config.zero_terminal_snr and config.prediction == "eps":
+            raise ValueError('zero terminal SNR is impossible with prediction "eps": use "v" or "x0"')
+        self.config = config
+        start, end = config.beta_start**0.5, config.beta_end**0.5
+        self.betas = torch.linspace(start, end, config.timesteps, dtype=torch.float64) ** 2
+        if config.zero_terminal_snr:
+            self.betas = rescale_zero_terminal_snr(self.betas)
+        alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+        self.alphas_cumprod = alphas_cumprod.float()
+        self.alpha = alphas_cumprod.sqrt().float()
+        self.sigma = (1 - alphas_cumprod).sqrt().float()
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t, a draw from q(x_t | x0) made with the given noise (DDPM, arXiv 2006.11239, Eq. 4)."""
+        alpha, sigma = self._at(t, x0)
+        return (alpha * x0 + sigma * noise).to(x0.dtype)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the UNet is trained to output for x_t, by `config.prediction`.
+
+        v = alpha eps - sigma x0 is from Salimans and Ho, arXiv 2202.00512, section 4.
+        """
+        if self.config.prediction == "eps":
+            return noise
+        if self.config.prediction == "x0":
+            return x0
+        alpha, sigma = self._at(t, x0)
+        return (alpha * noise - sigma * x0).to(x0.dtype)
+
+    def to_x0(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The clean picture that the UNet's raw output at x_t stands for, in the dtype of x."""
+        if self.config.prediction == "x0":
+            return output.to(x.dtype)
+        alpha, sigma = self._at(t, x)
+        if self.config.prediction == "v":
+            return (alpha * x - sigma * output).to(x.dtype)
+        return ((x - sigma * output) / alpha).to(x.dtype)
+
+    def to_eps(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The noise that the UNet's raw output at x_t stands for, in the dtype of x."""
+        if self.config.prediction == "eps":
+            return output.to(x.dtype)
+        alpha, sigma = self._at(t, x)
+        if self.config.prediction == "v":
+            return (sigma * x + alpha * output).to(x.dtype)
+        return ((x - alpha * output) / sigma).to(x.dtype)
+
+    def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, on x's device and broadcasting over x: (B, 1, 1, 1). They are fp32, which makes the
+        arithmetic with a half-precision x fp32 too."""
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        return self.alpha.to(x.device)[t].reshape(shape), self.sigma.to(x.device)[t].reshape(shape)
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas (T,) such that x_T is pure noise and x_1 is as noisy as before (Lin et al., arXiv 2305.08891, Alg. 1)."""
+    alpha = torch.cumprod(1 - betas, dim=0).sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    alphas_cumprod = alpha**2
+    # Step by step again: the first one is kept, each other is the ratio of two neighbours.
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])

@@ -1,0 +1,5 @@
+"""ControlNet on Stable Diffusion (arXiv 2302.05543): see model.py."""
+
+from .model import ControlNet
+
+__all__ = ["ControlNet"]

@@ -1,0 +1,125 @@
+"""ControlNet: Zhang, Rao, Agrawala, "Adding Conditional Control to Text-to-Image Diffusion Models", arXiv 2302.05543v3.
+
+A locked block computes y = F(x; Theta) (Eq. 1). ControlNet adds a trainable copy of it, between two zero convolutions
+Z that join it to the condition c and to the locked block:
+
+    y_c = F(x; Theta) + Z(F(x + Z(c; Theta_z1); Theta_c); Theta_z2)                                          (Eq. 2)
+
+At the start both Z give zero, so y_c = y (Eq. 3): training begins from the undisturbed base. Applied to Stable
+Diffusion (the paper's Figure 3), the locked blocks are the twelve of the UNet's encoder and its middle, and their
+y_c - y, the residuals, are added where the decoder takes the encoder's outputs.
+
+Where the released weights differ from the paper's text, this follows the weights:
+- the hint encoder has eight 3x3 convolutions with SiLU and 16 to 256 channels, not four of 4x4 with ReLU and 16 to 128;
+  its last layer is the first zero convolution of Eq. 2;
+- that sum x + Z(c) is made after the copy's first convolution, not before it, and once, not in each block.
+
+Shapes: B batch, H W pixels, h = H/8, w = W/8, C channels, M prompt tokens, D context width.
+"""
+
+import copy
+import json
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.checkpoint import (
+    IGNORED_BESIDE_CONTROL,
+    gather,
+    load_parts,
+    open_checkpoint,
+    recognise_control,
+    save_checkpoint,
+)
+from ldm.config import ControlConfig
+from ldm.key_maps import control_map
+from ldm.unet import UNet
+
+
+def zero_conv(c_in: int, c_out: int, kernel: int = 1) -> nn.Conv2d:
+    """A convolution that starts at zero. Its own gradient does not vanish there: dZ/dweight is its input."""
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class HintEncoder(nn.Module):
+    """c_f = E(c_i) (Eq. 4): a hint (B, 3, H, W) in [0, 1] -> features (B, C, h, w) at the latents' resolution."""
+
+    def __init__(self, config: ControlConfig, c_out: int):
+        super().__init__()
+        widths = (config.hint_channels, *config.hint_widths)
+        strides = (1, 1, 2, 1, 2, 1, 2)  # 8 times smaller in all, as the VAE
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride, padding=1) for (a, b), stride in zip(pairwise(widths), strides, strict=True)
+        )
+        self.convs.append(zero_conv(widths[-1], c_out, kernel=3))
+
+    def forward(self, hint: Tensor) -> Tensor:
+        x = hint
+        for conv in self.convs[:-1]:
+            x = F.silu(conv(x))
+        return self.convs[-1](x)
+
+
+class ControlNet(nn.Module):
+    """The trainable copy of a UNet's encoder with its hint encoder and its zero convolutions."""
+
+    def __init__(self, unet: UNet, config: ControlConfig = ControlConfig()):
+        super().__init__()
+        self.config = config
+        self.hint_encoder = HintEncoder(config, unet.config.channels)
+        self.encoder = copy.deepcopy(unet.encoder)
+        self.zero_convs = nn.ModuleList(zero_conv(c, c) for c in self.encoder.skip_widths)
+        self.middle_zero_conv = zero_conv(unet.config.widths[-1], unet.config.widths[-1])
+
+    @classmethod
+    def from_unet(cls, unet: UNet, config: ControlConfig = ControlConfig()) -> "ControlNet":
+        """A fresh trainable copy, in fp32 whatever the base is stored in. All its outputs are zero."""
+        return cls(unet, config).to(next(unet.parameters()).device).float().requires_grad_(True)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
+        """The residuals for `UNet.forward`: one (B, C, h, w) for each skip in the encoder's order, the middle's last.
+
+        x (B, 4, h, w), t (B,), context (B, M, D), hint (B, 3, H, W) in [0, 1].
+        """
+        return self.residuals(x, t, context, self.hint_encoder(hint))
+
+    def residuals(self, x: Tensor, t: Tensor, context: Tensor, features: Tensor) -> list[Tensor]:
+        """`forward` from the hint encoder's `features` (B, C, h, w): they are the same at every step of sampling."""
+        encoded = self.encoder(x, t, context, hint=features)
+        residuals = [conv(skip) for conv, skip in zip(self.zero_convs, encoded.skips, strict=True)]
+        return [*residuals, self.middle_zero_conv(encoded.middle)]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        unet: UNet,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "ControlNet":
+        """A trained ControlNet for `unet`, on its device and in its dtype unless others are given; it stays trainable.
+
+        The file is safetensors in the original layout; of a base together with its ControlNet only the latter is read.
+        Raises CheckpointError if there is no such file, no ControlNet in it, or one that does not fit `unet`.
+        """
+        checkpoint = open_checkpoint(path)
+        prefix, config = recognise_control(checkpoint)
+        with torch.device("meta"):
+            control = cls(UNet(unet.config), config)
+        parts = [(control, control_map(unet.config, config, prefix))]
+        like = next(unet.parameters())
+        load_parts(checkpoint, parts, IGNORED_BESIDE_CONTROL, dtype or like.dtype, device or like.device)
+        return control
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the original layout, which other programs read too. `dtype` None keeps the parameters' own."""
+        tensors = gather(self, control_map(self.encoder.config, self.config), dtype)
+        config = {"unet": asdict(self.encoder.config), "control": asdict(self.config)}
+        save_checkpoint(path, tensors, {"config": json.dumps(config)})

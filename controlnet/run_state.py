@@ -1,0 +1,25 @@
+"""Saving and resuming a training run: one file, always whole, with everything that a step depends on."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def save_state(path: Path, step: int, **parts) -> None:
+    """Writes `step` and the `state_dict` of each part to `path`, first under a temporary name: a crash never leaves
+    half a file in its place."""
+    temporary = path.with_suffix(".tmp")
+    torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, **parts) -> int:
+    """Restores the parts in place and returns the number of steps done. Raises ValueError if the file holds others."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    step = state.pop("step")
+    if state.keys() != parts.keys():
+        raise ValueError(f"{path} holds {sorted(state)}, but this run needs {sorted(parts)}: it is another kind of run")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return step

@@ -1,9 +1,10 @@
-"""What a picture of a flat disc on a flat ground shows, read off its pixels: the disc's mask and the two colours.
+"""How good pictures are: fidelity, and what a flat disc on a flat ground shows, read off its pixels.
 
 Pictures are uint8 (H, W, 3), masks bool (H, W). Nothing here looks at the hint or the prompt that made the picture.
 """
 
 import numpy as np
+from torch import Tensor
 
 from .colours import COLOURS
 
@@ -42,3 +43,9 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two masks; two empty ones agree."""
     union = (a | b).sum()
     return float((a & b).sum() / union) if union else 1.0
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1] (B, 3, H, W), averaged over the pictures."""
+    mse = ((a - b) / 2).square().mean(dim=(1, 2, 3))
+    return (-10 * mse.log10()).mean().item()

@@ -29,7 +29,7 @@ def control_loss(
     context: Tensor,
     hint: Tensor,
 ) -> Tensor:
-    """The loss of a ControlNet on a locked base. Gradients go to the control alone."""
+    """The loss of a ControlNet. With a locked base (`requires_grad_(False)`) gradients go to the control alone."""
     z_t = schedule.q_sample(z0, t, noise)
     # Nothing that is trained lies before or inside the locked encoder, so it needs no gradients and keeps no
     # activations. The decoder is locked too, but the residuals enter it: their gradients must come back through it.

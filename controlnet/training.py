@@ -57,10 +57,15 @@ class Optimisation:
     def step(self) -> float:
         """Updates the parameters and returns the gradients' norm before clipping.
 
-        A step whose fp16 gradients overflowed changes nothing but the loss scale (the norm is then not finite).
+        A step whose fp16 gradients overflowed changes nothing but the loss scale (the norm is then not finite). In
+        fp32 and bf16 nothing would catch that: raises FloatingPointError before the parameters change.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if not self.scaler.is_enabled() and not norm.isfinite():
+            raise FloatingPointError(
+                "the gradients are not finite numbers: resume from the last save with a lower rate"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

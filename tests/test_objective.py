@@ -1,0 +1,157 @@
+"""The training loss against the published code's numbers, and where its gradients go."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from minis import MINIS, inputs, mini_unet, new_mini_control, relative, stored
+from small import SMALL
+
+from controlnet.model import ControlNet
+from controlnet.objective import base_loss, control_loss
+from controlnet.training import Optimisation, constant_rate
+from ldm.key_maps import control_map
+from ldm.schedule import Schedule
+from ldm.unet import UNet
+
+CPU = torch.device("cpu")
+
+
+def published_loss(style, control):
+    g, (_, _, context, hint) = stored("inputs"), inputs(style)
+    schedule = Schedule(MINIS[style].schedule)
+    return control_loss(
+        mini_unet(style), control, schedule, g["train/z0"], g["train/noise"], g["train/t"], context, hint
+    )
+
+
+def published_keys(control):
+    return control_map(control.encoder.config, control.config).sources(control.state_dict())
+
+
+@pytest.mark.parametrize("style", MINIS)
+def test_loss_and_gradients_are_the_published_ones(style):
+    g, control = stored("training"), new_mini_control(style)
+    loss = published_loss(style, control)
+    loss.backward()
+    assert loss.item() == pytest.approx(g[f"{style}/loss"].item(), rel=1e-5)
+
+    keys = published_keys(control)
+    gradients = {keys[name].key: parameter.grad for name, parameter in control.named_parameters()}
+    assert len(gradients) == 340
+    for key, gradient in gradients.items():
+        # Some are nothing but rounding: a bias in front of a norm of one channel a group.
+        want = g[f"{style}/gradnorm/{key}"].item()
+        assert gradient.norm().item() == pytest.approx(want, rel=1e-3, abs=5e-8), key
+
+    whole = [name for name in g if name.startswith(f"{style}/grad/")]
+    assert len(whole) == 4
+    for name in whole:
+        assert relative(gradients[name.removeprefix(f"{style}/grad/")], g[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("style", MINIS)
+def test_losses_along_adamw_steps_are_the_published_ones(style):
+    control = new_mini_control(style)
+    optimisation = Optimisation(control.parameters(), 1e-4, constant_rate(warmup=0), CPU, clip=float("inf"))
+    losses = []
+    for _ in range(4):
+        loss = published_loss(style, control)
+        optimisation.backward(loss)
+        optimisation.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(stored("training")[f"{style}/adamw_losses"].tolist(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------ on a small random base, from zero
+
+
+def small_unet():
+    torch.manual_seed(0)
+    return UNet(SMALL.unet).requires_grad_(False)
+
+
+def small_batch():
+    """z0, noise, t, context and hint of two pictures."""
+    generator = torch.Generator().manual_seed(1)
+    z0, noise = torch.randn(2, 2, 4, 16, 16, generator=generator)
+    context = torch.randn(2, 5, SMALL.unet.context_width, generator=generator)
+    return z0, noise, torch.tensor([600, 80]), context, torch.rand(2, 3, 128, 128, generator=generator)
+
+
+def small_loss(unet, control):
+    return control_loss(unet, control, Schedule(SMALL.schedule), *small_batch())
+
+
+def test_the_loss_is_the_mean_squared_error_to_the_schedules_target():
+    unet, schedule = small_unet(), Schedule(SMALL.schedule)
+    z0, noise, t, context, _ = small_batch()
+    output = unet(schedule.q_sample(z0, t, noise), t, context)
+    want = F.mse_loss(output, schedule.target(z0, noise, t))
+    assert torch.equal(base_loss(unet, schedule, z0, noise, t, context), want)
+
+
+def test_the_loss_of_a_fresh_control_is_the_bases():
+    unet, (z0, noise, t, context, _) = small_unet(), small_batch()
+    want = base_loss(unet, Schedule(SMALL.schedule), z0, noise, t, context)
+    assert torch.equal(small_loss(unet, ControlNet.from_unet(unet)), want)
+
+
+def names_with_gradient(control):
+    """The parameters whose gradient is not exactly zero."""
+    return {name for name, parameter in control.named_parameters() if torch.count_nonzero(parameter.grad) > 0}
+
+
+def test_gradients_reach_a_fresh_control_from_its_end():
+    """A zero convolution lets nothing through to what lies before it until its own first step."""
+    unet = small_unet()
+    control = ControlNet.from_unet(unet)
+    optimisation = Optimisation(control.parameters(), 1e-3, constant_rate(warmup=0), CPU)
+    everything = {name for name, _ in control.named_parameters()}
+    output_zero_convs = {name for name in everything if "zero_conv" in name}
+    trunk = {name for name in everything if name.startswith("encoder.")}
+    last_of_hint_encoder = {f"hint_encoder.convs.{len(control.hint_encoder.convs) - 1}.{p}" for p in ("weight", "bias")}
+
+    reached = []
+    for _ in range(3):
+        optimisation.backward(small_loss(unet, control))
+        reached.append(names_with_gradient(control))
+        optimisation.step()
+    assert len(output_zero_convs) == 2 * (len(control.encoder.blocks) + 1)
+    assert reached[0] == output_zero_convs
+    assert reached[1] == output_zero_convs | trunk | last_of_hint_encoder
+    assert reached[2] == everything
+
+
+def test_a_step_changes_the_control_alone():
+    unet = small_unet()
+    control = ControlNet.from_unet(unet)
+    optimisation = Optimisation(control.parameters(), 1e-3, constant_rate(warmup=0), CPU)
+    unet_before, control_before = copy.deepcopy(unet.state_dict()), copy.deepcopy(control.state_dict())
+    for _ in range(2):
+        optimisation.backward(small_loss(unet, control))
+        assert all(parameter.grad is None for parameter in unet.parameters())
+        optimisation.step()
+    assert all(torch.equal(value, unet_before[key]) for key, value in unet.state_dict().items())
+    assert not torch.equal(control.zero_convs[0].weight, control_before["zero_convs.0.weight"])
+    assert not torch.equal(control.encoder.blocks[0].conv.weight, control_before["encoder.blocks.0.conv.weight"])
+
+
+def test_the_locked_encoder_keeps_no_activations_and_the_decoder_does(monkeypatch):
+    """Even with a base that is not locked, which would otherwise remember everything."""
+    unet = small_unet().requires_grad_(True)
+    seen = []
+
+    def spy(encoded, context, control):
+        output = UNet.decode(unet, encoded, context, control)
+        seen.append((encoded, control, output))
+        return output
+
+    monkeypatch.setattr(unet, "decode", spy)
+    small_loss(unet, ControlNet.from_unet(unet)).backward()
+    ((encoded, residuals, output),) = seen
+    assert not any(features.requires_grad for features in (*encoded.skips, encoded.middle, encoded.time))
+    assert all(residual.grad_fn is not None for residual in residuals)
+    assert output.grad_fn is not None
+    assert all(parameter.grad is None for parameter in unet.encoder.parameters())

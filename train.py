@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         train(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
             raise
         print(f"train.py: {error}", file=sys.stderr)

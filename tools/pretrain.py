@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     vae.add_argument("--decoder-lr", type=float, default=5e-4)
     unet = parser.add_argument_group("UNet and text encoder")
     unet.add_argument("--pictures", type=int, default=8000, help="how many pictures they see, as cached latents")
-    unet.add_argument("--unet-steps", type=int, default=6000)
+    unet.add_argument("--unet-steps", type=int, default=3200)
     unet.add_argument("--unet-batch", type=int, default=32)
     unet.add_argument("--unet-lr", type=float, default=1.5e-3)
     return parser.parse_args()

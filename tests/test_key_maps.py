@@ -14,7 +14,14 @@ from ldm.text_encoder import TextEncoder
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
-FAMILIES = {"ldm_sd15": SD15, "ldm_sd21": SD21, "mini_sd1": MINI_SD1, "mini_sd2": MINI_SD2}
+MINI_SD1_WIDE = replace(MINI_SD1, unet=replace(MINI_SD1.unet, channels=64))
+FAMILIES = {
+    "ldm_sd15": SD15,
+    "ldm_sd21": SD21,
+    "mini_sd1": MINI_SD1,
+    "mini_sd1wide": MINI_SD1_WIDE,
+    "mini_sd2": MINI_SD2,
+}
 
 
 def base_parts(config):

@@ -24,15 +24,19 @@ class Sample:
 
 
 class Fill50k:
-    """Sample i of seed s is always the same picture, whatever was drawn before it."""
+    """Sample i of a seed is always the same picture, whatever was drawn before it.
 
-    name = "fill50k"
+    A held-out world has none of the pictures that the worlds for training have, whatever their seeds.
+    """
 
-    def __init__(self, size: int = 128, seed: int = 0, colours: tuple[str, ...] = tuple(COLOURS)):
+    def __init__(
+        self, size: int = 128, seed: int = 0, colours: tuple[str, ...] = tuple(COLOURS), held_out: bool = False
+    ):
         self.size, self.seed, self.colours = size, seed, colours
+        self.stream = zlib.crc32(b"fill50k held out" if held_out else b"fill50k")
 
     def __getitem__(self, index: int) -> Sample:
-        rng = np.random.default_rng([zlib.crc32(self.name.encode()), self.seed, index])
+        rng = np.random.default_rng([self.stream, self.seed, index])
         disc, ground = rng.choice(self.colours, size=2, replace=False)
         x, y = rng.uniform(0.1, 0.9, size=2) * self.size
         radius = rng.uniform(0.08, 0.4) * self.size

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/evaluate.py`
+
 from controlnet import ControlNet
 from controlnet.colours import BASIC_COLOURS, COLOURS
-from controlnet.data import to_hints, to_images
 from controlnet.generate import generate
 from controlnet.guidance import Control
+from controlnet.images import to_hints, to_images
 from controlnet.measures import iou, nearest_colour, psnr, same_colour, split_disc
 from controlnet.worlds import Fill50k, Sample
 from ldm import StableDiffusion
-
-HELD_OUT_SEED = 1_000_000  # training worlds have small seeds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @torch.no_grad()
 def report_vae(sd: StableDiffusion, count: int) -> None:
     """PSNR of encode -> decode, beside 8x8 average pooling with bilinear upsampling."""
-    world = Fill50k(sd.config.resolution, HELD_OUT_SEED)
+    world = Fill50k(sd.config.resolution, held_out=True)
     images = to_images(world[i].image for i in range(count))
     decoded = sd.decode(sd.encode(images, sample=False)).clamp(-1, 1)
     pooled = F.interpolate(F.avg_pool2d(images, 8), scale_factor=8, mode="bilinear")
@@ -70,7 +70,7 @@ def report_vae(sd: StableDiffusion, count: int) -> None:
 
 def report_colours(sd: StableDiffusion, label: str, colours: tuple[str, ...], count: int, settings: dict) -> None:
     """How often the base alone paints the colours of the prompt: the nearest of `colours` is the one asked for."""
-    world = Fill50k(sd.config.resolution, HELD_OUT_SEED, colours)
+    world = Fill50k(sd.config.resolution, colours=colours, held_out=True)
     samples = [world[i] for i in range(count)]
     right = np.array([colours_right(picture(sd, s, i, (), settings), s, colours) for i, s in enumerate(bar(samples))])
     disc, ground = right.mean(axis=0)
@@ -90,7 +90,7 @@ def colours_right(image: np.ndarray, sample: Sample, colours: tuple[str, ...]) -
 
 def report_control(sd: StableDiffusion, control: ControlNet, count: int, settings: dict) -> None:
     """IoU of the painted discs with the hints' circles; the floor is the IoU with the next hint's circle."""
-    world = Fill50k(sd.config.resolution, HELD_OUT_SEED, BASIC_COLOURS)
+    world = Fill50k(sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
     samples = [world[i] for i in range(count)]
     for label, prompted in (("with prompt", True), ("without", False)):
         masks, right = [], []

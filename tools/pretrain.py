@@ -9,6 +9,7 @@ first stage) as soon as the second is done.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from controlnet.data import LatentPairs, drop_prompts, seeded, to_images
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/pretrain.py`
+
+from controlnet.data import LatentPairs, drop_prompts, seeded
+from controlnet.images import to_images
 from controlnet.measures import psnr
 from controlnet.objective import base_loss
 from controlnet.run_state import load_state, save_state
@@ -138,12 +142,13 @@ def fresh_vae(config: VAEConfig) -> AutoencoderKL:
 
 
 def growing_crops(world: Fill50k, step: int, progress: float, generator: torch.Generator) -> Tensor:
-    """(B, 3, side, side) in [-1, 1]: 32 crops of 32x32, later 8 of 64x64, at last 2 whole pictures of 128x128.
+    """(B, 3, side, side) in [-1, 1]: 32 crops of a quarter of the side, later 8 of half, at last 2 whole pictures.
 
     The cost of a step is the same for each; small crops show more colours, whole pictures are what is wanted.
     """
-    side, count = (32, 32) if progress < 0.4 else (64, 8) if progress < 0.75 else (128, 2)
-    pictures = 8 if side < world.size else 2
+    parts, count = (4, 32) if progress < 0.4 else (2, 8) if progress < 0.75 else (1, 2)
+    side = world.size // parts
+    pictures = 8 if parts > 1 else 2
     images = to_images(world[step * 8 + i].image for i in range(pictures)).repeat_interleave(count // pictures, dim=0)
     corners = torch.randint(0, world.size - side + 1, (count, 2), generator=generator).tolist()
     crops = [image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners, strict=True)]
@@ -159,7 +164,7 @@ def whole_pictures(world: Fill50k, step: int, progress: float, generator: torch.
 @torch.no_grad()
 def vae_report(vae: AutoencoderKL, world: Fill50k, count: int = 32) -> str:
     """Peak signal-to-noise ratio on held-out pictures, against 8x8 average pooling with bilinear upsampling."""
-    held_out = Fill50k(world.size, world.seed + 1)
+    held_out = Fill50k(world.size, held_out=True)
     images = to_images(held_out[i].image for i in range(count))
     latents = vae.posterior(images).mean
     decoded = vae.decoder(vae.post_quant_conv(latents)).clamp(-1, 1)
@@ -184,7 +189,7 @@ def train_unet(config: Config, vae: AutoencoderKL, args: argparse.Namespace) -> 
     trained = nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimisation = Optimisation(
-        trained.parameters(), args.unet_lr, cosine_rate(200, args.unet_steps), torch.device("cpu")
+        trained.parameters(), args.unet_lr, cosine_rate(200, args.unet_steps), torch.device("cpu"), clip=1.0
     )
     state = args.out / "unet.pt"
     parts = dict(trained=trained, average=average, optimisation=optimisation)
@@ -221,7 +226,7 @@ def unit_scale(vae: AutoencoderKL, world: Fill50k, count: int = 256) -> float:
 
 
 def start_branches_at_zero(unet: UNet) -> None:
-    """Every residual branch, and the output, begins as zero: the initialisation of DDPM and of SD itself."""
+    """Every residual branch, and the output, begins without weights, as those of DDPM and SD did."""
     for module in unet.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.conv2.weight)

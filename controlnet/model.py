@@ -10,8 +10,8 @@ Diffusion (the paper's Figure 3), the locked blocks are the twelve of the UNet's
 y_c - y, the residuals, are added where the decoder takes the encoder's outputs.
 
 Where the released weights differ from the paper's text, this follows the weights:
-- the hint encoder has eight 3x3 convolutions with SiLU and 16 to 256 channels, not four of 4x4 with ReLU and 16 to 128;
-  its last layer is the first zero convolution of Eq. 2;
+- the hint encoder has seven 3x3 convolutions with SiLU and 16 to 256 channels, not four of 4x4 with ReLU and 16 to 128,
+  and ends in the first zero convolution of Eq. 2, also 3x3;
 - that sum x + Z(c) is made after the copy's first convolution, not before it, and once, not in each block.
 
 Shapes: B batch, H W pixels, h = H/8, w = W/8, C channels, M prompt tokens, D context width.
@@ -92,7 +92,7 @@ class ControlNet(nn.Module):
 
     def residuals(self, x: Tensor, t: Tensor, context: Tensor, features: Tensor) -> list[Tensor]:
         """`forward` from the hint encoder's `features` (B, C, h, w): they are the same at every step of sampling."""
-        encoded = self.encoder(x, t, context, hint=features)
+        encoded = self.encoder(x, t, context, hint_features=features)
         residuals = [conv(skip) for conv, skip in zip(self.zero_convs, encoded.skips, strict=True)]
         return [*residuals, self.middle_zero_conv(encoded.middle)]
 

@@ -16,7 +16,7 @@ from .model import ControlNet
 def base_loss(unet: UNet, schedule: Schedule, z0: Tensor, noise: Tensor, t: Tensor, context: Tensor) -> Tensor:
     """What the base itself is trained with: the same loss without a control."""
     output = unet(schedule.q_sample(z0, t, noise), t, context)
-    return F.mse_loss(output.float(), schedule.target(z0, noise, t))
+    return F.mse_loss(output.float(), schedule.target(z0, t, noise))
 
 
 def control_loss(
@@ -37,4 +37,4 @@ def control_loss(
         encoded = unet.encoder(z_t, t, context)
     residuals = control(z_t, t, context, hint)
     output = unet.decode(encoded, context, residuals)
-    return F.mse_loss(output.float(), schedule.target(z0, noise, t))
+    return F.mse_loss(output.float(), schedule.target(z0, t, noise))

@@ -41,7 +41,7 @@ class Schedule:
         alpha, sigma = self._at(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the UNet is trained to output for x_t, by `config.prediction`.
 
         v = alpha eps - sigma x0 is from Salimans and Ho, arXiv 2202.00512, section 4.

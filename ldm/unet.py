@@ -137,14 +137,14 @@ class UNetEncoder(Checkpointed):
                 self.skip_widths.append(width)
         self.middle = MiddleBlock(config)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor | None = None) -> Encoded:
-        """x (B, 4, h, w), t (B,), context (B, M, D); a ControlNet's copy adds its encoded `hint` after block 0."""
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, hint_features: Tensor | None = None) -> Encoded:
+        """x (B, 4, h, w), t (B,), context (B, M, D); a ControlNet's copy adds `hint_features` after block 0."""
         time = self.time_embedding(t)
         skips = []
         for i, block in enumerate(self.blocks):
             x = self.run(block, x, time, context)
-            if i == 0 and hint is not None:
-                x = x + hint
+            if i == 0 and hint_features is not None:
+                x = x + hint_features
             skips.append(x)
         return Encoded(skips, self.run(self.middle, x, time, context), time)
 

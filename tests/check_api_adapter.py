@@ -223,7 +223,7 @@ def train(sd, control, z0, t, noise, context, hint, only_mid=False):
         encoded = sd.unet.encoder(x, t, context)
     residuals = control(x, t, context, hint)
     output = sd.unet.decode(encoded, context, with_middle_alone(residuals) if only_mid else residuals)
-    loss = F.mse_loss(output, sd.schedule.target(z0, noise, t))
+    loss = F.mse_loss(output, sd.schedule.target(z0, t, noise))
     loss.backward()
     keys = control_map(control.encoder.config, control.config).sources(control.state_dict())
     gradients = {keys[name].key: parameter.grad for name, parameter in control.named_parameters()}

@@ -88,7 +88,7 @@ def test_the_loss_is_the_mean_squared_error_to_the_schedules_target():
     unet, schedule = small_unet(), Schedule(SMALL.schedule)
     z0, noise, t, context, _ = small_batch()
     output = unet(schedule.q_sample(z0, t, noise), t, context)
-    want = F.mse_loss(output, schedule.target(z0, noise, t))
+    want = F.mse_loss(output, schedule.target(z0, t, noise))
     assert torch.equal(base_loss(unet, schedule, z0, noise, t, context), want)
 
 

@@ -53,7 +53,7 @@ def knows(x0, schedule):
 
     def denoise(x, t):
         alpha, sigma = schedule.alpha[t][:, None, None, None], schedule.sigma[t][:, None, None, None]
-        return schedule.target(x0, (x - alpha * x0) / sigma, t)
+        return schedule.target(x0, t, (x - alpha * x0) / sigma)
 
     return denoise
 

@@ -42,7 +42,7 @@ def test_conversions_are_those_of_the_released_code():
     t, x, output = g["t"], g["q_sample"], g["model_out"]
     eps, v = Schedule(ScheduleConfig("eps")), Schedule(ScheduleConfig("v"))
     assert relative(eps.q_sample(g["x0"], t, g["noise"]), x) < 1e-6
-    assert relative(v.target(g["x0"], g["noise"], t), g["v_target"]) < 1e-6
+    assert relative(v.target(g["x0"], t, g["noise"]), g["v_target"]) < 1e-6
     assert relative(eps.to_x0(x, t, output), g["x0_from_eps"]) < 1e-6
     assert relative(v.to_x0(x, t, output), g["x0_from_v"]) < 1e-6
     assert relative(v.to_eps(x, t, output), g["eps_from_v"]) < 1e-6
@@ -52,7 +52,7 @@ def test_conversions_are_those_of_the_released_code():
 def test_the_target_gives_x0_and_noise_back(config):
     schedule = Schedule(config)
     x0, noise, t = batch(schedule)
-    x, output = schedule.q_sample(x0, t, noise), schedule.target(x0, noise, t)
+    x, output = schedule.q_sample(x0, t, noise), schedule.target(x0, t, noise)
     torch.testing.assert_close(schedule.to_x0(x, t, output), x0, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(schedule.to_eps(x, t, output), noise, atol=2e-5, rtol=1e-5)
 
@@ -66,8 +66,8 @@ def test_half_precision_is_rounded_once(config, dtype):
     for f in (schedule.to_x0, schedule.to_eps):
         assert torch.equal(f(x0, t, noise), f(x0.float(), t, noise.float()).to(dtype))
     assert torch.equal(schedule.q_sample(x0, t, noise), schedule.q_sample(x0.float(), t, noise.float()).to(dtype))
-    target = schedule.target(x0.float(), noise.float(), t)
-    assert torch.equal(schedule.target(x0, noise, t), target.to(dtype))
+    target = schedule.target(x0.float(), t, noise.float())
+    assert torch.equal(schedule.target(x0, t, noise), target.to(dtype))
     assert schedule.to_x0(x0.float(), t, noise).dtype == schedule.to_eps(x0.float(), t, noise).dtype == torch.float32
 
 
@@ -75,7 +75,7 @@ def test_half_precision_is_rounded_once(config, dtype):
 def test_tables_follow_the_device_of_x(config):
     schedule = Schedule(config)
     x, t = torch.empty(4, 4, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
-    for y in (schedule.q_sample(x, t, x), schedule.target(x, x, t), schedule.to_x0(x, t, x), schedule.to_eps(x, t, x)):
+    for y in (schedule.q_sample(x, t, x), schedule.target(x, t, x), schedule.to_x0(x, t, x), schedule.to_eps(x, t, x)):
         assert y.device.type == "meta" and y.shape == x.shape
 
 
@@ -84,7 +84,7 @@ def test_arguments_stay_as_they_are(config):
     schedule = Schedule(config)
     x, y, t = batch(schedule)
     before = x.clone(), y.clone(), t.clone()
-    schedule.q_sample(x, t, y), schedule.target(x, y, t), schedule.to_x0(x, t, y), schedule.to_eps(x, t, y)
+    schedule.q_sample(x, t, y), schedule.target(x, t, y), schedule.to_x0(x, t, y), schedule.to_eps(x, t, y)
     assert all(torch.equal(a, b) for a, b in zip((x, y, t), before, strict=True))
 
 

@@ -60,6 +60,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--base", default="tiny", metavar="FILE", help="a file, or sd15, sd21 ... in weights/ (default: %(default)s)"
     )
     model.add_argument(
+        "--prediction",
+        choices=["eps", "v"],
+        help="what the base predicts, where its file does not tell (default: v for an SD 2.x file of unknown name)",
+    )
+    model.add_argument(
         "--control",
         action="append",
         default=[],
@@ -131,12 +136,11 @@ def infer(args: argparse.Namespace) -> None:
     # Imported here, because it takes seconds: --help does not need it.
     from tqdm import tqdm
 
-    from controlnet.devices import pick_device
+    from controlnet.devices import PRECISIONS, pick_device
     from controlnet.generate import check_size, default_cfg, default_size, generate, make_hint
     from controlnet.guidance import Control
     from controlnet.images import read_image, save_png
     from controlnet.model import ControlNet
-    from controlnet.training import PRECISIONS
     from ldm import StableDiffusion
     from ldm.samplers import timesteps_for
     from ldm.stable_diffusion import find
@@ -151,7 +155,7 @@ def infer(args: argparse.Namespace) -> None:
     check_out(args.out)
 
     # --- models and hints
-    sd = StableDiffusion.load(args.base, device, dtype)
+    sd = StableDiffusion.load(args.base, device, dtype, args.prediction)
     size = args.size or default_size(sd.config, *images[:1])
     check_size(sd.config, size)
     nets = [ControlNet.load(file, sd.unet) for file in control_files]

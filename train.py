@@ -22,14 +22,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data", default="fill50k", choices=["fill50k"], help="what to train on (default: %(default)s)")
     data.add_argument("--pictures", type=positive, default=4000, help="how many (default: %(default)s)")
     data.add_argument("--base", default="tiny", help="the locked model: a file or a preset (default: %(default)s)")
+    data.add_argument("--prediction", choices=["eps", "v"], help="of an SD 2.x base whose file does not tell")
     data.add_argument("--prompt-dropout", type=float, default=0.5, help="share of empty prompts (default: %(default)s)")
 
     method = parser.add_argument_group("method")
     method.add_argument("--steps", type=positive, default=1500, help="optimiser steps (default: %(default)s)")
     method.add_argument("--batch-size", type=positive, default=16, help="pictures at once (default: %(default)s)")
     method.add_argument("--accumulate", type=positive, default=1, help="batches a step (default: %(default)s)")
-    method.add_argument("--lr", type=float, default=1e-3, help="AdamW's rate; 1e-5 for SD (default: %(default)s)")
+    method.add_argument("--lr", type=float, help="AdamW's rate (default: 1e-3 for tiny, 1e-5 for SD)")
     method.add_argument("--warmup", type=int, default=100, help="steps up to the full rate (default: %(default)s)")
+    method.add_argument(
+        "--clip", type=float, default=1.0, help="largest norm of the gradients; the published trainer: inf (default: 1)"
+    )
     method.add_argument("--seed", type=int, default=0)
 
     machine = parser.add_argument_group("machine")
@@ -40,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("runs/control"), help="the run's folder (default: %(default)s)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    run.add_argument("--save-dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of control.safetensors")
     run.add_argument("--save-every", type=positive, default=250, help="steps (default: %(default)s)")
     run.add_argument("--sample-every", type=positive, default=250, help="steps (default: %(default)s)")
     return parser.parse_args(argv)
@@ -58,11 +63,11 @@ def train(args: argparse.Namespace) -> None:
 
     from controlnet import ControlNet
     from controlnet.data import LatentPairs, drop_prompts, seeded
-    from controlnet.devices import pick_device
+    from controlnet.devices import PRECISIONS, pick_device
     from controlnet.objective import control_loss
     from controlnet.preview import Preview
     from controlnet.run_state import load_state, save_state
-    from controlnet.training import PRECISIONS, Optimisation, constant_rate
+    from controlnet.training import Optimisation, constant_rate
     from controlnet.worlds import Fill50k
     from ldm import StableDiffusion
     from ldm.unet import set_checkpointing
@@ -73,18 +78,20 @@ def train(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = PRECISIONS[args.precision]
     torch.manual_seed(args.seed)
-    sd = StableDiffusion.load(args.base, device, dtype)
+    sd = StableDiffusion.load(args.base, device, dtype, args.prediction)
     control = ControlNet.from_unet(sd.unet)
     set_checkpointing(sd.unet, args.checkpointing)
     set_checkpointing(control, args.checkpointing)
-    optimisation = Optimisation(control.parameters(), args.lr, constant_rate(args.warmup), device, args.precision)
+    lr = args.lr or (1e-3 if sd.config.name == "tiny" else 1e-5)
+    rate = constant_rate(args.warmup)
+    optimisation = Optimisation(control.parameters(), lr, rate, device, args.precision, args.clip)
+    start = load_state(state, control=control, optimisation=optimisation) if args.resume else 0
 
     # --- pictures become latents once, then the autoencoder is needed for previews only
     world = Fill50k(sd.config.resolution, args.seed)
     pairs = LatentPairs(world, args.pictures, sd)
-    preview = Preview(sd, held_out=Fill50k(sd.config.resolution, args.seed + 1))
+    preview = Preview(sd, Fill50k(sd.config.resolution, held_out=True))
 
-    start = load_state(state, control=control, optimisation=optimisation) if args.resume else 0
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train", mininterval=1)
     for step in bar:
         # --- one step: the loss of a few batches, each with its own timesteps and noise
@@ -115,10 +122,10 @@ def train(args: argparse.Namespace) -> None:
             with open(log, "a") as file:
                 file.write(line + "\n")
         if done % args.save_every == 0 or done == args.steps:
-            control.save(args.out / "control.safetensors")
+            control.save(args.out / "control.safetensors", PRECISIONS[args.save_dtype])
             save_state(state, done, control=control, optimisation=optimisation)
     print(f"the ControlNet is {args.out / 'control.safetensors'}: try it with")
-    print(f"python infer.py --hint circle.png --control {args.out / 'control.safetensors'}")
+    print(f"python infer.py --base {args.base} --hint circle.png --control {args.out / 'control.safetensors'}")
 
 
 def prepare_folder(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -142,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; go on from the last save with --resume --out {args.out}", file=sys.stderr)
+        saved = (args.out / "state.pt").exists()
+        advice = f"go on from the last save with --resume --out {args.out}" if saved else "nothing was saved yet"
+        print(f"\nstopped: {advice}", file=sys.stderr)
         return 130
     return 0
 

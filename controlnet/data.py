@@ -3,7 +3,7 @@
 Shapes: B batch, H W pixels, h = H/8, w = W/8.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.stable_diffusion import StableDiffusion
 
+from .images import to_hints, to_images
 from .worlds import Sample
 
 
@@ -21,16 +22,6 @@ class Batch:
     latents: Tensor  # (B, 4, h, w), scaled
     hints: Tensor  # (B, 3, H, W) in [0, 1]
     captions: list[str]
-
-
-def to_images(pictures: Iterable[np.ndarray]) -> Tensor:
-    """uint8 pictures (H, W, 3) -> (B, 3, H, W) in [-1, 1], the range inside the model."""
-    return to_hints(pictures) * 2 - 1
-
-
-def to_hints(pictures: Iterable[np.ndarray]) -> Tensor:
-    """uint8 pictures (H, W, 3) -> (B, 3, H, W) in [0, 1], the range of hints."""
-    return torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 255
 
 
 class LatentPairs:

@@ -1,6 +1,8 @@
-"""Which device to compute on."""
+"""Which device to compute on, and in which precision."""
 
 import torch
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str | None) -> torch.device:

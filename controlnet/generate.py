@@ -21,9 +21,8 @@ from ldm.config import Config
 from ldm.samplers import Denoise, OnStep, sample
 from ldm.stable_diffusion import StableDiffusion
 
-from .data import to_hints
 from .guidance import Control, guided
-from .images import Size, fitted_size, resized, to_picture
+from .images import Size, fitted_size, resized, to_hints, to_picture
 
 # The guidance when none is asked for: the released Stable Diffusion's default, and less for the small base.
 DEFAULT_CFG = 7.5

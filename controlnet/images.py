@@ -1,12 +1,14 @@
-"""Picture files: read one as RGB, fit it to a size the model can make, turn tensors into pictures, save PNG.
+"""Pictures: read a file as RGB, fit it to a size the model can make, to tensors and back, save PNG.
 
 Sizes are (height, width) in pixels, as in tensors; only Pillow's own calls have width first.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -45,17 +47,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def fitted_size(image: Image.Image, resolution: int, multiple: int) -> Size:
     """The size closest to the picture's shape whose short side is `resolution`, each side rounded to `multiple`.
 
-    As in the published demos (annotator/util.py, resize_image).
+    The rule of the published demos (annotator/util.py, resize_image).
     """
     scale = resolution / min(image.size)
     return round(image.height * scale / multiple) * multiple, round(image.width * scale / multiple) * multiple
 
 
 def resized(image: Image.Image, size: Size) -> Image.Image:
-    """Exactly `size`: Lanczos if a side grows, else the mean over each new pixel's area, as in the published demos."""
+    """Exactly `size`: Lanczos if a side grows, else the mean over each new pixel's area.
+
+    Pillow's nearest equivalents of what the published demos do with OpenCV; the pixels differ by small amounts.
+    """
     height, width = size
     grows = height > image.height or width > image.width
     return image.resize((width, height), Image.Resampling.LANCZOS if grows else Image.Resampling.BOX)
+
+
+def to_images(pictures: Iterable[np.ndarray]) -> Tensor:
+    """uint8 pictures (H, W, 3) -> (B, 3, H, W) in [-1, 1], the range inside the model."""
+    return to_hints(pictures) * 2 - 1
+
+
+def to_hints(pictures: Iterable[np.ndarray]) -> Tensor:
+    """uint8 pictures (H, W, 3) -> (B, 3, H, W) in [0, 1], the range of hints."""
+    return torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 255
 
 
 def to_picture(image: Tensor) -> Image.Image:

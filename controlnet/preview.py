@@ -8,10 +8,9 @@ from PIL import Image
 
 from ldm.stable_diffusion import StableDiffusion
 
-from .data import to_hints
 from .generate import generate
 from .guidance import Control
-from .images import save_png
+from .images import save_png, to_hints
 from .measures import iou, split_disc
 from .model import ControlNet
 from .worlds import Sample

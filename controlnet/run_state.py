@@ -37,6 +37,6 @@ def load_state(path: Path, **parts) -> int:
             part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
-                f"the {name} in {path} does not fit: resume with the base and the precision that the run was started with"
+                f"the {name} in {path} does not fit: resume with the base and the precision that the run started with"
             ) from error
     return step

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from .devices import PRECISIONS
 
 
 def constant_rate(warmup: int) -> Callable[[int], float]:
@@ -28,7 +28,7 @@ class Optimisation:
             optimisation.backward(loss / len(micro_batches))
         optimisation.step()
 
-    Gradients add up over any number of `backward` calls until `step`.
+    Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Optimisation:
         rate: Callable[[int], float],
         device: torch.device,
         precision: str = "fp32",
-        clip: float = 1.0,
+        clip: float = math.inf,
     ):
         self.parameters = list(parameters)
-        self.device, self.dtype, self.clip = device, PRECISIONS[precision], clip
+        self.device, self.dtype, self.lr, self.clip = device, PRECISIONS[precision], lr, clip
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
@@ -76,8 +76,12 @@ class Optimisation:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Everything but the learning rate, which stays what this run asks for."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        self.rate.base_lrs = [self.lr]
+        (group,) = self.optimizer.param_groups
+        group["initial_lr"], group["lr"] = self.lr, self.lr * self.rate.lr_lambdas[0](self.rate.last_epoch)
 
     def _parts(self) -> dict:
         return {"optimizer": self.optimizer, "rate": self.rate, "scaler": self.scaler}

@@ -169,7 +169,7 @@ def config_by_shape(checkpoint: Checkpoint, prediction: str | None) -> Config:
         if prediction is None:
             warnings.warn(
                 f'"{checkpoint.path}" is an SD 2.x model that may predict v (768x768) or eps (the 512x512 "base"), '
-                'assuming v: pass prediction="eps" if its pictures are noise',
+                'assuming v: say --prediction eps (prediction="eps" in Python) if its pictures are noise',
                 stacklevel=4,
             )
         return SD21_BASE if prediction == "eps" else SD21

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from reference import filled_checkpoint
+from reference import filled_checkpoint, load_manifest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -39,8 +39,8 @@ def report(label: str, start: float) -> None:
 def main(folder: Path) -> None:
     base, control = folder / "sd15.safetensors", folder / "control.safetensors"
     if not control.exists():
-        filled_checkpoint("ldm_sd15_checkpoint", base)
-        filled_checkpoint("ldm_control_sd15_control_only", control)
+        filled_checkpoint(load_manifest("ldm_sd15_checkpoint"), base)
+        filled_checkpoint(load_manifest("ldm_control_sd15_control_only"), control)
     reset_peak_memory()
 
     start = time.perf_counter()

@@ -47,6 +47,7 @@ def test_half_precision_takes_the_path_of_cuda_and_keeps_the_copy_in_fp32(base, 
     assert run(base, tmp_path, "--steps", "2", "--precision", precision) == 0
     control = load_file(tmp_path / "control.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in control.values())
+    assert all(control[key].abs().max() > 0 for key in control if ".zero_convs." in key)
     scaler = torch.load(tmp_path / "state.pt", weights_only=True)["optimisation"]["scaler"]
     assert bool(scaler) == (precision == "fp16")
 
@@ -59,13 +60,30 @@ def test_checkpointing_changes_nothing_but_memory(base, tmp_path):
         torch.testing.assert_close(plain[key], checkpointed[key])
 
 
-def test_accumulation_sees_as_many_pictures_as_a_larger_batch(base, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "controlnet.data.LatentPairs.draw", lambda self, size, generator: seen.append(size) or list(range(size))
-    )
+def test_accumulated_batches_are_averaged(base, tmp_path, monkeypatch):
+    batches = []
+
+    def loss_of_six(unet, control, schedule, z0, noise, t, context, hint):
+        batches.append(len(z0))
+        return sum(parameter.sum() for parameter in control.parameters()) * 0 + 6.0
+
+    monkeypatch.setattr("controlnet.objective.control_loss", loss_of_six)
     assert run(base, tmp_path, "--steps", "1", "--accumulate", "3") == 0
-    assert seen == [2, 2, 2]
+    assert batches == [2, 2, 2]
+    assert "loss 6.0000" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_can_be_resumed_at_another_rate(base, tmp_path):
+    assert run(base, tmp_path, "--steps", "2", "--lr", "1e-3") == 0
+    before = load_file(tmp_path / "control.safetensors")
+    assert run(base, tmp_path, "--steps", "4", "--resume", "--lr", "1e-30") == 0
+    after = load_file(tmp_path / "control.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_control_can_be_saved_in_half(base, tmp_path):
+    assert run(base, tmp_path, "--steps", "1", "--save-dtype", "fp16") == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "control.safetensors").values()} == {torch.float16}
 
 
 def test_another_run_is_not_overwritten(base, tmp_path, capsys):

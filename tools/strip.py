@@ -4,16 +4,18 @@ python -m tools.strip --out assets/strip.png
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/strip.py`
+
 from controlnet import ControlNet
-from controlnet.data import to_hints
 from controlnet.generate import generate
 from controlnet.guidance import Control
-from controlnet.images import save_png
+from controlnet.images import save_png, to_hints
 from controlnet.worlds import draw_circle
 from ldm import StableDiffusion
 from ldm.stable_diffusion import WEIGHTS

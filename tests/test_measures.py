@@ -1,0 +1,56 @@
+"""The measures find what was drawn, and do not find what was not."""
+
+import numpy as np
+import pytest
+import torch
+
+from controlnet.colours import BASIC_COLOURS, COLOURS
+from controlnet.measures import iou, nearest_colour, psnr, same_colour, split_disc
+from controlnet.worlds import Fill50k, draw_circle
+
+
+def test_discs_and_colours_are_read_off_true_pictures():
+    world = Fill50k(128, colours=BASIC_COLOURS)
+    for i in range(40):
+        sample = world[i]
+        mask, disc, ground = split_disc(sample.image)
+        assert iou(mask, sample.mask) > 0.95
+        names = [nearest_colour(colour, BASIC_COLOURS) for colour in (disc, ground)]
+        assert f"{names[0]} circle with {names[1]} background" == sample.caption
+
+
+def test_the_disc_is_found_under_noise():
+    sample = draw_circle(128, 40, 70, 25, "teal", "pink")
+    noisy = sample.image + np.random.default_rng(0).normal(0, 12, sample.image.shape)
+    mask, _, _ = split_disc(noisy.clip(0, 255).astype(np.uint8))
+    assert iou(mask, sample.mask) > 0.95
+
+
+def test_a_picture_without_a_disc_has_an_empty_mask():
+    noise = np.random.default_rng(0).normal(128, 5, (64, 64, 3)).astype(np.uint8)
+    mask, disc, ground = split_disc(noise)
+    assert not mask.any() and np.array_equal(disc, ground)
+    assert iou(mask, draw_circle(64, 32, 32, 20, "red", "blue").mask) == 0
+
+
+def test_other_pictures_discs_are_no_match():
+    samples = [Fill50k(64)[i] for i in range(40)]
+    floor = np.mean([iou(a.mask, b.mask) for a, b in zip(samples, samples[1:], strict=False)])
+    assert floor < 0.3
+
+
+def test_iou_of_known_masks():
+    a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    a[:2], b[1:3] = True, True
+    assert iou(a, b) == pytest.approx(4 / 12)
+    assert iou(a, a) == iou(a & False, a & False) == 1
+
+
+def test_colours_with_two_names_are_the_same():
+    assert same_colour("aqua", "cyan") and not same_colour("navy", "blue")
+    assert all(same_colour(nearest_colour(np.array(value), tuple(COLOURS)), name) for name, value in COLOURS.items())
+
+
+def test_psnr_of_a_known_difference():
+    a = torch.zeros(2, 3, 8, 8)
+    assert psnr(a, a + 0.2) == pytest.approx(20.0, abs=1e-4)  # a tenth of the range

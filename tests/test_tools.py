@@ -1,0 +1,82 @@
+"""The programs in tools/ run, on models small enough for a test."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import SMALL, small_control, small_sd
+
+from tools import evaluate, pretrain, strip
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    sd = small_sd()
+    sd.save(folder / "base.safetensors")
+    small_control(sd).save(folder / "control.safetensors")
+    return ["--base", str(folder / "base.safetensors"), "--control", str(folder / "control.safetensors")]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "pretrain", "strip"])
+def test_a_tool_is_also_a_script(name):
+    done = subprocess.run([sys.executable, f"tools/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"python -m tools.{name}" in done.stdout
+
+
+def test_evaluate_prints_every_measure_with_its_floor(models, capsys):
+    assert evaluate.main([*models, "--count", "2", "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    for words in ("average pooling", "22 basic colours", "all colours", "with prompt", "without", "mismatched"):
+        assert words in out
+
+
+def test_evaluate_says_what_is_missing(tmp_path, capsys):
+    assert evaluate.main(["--base", str(tmp_path / "none.safetensors")]) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+
+
+def test_the_strip_is_a_picture_of_hints_and_pictures(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["strip", *models, "--out", str(tmp_path / "strip.png")])
+    strip.main()
+    assert (tmp_path / "strip.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "TINY", SMALL)
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    steps = ["--vae-steps", "4", "--decoder-steps", "2", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
+
+    def run(out):
+        monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / out), *steps])
+        pretrain.main()
+        return load_file(tmp_path / out / "tiny.safetensors")
+
+    whole = run("whole")
+    stopping = pretrain.save_state
+
+    def save_and_stop(path, step, **parts):
+        stopping(path, step, **parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "save_state", save_and_stop)
+    for _ in range(5):  # two saves of the autoencoder, two of the UNet, one of the decoder
+        with pytest.raises(KeyboardInterrupt):
+            run("parts")
+    monkeypatch.setattr(pretrain, "save_state", stopping)
+    parts = run("parts")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_latents_get_unit_deviation():
+    vae = small_sd().vae
+    world = pretrain.Fill50k(SMALL.resolution)
+    vae.config = replace(vae.config, scale=pretrain.unit_scale(vae, world))
+    latents = vae.encode(pretrain.to_images(world[i].image for i in range(256)))
+    assert latents.std().item() == pytest.approx(1, rel=1e-3)

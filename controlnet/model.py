@@ -58,6 +58,10 @@ class HintEncoder(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride, padding=1) for (a, b), stride in zip(pairwise(widths), strides, strict=True)
         )
+        for conv in self.convs:
+            # Gaussian, as the paper has it. PyTorch's default would shrink the hint to a third in each layer: control
+            # then sets in much later.
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         self.convs.append(zero_conv(widths[-1], c_out, kernel=3))
 
     def forward(self, hint: Tensor) -> Tensor:

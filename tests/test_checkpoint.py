@@ -293,7 +293,7 @@ def test_families_are_recognised_by_the_context(tmp_path):
         warnings.simplefilter("error")
         assert recognise(sd2, "eps") == SD21_BASE
         assert recognise(sd2, "v") == SD21
-    with pytest.warns(UserWarning, match='assuming v: pass prediction="eps"'):
+    with pytest.warns(UserWarning, match="assuming v: say --prediction eps"):
         assert recognise(sd2) == SD21
 
 

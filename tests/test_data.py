@@ -21,7 +21,7 @@ def test_latents_hints_and_captions_of_a_batch_belong_together(sd):
     assert batch.captions == [world[4].caption, world[0].caption, world[4].caption]
     assert torch.equal(batch.hints, to_hints([world[4].hint, world[0].hint, world[4].hint]))
     want = sd.encode(to_images([world[4].image, world[0].image]), sample=False)
-    torch.testing.assert_close(batch.latents[:2], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.latents[:2], want, rtol=1e-3, atol=1e-4)
     assert torch.equal(batch.latents[0], batch.latents[2])
 
 

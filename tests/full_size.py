@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from reference import filled_checkpoint, load_manifest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from controlnet import ControlNet  # noqa: E402
 from controlnet.guidance import Control, guided  # noqa: E402
 from ldm import StableDiffusion  # noqa: E402
+from tests.reference import filled_checkpoint, load_manifest  # noqa: E402
 
 
 def peak_memory() -> float:

@@ -4,6 +4,7 @@ Pictures are uint8 (H, W, 3), masks bool (H, W). Nothing here looks at the hint 
 """
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
 from .colours import COLOURS
@@ -49,3 +50,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1] (B, 3, H, W), averaged over the pictures."""
     mse = ((a - b) / 2).square().mean(dim=(1, 2, 3))
     return (-10 * mse.log10()).mean().item()
+
+
+def pooled_psnr(images: Tensor) -> float:
+    """The floor for an autoencoder of factor 8: the PSNR of 8x8 average pooling with bilinear upsampling."""
+    return psnr(F.interpolate(F.avg_pool2d(images, 8), scale_factor=8, mode="bilinear"), images)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/evaluate.py`
@@ -19,7 +18,7 @@ from controlnet.colours import BASIC_COLOURS, COLOURS
 from controlnet.generate import generate
 from controlnet.guidance import Control
 from controlnet.images import to_hints, to_images
-from controlnet.measures import iou, nearest_colour, psnr, same_colour, split_disc
+from controlnet.measures import iou, nearest_colour, pooled_psnr, psnr, same_colour, split_disc
 from controlnet.worlds import Fill50k, Sample
 from ldm import StableDiffusion
 
@@ -64,8 +63,7 @@ def report_vae(sd: StableDiffusion, count: int) -> None:
     world = Fill50k(sd.config.resolution, held_out=True)
     images = to_images(world[i].image for i in range(count))
     decoded = sd.decode(sd.encode(images, sample=False)).clamp(-1, 1)
-    pooled = F.interpolate(F.avg_pool2d(images, 8), scale_factor=8, mode="bilinear")
-    print(f"autoencoder: {psnr(decoded, images):.2f} dB (8x8 average pooling: {psnr(pooled, images):.2f} dB)")
+    print(f"autoencoder: {psnr(decoded, images):.2f} dB (8x8 average pooling: {pooled_psnr(images):.2f} dB)")
 
 
 def report_colours(sd: StableDiffusion, label: str, colours: tuple[str, ...], count: int, settings: dict) -> None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 from controlnet.data import LatentPairs, drop_prompts, seeded
 from controlnet.images import to_images
-from controlnet.measures import psnr
+from controlnet.measures import pooled_psnr, psnr
 from controlnet.objective import base_loss
 from controlnet.run_state import load_state, save_state
 from controlnet.training import Optimisation, cosine_rate
@@ -168,8 +168,7 @@ def vae_report(vae: AutoencoderKL, world: Fill50k, count: int = 32) -> str:
     images = to_images(held_out[i].image for i in range(count))
     latents = vae.posterior(images).mean
     decoded = vae.decoder(vae.post_quant_conv(latents)).clamp(-1, 1)
-    pooled = F.interpolate(F.avg_pool2d(images, 8), scale_factor=8, mode="bilinear")
-    return f"PSNR {psnr(decoded, images):.2f} dB (pooled {psnr(pooled, images):.2f}) deviation {latents.std():.2f}"
+    return f"PSNR {psnr(decoded, images):.2f} dB (pooled {pooled_psnr(images):.2f}) deviation {latents.std():.2f}"
 
 
 # ------------------------------------------------------------------------------------------- UNet and text encoder

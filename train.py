@@ -32,6 +32,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lr", type=float, help="AdamW's rate (default: 1e-3 for tiny, 1e-5 for SD)")
     method.add_argument("--warmup", type=int, default=100, help="steps up to the full rate (default: %(default)s)")
     method.add_argument(
+        "--rate", choices=["constant", "cosine"], default="constant", help="after the warm-up; cosine ends at 0"
+    )
+    method.add_argument(
         "--clip", type=float, default=1.0, help="largest norm of the gradients; the published trainer: inf (default: 1)"
     )
     method.add_argument("--seed", type=int, default=0)
@@ -67,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
     from controlnet.objective import control_loss
     from controlnet.preview import Preview
     from controlnet.run_state import load_state, save_state
-    from controlnet.training import Optimisation, constant_rate
+    from controlnet.training import Optimisation, constant_rate, cosine_rate
     from controlnet.worlds import Fill50k
     from ldm import StableDiffusion
     from ldm.unet import set_checkpointing
@@ -84,7 +87,7 @@ def train(args: argparse.Namespace) -> None:
     set_checkpointing(sd.unet, args.checkpointing)
     set_checkpointing(control, args.checkpointing)
     lr = args.lr or (1e-3 if sd.config.name == "tiny" else 1e-5)
-    rate = constant_rate(args.warmup)
+    rate = cosine_rate(args.warmup, args.steps) if args.rate == "cosine" else constant_rate(args.warmup)
     optimisation = Optimisation(control.parameters(), lr, rate, device, args.precision, args.clip)
     start = load_state(state, control=control, optimisation=optimisation) if args.resume else 0
 

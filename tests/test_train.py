@@ -104,3 +104,10 @@ def test_a_missing_base_is_one_sentence(tmp_path, capsys):
     assert run(tmp_path / "none.safetensors", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "none.safetensors" in error and error.count("\n") == 1
+
+
+def test_the_cosine_rate_falls_to_zero_and_the_constant_one_does_not(base, tmp_path):
+    for name, rest in (("constant", 1e-3), ("cosine", 0.0)):
+        assert run(base, tmp_path / name, "--steps", "2", "--rate", name, "--lr", "1e-3") == 0
+        rate = torch.load(tmp_path / name / "state.pt", weights_only=True)["optimisation"]["rate"]
+        assert rate["_last_lr"] == [pytest.approx(rest, abs=1e-9)]

@@ -134,7 +134,7 @@ TINY = Config(
         context_width=128,
         groups=4,
     ),
-    vae=VAEConfig(channels=16, blocks=1, groups=1),
+    vae=VAEConfig(channels=16, multipliers=(1, 2, 4, 8), blocks=1, groups=1),
     text=TextConfig("clip", width=128, heads=4, layers=3, vocabulary=4096),
     schedule=ScheduleConfig("v", zero_terminal_snr=True),
     resolution=128,

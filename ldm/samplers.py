@@ -42,12 +42,14 @@ def sample(
     noise: Noise | None = None,
     before_step: BeforeStep | None = None,
     on_step: OnStep | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """x of unit noise (B, C, h, w) -> latents, with the sampler called `name` at the timesteps of `timesteps_for`.
 
+    Image-to-image leaves the first `skip` of them out: x is then as noisy as the next one says.
     Raises ValueError for an unknown name, steps outside 1..T, missing noise, or an eta that the sampler cannot use.
     """
-    timesteps = timesteps_for(name, schedule, steps)
+    timesteps = timesteps_for(name, schedule, steps)[skip:]
     if name == "ddim":
         return sample_ddim(denoise, x, timesteps, schedule, eta, noise, before_step, on_step)
     if eta != 0:
@@ -61,7 +63,7 @@ def sample(
 
 
 def timesteps_for(name: str, schedule: Schedule, steps: int) -> list[int]:
-    """The timesteps of each sampler. Image-to-image cuts the front of this list off.
+    """The timesteps of each sampler.
 
     Zero terminal SNR: trailing for all, as it must start at T - 1. Otherwise DDIM has its own and DDPM and
     DPM-Solver++ the even ones. Raises ValueError for an unknown name or steps outside 1..T.
@@ -135,7 +137,7 @@ def sample_ddim(
     if eta > 0 and noise is None:
         raise ValueError(f"DDIM with eta {eta} draws noise: pass the argument noise")
     end = 1.0 if schedule.config.zero_terminal_snr else schedule.alphas_cumprod[0].item()
-    a = _levels(schedule, timesteps, end)
+    a = [*_levels(schedule, timesteps), end]
     for i, timestep in enumerate(timesteps):
         t = _batch(timestep, x)
         x = before_step(x, t) if before_step else x
@@ -160,6 +162,22 @@ def ddim_sigma(a: float, a_next: float, eta: float) -> float:
     return eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
 
 
+def invert_ddim(denoise: Denoise, x: Tensor, timesteps: list[int], schedule: Schedule) -> Tensor:
+    """DDIM backwards: latents x (B, C, h, w) -> the noise at timesteps[0] that `sample_ddim` leads back near to x.
+
+    The ODE of Song et al. in the other direction (section 4.3), as in the released code's `encode`: the noise at each
+    new level is predicted from the x of the level before it.
+    """
+    a = schedule.alphas_cumprod[0].item()
+    for timestep, a_next in zip(reversed(timesteps), reversed(_levels(schedule, timesteps)), strict=True):
+        t = _batch(timestep, x)
+        eps = schedule.to_eps(x, t, denoise(x, t))
+        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        x = a_next**0.5 * x0 + (1 - a_next) ** 0.5 * eps
+        a = a_next
+    return x
+
+
 # ---------------------------------------------------------------------------------------------------- DDPM
 
 
@@ -176,7 +194,7 @@ def sample_ddpm(
     without clipping x0. The last step goes to the data and adds no noise. Raises ValueError without `noise`."""
     if noise is None:
         raise ValueError("DDPM draws noise: pass the argument noise")
-    a = _levels(schedule, timesteps, end=1.0)
+    a = [*_levels(schedule, timesteps), 1.0]  # the last step goes to the data
     for i, timestep in enumerate(timesteps):
         t = _batch(timestep, x)
         x = before_step(x, t) if before_step else x
@@ -210,7 +228,7 @@ def sample_dpmpp(
 
     The first and the last step are of first order; the last one goes to the data.
     """
-    a = _levels(schedule, timesteps, end=1.0)
+    a = [*_levels(schedule, timesteps), 1.0]  # the last step goes to the data
     x0_before = a_before = None
     for i, timestep in enumerate(timesteps):
         t = _batch(timestep, x)
@@ -248,9 +266,9 @@ def _lambda(a: float) -> float:
 # ---------------------------------------------------------------------------------------------------- for all
 
 
-def _levels(schedule: Schedule, timesteps: list[int], end: float) -> list[float]:
-    """Alpha bar at each timestep, then where the last step goes to."""
-    return [*schedule.alphas_cumprod[timesteps].tolist(), end]
+def _levels(schedule: Schedule, timesteps: list[int]) -> list[float]:
+    """Alpha bar at each timestep."""
+    return schedule.alphas_cumprod[timesteps].tolist()
 
 
 def _batch(timestep: int, x: Tensor) -> Tensor:

@@ -1,0 +1,238 @@
+"""Guidance with controls: the published numbers of its variants, and what each option does to the output."""
+
+import pytest
+import torch
+from minis import MINIS, inputs, mini_control, mini_unet, relative, stored
+
+from controlnet.guidance import Control, guess_layers, guided, middle_layer, residual_levels, resolution_layers
+from ldm.config import SD15, SD21, TINY
+from ldm.samplers import ddim_timesteps, invert_ddim, sample, sample_ddim
+from ldm.schedule import Schedule
+
+TOLERANCE = 2e-5
+
+
+def denoiser(style="sd1", cfg=9.0, controls=None, **options):
+    _, _, context, hint = inputs(style)
+    negative = stored("inputs")[f"{style}/uncond"]
+    controls = [Control(mini_control(style), hint)] if controls is None else controls
+    return guided(mini_unet(style), context, negative, cfg, controls, **options)
+
+
+def mini_schedule(style="sd1"):
+    return Schedule(MINIS[style].schedule)
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+VARIANTS = {
+    "eps_control_strength0.5": lambda config: {"scale": 0.5},
+    "eps_control_guess_scales": lambda config: {"layers": guess_layers(config)},
+    "eps_only_mid_control": lambda config: {"layers": middle_layer(config)},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", MINIS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_output_of_each_variant_is_the_published_one(style, name):
+    x, t, _, hint = inputs(style)
+    control = Control(mini_control(style), hint, **VARIANTS[name](MINIS[style].unet))
+    assert relative(denoiser(style, 1, [control])(x, t), stored("control")[f"{style}/{name}"]) < TOLERANCE
+
+
+SAMPLES = {
+    "guess": lambda config: {"layers": guess_layers(config), "prompt_only": True},
+    "only_mid": lambda config: {"layers": middle_layer(config)},
+    "control_strength0p5": lambda config: {"scale": 0.5},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style, name", [("sd1", name) for name in SAMPLES] + [("sd2", "guess")])
+def test_a_sample_of_each_variant_is_the_published_one(style, name):
+    schedule, x = mini_schedule(style), stored("inputs")["x"]
+    control = Control(mini_control(style), inputs(style)[3], **SAMPLES[name](MINIS[style].unet))
+    x = sample_ddim(denoiser(style, 9, [control]), x, ddim_timesteps(schedule, 10), schedule)
+    assert relative(x, stored("sampling_variants")[f"{style}/ddim_cfg9_{name}"]) < 5e-5
+
+
+@torch.no_grad()
+def test_image_to_image_is_the_published_one():
+    """From index 5 of ten timesteps, six steps down."""
+    g, schedule = stored("sampling_variants"), mini_schedule()
+    t = torch.tensor(ddim_timesteps(schedule, 10)[4:5] * 2)
+    x = schedule.q_sample(g["sd1/z0"], t, g["sd1/noise"])
+    assert relative(x, g["sd1/img2img_noised"]) < 1e-6
+    x = sample("ddim", denoiser(), x, schedule, steps=10, skip=4)
+    assert relative(x, g["sd1/img2img_out"]) < 5e-5
+
+
+@torch.no_grad()
+def test_inversion_is_the_published_one():
+    g, schedule = stored("sampling_variants"), mini_schedule()
+    x = invert_ddim(denoiser(cfg=1), g["sd1/z0"], ddim_timesteps(schedule, 10), schedule)
+    assert relative(x, g["sd1/inversion_out"]) < 5e-5
+
+
+@torch.no_grad()
+def test_inpainting_is_the_published_one():
+    g, schedule, found = stored("sampling_variants"), mini_schedule(), []
+    noises = iter(g["sd1/mask_noises"])
+
+    def keep(x, t):
+        return g["sd1/mask"] * schedule.q_sample(g["sd1/z0"], t, next(noises)) + (1 - g["sd1/mask"]) * x
+
+    on_step = lambda i, x, x0: found.append(x)  # noqa: E731
+    sample("ddim", denoiser(), stored("inputs")["x"], schedule, 10, before_step=keep, on_step=on_step)
+    for step, want in zip((0, -1), g["sd1/masked"], strict=True):
+        assert relative(found[step], want) < 5e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ strengths
+
+
+def test_the_level_of_each_residual():
+    assert residual_levels(SD15.unet) == residual_levels(SD21.unet) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert residual_levels(TINY.unet) == [0, 0, 1, 1, 2, 2, 2]
+    for style, config in MINIS.items():
+        x, t, context, hint = inputs(style)
+        heights = [r.shape[2] for r in mini_control(style)(x, t, context, hint)]
+        assert heights == [16 // 2**level for level in residual_levels(config.unet)]
+
+
+def test_resolution_weights_are_64_over_the_blocks_side_or_an_eighth_of_it():
+    sides = [64, 64, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8, 8]  # of SD's residuals at 512 pixels
+    assert resolution_layers(SD15.unet, normalised=False) == [64 / side for side in sides]
+    assert resolution_layers(SD15.unet) == [64 / side / 8 for side in sides]
+    assert resolution_layers(TINY.unet) == [0.25, 0.25, 0.5, 0.5, 1, 1, 1]
+
+
+def test_guess_mode_gets_weaker_towards_the_first_block():
+    layers = guess_layers(SD15.unet)
+    assert len(layers) == 13 and layers[12] == 1 and layers[0] == pytest.approx(0.0994140, rel=1e-5)
+    assert all(a / b == pytest.approx(0.825) for a, b in zip(layers, layers[1:], strict=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 5, 12])
+def test_each_layer_has_a_strength_of_its_own(layer):
+    x, t, context, hint = inputs("sd1")
+    net = mini_control("sd1")
+    layers = [1.0] * 13
+    layers[layer] = 0.25
+    residuals = net(x, t, context, hint)
+    residuals[layer] = 0.5 * residuals[layer]
+    others = [r if i == layer else 2 * r for i, r in enumerate(residuals)]
+    got = denoiser(cfg=1, controls=[Control(net, hint, scale=2.0, layers=layers)])(x, t)
+    assert relative(got, mini_unet("sd1")(x, t, context, others)) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ branches
+
+
+def modes(style="sd1"):
+    net, hint = mini_control(style), inputs(style)[3]
+    return [Control(net, hint), Control(net, hint.flip(-1), 0.5, guess_layers(MINIS[style].unet), prompt_only=True)]
+
+
+@torch.no_grad()
+def test_two_evaluations_give_what_one_batch_gives():
+    x, t, *_ = inputs("sd1")
+    for controls in (modes(), modes()[1:], []):
+        got = denoiser(controls=controls, batched=False)(x, t)
+        assert relative(got, denoiser(controls=controls)(x, t)) < 5e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_control_of_the_prompt_alone_does_not_act_on_the_negative_one(batched):
+    x, t, context, hint = inputs("sd1")
+    net, unet, negative = mini_control("sd1"), mini_unet("sd1"), stored("inputs")["sd1/uncond"]
+    without = unet(x, t, negative)
+    want = without + 3 * (unet(x, t, context, net(x, t, context, hint)) - without)
+    got = denoiser(cfg=3, controls=[Control(net, hint, prompt_only=True)], batched=batched)(x, t)
+    assert relative(got, want) < 5e-6
+
+
+@torch.no_grad()
+def test_without_guidance_the_only_branch_is_the_prompts():
+    x, t, _, hint = inputs("sd1")
+    both = [denoiser(cfg=1, controls=[Control(mini_control("sd1"), hint, prompt_only=p)])(x, t) for p in (True, False)]
+    assert torch.equal(*both)
+
+
+# ------------------------------------------------------------------------------------------------------------ where
+
+
+@torch.no_grad()
+def test_a_mask_is_the_mean_over_each_positions_pixels():
+    x, t, context, hint = inputs("sd1")
+    net = mini_control("sd1")
+    mask = torch.rand(1, 1, 128, 192, generator=torch.Generator().manual_seed(0))
+    residuals = []
+    for r in net(x, t, context, hint):
+        side = 128 // r.shape[2]
+        residuals.append(r * mask.unfold(2, side, side).unfold(3, side, side).mean((-1, -2)))
+    want = mini_unet("sd1")(x, t, context, residuals)
+    assert relative(denoiser(cfg=1, controls=[Control(net, hint, mask=mask)])(x, t), want) < 1e-6
+
+
+@torch.no_grad()
+def test_a_white_mask_changes_nothing_and_a_black_one_takes_the_control_away():
+    x, t, _, hint = inputs("sd1")
+    white = torch.ones(1, 1, 128, 192)
+    plain, masked, none = (
+        denoiser(controls=[Control(mini_control("sd1"), hint, mask=mask)])(x, t) for mask in (None, white, 0 * white)
+    )
+    assert relative(masked, plain) < 1e-6
+    assert relative(none, denoiser(controls=[])(x, t)) < 1e-6
+
+
+@torch.no_grad()
+def test_complementary_masks_add_up():
+    x, t, _, hint = inputs("sd1")
+    left = torch.zeros(1, 1, 128, 192)
+    left[..., :90] = 1
+    parts = [Control(mini_control("sd1"), hint, mask=mask) for mask in (left, 1 - left)]
+    assert relative(denoiser(controls=parts)(x, t), denoiser()(x, t)) < 5e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ when
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "start, end, acting",
+    [(0.0, 0.5, range(5)), (0.5, 1.0, range(5, 10)), (0.3, 0.7, range(3, 7)), (0.0, 1.0, range(10))],
+)
+def test_a_control_acts_in_its_part_of_the_steps(start, end, acting):
+    x, _, _, hint = inputs("sd1")
+    timesteps = ddim_timesteps(mini_schedule(), 10)
+    got = denoiser(cfg=1, controls=[Control(mini_control("sd1"), hint, start=start, end=end)], timesteps=timesteps)
+    controlled, free = denoiser(cfg=1), denoiser(cfg=1, controls=[])
+    for i in (2, 3, 4, 5, 6, 7):
+        t = torch.full((2,), timesteps[i])
+        want = (controlled if i in acting else free)(x, t)
+        assert relative(got(x, t), want) < 1e-6, i
+
+
+def test_a_part_of_the_steps_needs_the_timesteps():
+    hint = inputs("sd1")[3]
+    with pytest.raises(ValueError, match="pass the argument timesteps"):
+        denoiser(controls=[Control(mini_control("sd1"), hint, end=0.5)])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"start": 0.5, "end": 0.5}, "acts from 0.5 to 0.5 of the steps, expected 0 <= start < end <= 1"),
+        ({"start": -0.1}, "acts from -0.1 to 1.0"),
+        ({"end": 1.5}, "acts from 0.0 to 1.5"),
+        ({"layers": [1.0] * 12}, "12 layer strengths, expected 13"),
+    ],
+)
+def test_a_control_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Control(mini_control("sd1"), inputs("sd1")[3], **options)

@@ -1,13 +1,46 @@
-"""How good pictures are: fidelity, and what a flat disc on a flat ground shows, read off its pixels.
+"""How good pictures are: fidelity, and what flat figures on a flat ground show, read off their pixels.
 
-Pictures are uint8 (H, W, 3), masks bool (H, W). Nothing here looks at the hint or the prompt that made the picture.
+Pictures are uint8 (H, W, 3), masks bool (H, W).
 """
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from .colours import COLOURS
+from .colours import BASIC_COLOURS, COLOURS
+
+
+def ground_colour(image: np.ndarray) -> np.ndarray:
+    """The median colour of the frame's border, float (3,): what a flat ground shows there."""
+    return np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), axis=0)
+
+
+def foreground(image: np.ndarray) -> np.ndarray:
+    """Mask of what differs from the ground by more than 40 of 255, by Euclidean distance in RGB."""
+    return np.linalg.norm(image - ground_colour(image), axis=-1) > 40
+
+
+def keypoint_distance(mask: np.ndarray, keypoints: np.ndarray) -> float:
+    """The mean distance in pixels from keypoints (N, 2), x and y, to the mask: 0 where all of them lie in it.
+
+    An empty mask counts as one at the picture's far side: its diagonal.
+    """
+    if not mask.any():
+        return float(np.hypot(*mask.shape))
+    pixels = np.argwhere(mask)[:, ::-1] + 0.5  # (pixels, 2), x and y of their centres
+    nearest = np.linalg.norm(keypoints[:, None] - pixels, axis=-1).min(axis=1)
+    return float(np.maximum(nearest - 0.5**0.5, 0).mean())  # a point in a pixel is at most sqrt(1/2) from its centre
+
+
+def colour_agreement(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
+    """The share of the mask's pixels whose nearest basic colour is that of the true picture there."""
+    return float((nearest_basic(image[mask]) == nearest_basic(truth[mask])).mean())
+
+
+def nearest_basic(pixels: np.ndarray) -> np.ndarray:
+    """(N, 3) -> the indices (N,) of the nearest of the basic colours."""
+    table = np.array([COLOURS[name] for name in BASIC_COLOURS], np.float32)
+    return np.linalg.norm(pixels[:, None] - table, axis=-1).argmin(axis=1)
 
 
 def split_disc(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -17,8 +50,7 @@ def split_disc(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Without anything that differs by more than 30 of 255 there is no disc: an empty mask, and the ground's colour twice.
     """
     pixels = image.astype(np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = np.median(border, axis=0)
+    ground = ground_colour(pixels)
     distance = np.linalg.norm(pixels - ground, axis=-1)  # (H, W)
     disc = np.median(pixels[distance >= np.quantile(distance, 0.98)], axis=0)
     for _ in range(5):

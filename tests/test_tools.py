@@ -51,7 +51,7 @@ def test_the_strip_is_a_picture_of_hints_and_pictures(models, tmp_path, monkeypa
 def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "TINY", SMALL)
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
-    steps = ["--vae-steps", "4", "--decoder-steps", "2", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
+    steps = ["--vae-steps", "4", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
 
     def run(out):
         monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / out), *steps])
@@ -66,7 +66,7 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pretrain, "save_state", save_and_stop)
-    for _ in range(5):  # two saves of the autoencoder, two of the UNet, one of the decoder
+    for _ in range(4):  # two saves of the autoencoder, two of the UNet
         with pytest.raises(KeyboardInterrupt):
             run("parts")
     monkeypatch.setattr(pretrain, "save_state", stopping)

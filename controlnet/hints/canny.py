@@ -13,7 +13,7 @@ FRACTION_BITS = 15
 TAN_22 = round(np.tan(np.pi / 8) * 2**FRACTION_BITS)
 
 
-def canny(image: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
+def canny(image: np.ndarray, low: float = 100.0, high: float = 200.0) -> np.ndarray:
     """uint8 RGB (H, W, 3) -> uint8 (H, W), 255 on edges and 0 elsewhere.
 
     An edge is a ridge of |dx| + |dy| above `low` that is connected to a point above `high`; thresholds in the wrong

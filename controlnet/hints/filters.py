@@ -1,0 +1,146 @@
+"""Hints that are the photograph itself, changed: edges, scribbles, gray, blurred, shuffled, with a hole.
+
+Each takes a uint8 RGB picture (H, W, 3) and, but for `inpaint`, returns such a picture.
+"""
+
+import zlib
+
+import numpy as np
+from einops import reduce
+from PIL import Image, ImageFilter
+
+from .canny import canny, to_gray
+
+
+def canny_hint(image: np.ndarray, *, low: float = 100.0, high: float = 200.0) -> np.ndarray:
+    """White edges on black; `low`, `high`: the thresholds of |dx| + |dy| (see canny.py), the demos' 100 and 200."""
+    return as_rgb(canny(image, low, high))
+
+
+def scribble(image: np.ndarray, *, threshold: int = 127) -> np.ndarray:
+    """Dark strokes on a bright ground -> white strokes on black: where the darkest channel is below `threshold`.
+
+    As in the published demo (gradio_scribble2image.py). Strokes that are white on black already want `threshold_hint`.
+    """
+    return as_rgb((image.min(axis=2) < threshold).astype(np.uint8) * 255)
+
+
+def threshold_hint(image: np.ndarray, *, threshold: int = 127) -> np.ndarray:
+    """White where the darkest channel is above `threshold`, else black."""
+    return as_rgb((image.min(axis=2) > threshold).astype(np.uint8) * 255)
+
+
+def gray(image: np.ndarray) -> np.ndarray:
+    """Lightness alone: 0.299 R + 0.587 G + 0.114 B in each channel."""
+    return as_rgb(to_gray(image))
+
+
+def invert(image: np.ndarray) -> np.ndarray:
+    """The negative; it turns black lines on white into the white lines on black that line models expect."""
+    return 255 - image
+
+
+def as_rgb(values: np.ndarray) -> np.ndarray:
+    """uint8 (H, W) -> (H, W, 3), the same in each channel."""
+    return values[..., None].repeat(3, axis=2)
+
+
+# ---------------------------------------------------------------------------------------------------- less detail
+
+
+def blur(image: np.ndarray, *, sigma: float = 9.0) -> np.ndarray:
+    """Gaussian blur with a deviation of `sigma` pixels, to within a few levels: Pillow's is three means in a row."""
+    if sigma < 0:
+        raise ValueError(f"blur's sigma is {sigma}, expected 0 or more pixels")
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+def tile(image: np.ndarray, *, factor: int = 8) -> np.ndarray:
+    """Smaller by `factor` (2, 4, 8 ...), each pixel the mean of its area, and smoothly enlarged again.
+
+    With factor 8 and sides that are multiples of 8, to the bit the hint of the published tile demo (v1.1,
+    gradio_tile.py) from a picture of the hint's size. Raises ValueError for another factor.
+    """
+    if factor < 1 or factor & (factor - 1):
+        raise ValueError(f"tile's factor is {factor}, expected 2, 4, 8 or another power of two")
+    height, width = image.shape[:2]
+    whole = np.pad(image, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="edge")
+    means = reduce(whole.astype(np.float64), "(h a) (w b) c -> h w c", "mean", a=factor, b=factor)
+    tiled = np.rint(means).astype(np.uint8)
+    for _ in range(factor.bit_length() - 1):
+        tiled = pyramid_up(tiled)
+    return tiled[:height, :width]
+
+
+def pyramid_up(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> (2 H, 2 W, 3), smoothed by (1, 4, 6, 4, 1): the step up of Burt and Adelson's pyramid (1983).
+
+    To the bit OpenCV's pyrUp, whose border mirrors above and on the left, and repeats below and on the right.
+    """
+    doubled = doubled_along(doubled_along(image.astype(np.int32), axis=1), axis=0)
+    return ((doubled + 32) >> 6).astype(np.uint8)
+
+
+def doubled_along(values: np.ndarray, axis: int) -> np.ndarray:
+    """Twice as many values, eight times as large: (1, 6, 1) at the old places and (4, 4) between them."""
+    here = np.arange(values.shape[axis])
+    before = values.take(np.where(here == 0, min(1, here[-1]), here - 1), axis)
+    after = values.take(np.minimum(here + 1, here[-1]), axis)
+    pairs = np.stack([before + 6 * values + after, 4 * (values + after)], axis=axis + 1)
+    return pairs.reshape(*values.shape[:axis], -1, *values.shape[axis + 1 :])
+
+
+# ---------------------------------------------------------------------------------------------------- other places
+
+
+def shuffle(image: np.ndarray, *, seed: int = 0, cell: int = 256) -> np.ndarray:
+    """The picture's colours and textures at other places: each pixel is fetched from where smooth noise points.
+
+    As published with v1.1 (the shuffle model): the noise has a random value every `cell` pixels. Each picture is warped
+    differently, and always in the same way with the same `seed`.
+    """
+    if cell < 1:
+        raise ValueError(f"shuffle's cell is {cell}, expected 1 or more pixels")
+    height, width = image.shape[:2]
+    rng = np.random.default_rng([seed, zlib.crc32(np.ascontiguousarray(image))])
+    x = smooth_noise(rng, height, width, cell) * (width - 1)
+    y = smooth_noise(rng, height, width, cell) * (height - 1)
+    return fetched(image, x, y)
+
+
+def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: int) -> np.ndarray:
+    """float32 (H, W) that reaches from 0 to 1: uniform noise on a coarse grid, cubic between its points.
+
+    The grid covers a margin of one cell around the picture.
+    """
+    coarse = rng.random((height // cell + 2, width // cell + 2), dtype=np.float32)
+    rows, columns = coarse.shape[0] / (height + 2 * cell), coarse.shape[1] / (width + 2 * cell)  # per pixel
+    box = (cell * columns, cell * rows, (cell + width) * columns, (cell + height) * rows)
+    noise = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC, box))
+    noise = noise - noise.min()
+    return noise / max(noise.max(), 1e-6)
+
+
+def fetched(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3), and where to look in it, float (h, w) pixels -> uint8 (h, w, 3), linear between pixels."""
+    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
+    right, bottom = np.minimum(left + 1, image.shape[1] - 1), np.minimum(top + 1, image.shape[0] - 1)
+    across, down = (x - left)[..., None], (y - top)[..., None]
+    above = image[top, left] * (1 - across) + image[top, right] * across
+    below = image[bottom, left] * (1 - across) + image[bottom, right] * across
+    return np.rint(above * (1 - down) + below * down).astype(np.uint8)
+
+
+def inpaint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The hint of the published inpaint model (v1.1): uint8 picture, uint8 or bool mask (H, W) -> float32 (H, W, 3).
+
+    Values are in [0, 1], as in every hint, and -1 in the hole, which is where the mask is brighter than half. An 8-bit
+    picture can't hold that, so that this hint is no picture. Raises ValueError if the sizes differ.
+    """
+    if mask.shape != image.shape[:2]:
+        raise ValueError(
+            f"the mask has the shape {mask.shape} and the picture {image.shape}, expected one value for each pixel: "
+            "resize the mask"
+        )
+    hole = mask if mask.dtype == bool else mask > 127
+    return np.where(hole[..., None], np.float32(-1), image.astype(np.float32) / 255)

@@ -1,0 +1,86 @@
+"""Detectors that are networks, from the optional package controlnet_aux (Hugging Face, Apache-2.0).
+
+It gets their weights from Hugging Face when one is used for the first time. Each takes a uint8 RGB picture (H, W, 3)
+and returns such a hint.
+"""
+
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+ANNOTATORS = "lllyasviel/Annotators"  # where the authors of ControlNet published the weights
+
+
+class NotInstalledError(ValueError):
+    """The optional package is not there."""
+
+
+def hed(image: np.ndarray, *, device: str = "cpu") -> np.ndarray:
+    """Soft edges, white on black (Xie and Tu, arXiv 1504.06375)."""
+    return run(annotator(package().HEDdetector, device), image)
+
+
+def mlsd(image: np.ndarray, *, score: float = 0.1, distance: float = 0.1, device: str = "cpu") -> np.ndarray:
+    """Straight lines, white on black (Gu et al., arXiv 2106.00186): those above a `score`, and a length, `distance`."""
+    return run(annotator(package().MLSDdetector, device), image, thr_v=score, thr_d=distance)
+
+
+def midas(image: np.ndarray, *, device: str = "cpu") -> np.ndarray:
+    """Depth, near is white (Ranftl et al., arXiv 1907.01341)."""
+    return run(annotator(package().MidasDetector, device), image)
+
+
+def openpose(image: np.ndarray, *, hands: bool = False, face: bool = False, device: str = "cpu") -> np.ndarray:
+    """Poses in colours on black (Cao et al., arXiv 1812.08008), with `hands` and `face` if wanted."""
+    return run(annotator(package().OpenposeDetector, device), image, include_hand=hands, include_face=face)
+
+
+def lineart(image: np.ndarray, *, coarse: bool = False, device: str = "cpu") -> np.ndarray:
+    """Drawn lines, white on black (Chan et al., arXiv 2203.12691), `coarse` or fine."""
+    return run(annotator(package().LineartDetector, device), image, coarse=coarse)
+
+
+def sam(image: np.ndarray) -> np.ndarray:
+    """Segments in random colours, which name no class (Kirillov et al., arXiv 2304.02643); on a GPU if there is one."""
+    return run(segmenter(), image)
+
+
+def package():
+    try:
+        import controlnet_aux
+    except ImportError as error:
+        raise NotInstalledError(
+            f"this detector needs the package controlnet_aux ({error}): pip install controlnet_aux"
+        ) from error
+    return controlnet_aux
+
+
+@cache
+def annotator(detector_class: type, device: str):
+    return loaded(lambda: detector_class.from_pretrained(ANNOTATORS)).to(device)
+
+
+@cache
+def segmenter():
+    repository, folder = "ybelkada/segment-anything", "checkpoints"
+    return loaded(lambda: package().SamDetector.from_pretrained(repository, subfolder=folder))
+
+
+def loaded(load):
+    """Raises NotInstalledError if there are no weights: without network, say."""
+    try:
+        return load()
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise NotInstalledError(f"controlnet_aux could not get the detector's weights: {reason}") from error
+
+
+def run(detector, image: np.ndarray, **options) -> np.ndarray:
+    """The detector at the picture's own resolution, which controlnet_aux rounds to multiples of 64, in its size."""
+    height, width = image.shape[:2]
+    resolution = max(64, min(height, width))
+    hint = detector(
+        Image.fromarray(image), detect_resolution=resolution, image_resolution=resolution, output_type="pil", **options
+    )
+    return np.asarray(hint.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))

@@ -1,0 +1,76 @@
+"""Poses from the JSON files of OpenPose and of the pose editors that write its format.
+
+Source: the OpenPose documentation, "Output format": people[].pose_keypoints_2d is x, y, confidence, x, y, confidence
+... in the order of its model BODY_25 (25 keypoints) or COCO (18). canvas_width and canvas_height are the editors'
+addition.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .pose import draw_pose
+
+# COCO's keypoint i is BODY_25's COCO_IN_BODY_25[i]: all but the middle of the hips (8) and the feet (19 to 24).
+COCO_IN_BODY_25 = [*range(8), *range(9, 19)]
+
+
+@dataclass(frozen=True)
+class Pose:
+    """People (P, 18, 3): x, y in pixels, confidence, 0 if missing; the canvas's height and width, 0 if not known."""
+
+    keypoints: np.ndarray
+    height: int
+    width: int
+
+
+def pose_hint(pose: Pose, *, height: int = 0, width: int = 0) -> np.ndarray:
+    """The pose's people, uint8 (H, W, 3), on its canvas or on one of `height` and `width` pixels (see pose.py)."""
+    height, width = height or pose.height, width or pose.width
+    if height < 1 or width < 1:
+        raise ValueError(
+            "the pose file has no canvas_width and canvas_height: give width and height, in pixels, of the picture in "
+            "which the pose was found"
+        )
+    # Coordinates from 0 to 1 are parts of the canvas: as pixels, a whole pose would be in the first one.
+    points, scale = pose.keypoints[..., :2], np.array([width, height])
+    if np.abs(points).max(initial=0) > 1:
+        scale = np.ones(2)
+    return draw_pose(np.concatenate([points * scale, pose.keypoints[..., 2:]], axis=-1), (height, width))
+
+
+def read_pose(path: str | Path) -> Pose:
+    """The people in an OpenPose JSON file; hands and faces are left out. Raises ValueError if it is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f'"{path}" does not exist or is a folder: give the path of an OpenPose JSON file')
+    try:
+        frame = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(frame, list) and len(frame) == 1:  # some editors write a list of frames
+            frame = frame[0]
+        people = [person_keypoints(person["pose_keypoints_2d"]) for person in frame["people"] if has_body(person)]
+        height, width = (int(frame.get(key) or 0) for key in ("canvas_height", "canvas_width"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f'"{path}" is not readable as a pose ({what}): expected OpenPose JSON, {{"people": [{{"pose_keypoints_2d": '
+            '[x, y, confidence, ...]}], "canvas_width": ..., "canvas_height": ...}'
+        ) from error
+    return Pose(np.array(people, dtype=np.float64).reshape(-1, 18, 3), height, width)
+
+
+def has_body(person: dict) -> bool:
+    """Editors write people of whom only a hand or the face is seen without a body."""
+    return bool(person["pose_keypoints_2d"])
+
+
+def person_keypoints(numbers: list) -> np.ndarray:
+    """54 or 75 numbers, None where there is none -> (18, 3)."""
+    keypoints = np.array([np.nan if number is None else number for number in numbers], dtype=np.float64)
+    if keypoints.size == 18 * 3:
+        return keypoints.reshape(18, 3)
+    if keypoints.size == 25 * 3:
+        return keypoints.reshape(25, 3)[COCO_IN_BODY_25]
+    raise ValueError(f"a person has {keypoints.size} numbers, expected 54 (COCO) or 75 (BODY_25)")

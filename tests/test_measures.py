@@ -5,8 +5,17 @@ import pytest
 import torch
 
 from controlnet.colours import BASIC_COLOURS, COLOURS
-from controlnet.measures import iou, nearest_colour, psnr, same_colour, split_disc
-from controlnet.worlds import Fill50k, draw_circle
+from controlnet.measures import (
+    colour_agreement,
+    foreground,
+    iou,
+    keypoint_distance,
+    nearest_colour,
+    psnr,
+    same_colour,
+    split_disc,
+)
+from controlnet.worlds import Fill50k, People, Shapes, draw_circle
 
 
 def test_discs_and_colours_are_read_off_true_pictures():
@@ -54,3 +63,31 @@ def test_colours_with_two_names_are_the_same():
 def test_psnr_of_a_known_difference():
     a = torch.zeros(2, 3, 8, 8)
     assert psnr(a, a + 0.2) == pytest.approx(20.0, abs=1e-4)  # a tenth of the range
+
+
+def test_the_foreground_of_true_pictures_is_their_figures():
+    for world in (People(128), Shapes(128)):
+        assert np.mean([iou(foreground(s.image), s.mask) for s in map(world.__getitem__, range(40))]) > 0.9
+
+
+def test_key_points_of_true_pictures_lie_on_the_figure_and_other_peoples_do_not():
+    samples = [People(128)[i] for i in range(20)]
+    own = [keypoint_distance(foreground(s.image), s.keypoints) for s in samples]
+    others = [keypoint_distance(foreground(a.image), b.keypoints) for a, b in zip(samples, samples[1:], strict=False)]
+    assert np.mean(own) < 0.5 and np.mean(others) > 8 * np.mean(own)
+
+
+def test_key_point_distances_are_in_pixels():
+    mask = np.zeros((20, 40), bool)
+    mask[5, 10] = True
+    points = np.array([[10.5, 5.5], [10.5, 12.5]])  # the pixel itself, and seven below
+    assert keypoint_distance(mask, points) == pytest.approx((7 - 0.5**0.5) / 2)
+    assert keypoint_distance(~mask & mask, points) == pytest.approx(np.hypot(20, 40))
+
+
+def test_colours_agree_with_themselves_under_a_little_noise_and_not_with_others():
+    a, b = (draw_circle(64, 30, 30, 20, *names) for names in (("red", "white"), ("blue", "white")))
+    noisy = (a.image.astype(int) + np.random.default_rng(0).integers(-9, 10, a.image.shape)).clip(0, 255)
+    assert colour_agreement(noisy.astype(np.uint8), a.image, a.mask) > 0.97
+    assert colour_agreement(b.image, a.image, a.mask) < 0.03
+    assert colour_agreement(b.image, a.image, ~a.mask) > 0.97

@@ -64,11 +64,12 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Ids (B, positions), int64: start, text, end, padding; a text that is too long is cut and closed with end."""
-        ids = torch.full((len(prompts), self.positions), self.padding)
-        for row, prompt in zip(ids, prompts, strict=True):
-            text = [self.start, *self.encode(prompt)][: self.positions - 1] + [self.end]
-            row[: len(text)] = torch.tensor(text)
-        return ids
+        return torch.tensor([self.framed(self.encode(prompt)[: self.positions - 2]) for prompt in prompts])
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """At most `positions` - 2 ids of a text -> `positions` ids: start, text, end, padding."""
+        framed = [self.start, *ids, self.end]
+        return framed + [self.padding] * (self.positions - len(framed))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, without start and end token.

@@ -1,0 +1,163 @@
+"""Prompts as they are typed in A1111's web UI -> the context of the UNet's cross-attention.
+
+    (word)        1.1 times as much attention; ((word)) 1.21 times
+    [word]        1 / 1.1 times
+    (word:1.3)    1.3 times; any of them around several words, and inside each other
+    \\( \\) \\[ \\]   the bracket itself
+    BREAK         the rest begins a new chunk of 75 tokens
+
+A text encoder reads 77 tokens at once: start, 75 of the prompt, end. A chunk is one such reading, and the context of
+several chunks is their contexts one after the other. Brackets that are not closed end with the prompt; one that was
+never opened is text. Shapes: B prompts, M tokens (77 a chunk), D context width.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ldm.stable_diffusion import StableDiffusion
+from ldm.tokenizer import Tokenizer
+
+MORE = 1.1  # what a pair of brackets multiplies or divides by
+
+SYNTAX = re.compile(
+    r"""\\(?P<escaped>[()\[\]\\])
+    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)     # the end of (word:1.3)
+    | (?P<bracket>[()\[\]])
+    | \s*\b(?P<new_chunk>BREAK)\b\s*
+    | (?P<text>[^\\()\[\]:B\s]+ | .)                    # up to what could begin one of the above""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+@dataclass
+class Piece:
+    text: str
+    weight: float = 1.0
+
+
+def parse(prompt: str) -> list[list[Piece]]:
+    """A prompt -> its parts between BREAKs, each as pieces of text with their weights, neighbours' weights unequal."""
+    pieces: list[Piece | None] = []  # None is a BREAK
+    opened = {"(": [], "[": []}  # where, by number of pieces
+
+    def close(bracket: str, factor: float) -> None:
+        for piece in pieces[opened[bracket].pop() :]:
+            if piece is not None:
+                piece.weight *= factor
+
+    for found in SYNTAX.finditer(prompt):
+        kind, value = found.lastgroup, found[found.lastgroup]
+        if kind == "new_chunk":
+            pieces.append(None)
+        elif kind == "bracket" and value in opened:
+            opened[value].append(len(pieces))
+        elif kind == "weight" and opened["("]:
+            close("(", float(value))
+        elif found[0] == ")" and kind == "bracket" and opened["("]:
+            close("(", MORE)
+        elif found[0] == "]" and kind == "bracket" and opened["["]:
+            close("[", 1 / MORE)
+        else:
+            pieces.append(Piece(value if kind == "escaped" else found[0]))
+    for bracket, factor in (("(", MORE), ("[", 1 / MORE)):
+        while opened[bracket]:
+            close(bracket, factor)
+    return joined(pieces)
+
+
+def joined(pieces: list[Piece | None]) -> list[list[Piece]]:
+    parts: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if piece is None:
+            parts.append([])
+        elif parts[-1] and parts[-1][-1].weight == piece.weight:
+            parts[-1][-1].text += piece.text
+        else:
+            parts[-1].append(Piece(piece.text, piece.weight))
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+@dataclass
+class Tokens:
+    """Ids without start and end token, and how much each counts."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def __getitem__(self, span: slice) -> "Tokens":
+        return Tokens(self.ids[span], self.weights[span])
+
+
+def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[Tokens]:
+    """One for each part between BREAKs, of any length."""
+    parts = []
+    for pieces in parse(prompt):
+        tokens = Tokens()
+        for piece in pieces:
+            ids = tokenizer.encode(piece.text)
+            tokens.ids += ids
+            tokens.weights += [piece.weight] * len(ids)
+        parts.append(tokens)
+    return parts
+
+
+def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
+    """Chunks of at most 75 tokens. A part that is longer is cut after its first chunk, or with `long` goes on in the
+    next, wherever in a word or a sentence that is (A1111 moves the end of a sentence to the next chunk)."""
+    length = tokenizer.positions - 2
+    chunks = []
+    for tokens in tokens_of(tokenizer, prompt):
+        end = max(1, len(tokens.ids)) if long else 1
+        chunks += [tokens[start : start + length] for start in range(0, end, length)]
+    return chunks
+
+
+def cut_texts(tokenizer: Tokenizer, prompt: str) -> list[str]:
+    """What a prompt loses where it is not read as a long one: the end of each part that has too many tokens."""
+    ends = [tokens.ids[tokenizer.positions - 2 :] for tokens in tokens_of(tokenizer, prompt)]
+    return [tokenizer.decode(ids) for ids in ends if ids]
+
+
+# ---------------------------------------------------------------------------------------------------- contexts
+
+
+def encode_prompts(sd: StableDiffusion, prompts: list[str], clip_skip: int = 1, long: bool = False) -> Tensor:
+    """B prompts -> contexts (B, M, D), M = 77 for each chunk of the longest; others are filled up with empty chunks.
+
+    `clip_skip` 1 is the layer that the published model reads, 2 the one before it. Raises ValueError for a layer that
+    does not exist.
+    """
+    chunks = [chunks_of(sd.tokenizer, prompt, long) for prompt in prompts]
+    count = max(map(len, chunks))
+    rows = [encode_chunks(sd, each + [Tokens()] * (count - len(each)), clip_skip) for each in chunks]
+    return torch.stack([rearrange(row, "chunks m d -> (chunks m) d") for row in rows])
+
+
+def encode_chunks(sd: StableDiffusion, chunks: list[Tokens], clip_skip: int) -> Tensor:
+    """(chunks, 77, D). Weights multiply a token's context; then the chunk's mean is brought back to what it was, as in
+    A1111's default ("Original" emphasis; there one mean for all prompts of a batch)."""
+    ids = torch.tensor([sd.tokenizer.framed(tokens.ids) for tokens in chunks])
+    contexts = sd.text_encoder(ids.to(sd.text_encoder.token_embedding.weight.device), clip_skip)
+    return torch.stack([weighted(z, tokens.weights) for z, tokens in zip(contexts, chunks, strict=True)])
+
+
+def weighted(context: Tensor, weights: list[float]) -> Tensor:
+    """A chunk's context (77, D) with weights for the tokens after the start token."""
+    if all(weight == 1 for weight in weights):
+        return context
+    factors = torch.ones(len(context), 1)
+    factors[1 : 1 + len(weights), 0] = torch.tensor(weights)
+    plain = context.float()
+    result = plain * factors.to(context.device)
+    # The released text encoders have a mean of a tenth of their deviation. A small one's can be next to nothing, and
+    # the ratio of two such means is arbitrary.
+    if plain.mean().abs() > 0.02 * plain.std():
+        result = result * (plain.mean() / result.mean())
+    return result.to(context.dtype)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from . import learned
 from .canny import canny
@@ -26,19 +27,22 @@ from .pose import draw_pose
 
 __all__ = [
     "DETECTORS",
+    "LEARNED_NOTE",
     "Detector",
     "NotInstalledError",
     "canny",
     "detect",
     "detect_file",
     "draw_pose",
+    "find_detector",
+    "in_words",
     "inpaint",
     "options_of",
     "parse_options",
 ]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAPS = (".npy", ".npz", ".png", ".tif", ".tiff")
+MAPS = (".npy", ".npz", *PICTURES)
 POSES = (".json",)
 
 
@@ -98,12 +102,25 @@ def detect(name: str, source: Any, **options) -> np.ndarray:
     return detector.make(source, **options)
 
 
-def detect_file(name: str, path: str | Path, **options) -> np.ndarray:
-    """The hint from a file: a picture, or a map or pose file, whatever the detector named reads. Raises ValueError."""
-    return detect(name, find_detector(name).read(Path(path)), **options)
+def detect_file(
+    name: str, path: str | Path, fit: Callable[[Image.Image], Image.Image] | None = None, **options
+) -> np.ndarray:
+    """The hint from a file: a picture, or a map or pose file, whatever the detector named reads. Raises ValueError.
+
+    `fit` brings a picture to the size wanted: a photograph before the detector sees it, since what it finds depends on
+    the resolution; of other files the hint.
+    """
+    detector = find_detector(name)
+    source = detector.read(Path(path))
+    if fit is None:
+        return detect(name, source, **options)
+    if detector.read is read_photograph:
+        return detect(name, np.asarray(fit(Image.fromarray(source))), **options)
+    return np.asarray(fit(Image.fromarray(detect(name, source, **options))))
 
 
 def find_detector(name: str) -> Detector:
+    """Raises ValueError if there is none of that name."""
     if name not in DETECTORS:
         raise ValueError(f'there is no detector "{name}", expected {", ".join(DETECTORS)}')
     return DETECTORS[name]

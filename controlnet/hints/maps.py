@@ -77,7 +77,10 @@ def one_channel(values: np.ndarray) -> np.ndarray:
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
         values = values.squeeze(axis=0 if values.shape[0] == 1 else 2)
     if values.ndim != 2 or not values.size:
-        raise ValueError(f"the map has the shape {values.shape}, expected one number for each pixel, (H, W)")
+        raise ValueError(
+            f"the map has the shape {values.shape}, expected one number for each pixel, (H, W); a colour photograph is "
+            "no map"
+        )
     return values
 
 

@@ -59,7 +59,8 @@ def tile(image: np.ndarray, *, factor: int = 8) -> np.ndarray:
     """Smaller by `factor` (2, 4, 8 ...), each pixel the mean of its area, and smoothly enlarged again.
 
     With factor 8 and sides that are multiples of 8, to the bit the hint of the published tile demo (v1.1,
-    gradio_tile.py) from a picture of the hint's size. Raises ValueError for another factor.
+    gradio_tile.py) from a picture of the hint's size; as there, it lies (factor - 1) / 2 pixels too far up and left.
+    Raises ValueError for another factor.
     """
     if factor < 1 or factor & (factor - 1):
         raise ValueError(f"tile's factor is {factor}, expected 2, 4, 8 or another power of two")

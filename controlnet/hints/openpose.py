@@ -35,9 +35,9 @@ def pose_hint(pose: Pose, *, height: int = 0, width: int = 0) -> np.ndarray:
             "which the pose was found"
         )
     # Coordinates from 0 to 1 are parts of the canvas: as pixels, a whole pose would be in the first one.
-    points, scale = pose.keypoints[..., :2], np.array([width, height])
-    if np.abs(points).max(initial=0) > 1:
-        scale = np.ones(2)
+    points = pose.keypoints[..., :2]
+    in_pixels = (np.abs(points) > 1).any()  # not of NaN
+    scale = np.ones(2) if in_pixels else np.array([width, height])
     return draw_pose(np.concatenate([points * scale, pose.keypoints[..., 2:]], axis=-1), (height, width))
 
 

@@ -9,7 +9,7 @@
 Sizes are (height, width) in pixels. Shapes: H W pixels, h = H/8, w = W/8.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import Config
-from ldm.samplers import Denoise, OnStep, sample
+from ldm.samplers import Denoise, Noise, OnStep, sample, timesteps_for
 from ldm.stable_diffusion import StableDiffusion
 
+from .finite import finite
 from .guidance import Control, guided
-from .images import Size, fitted_size, resized, to_hints, to_picture
+from .image_to_image import Init, Start
+from .images import Size, described, fitted_size, resized, to_hints, to_picture
+from .low_memory import decode, on_device, posterior_of
+from .prompts import encode_prompts
 
 # The guidance when none is asked for: the released Stable Diffusion's default, and less for the small base.
 DEFAULT_CFG = 7.5
@@ -65,37 +69,67 @@ def generate(
     eta: float = 0.0,
     seed: int = 0,
     on_step: OnStep | None = None,
+    init: Init | None = None,
+    clip_skip: int = 1,
+    long_prompts: bool = False,
+    low_memory: torch.device | str | None = None,
 ) -> list[Image.Image]:
-    """`count` pictures of `size`; without it, of the hints' size, or square at the model's resolution.
+    """`count` pictures of `size`; without it, of the hints' size, or fitted to `init`, or square.
 
     Picture i has the seed `seed + i` and is the same whatever `count` is. Latents are fp32 also where the networks
     are not. `on_step` is the sampler's (see ldm/samplers.py), called for one picture after the other. `cfg` None is
-    `default_cfg`. The ControlNets must be on the device and in the dtype of `sd`; hints are brought there.
+    `default_cfg`. Prompts are read as prompts.py says. The ControlNets must be on the device and in the dtype of `sd`;
+    hints and masks are brought there.
+
+    `low_memory` names the device to compute on while `sd` and the ControlNets wait on the CPU: each is there only
+    while it is used, the branches of the guidance are evaluated one after the other, and pictures are encoded and
+    decoded in strips. The picture is the same to rounding.
 
     Raises ValueError for a size the model cannot make, hints of other sizes, a seed outside 0..2^63 - 1, or what
-    `sample` does not accept (sampler, steps, eta), FloatingPointError for a result that is not finite.
+    `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip), FloatingPointError with the layer's
+    name for a result that is not finite.
     """
-    height, width = picture_size(sd.config, controls, size)
+    height, width = size = picture_size(sd.config, controls, size, init)
     check_seeds(seed, count)
     cfg = default_cfg(sd.config) if cfg is None else cfg
-    denoise = make_denoise(sd, prompt, negative, cfg, controls)
+    timesteps = timesteps_for(sampler, sd.schedule, steps)
+    start = None
+    if init is not None:
+        init = init.resized(size)
+        with on_device(low_memory, sd.vae):
+            posterior = posterior_of(sd.vae, init.image, low_memory is not None)
+        start = Start(init, posterior, sd.config.vae.scale, sd.schedule, timesteps)
+    skip = start.skip if start else 0
+    with on_device(low_memory, sd.text_encoder):
+        contexts = prompt_contexts(sd, prompt, negative, clip_skip, long_prompts)
+
     shape = (1, sd.config.unet.latent_channels, height // sd.config.vae.downscale, width // sd.config.vae.downscale)
+    with on_device(low_memory, sd.unet, *(control.net for control in controls)):
+        denoise = make_denoise(sd, *contexts, cfg, controls, timesteps[skip:], batched=low_memory is None)
+        latents = []
+        for i in range(count):
+            noise = noise_of(seed + i)
+            x = noise(torch.empty(shape, device=next(sd.unet.parameters()).device))  # only shape and device count
+            keep = None
+            if start:
+                x, keep = start.begin(x, noise)
+            latents.append(sample(sampler, denoise, x, sd.schedule, steps, eta, noise, keep, on_step, skip))
 
-    pictures = []
-    for i in range(count):
-        noise = noise_of(seed + i)
-        x = noise(torch.empty(shape, device=next(sd.unet.parameters()).device))  # only its shape and device count
-        latents = sample(sampler, denoise, x, sd.schedule, steps, eta, noise, on_step=on_step)
-        (image,) = sd.decode(latents)
-        check_finite(image)
-        pictures.append(to_picture(image))
-    return pictures
+    with on_device(low_memory, sd.vae):
+        pictures = [to_picture(decode(sd.vae, x, low_memory is not None)[0]) for x in latents]
+    if init is None or init.mask is None:
+        return pictures
+    return [Image.composite(picture, init.image, init.mask) for picture in pictures]
 
 
-def picture_size(config: Config, controls: Sequence[Control], size: Size | None) -> Size:
+# ---------------------------------------------------------------------------------------------------- sizes and seeds
+
+
+def picture_size(config: Config, controls: Sequence[Control], size: Size | None, init: Init | None = None) -> Size:
     """The size that is meant. Raises ValueError if the model cannot make it or a hint is of another."""
     if size is None:
-        size = tuple(controls[0].hint.shape[-2:]) if controls else default_size(config)
+        own = default_size(config, init.image if init else None)
+        size = tuple(controls[0].hint.shape[-2:]) if controls else own
     check_size(config, size)
     for control in controls:
         if control.hint.shape[-2:] != size:
@@ -115,11 +149,6 @@ def check_size(config: Config, size: Size) -> None:
         )
 
 
-def described(size: Size) -> str:
-    height, width = size
-    return f"{width}x{height} (width x height)"
-
-
 def check_seeds(seed: int, count: int) -> None:
     """Raises ValueError if a picture's seed is one that a generator does not take."""
     last = 2**63 - max(1, count)
@@ -127,23 +156,34 @@ def check_seeds(seed: int, count: int) -> None:
         raise ValueError(f"the seed is {seed}, expected 0 to {last}: take a number between them")
 
 
-def make_denoise(sd: StableDiffusion, prompt: str, negative: str, cfg: float, controls: Sequence[Control]) -> Denoise:
-    """The guided UNet for one picture's fp32 latents: it computes in the base's own dtype."""
-    parameter = next(sd.unet.parameters())
-    contexts = [sd.encode_text([text]) for text in (prompt, negative)]
-    denoise = guided(sd.unet, *contexts, cfg, [replace(c, hint=c.hint.to(parameter)) for c in controls])
-    return lambda x, t: denoise(x.to(parameter.dtype), t)
-
-
-def noise_of(seed: int) -> Callable[[Tensor], Tensor]:
+def noise_of(seed: int) -> Noise:
     """noise(x) -> unit noise like x, drawn on the CPU: the same on every device, and one picture's alone."""
     generator = torch.Generator().manual_seed(seed)
     return lambda x: torch.randn(x.shape, generator=generator).to(x)
 
 
-def check_finite(image: Tensor) -> None:
-    """Raises FloatingPointError where a picture would come out black."""
-    if not image.isfinite().all():
-        remedy = "take a lower guidance or another checkpoint" if image.dtype == torch.float32 else "take float32"
-        computed = str(image.dtype).removeprefix("torch.")
-        raise FloatingPointError(f"the picture, computed in {computed}, has values that are not finite: {remedy}")
+# ---------------------------------------------------------------------------------------------------- the networks
+
+
+def prompt_contexts(sd: StableDiffusion, prompt: str, negative: str, clip_skip: int, long: bool) -> tuple[Tensor, ...]:
+    """The two contexts (1, M, D), of equal length."""
+    networks = {"text_encoder": sd.text_encoder}
+    return finite(lambda: encode_prompts(sd, [prompt, negative], clip_skip, long), networks).split(1)
+
+
+def make_denoise(
+    sd: StableDiffusion,
+    prompt: Tensor,
+    negative: Tensor,
+    cfg: float,
+    controls: Sequence[Control],
+    timesteps: Sequence[int],
+    batched: bool,
+) -> Denoise:
+    """The guided UNet for one picture's fp32 latents: it computes in the base's own dtype."""
+    like = next(sd.unet.parameters())
+    prompt, negative = prompt.to(like), negative.to(like)
+    controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
+    denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched)
+    networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
+    return lambda x, t: finite(lambda: denoise(x.to(like.dtype), t), networks)

@@ -16,6 +16,11 @@ from torch import Tensor
 Size = tuple[int, int]
 
 
+def described(size: Size) -> str:
+    height, width = size
+    return f"{width}x{height} (width x height)"
+
+
 def read_image(path: str | Path) -> Image.Image:
     """The picture in a file as RGB, 8 bit, upright as its camera says, transparent parts over white.
 
@@ -71,6 +76,11 @@ def to_images(pictures: Iterable[np.ndarray]) -> Tensor:
 def to_hints(pictures: Iterable[np.ndarray]) -> Tensor:
     """uint8 pictures (H, W, 3) -> (B, 3, H, W) in [0, 1], the range of hints."""
     return torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 255
+
+
+def to_mask(picture: Image.Image) -> Tensor:
+    """A picture of mode L -> (1, 1, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(picture))[None, None] / 255
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -167,7 +167,8 @@ def test_a_picture_that_is_not_finite_is_refused():
     broken = small_sd()
     broken.unet.decoder.conv_out.bias.fill_(torch.nan)
     with pytest.raises(
-        FloatingPointError, match="computed in float32, has values that are not finite: take a lower guidance"
+        FloatingPointError,
+        match="^unet.decoder.conv_out, computed in float32, gives values that are not finite: take a lower guidance",
     ):
         arrays(broken)
 

@@ -19,6 +19,7 @@ Shapes: B batch, H W pixels, h = H/8, w = W/8, C channels, M prompt tokens, D co
 
 import copy
 import json
+import warnings
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -27,16 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import (
-    IGNORED_BESIDE_CONTROL,
-    gather,
-    load_parts,
-    open_checkpoint,
-    recognise_control,
-    save_checkpoint,
-)
+from ldm.checkpoint import IGNORED_BESIDE_CONTROL, Checkpoint, gather, load_parts, open_checkpoint, save_checkpoint
 from ldm.config import ControlConfig
-from ldm.key_maps import control_map
+from ldm.diffusers_layout import control_values, save_control
+from ldm.key_maps import Layout, control_map, diffusers_control_map, unet_map
+from ldm.recognise import recognise_control
 from ldm.unet import UNet
 
 
@@ -90,7 +86,8 @@ class ControlNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
         """The residuals for `UNet.forward`: one (B, C, h, w) for each skip in the encoder's order, the middle's last.
 
-        x (B, 4, h, w), t (B,), context (B, M, D), hint (B, 3, H, W) in [0, 1].
+        x (B, 4, h, w), t (B,), context (B, M, D), hint (B, 3, H, W) in [0, 1]. With global average pooling a residual
+        is the mean over its positions, (B, C, 1, 1).
         """
         return self.residuals(x, t, context, self.hint_encoder(hint))
 
@@ -98,7 +95,10 @@ class ControlNet(nn.Module):
         """`forward` from the hint encoder's `features` (B, C, h, w): they are the same at every step of sampling."""
         encoded = self.encoder(x, t, context, hint_features=features)
         residuals = [conv(skip) for conv, skip in zip(self.zero_convs, encoded.skips, strict=True)]
-        return [*residuals, self.middle_zero_conv(encoded.middle)]
+        residuals.append(self.middle_zero_conv(encoded.middle))
+        if self.config.global_average_pooling:
+            residuals = [residual.mean(dim=(2, 3), keepdim=True) for residual in residuals]  # (B, C, 1, 1)
+        return residuals
 
     @classmethod
     def load(
@@ -107,23 +107,93 @@ class ControlNet(nn.Module):
         unet: UNet,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        global_average_pooling: bool | None = None,
     ) -> "ControlNet":
         """A trained ControlNet for `unet`, on its device and in its dtype unless others are given; it stays trainable.
 
-        The file is safetensors in the original layout; of a base together with its ControlNet only the latter is read.
+        The file or folder is in any published layout; of a base together with its ControlNet only the latter is read,
+        with a warning if that base is not `unet`. To a file that holds the difference to a base, `unet` is added.
+        `global_average_pooling` says what no tensor does: see recognise.py.
         Raises CheckpointError if there is no such file, no ControlNet in it, or one that does not fit `unet`.
         """
         checkpoint = open_checkpoint(path)
-        prefix, config = recognise_control(checkpoint)
+        found = recognise_control(checkpoint, global_average_pooling)
         with torch.device("meta"):
-            control = cls(UNet(unet.config), config)
-        parts = [(control, control_map(unet.config, config, prefix))]
+            control = cls(UNet(unet.config), found.config)
         like = next(unet.parameters())
-        load_parts(checkpoint, parts, IGNORED_BESIDE_CONTROL, dtype or like.dtype, device or like.device)
+        device, dtype = torch.device(device or like.device), dtype or like.dtype
+        parts = [(control, found.key_map(unet.config))]
+        load_parts(checkpoint, parts, IGNORED_BESIDE_CONTROL, torch.float32 if found.difference else dtype, device)
+        if found.difference:
+            control.add_encoder(unet)
+            control.to(dtype)
+        elif not same_decoder(checkpoint, unet):
+            warnings.warn(
+                f'"{path}" carries the base that it was trained with, and that is not the one in use: for the '
+                "published result load the base from this file, too",
+                stacklevel=2,
+            )
         return control
 
-    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the original layout, which other programs read too. `dtype` None keeps the parameters' own."""
-        tensors = gather(self, control_map(self.encoder.config, self.config), dtype)
-        config = {"unet": asdict(self.encoder.config), "control": asdict(self.config)}
-        save_checkpoint(path, tensors, {"config": json.dumps(config)})
+    def save(
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        layout: Layout = "ldm",
+        difference_to: UNet | None = None,
+    ) -> None:
+        """Write a file in the original layout, or a new folder in diffusers'. `dtype` None keeps the parameters' own.
+
+        With `difference_to` (original layout only) the file holds the copy minus the encoder of that base, marked as
+        other programs mark it: loaded with another base of the family, the ControlNet is transferred to it.
+        Raises CheckpointError for a folder that exists.
+        """
+        unet = self.encoder.config
+        metadata = {"config": json.dumps({"unet": asdict(unet), "control": asdict(self.config)})}
+        if layout == "diffusers":
+            tensors = gather(self, diffusers_control_map(unet, self.config), dtype)
+            save_control(path, control_values(unet, self.config), tensors, metadata)
+            return
+        control, marks = self, {}
+        if difference_to is not None:
+            control, marks = copy.deepcopy(self), {"difference": torch.zeros(1)}
+            control.add_encoder(difference_to, -1)
+        tensors = gather(control, control_map(unet, self.config), dtype)
+        save_checkpoint(path, tensors | marks, metadata)
+
+    @torch.no_grad()
+    def add_encoder(self, unet: UNet, factor: float = 1.0) -> None:
+        """Add `factor` times the encoder of `unet` to the copy, in fp32 at least.
+
+        copy + (encoder of another base - encoder of its own) is a ControlNet for the other base (the paper's Figure 12,
+        made exact).
+        """
+        for own, other in zip(self.encoder.parameters(), unet.encoder.parameters(), strict=True):
+            own.data = (own.float() + factor * other.to(own.device).float()).to(own.dtype)
+
+    @torch.no_grad()
+    def transfer(self, source: UNet, target: UNet) -> None:
+        """From the base `source`, whose encoder this was copied from, to `target`, another one of its family.
+
+        The copy moves by what distinguishes the encoders; between equal ones nothing changes.
+        """
+        encoders = (self.encoder, source.encoder, target.encoder)
+        for own, old, new in zip(*(encoder.parameters() for encoder in encoders), strict=True):
+            own.data = (own.float() + (new.float() - old.float()).to(own.device)).to(own.dtype)
+
+
+def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:
+    """Whether the base in a file, if there is one, is `unet`, by its decoder's biases and norms.
+
+    ControlNet 1.0 was trained with the decoder unlocked for some of the files (its repository, issue 46).
+    """
+    sources = unet_map(unet.config).sources(unet.state_dict())
+    for name, parameter in unet.named_parameters():
+        key = sources[name].key
+        if name.startswith("decoder.") and parameter.ndim == 1 and key in checkpoint.tensors and not parameter.is_meta:
+            if checkpoint.shape(key) != parameter.shape:
+                return False
+            stored = checkpoint.tensor(sources[name], parameter.dtype, parameter.device)
+            if not torch.equal(stored, parameter):
+                return False
+    return True

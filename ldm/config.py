@@ -3,7 +3,7 @@
 A level is one resolution of the UNet or the VAE; level 0 is the finest. Tuples have one entry a level.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 
@@ -80,10 +80,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ControlConfig:
-    """What a ControlNet adds to the copy of the UNet's encoder: the channels along its hint encoder."""
+    """What a ControlNet adds to the copy of the UNet's encoder."""
 
     hint_channels: int = 3
-    hint_widths: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)
+    hint_widths: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)  # the channels along its hint encoder
+    # Only the mean of each residual over all positions is added, as for the shuffled hints of ControlNet 1.1.
+    global_average_pooling: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ _SD2_TEXT = TextConfig("open_clip", width=1024, heads=16, layers=24)
 
 SD21_BASE = Config("sd21-base", unet=_SD2_UNET, text=_SD2_TEXT)
 SD21 = Config("sd21", unet=_SD2_UNET, text=_SD2_TEXT, schedule=ScheduleConfig("v"), resolution=768)
+# SD 2.0 has the same architecture.
+SD20_BASE = replace(SD21_BASE, name="sd20-base")
+SD20 = replace(SD21, name="sd20")
 
 # The family at the size of a laptop: 128x128 pictures, 16x16 latents. Its few groups keep a flat picture's colour
 # readable through the norms: with 32 groups of one channel each, GroupNorm would take every channel's mean away.
@@ -140,4 +145,4 @@ TINY = Config(
     resolution=128,
 )
 
-PRESETS = {config.name: config for config in (SD15, SD21_BASE, SD21, TINY)}
+PRESETS = {config.name: config for config in (SD15, SD21_BASE, SD21, SD20_BASE, SD20, TINY)}

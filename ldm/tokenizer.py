@@ -113,23 +113,36 @@ def load_merges(count: int) -> tuple[dict[int, int], list[bytes], dict[tuple[int
 
     An earlier merge has a lower id, so the ids are also the order in which merges are tried.
     """
-    # The table writes a printable byte as the Latin-1 character, any other as a character from U+0100 on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [chr(0x100 + i) for i in range(len(others))]
-
-    values = [bytes([byte]) for byte in printable + others]
-    byte_ids = {value[0]: i for i, value in enumerate(values)}
+    letters = byte_letters()
+    values = [bytes([byte]) for byte in letters]
+    byte_ids = {byte: i for i, byte in enumerate(letters)}
     values += [value + b" " for value in values]
-    ids = {symbol: i for i, symbol in enumerate(letters + [letter + "</w>" for letter in letters])}
+    ids = {symbol: i for i, symbol in enumerate(byte_symbols())}
 
     merges = {}
-    with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as lines:
-        for line in islice(lines, 1, 1 + count):  # the first line is a header
-            left, right = line.split()
-            merges[ids[left], ids[right]] = ids[left + right] = len(values)
-            values.append(values[ids[left]] + values[ids[right]])
+    for left, right in merge_table(count):
+        merges[ids[left], ids[right]] = ids[left + right] = len(values)
+        values.append(values[ids[left]] + values[ids[right]])
     return byte_ids, values, merges
+
+
+def byte_letters() -> dict[int, str]:
+    """How the table writes each byte, in the order of their ids: a printable one as the Latin-1 character, any other as
+    a character from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+
+
+def byte_symbols() -> list[str]:
+    """The symbols of the ids below 512, as the table writes them."""
+    letters = list(byte_letters().values())
+    return letters + [letter + "</w>" for letter in letters]
+
+
+def merge_table(count: int) -> list[tuple[str, str]]:
+    with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as lines:
+        return [tuple(line.split()) for line in islice(lines, 1, 1 + count)]  # the first line is a header
 
 
 def clean(text: str, family: str) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 import ldm.stable_diffusion
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoint import CheckpointError, open_checkpoint, recognise, save_checkpoint
+from ldm.checkpoint import CheckpointError, open_checkpoint, save_checkpoint
 from ldm.config import SD15, SD21, SD21_BASE, TINY, ControlConfig
+from ldm.recognise import recognise
 from ldm.unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -286,22 +288,22 @@ def file_of(tmp_path, shapes, metadata=None, name="file"):
 
 def test_families_are_recognised_by_the_context(tmp_path):
     sd1 = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (320, 768)}, name="sd1"))
-    assert recognise(sd1) == SD15
-    assert recognise(sd1, "v").schedule.prediction == "v"
+    assert recognise(sd1).config == SD15
+    assert recognise(sd1, "v").config.schedule.prediction == "v"
     sd2 = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (320, 1024)}, name="sd2"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert recognise(sd2, "eps") == SD21_BASE
-        assert recognise(sd2, "v") == SD21
+        assert recognise(sd2, "eps").config == SD21_BASE
+        assert recognise(sd2, "v").config == SD21
     with pytest.warns(UserWarning, match="assuming v: say --prediction eps"):
-        assert recognise(sd2) == SD21
+        assert recognise(sd2).config == SD21
 
 
 def test_metadata_come_first_and_the_argument_before_them(tmp_path):
     metadata = {"config": json.dumps(TINY.to_dict())}
     checkpoint = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (48, 128)}, metadata))
-    assert recognise(checkpoint) == TINY
-    assert recognise(checkpoint, "x0") == replace(TINY, schedule=replace(TINY.schedule, prediction="x0"))
+    assert recognise(checkpoint).config == TINY
+    assert recognise(checkpoint, "x0").config == replace(TINY, schedule=replace(TINY.schedule, prediction="x0"))
 
 
 def test_presets_are_found_in_weights(tmp_path, monkeypatch):
@@ -327,7 +329,7 @@ def test_presets_are_found_in_weights(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-def test_files_that_are_no_safetensors(folder, tmp_path):
+def test_files_that_are_no_checkpoints(folder, tmp_path):
     data = (folder / "mini_sd1_control_only.safetensors").read_bytes()
     header = int.from_bytes(data[:8], "little")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265146304\n"
@@ -335,10 +337,14 @@ def test_files_that_are_no_safetensors(folder, tmp_path):
         "truncated": (data[:-1], "incomplete or damaged, download or copy it again"),
         "cut in the header": (data[: 8 + header // 2], "incomplete or damaged, download or copy it again"),
         "empty": (b"", "the file of 0 bytes is incomplete"),
-        "pickle": (b"PK\x03\x04" + bytes(1000), "it is a PyTorch pickle (.ckpt, .pt, .pth): convert it"),
+        "zip": (b"PK\x03\x04" + bytes(1000), "damaged, download or copy it again (it is no complete zip archive"),
+        "pickle": (pickle.dumps({"a": 1}), "a pickle that PyTorch did not write"),
         "pointer": (pointer, "git lfs pull"),
         "page": (b"<!DOCTYPE html><html>" + b" " * 1000, "it is a web page"),
-        "text": (b"hello " * 100, "it is another kind of file, expected a checkpoint in the .safetensors format"),
+        "text": (
+            b"hello " * 100,
+            "it is another kind of file, expected a .safetensors, .ckpt, .pth or .bin checkpoint",
+        ),
     }
     for name, (content, sentence) in contents.items():
         path = tmp_path / name
@@ -358,7 +364,7 @@ def test_files_that_are_no_safetensors(folder, tmp_path):
         ("model.diffusion_model.joint_blocks.0.x", "it is an SD 3 checkpoint"),
         ("lora_unet_down_blocks_0.weight", "it is a LoRA"),
         ("down_blocks.0.resnets.0.conv1.weight", "it is a UNet in diffusers' layout"),
-        ("controlnet_cond_embedding.conv_in.weight", "it is a ControlNet in diffusers' layout"),
+        ("controlnet_cond_embedding.conv_in.weight", "it is a ControlNet: pass it as --control"),
         ("encoder.weight", "something unknown (1 key: encoder.weight), expected keys of the original layout"),
         (
             "model.diffusion_model.x",
@@ -381,11 +387,24 @@ def test_unknown_sizes_and_metadata(folder, tmp_path):
     assert (
         "a context of width 64 and no architecture in its metadata: expected 768 (SD 1.x) or 1024 (SD 2.x)" in message
     )
-    for config in ('{"colour": 1}', "no json", "[1]", '{"name": "x", "unet": {"depth": 3}}'):
+    for config in ('{"name": "x", "unet": {"channels": 3, "depth": 3}}', json.dumps(UNBUILDABLE)):
         path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)}, {"config": config})
         assert "in a way that this version does not know" in error_of(StableDiffusion.load, path)
-    path = file_of(tmp_path, {"control_model.input_hint_block.0.weight": (1,)}, {"config": '{"control": {"depth": 3}}'})
+    config = '{"unet": {"channels": 3}, "control": {"depth": 3}}'
+    path = file_of(tmp_path, {"control_model.input_hint_block.0.weight": (1,)}, {"config": config})
     assert "in a way that this version does not know" in error_of(ControlNet.load, path, empty_unet(TINY))
+
+
+UNBUILDABLE = TINY.to_dict() | {"schedule": {"timesteps": 10**10}}
+
+
+@pytest.mark.parametrize(
+    "config", ['{"colour": 1}', "no json", "[1]", '{"unet": {"block_out_channels": [320]}}', "[" * 9999]
+)
+def test_metadata_of_other_programs_are_passed_over(tmp_path, config):
+    """ "config" is a common name."""
+    path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)}, {"config": config})
+    assert recognise(open_checkpoint(path)).config == SD15
 
 
 def test_missing_unexpected_and_misshapen_keys_are_named(folder, tmp_path):

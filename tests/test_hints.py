@@ -55,7 +55,7 @@ def test_gray_is_opencvs_to_the_bit(opencv):
 
 
 def test_a_chain_of_candidates_is_followed_to_its_end():
-    """A spiral of one pixel's width, connected corner to corner at its bends, from a seed in its middle."""
+    """A spiral of one pixel's width, from a seed in its middle."""
     spiral = np.zeros((41, 41), dtype=bool)
     y, x, step = 20, 20, (0, 1)
     for length in range(2, 40, 2):
@@ -64,7 +64,7 @@ def test_a_chain_of_candidates_is_followed_to_its_end():
                 spiral[y, x] = True
                 y, x = y + step[0], x + step[1]
             step = (step[1], -step[0])
-    spiral[20, 21] = False  # cut off from the middle but for nothing: the seed has no neighbour
+    spiral[20, 21] = False  # so that the first pixel is cut off from the rest
     seeds = np.zeros_like(spiral)
     seeds[20, 22] = True
     reached = connected(spiral, seeds)

@@ -52,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=detectors_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.make_hints",
+        description=__doc__,
+        epilog=detectors_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("detector", metavar="DETECTOR", help="one of those below")
     parser.add_argument("in_dir", type=Path, metavar="IN_DIR", help="the folder of pictures, pose files or maps")

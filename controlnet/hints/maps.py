@@ -55,19 +55,19 @@ def normal(values: np.ndarray, *, flip_x: bool = False, flip_y: bool = False) ->
 def segmentation(labels: np.ndarray, *, first: int = 0) -> np.ndarray:
     """Whole numbers (H, W), the classes of ADE20K -> uint8 (H, W, 3) in its colours (ade20k.py); 255 is black.
 
-    `first` is the number of the first class, "wall": 0, or 1 in the benchmark's own files, where 0 is no class and
-    black, too. Raises ValueError for another shape and for numbers that are no class.
+    `first` is the number of the first class, "wall": 0, or 1 in the benchmark's own files. The number before it is no
+    class and black, too. Raises ValueError for another shape and for numbers that are no class.
     """
     labels = one_channel(labels)
-    classes = labels.astype(np.int64) - first
-    black = (labels == UNLABELLED) | (classes == -1)
-    wrong = ~black & ((classes < 0) | (classes >= len(ADE20K)) | (labels != classes + first))
+    classes = labels.astype(np.float64) - first  # floats: unsigned integers have no -1
+    named = np.isin(classes, np.arange(len(ADE20K)))
+    wrong = ~named & (classes != -1) & (labels != UNLABELLED)
     if wrong.any():
         raise ValueError(
             f"the label map has the value {labels[wrong][0]}, expected the classes of ADE20K, {first} to "
             f"{first + len(ADE20K) - 1}, or {UNLABELLED} for none"
         )
-    return np.where(black[..., None], 0, ADE20K[classes.clip(0, len(ADE20K) - 1)]).astype(np.uint8)
+    return np.where(named[..., None], ADE20K[np.where(named, classes, 0).astype(int)], 0).astype(np.uint8)
 
 
 def one_channel(values: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ from controlnet.model import ControlNet
 from ldm import StableDiffusion, samplers
 from ldm.blocks import sinusoidal_embedding
 from ldm.checkpoint import open_checkpoint
-from ldm.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.key_maps import control_map
+from ldm.config import SD15, SD21, Config, ControlConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.key_maps import base_maps, control_map, diffusers_control_map
 from ldm.samplers import ddim_sigma, ddim_timesteps, dpmpp_step, sample_ddim
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
@@ -228,6 +228,25 @@ def train(sd, control, z0, t, noise, context, hint, only_mid=False):
     keys = control_map(control.encoder.config, control.config).sources(control.state_dict())
     gradients = {keys[name].key: parameter.grad for name, parameter in control.named_parameters()}
     return loss.item(), {key: grad.norm().item() for key, grad in gradients.items() if grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def diffusers_to_ldm(component, version):
+    config = {"sd15": SD15, "sd21": SD21}[version]
+    with torch.device("meta"):
+        model = StableDiffusion(config)
+        modules = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+        modules["controlnet"] = ControlNet(model.unet)
+    maps = {
+        layout: dict(zip(modules, (*base_maps(config, layout), make(config.unet, ControlConfig())), strict=True))
+        for layout, make in (("ldm", control_map), ("diffusers", diffusers_control_map))
+    }
+    state = modules[component].state_dict()
+    originals = maps["ldm"][component].sources(state)
+    theirs = maps["diffusers"][component].sources(state)
+    return {source.key.removeprefix(f"{component}."): originals[name].key for name, source in theirs.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ probes

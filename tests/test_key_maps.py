@@ -1,15 +1,27 @@
 """Every parameter of the released checkpoints has its place, with its shape, in both directions."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from reference import MINI_SD1, MINI_SD2, load_manifest
+from reference import FIXTURES, MINI_SD1, MINI_SD2, load_manifest
 
 from controlnet.model import ControlNet
 from ldm.checkpoint import IGNORED, wanted_shapes
 from ldm.config import SD15, SD21, TINY, ControlConfig, UNetConfig
-from ldm.key_maps import Source, control_map, names_by_key, open_clip_map, text_map, unet_map, vae_map
+from ldm.diffusers_layout import control_values, text_values, unet_values, vae_values
+from ldm.key_maps import (
+    Source,
+    base_maps,
+    control_map,
+    diffusers_control_map,
+    names_by_key,
+    open_clip_map,
+    text_map,
+    unet_map,
+    vae_map,
+)
 from ldm.text_encoder import TextEncoder
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
@@ -38,6 +50,21 @@ def control_parts(config):
         return [(ControlNet.from_unet(UNet(config.unet)), control_map(config.unet, ControlConfig()))]
 
 
+COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")
+PUBLISHED = {"sd15": SD15, "sd21": SD21}
+
+
+def diffusers_parts(config):
+    """By component; in files of one component the keys have no prefix."""
+    modules = [module for module, _ in base_parts(config) + control_parts(config)]
+    maps = (*base_maps(config, "diffusers"), diffusers_control_map(config.unet, ControlConfig()))
+    return dict(zip(COMPONENTS, zip(modules, maps, strict=True), strict=True))
+
+
+def without_component(keys, component):
+    return {key.removeprefix(f"{component}."): value for key, value in keys.items()}
+
+
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -62,6 +89,57 @@ def test_whole_control_files_are_base_and_control(version, config):
     wanted = wanted_shapes(base_parts(config) + control_parts(config))
     assert wanted == {k: v for k, v in manifest.items() if k not in IGNORED}
     assert "logvar" in manifest
+
+
+@pytest.mark.parametrize("version", PUBLISHED)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_diffusers_keys_and_shapes_are_those_of_the_published_files(version, component):
+    found = wanted_shapes([diffusers_parts(PUBLISHED[version])[component]])
+    assert without_component(found, component) == load_manifest(f"diffusers_{version}_{component}")
+
+
+@pytest.mark.parametrize("version", PUBLISHED)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_both_layouts_agree_on_where_a_parameter_stands(version, component):
+    """As diffusers' own conversion has it, rows of fused tensors and convolutions as matrices included."""
+    config = PUBLISHED[version]
+    name = f"{version}_text_encoder" if component == "text_encoder" else component
+    published = dict(leaves(json.loads((FIXTURES / "manifests" / f"map_{name}.json").read_text())))
+    module, key_map = diffusers_parts(config)[component]
+    ldm = dict(zip(COMPONENTS, [key_map for _, key_map in base_parts(config) + control_parts(config)], strict=True))
+    theirs, originals = key_map.sources(module.state_dict()), ldm[component].sources(module.state_dict())
+    found = {source.key: described(originals[name], source.matrix) for name, source in theirs.items()}
+    assert without_component(found, component) == published
+
+
+def leaves(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def described(original, matrix):
+    if original.rows is not None:
+        return f"{original.key} rows[{original.rows[0]}:{original.rows[1]}]"
+    return f"{original.key} reshape" if matrix else original.key
+
+
+@pytest.mark.parametrize("version", PUBLISHED)
+def test_configurations_for_diffusers_are_the_published_ones(version):
+    config = PUBLISHED[version]
+    ours = {
+        "unet": unet_values(config),
+        "vae": vae_values(config),
+        "text_encoder": text_values(config.text),
+        "controlnet": control_values(config.unet, ControlConfig()),
+    }
+    for component, values in ours.items():
+        published = json.loads((FIXTURES / "manifests" / f"diffusers_{version}_{component}.config.json").read_text())
+        # Sizes of pictures are hints for the user alone.
+        for key in published.keys() - {"_class", "sample_size"}:
+            assert values[key] == published[key], (component, key)
 
 
 @pytest.mark.parametrize("config", [SD15, SD21, MINI_SD1, MINI_SD2, TINY], ids=lambda config: config.name)

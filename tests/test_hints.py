@@ -428,12 +428,13 @@ def test_a_learned_detector_is_loaded_once_and_its_hint_has_the_pictures_size(mo
     assert annotator(classes["OpenposeDetector"], "cpu").options == {"include_hand": True, "include_face": False}
 
 
-def test_weights_that_cannot_be_had_are_a_sentence(monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, ModuleNotFoundError])
+def test_weights_and_packages_that_cannot_be_had_are_a_sentence(kind, monkeypatch):
     class Offline(Network):
         @classmethod
         def from_pretrained(cls, repository, **where):
-            raise OSError("no connection\nand much more")
+            raise kind("no connection\nand much more")
 
     monkeypatch.setitem(sys.modules, "controlnet_aux", SimpleNamespace(HEDdetector=Offline))
-    with pytest.raises(NotInstalledError, match="weights: no connection$"):
+    with pytest.raises(NotInstalledError, match="could not load the detector: no connection$"):
         detect("hed", noise(64, 64))

@@ -68,12 +68,12 @@ def segmenter():
 
 
 def loaded(load):
-    """Raises NotInstalledError if there are no weights: without network, say."""
+    """Raises NotInstalledError if weights, or packages that only this detector needs, can't be had: offline, say."""
     try:
         return load()
-    except OSError as error:
+    except (OSError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise NotInstalledError(f"controlnet_aux could not get the detector's weights: {reason}") from error
+        raise NotInstalledError(f"controlnet_aux could not load the detector: {reason}") from error
 
 
 def run(detector, image: np.ndarray, **options) -> np.ndarray:

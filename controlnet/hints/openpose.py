@@ -67,8 +67,8 @@ def has_body(person: dict) -> bool:
 
 
 def person_keypoints(numbers: list) -> np.ndarray:
-    """54 or 75 numbers, None where there is none -> (18, 3)."""
-    keypoints = np.array([np.nan if number is None else number for number in numbers], dtype=np.float64)
+    """54 or 75 numbers, None for those that are missing -> (18, 3)."""
+    keypoints = np.array(numbers, dtype=np.float64)  # None becomes NaN
     if keypoints.size == 18 * 3:
         return keypoints.reshape(18, 3)
     if keypoints.size == 25 * 3:

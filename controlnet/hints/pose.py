@@ -110,7 +110,7 @@ def draw_ellipse(canvas: np.ndarray, start: np.ndarray, end: np.ndarray, half_wi
     direction = along / half_length if half_length else np.array([1.0, 0.0])
     half_length = max(half_length, half_width)
 
-    reach = np.hypot(direction * half_length, direction[::-1] * half_width) + 1  # of the tilted ellipse, along x and y
+    reach = np.hypot(direction * half_length, direction[::-1] * half_width)  # of the tilted ellipse, along x and y
     left, top = np.clip(np.floor(centre - reach), 0, canvas.shape[1::-1]).astype(int)
     right, bottom = np.clip(np.ceil(centre + reach), 0, canvas.shape[1::-1]).astype(int)
     x = np.arange(left, right, dtype=np.float32) + np.float32(0.5 - centre[0])

@@ -54,7 +54,7 @@ def is_ridge(strength: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray
     def neighbour(down: int, right: int) -> np.ndarray:
         return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
 
-    x, y = np.abs(dx).astype(np.int64), np.abs(dy).astype(np.int64) << FRACTION_BITS
+    x, y = np.abs(dx), np.abs(dy) << FRACTION_BITS  # at most 2^26
     horizontal = y < x * TAN_22
     vertical = y > x * TAN_22 + (x << (FRACTION_BITS + 1))
     falling = (dx ^ dy) >= 0  # the gradient points down right or up left

@@ -21,7 +21,7 @@ def models(tmp_path_factory):
     sd = small_sd()
     sd.save(folder / "base.safetensors")
     small_control(sd).save(folder / "control.safetensors")
-    return ["--base", str(folder / "base.safetensors"), "--control", str(folder / "control.safetensors")]
+    return str(folder / "base.safetensors"), str(folder / "control.safetensors")
 
 
 @pytest.mark.parametrize("name", ["evaluate", "pretrain", "strip"])
@@ -31,10 +31,14 @@ def test_a_tool_is_also_a_script(name):
 
 
 def test_evaluate_prints_every_measure_with_its_floor(models, capsys):
-    assert evaluate.main([*models, "--count", "2", "--steps", "1"]) == 0
+    base, control = models
+    controls = ["--control", "fill50k", control, "--control", "people", control]
+    assert evaluate.main(["--base", base, *controls, "--count", "2", "--steps", "1"]) == 0
     out = capsys.readouterr().out
-    for words in ("average pooling", "22 basic colours", "all colours", "with prompt", "without", "mismatched"):
+    for words in ("average pooling", "22 basic colours", "all colours", "mismatched", "key points"):
         assert words in out
+    for line in ("fill50k with prompt", "fill50k without", "people with prompt", "people without"):
+        assert f"control, {line}: mean IoU" in out
 
 
 def test_evaluate_says_what_is_missing(tmp_path, capsys):
@@ -42,8 +46,17 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
     assert "none.safetensors" in capsys.readouterr().err
 
 
+def test_evaluate_knows_its_worlds(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--control", "moon", "control.safetensors"])
+    assert stop.value.code == 2 and 'there is no world "moon"' in capsys.readouterr().err
+
+
 def test_the_strip_is_a_picture_of_hints_and_pictures(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["strip", *models, "--out", str(tmp_path / "strip.png")])
+    base, control = models
+    monkeypatch.setattr(
+        sys, "argv", ["strip", "--base", base, "--control", control, "--out", str(tmp_path / "strip.png")]
+    )
     strip.main()
     assert (tmp_path / "strip.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,10 +1,11 @@
-"""Measures the small models on held-out pictures, prompts and hints of fill50k, with the floors that chance reaches.
+"""Measures the small models on held-out pictures, prompts and hints of the worlds, with the floors that chance reaches.
 
 python -m tools.evaluate
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +19,39 @@ from controlnet.colours import BASIC_COLOURS, COLOURS
 from controlnet.generate import generate
 from controlnet.guidance import Control
 from controlnet.images import to_hints, to_images
-from controlnet.measures import iou, nearest_colour, pooled_psnr, psnr, same_colour, split_disc
-from controlnet.worlds import Fill50k, Sample
+from controlnet.measures import (
+    colour_agreement,
+    foreground,
+    iou,
+    keypoint_distance,
+    nearest_colour,
+    pooled_psnr,
+    psnr,
+    same_colour,
+    split_disc,
+)
+from controlnet.worlds import WORLDS, Fill50k, People, Sample, Shapes, World
 from ldm import StableDiffusion
+from ldm.stable_diffusion import WEIGHTS
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         sd = StableDiffusion.load(args.base)
-        control = ControlNet.load(args.control, sd.unet) if args.control else None
+        controls = [(world, ControlNet.load(path, sd.unet)) for world, path in args.control]
     except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     settings = dict(steps=args.steps, cfg=args.cfg)
     print(f"{args.count} held-out samples each, {args.steps} DDIM steps, cfg {args.cfg}")
-    report_vae(sd, args.count)
+    for kind in (Fill50k, People, Shapes):
+        report_vae(sd, kind(sd.config.resolution, held_out=True), args.count)
     for label, colours in ((f"{len(BASIC_COLOURS)} basic colours", BASIC_COLOURS), ("all colours", tuple(COLOURS))):
         report_colours(sd, label, colours, args.count, settings)
-    if control is not None:
-        report_control(sd, control, args.count, settings)
+    for name, control in controls:
+        world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
+        report_control(sd, f"control, {name}", world, control, args.count, settings)
     return 0
 
 
@@ -46,31 +60,49 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", default="tiny", help="a file or a preset (default: %(default)s)")
     parser.add_argument(
         "--control",
-        type=Path,
-        default=Path(__file__).parent.parent / "weights" / "tiny-fill50k.safetensors",
-        help="a ControlNet's file (default: weights/tiny-fill50k.safetensors)",
+        action=WorldAndFile,
+        nargs=2,
+        metavar=("WORLD", "FILE"),
+        help=f"a ControlNet and the world to try it on, {', '.join(WORLDS)}; may be repeated (default: what ships)",
     )
-    parser.add_argument("--base-only", dest="control", action="store_const", const=None, help="no ControlNet")
+    parser.add_argument("--base-only", dest="control", action="store_const", const=[], help="no ControlNet")
     parser.add_argument("--count", type=int, default=64, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
     parser.add_argument("--cfg", type=float, default=2.5, help="guidance (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.control is None:
+        shipped = (("fill50k", "fill50k"), ("people", "pose"), ("edges", "canny"))
+        files = [(world, WEIGHTS / f"tiny-{name}.safetensors") for world, name in shipped]
+        args.control = [(world, file) for world, file in files if file.exists()]
+    return args
+
+
+class WorldAndFile(argparse.Action):
+    """Collects pairs; a world that there is not is an error of the command line."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        world, file = values
+        if world not in WORLDS:
+            parser.error(f'there is no world "{world}", expected one of {", ".join(WORLDS)}')
+        namespace.control = [*(namespace.control or []), (world, Path(file))]
 
 
 @torch.no_grad()
-def report_vae(sd: StableDiffusion, count: int) -> None:
+def report_vae(sd: StableDiffusion, world: World, count: int) -> None:
     """PSNR of encode -> decode, beside 8x8 average pooling with bilinear upsampling."""
-    world = Fill50k(sd.config.resolution, held_out=True)
     images = to_images(world[i].image for i in range(count))
     decoded = sd.decode(sd.encode(images, sample=False)).clamp(-1, 1)
-    print(f"autoencoder: {psnr(decoded, images):.2f} dB (8x8 average pooling: {pooled_psnr(images):.2f} dB)")
+    print(
+        f"autoencoder, {world.name}: {psnr(decoded, images):.2f} dB (8x8 average pooling: {pooled_psnr(images):.2f} dB)"
+    )
 
 
 def report_colours(sd: StableDiffusion, label: str, colours: tuple[str, ...], count: int, settings: dict) -> None:
     """How often the base alone paints the colours of the prompt: the nearest of `colours` is the one asked for."""
     world = Fill50k(sd.config.resolution, colours=colours, held_out=True)
     samples = [world[i] for i in range(count)]
-    right = np.array([colours_right(picture(sd, s, i, (), settings), s, colours) for i, s in enumerate(bar(samples))])
+    pictures = [picture(sd, sample.caption, i, (), settings) for i, sample in enumerate(bar(samples))]
+    right = np.array([colours_right(image, s, colours) for image, s in zip(pictures, samples, strict=True)])
     disc, ground = right.mean(axis=0)
     both = right.all(axis=1).mean()
     chance = 1 / len(colours) ** 2
@@ -86,25 +118,39 @@ def colours_right(image: np.ndarray, sample: Sample, colours: tuple[str, ...]) -
     )
 
 
-def report_control(sd: StableDiffusion, control: ControlNet, count: int, settings: dict) -> None:
-    """IoU of the painted discs with the hints' circles; the floor is the IoU with the next hint's circle."""
-    world = Fill50k(sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
+def report_control(
+    sd: StableDiffusion, label: str, world: World, control: ControlNet, count: int, settings: dict
+) -> None:
+    """How far pictures follow hints: the IoU of the figures with the true ones, and of people the distance of the key
+    points from them. The floors are those with the next sample's figure."""
     samples = [world[i] for i in range(count)]
-    for label, prompted in (("with prompt", True), ("without", False)):
-        masks, right = [], []
-        for i, sample in enumerate(bar(samples)):
-            shown = sample if prompted else Sample(sample.image, sample.hint, "", sample.mask)
-            image = picture(sd, shown, i, [Control(control, to_hints([sample.hint]))], settings)
-            masks.append(split_disc(image)[0])
-            right.append(all(colours_right(image, sample, BASIC_COLOURS)))
-        matched = np.mean([iou(mask, s.mask) for mask, s in zip(masks, samples, strict=True)])
-        mismatched = np.mean([iou(mask, s.mask) for mask, s in zip(masks, samples[1:] + samples[:1], strict=True)])
-        line = f"control, {label}: mean IoU {matched:.3f} (mismatched hints {mismatched:.3f})"
-        print(line + (f", both colours right {np.mean(right):.0%}" if prompted else ""))
+    others = samples[1:] + samples[:1]
+    for prompts, prompted in (("with prompt", True), ("without", False)):
+        pictures = [
+            picture(sd, sample.caption if prompted else "", i, [Control(control, to_hints([sample.hint]))], settings)
+            for i, sample in enumerate(bar(samples))
+        ]
+        masks = [foreground(image) for image in pictures]
+        line = f"{label} {prompts}: mean IoU {mean_iou(masks, samples):.3f} (mismatched {mean_iou(masks, others):.3f})"
+        if samples[0].keypoints is not None:
+            own, floor = (mean_distance(masks, people) for people in (samples, others))
+            line += f", key points {own:.1f} pixels away ({floor:.1f})"
+        if prompted:
+            agreement = [colour_agreement(p, s.image, s.mask) for p, s in zip(pictures, samples, strict=True)]
+            line += f", colours right on {np.mean(agreement):.0%} of the figure"
+        print(line)
 
 
-def picture(sd: StableDiffusion, sample: Sample, seed: int, controls, settings: dict) -> np.ndarray:
-    return np.asarray(generate(sd, sample.caption, controls, seed=seed, **settings)[0])
+def mean_iou(masks: list[np.ndarray], samples: list[Sample]) -> float:
+    return float(np.mean([iou(mask, sample.mask) for mask, sample in zip(masks, samples, strict=True)]))
+
+
+def mean_distance(masks: list[np.ndarray], people: list[Sample]) -> float:
+    return float(np.mean([keypoint_distance(mask, s.keypoints) for mask, s in zip(masks, people, strict=True)]))
+
+
+def picture(sd: StableDiffusion, prompt: str, seed: int, controls: Sequence[Control], settings: dict) -> np.ndarray:
+    return np.asarray(generate(sd, prompt, controls, seed=seed, **settings)[0])
 
 
 def bar(samples: list[Sample]) -> tqdm:

@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="a base to go on from, instead of from nothing")
     vae = parser.add_argument_group("autoencoder")
-    vae.add_argument("--vae-steps", type=int, default=8000, help="(default: %(default)s)")
+    vae.add_argument("--vae-steps", type=int, default=6000, help="(default: %(default)s)")
     vae.add_argument("--vae-lr", type=float, default=1.5e-3, help="(default: %(default)s)")
     unet = parser.add_argument_group("UNet and text encoder")
     unet.add_argument(

@@ -38,15 +38,26 @@ def noise(height, width, seed=0):
 # ---------------------------------------------------------------------------------------------------- canny
 
 
-def test_canny_is_opencvs_to_the_bit(opencv):
-    cases = [key.split("/") for key in opencv if key.startswith("canny/")]
-    assert len(cases) == 78 and {name for _, name, _, _ in cases} >= {"cat", "coffee", "rocket", "two values"}
-    for _, name, low, high in cases:
+@pytest.mark.parametrize("kind, cases", [("canny", 78), ("colour canny", 39)])
+def test_canny_is_opencvs_to_the_bit(opencv, kind, cases):
+    """On noise of all sizes and three photographs, at several thresholds; of gray pictures and of colours."""
+    keys = [key for key in opencv if key.startswith(f"{kind}/")]
+    assert len(keys) == cases and {key.split("/")[1] for key in keys} >= {"cat", "coffee", "rocket", "two values"}
+    for key in keys:
+        _, name, low, high = key.split("/")
         picture = opencv.get(f"picture/{name}")
         picture = photograph(name) if picture is None else picture
-        edges = canny(picture, float(low), float(high))
+        edges = canny(picture, float(low), float(high), colour=kind == "colour canny")
         assert edges.dtype == np.uint8 and edges.shape == picture.shape[:2] and set(np.unique(edges)) <= {0, 255}
-        assert np.array_equal(np.packbits(edges > 0), opencv[f"canny/{name}/{low}/{high}"]), (name, low, high)
+        assert np.array_equal(np.packbits(edges > 0), opencv[key]), key
+
+
+def test_colours_of_equal_lightness_have_an_edge_only_in_colour():
+    image = np.zeros((20, 20, 3), dtype=np.uint8)
+    image[:, :10], image[:, 10:] = (255, 0, 0), (0, 130, 0)
+    assert np.ptp(to_gray(image)) <= 1
+    assert not detect("canny", image).any()
+    assert detect("canny", image, colour=True)[:, 9:11].any(axis=1).all()
 
 
 def test_gray_is_opencvs_to_the_bit(opencv):
@@ -176,6 +187,8 @@ def test_the_canvas_is_the_files_or_the_callers(tmp_path):
         480,
         640,
     )
+    with pytest.raises(ValueError, match="at most 16384 pixels"):
+        detect_file("pose", pose_file(tmp_path, [numbers], canvas_width=640, canvas_height=48000))
     bare = pose_file(tmp_path, [numbers])
     with pytest.raises(ValueError, match="no canvas_width"):
         detect_file("pose", bare)
@@ -207,6 +220,7 @@ def test_null_is_a_missing_keypoint(tmp_path):
         ('{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}', "3 numbers, expected 54"),
         ('{"people": [{"pose_keypoints_2d": ["a"]}]}', "not readable as a pose"),
         ("[{}, {}]", "not readable as a pose"),
+        ('{"people": [], "canvas_width": Infinity}', "not readable as a pose"),
     ],
 )
 def test_what_is_no_pose_is_refused_in_a_sentence(tmp_path, text, sentence):
@@ -338,15 +352,16 @@ def test_hints_are_listed_without_torch():
 
 
 def test_options_are_read_as_their_defaults_are():
-    assert options_of("canny") == {"low": 100.0, "high": 200.0} and options_of("invert") == {}
+    assert options_of("canny") == {"low": 100.0, "high": 200.0, "colour": False} and options_of("invert") == {}
     assert parse_options("canny", ["low=50"]) == {"low": 50.0}
     assert parse_options("shuffle", ["seed=3", "cell=64"]) == {"seed": 3, "cell": 64}
     assert parse_options("depth", ["distance=true"]) == {"distance": True}
     for name, text, sentence in (
-        ("canny", "hi=3", 'canny has no option "hi=3", expected low=100.0, high=200.0'),
+        ("canny", "hi=3", 'canny has no option "hi=3", expected low=100.0, high=200.0, colour=False'),
         ("canny", "low", "canny has no option"),
         ("gray", "low=3", "expected none"),
         ("canny", "low=much", "expected a number"),
+        ("canny", "low=inf", "expected a number"),
         ("shuffle", "seed=1.5", "expected a whole number"),
         ("depth", "distance=1", "expected true or false"),
     ):
@@ -362,9 +377,10 @@ def test_what_a_detector_cannot_work_with_is_refused_in_a_sentence():
         (lambda: detect("canny", image[..., 0]), "uint8 \\(H, W, 3\\), found uint8 \\(8, 8\\)"),
         (lambda: detect("canny", image / 255), "found float64"),
         (lambda: detect("canny", "cat.png"), "found str"),
-        (lambda: detect("tile", image, factor=3), "power of two"),
+        (lambda: detect("tile", image, factor=3), "factor is 3"),
         (lambda: detect("blur", image, sigma=-1.0), "sigma is -1"),
         (lambda: detect("shuffle", image, cell=0), "cell is 0"),
+        (lambda: detect("shuffle", image, seed=-1), "seed -1"),
         (lambda: detect_file("canny", "no such file"), "does not exist"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -139,7 +139,9 @@ def test_help_lists_the_detectors_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (
-        done.returncode == 0 and "low=100.0, high=200.0" in done.stdout and "python -m tools.make_hints" in done.stdout
+        done.returncode == 0
+        and "low=100.0, high=200.0, colour=False" in done.stdout
+        and "python -m tools.make_hints" in done.stdout
     )
     script = [sys.executable, "tools/make_hints.py", "--help"]
     assert subprocess.run(script, cwd=ROOT, capture_output=True, text=True).stdout == done.stdout

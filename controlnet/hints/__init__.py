@@ -9,7 +9,9 @@ Each detector's docstring gives its options and its source. None needs torch, bu
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,10 @@ class Detector:
     read: Callable[[Path], Any] = read_photograph
     suffixes: tuple[str, ...] = PICTURES  # of the files that `read` reads
 
+    @property
+    def works_on_photographs(self) -> bool:
+        return self.read is read_photograph
+
 
 DETECTORS = {
     "canny": Detector(canny_hint, "edges, one pixel wide (Canny)"),
@@ -96,7 +102,7 @@ def detect(name: str, source: Any, **options) -> np.ndarray:
     for option in options:
         if option not in known:
             raise ValueError(f'{name} has no option "{option}", expected {in_words(known)}')
-    if detector.read is read_photograph and not is_photograph(source):
+    if detector.works_on_photographs and not is_photograph(source):
         found = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
         raise ValueError(f"{name} works on a picture, uint8 (H, W, 3), found {found}")
     return detector.make(source, **options)
@@ -114,7 +120,7 @@ def detect_file(
     source = detector.read(Path(path))
     if fit is None:
         return detect(name, source, **options)
-    if detector.read is read_photograph:
+    if detector.works_on_photographs:
         return detect(name, np.asarray(fit(Image.fromarray(source))), **options)
     return np.asarray(fit(Image.fromarray(detect(name, source, **options))))
 
@@ -148,16 +154,14 @@ def parse_options(name: str, texts: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_value(option: str, text: str, default: Any) -> Any:
-    kind = type(default)
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if kind is not bool:
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-    raise ValueError(f'the option {option} is "{text}", expected {expected}')
+    """The text as a value of the default's type. Raises ValueError."""
+    kind, value = type(default), None
+    with suppress(ValueError, KeyError):
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    if value is None or (kind is float and not math.isfinite(value)):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f'the option {option} is "{text}", expected {expected}')
+    return value
 
 
 def in_words(options: dict[str, Any]) -> str:

@@ -13,15 +13,16 @@ FRACTION_BITS = 15
 TAN_22 = round(np.tan(np.pi / 8) * 2**FRACTION_BITS)
 
 
-def canny(image: np.ndarray, low: float = 100.0, high: float = 200.0) -> np.ndarray:
+def canny(image: np.ndarray, low: float = 100.0, high: float = 200.0, colour: bool = False) -> np.ndarray:
     """uint8 RGB (H, W, 3) -> uint8 (H, W), 255 on edges and 0 elsewhere.
 
     An edge is a ridge of |dx| + |dy| above `low` that is connected to a point above `high`; thresholds in the wrong
-    order are exchanged. The published demos give OpenCV the colour picture, of which it takes, pixel by
-    pixel, the channel with the largest gradient; here as in most other programs edges are those of the gray picture.
+    order are exchanged. The gradients are those of the gray picture or, with `colour`, at each pixel those of the
+    channel where they are largest. The latter is what OpenCV does with a colour picture, and with it the published
+    canny models were taught (annotator/canny/__init__.py): it finds edges between colours of equal lightness, too.
     """
     low, high = sorted((int(np.floor(low)), int(np.floor(high))))
-    dx, dy = sobel(to_gray(image))
+    dx, dy = strongest_gradient(image) if colour else sobel(to_gray(image))
     strength = np.abs(dx) + np.abs(dy)
     candidates = is_ridge(strength, dx, dy) & (strength > low)
     return connected(candidates, candidates & (strength > high)).astype(np.uint8) * 255
@@ -41,6 +42,13 @@ def sobel(gray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     dx = across[:-2] + 2 * across[1:-1] + across[2:]
     dy = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
     return dx, dy
+
+
+def strongest_gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (H, W, 3) -> dx, dy (H, W) of each pixel's channel with the largest |dx| + |dy|; of equals the first."""
+    dx, dy = (np.stack(along) for along in zip(*map(sobel, np.moveaxis(image, 2, 0)), strict=True))  # (3, H, W)
+    channel = (np.abs(dx) + np.abs(dy)).argmax(axis=0)[None]
+    return np.take_along_axis(dx, channel, axis=0)[0], np.take_along_axis(dy, channel, axis=0)[0]
 
 
 def is_ridge(strength: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:

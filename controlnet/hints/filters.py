@@ -12,9 +12,9 @@ from PIL import Image, ImageFilter
 from .canny import canny, to_gray
 
 
-def canny_hint(image: np.ndarray, *, low: float = 100.0, high: float = 200.0) -> np.ndarray:
-    """White edges on black; `low`, `high`: the thresholds of |dx| + |dy| (see canny.py), the demos' 100 and 200."""
-    return as_rgb(canny(image, low, high))
+def canny_hint(image: np.ndarray, *, low: float = 100.0, high: float = 200.0, colour: bool = False) -> np.ndarray:
+    """White edges on black, of the gray picture or of its colours; the thresholds are the demos' (see canny.py)."""
+    return as_rgb(canny(image, low, high, colour))
 
 
 def scribble(image: np.ndarray, *, threshold: int = 127) -> np.ndarray:
@@ -50,8 +50,8 @@ def as_rgb(values: np.ndarray) -> np.ndarray:
 
 def blur(image: np.ndarray, *, sigma: float = 9.0) -> np.ndarray:
     """Gaussian blur with a deviation of `sigma` pixels, to within a few levels: Pillow's is three means in a row."""
-    if sigma < 0:
-        raise ValueError(f"blur's sigma is {sigma}, expected 0 or more pixels")
+    if not 0 <= sigma <= 1000:
+        raise ValueError(f"blur's sigma is {sigma}, expected 0 to 1000 pixels")
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
 
 
@@ -60,10 +60,10 @@ def tile(image: np.ndarray, *, factor: int = 8) -> np.ndarray:
 
     With factor 8 and sides that are multiples of 8, to the bit the hint of the published tile demo (v1.1,
     gradio_tile.py) from a picture of the hint's size; as there, it lies (factor - 1) / 2 pixels too far up and left.
-    Raises ValueError for another factor.
+    Raises ValueError for a factor that is no power of two from 1 to 64.
     """
-    if factor < 1 or factor & (factor - 1):
-        raise ValueError(f"tile's factor is {factor}, expected 2, 4, 8 or another power of two")
+    if factor not in (1, 2, 4, 8, 16, 32, 64):
+        raise ValueError(f"tile's factor is {factor}, expected 2, 4, 8, 16, 32 or 64")
     height, width = image.shape[:2]
     whole = np.pad(image, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="edge")
     means = reduce(whole.astype(np.float64), "(h a) (w b) c -> h w c", "mean", a=factor, b=factor)
@@ -100,8 +100,10 @@ def shuffle(image: np.ndarray, *, seed: int = 0, cell: int = 256) -> np.ndarray:
     As published with v1.1 (the shuffle model): the noise has a random value every `cell` pixels. Each picture is warped
     differently, and always in the same way with the same `seed`.
     """
-    if cell < 1:
-        raise ValueError(f"shuffle's cell is {cell}, expected 1 or more pixels")
+    if cell < 1 or seed < 0:
+        raise ValueError(
+            f"shuffle's cell is {cell} and its seed {seed}, expected 1 or more pixels and no negative seed"
+        )
     height, width = image.shape[:2]
     rng = np.random.default_rng([seed, zlib.crc32(np.ascontiguousarray(image))])
     x = smooth_noise(rng, height, width, cell) * (width - 1)

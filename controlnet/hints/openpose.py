@@ -16,6 +16,8 @@ from .pose import draw_pose
 # COCO's keypoint i is BODY_25's COCO_IN_BODY_25[i]: all but the middle of the hips (8) and the feet (19 to 24).
 COCO_IN_BODY_25 = [*range(8), *range(9, 19)]
 
+LARGEST_SIDE = 16384  # of a canvas, in pixels: a slip in a file is not to fill the memory
+
 
 @dataclass(frozen=True)
 class Pose:
@@ -29,6 +31,8 @@ class Pose:
 def pose_hint(pose: Pose, *, height: int = 0, width: int = 0) -> np.ndarray:
     """The pose's people, uint8 (H, W, 3), on its canvas or on one of `height` and `width` pixels (see pose.py)."""
     height, width = height or pose.height, width or pose.width
+    if max(height, width) > LARGEST_SIDE:
+        raise ValueError(f"the pose's canvas is {width}x{height}, expected at most {LARGEST_SIDE} pixels a side")
     if height < 1 or width < 1:
         raise ValueError(
             "the pose file has no canvas_width and canvas_height: give width and height, in pixels, of the picture in "
@@ -47,12 +51,12 @@ def read_pose(path: str | Path) -> Pose:
     if not path.is_file():
         raise ValueError(f'"{path}" does not exist or is a folder: give the path of an OpenPose JSON file')
     try:
-        frame = json.loads(path.read_text(encoding="utf-8"))
+        frame = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(frame, list) and len(frame) == 1:  # some editors write a list of frames
             frame = frame[0]
         people = [person_keypoints(person["pose_keypoints_2d"]) for person in frame["people"] if has_body(person)]
         height, width = (int(frame.get(key) or 0) for key in ("canvas_height", "canvas_width"))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f'"{path}" is not readable as a pose ({what}): expected OpenPose JSON, {{"people": [{{"pose_keypoints_2d": '

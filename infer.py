@@ -1,26 +1,54 @@
 """Pictures from a prompt and hints, with Stable Diffusion and ControlNets.
 
     python infer.py --hint circle.png --prompt "red circle with blue background"
-    python infer.py --base sd15 --control control_v11p_sd15_canny --hint edges.png --prompt "a bird" --count 4
+    python infer.py --base sd15 --control canny --hint bird.jpg --detect canny --prompt "a bird" --count 4
+    python infer.py --base sd15 --init photo.png --strength 0.6 --prompt "an oil painting"
+    python infer.py --base sd15 --init photo.png --mask hole.png --prompt "a cat"
+    python infer.py --again out/0001.png
 
-Prints the path of each picture. Each PNG carries its prompt, seed and settings, as A1111 and its viewers read them
-("parameters") and as JSON ("controlnet").
+Prints the path of each picture. Each PNG carries all that makes it again, as A1111 and its viewers read it
+("parameters") and as JSON ("controlnet"), which --again reads.
+
+Pictures that go in are resized to the size of the picture made: its short side is the base's resolution and each side
+a multiple of 64 (of 32 for tiny), in the shape of --init, else of the first hint; smaller ones with Lanczos, larger
+ones by area, transparent parts over white.
 """
 
 import argparse
-import json
+import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-TINY_CONTROL = "tiny-fill50k"  # goes with the base "tiny"
+SAMPLERS = ("ddim", "ddpm", "dpm++")
+MODES = ("balanced", "guess", "resolution", "resolution-literal", "middle", "prompt", "shuffle")
+PROMPT_ONLY = ("guess", "resolution", "resolution-literal", "prompt", "shuffle")  # not in the negative prompt's branch
 
-# What A1111 and its viewers call the samplers.
-A1111_SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM++ 2M"}
+# Options that are given once for all hints or once for each, and what they are otherwise.
+FOR_EACH_HINT = {
+    "detect": "none",
+    "control_scale": 1.0,
+    "control_layers": None,
+    "control_start": 0.0,
+    "control_end": 1.0,
+    "control_mask": None,
+    "control_mode": "balanced",
+}
+
+# What else decides over a picture and is kept in it.
+RECORDED = (
+    *("prompt", "negative", "size", "seed", "init", "strength", "mask"),
+    *("base", "prediction", "clip_skip", "long_prompts"),
+    *("steps", "sampler", "cfg", "eta", "device", "dtype", "low_memory"),
+)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         usage="python infer.py [options]",
@@ -28,79 +56,140 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    add_what_to_make(parser.add_argument_group("what to make"))
+    add_start(parser.add_argument_group("from a picture"))
+    add_controls(parser.add_argument_group("hints and controls: once for all hints, or once for each"))
+    add_model(parser.add_argument_group("model"))
+    add_sampling(parser.add_argument_group("sampling"))
+    add_run(parser.add_argument_group("run"))
+    return parser
 
-    what = parser.add_argument_group("what to make")
-    what.add_argument("--prompt", default="", metavar="TEXT", help="what the picture shows (default: empty)")
-    what.add_argument("--negative", default="", metavar="TEXT", help="what it should not show (default: empty)")
-    what.add_argument(
-        "--hint",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="the picture that steers; a file, or a name in assets/. Repeat it for more than one",
+
+def add_what_to_make(group) -> None:
+    add = group.add_argument
+    add(
+        "--prompt",
+        default="",
+        metavar="TEXT",
+        help="what the picture shows; (word), (word:1.3) and [word] count more or less, BREAK begins a new chunk of 75 "
+        r"tokens, \( is a bracket (default: empty)",
     )
-    what.add_argument(
+    add("--negative", default="", metavar="TEXT", help="what it should not show (default: empty)")
+    add("--long-prompts", action="store_true", help="read prompts of more than 75 tokens in chunks, instead of cutting")
+    add(
         "--size",
         type=size_argument,
         metavar="N|WxH",
-        help="pixels, a side or width x height; hints are resized to it (default: near the base's resolution, in the "
-        "shape of the first hint)",
+        help="pixels, a side or width x height (default: near the base's resolution, in the shape of --init or of the "
+        "first hint)",
     )
-    what.add_argument("--count", type=positive, default=1, metavar="N", help="how many pictures (default: %(default)s)")
-    what.add_argument(
+    add("--count", type=positive, default=1, metavar="N", help="how many pictures (default: %(default)s)")
+    add(
         "--seed",
         type=int,
         default=0,
         metavar="N",
         help="of the first picture; each has the next (default: %(default)s)",
     )
-
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--base", default="tiny", metavar="FILE", help="a file, or sd15, sd21 ... in weights/ (default: %(default)s)"
+    add(
+        "--again",
+        metavar="FILE",
+        help="make this picture again, from what it says about itself; other options change it",
     )
-    model.add_argument(
+
+
+def add_start(group) -> None:
+    add = group.add_argument
+    add("--init", metavar="FILE", help="begin from this picture (image-to-image)")
+    add(
+        "--strength",
+        type=fraction,
+        metavar="X",
+        help="how much is made anew: 0 keeps the picture, 1 begins from noise (default: 0.75; with --mask 1)",
+    )
+    add(
+        "--mask",
+        metavar="FILE",
+        help="white is made anew, black is kept to the bit (inpainting); as large as --init. Also for --detect inpaint",
+    )
+
+
+def add_controls(group) -> None:
+    add = group.add_argument
+    add("--hint", action="append", metavar="FILE", help="the picture that steers; a file, or a name in assets/")
+    add(
+        "--detect",
+        action="append",
+        metavar="NAME",
+        help="make the hint from the picture given: canny, scribble, depth ... (`python -m tools.make_hints --help` "
+        "lists them), inpaint with --mask, or none (default: none)",
+    )
+    add(
+        "--control",
+        action="append",
+        metavar="FILE",
+        help="a ControlNet, one for each hint: a file, or a name in weights/, also a short one (pose, canny); for tiny "
+        "the hint tells it: limb colours are a pose, one thin white circle is a circle, other white lines are canny",
+    )
+    add("--control-scale", action="append", type=number, metavar="X", help="how much it steers, 0 not (default: 1)")
+    add(
+        "--control-layers",
+        action="append",
+        type=numbers,
+        metavar="X,X,...",
+        help="and how much in each layer, 13 numbers for SD: encoder from fine to coarse, middle (default: all 1)",
+    )
+    add("--control-start", action="append", type=fraction, metavar="X", help="from this part of the steps (default: 0)")
+    add("--control-end", action="append", type=fraction, metavar="X", help="to this part of the steps (default: 1)")
+    add("--control-mask", action="append", metavar="FILE", help="where: white steers, black does not (default: all)")
+    add(
+        "--control-mode",
+        action="append",
+        choices=MODES,
+        help="guess: fading layers, not for the negative prompt; resolution: the paper's weights 64/h, divided by 8, "
+        "not for the negative prompt; resolution-literal: not divided; middle: the middle layer alone; prompt: not for "
+        "the negative prompt; shuffle: for shuffle models, whose layers are averaged over the picture, not for the "
+        "negative prompt (default: balanced, which is none of these)",
+    )
+    add("--guess", action="store_true", help="short for --control-mode guess, for all hints; a prompt is not needed")
+
+
+def add_model(group) -> None:
+    add = group.add_argument
+    add("--base", default="tiny", metavar="FILE", help="a file, or sd15, sd21 ... in weights/ (default: %(default)s)")
+    add(
         "--prediction",
         choices=["eps", "v"],
         help="what the base predicts, where its file does not tell (default: v for an SD 2.x file of unknown name)",
     )
-    model.add_argument(
-        "--control",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help=f"a ControlNet, one for each hint: a file, or a name in weights/ (default: {TINY_CONTROL}, for tiny)",
-    )
-    model.add_argument(
-        "--control-scale",
-        action="append",
-        type=float,
-        default=[],
-        metavar="X",
-        help="how much it steers: 0 not at all; one for all hints or one for each (default: 1)",
+    add(
+        "--clip-skip",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="the text encoder's layer that is read, from the last: 2 for many anime models (default: %(default)s)",
     )
 
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--steps", type=int, default=20, metavar="N", help="of denoising (default: %(default)s)")
-    sampling.add_argument(
-        "--sampler", default="ddim", metavar="NAME", help=f"{', '.join(A1111_SAMPLERS)} (default: %(default)s)"
+
+def add_sampling(group) -> None:
+    add = group.add_argument
+    add("--steps", type=int, default=20, metavar="N", help="of denoising (default: %(default)s)")
+    add("--sampler", default="ddim", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
+    add(
+        "--cfg", type=number, metavar="X", help="how much the prompt counts; 1 is no guidance (default: 7.5; tiny: 2.5)"
     )
-    sampling.add_argument(
-        "--cfg",
-        type=float,
-        metavar="X",
-        help="how much the prompt counts; 1 is no guidance (default: 7.5; for tiny 2.5)",
-    )
-    sampling.add_argument(
+    add(
         "--eta",
-        type=float,
+        type=number,
         default=0.0,
         metavar="X",
         help="noise that ddim adds, from 0 to 1, which is as much as ddpm (default: %(default)s)",
     )
 
-    run = parser.add_argument_group("run")
-    run.add_argument(
+
+def add_run(group) -> None:
+    add = group.add_argument
+    add(
         "--out",
         type=Path,
         default=Path("out"),
@@ -108,13 +197,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a folder, where the next free number is taken (0001.png ...), or a file ending in .png, which is "
         "replaced (default: %(default)s)",
     )
-    run.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)"
+    add("--save-hint", action="store_true", help="also save the hints as the model sees them, beside the first picture")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the networks (default: %(default)s)")
+    add(
+        "--low-memory",
+        action="store_true",
+        help="networks on the device only while they are used, guidance in two passes, pictures decoded in strips",
     )
-    run.add_argument(
-        "--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the networks (default: %(default)s)"
-    )
-    return parser.parse_args(argv)
 
 
 def positive(text: str) -> int:
@@ -122,6 +212,24 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def numbers(text: str) -> list[float]:
+    return [number(part) for part in text.split(",")]
 
 
 def size_argument(text: str) -> tuple[int, int]:
@@ -132,53 +240,107 @@ def size_argument(text: str) -> tuple[int, int]:
     return int(sides[-1]), int(sides[0])
 
 
-def infer(args: argparse.Namespace) -> None:
-    # Imported here, because it takes seconds: --help does not need it.
-    from tqdm import tqdm
+def parse_args(argv: list[str] | None = None, recorded: dict | None = None) -> argparse.Namespace:
+    """`recorded` settings of a picture stand in for what is not given."""
+    recorded = recorded or {}
+    parser = build_parser()
+    parser.set_defaults(**{name: recorded[name] for name in RECORDED if name in recorded})
+    args = parser.parse_args(argv)
+    for name in ("hint", "control", *FOR_EACH_HINT):
+        if getattr(args, name) is None:
+            setattr(args, name, recorded.get(name, []))
+    if args.guess:
+        args.control_mode = ["guess"]
+    return args
 
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+
+def infer(args: argparse.Namespace, recorded: dict) -> None:
+    # Imported here, because it takes seconds: --help does not need it.
+    from controlnet import inputs
     from controlnet.devices import PRECISIONS, pick_device
-    from controlnet.generate import check_size, default_cfg, default_size, generate, make_hint
+    from controlnet.generate import check_size, default_cfg, default_size
     from controlnet.guidance import Control
-    from controlnet.images import read_image, save_png
-    from controlnet.model import ControlNet
+    from controlnet.image_to_image import Init
+    from controlnet.images import read_image, read_mask
     from ldm import StableDiffusion
-    from ldm.samplers import timesteps_for
     from ldm.stable_diffusion import find
 
-    # --- what can be wrong and is quick to see, before the models are read
-    base, preset = find(args.base)
-    hint_files = [find_hint(name) for name in args.hint]
-    control_files = find_controls(args, tiny=preset is not None and preset.name == "tiny")
-    scales = spread(args.control_scale or [1.0], len(hint_files))
-    images = [read_image(file) for file in hint_files]
+    # --- what can be wrong and is quick to see, before the weights are read
+    base, _ = find(args.base)
+    config = inputs.config_of(base, args.prediction)
+    inputs.check_sampling(config, args.sampler, args.steps, args.eta, args.seed, args.count, args.clip_skip)
     device, dtype = pick_device(args.device), PRECISIONS[args.dtype]
     check_out(args.out)
+    each = {name: spread(name, getattr(args, name), default, len(args.hint)) for name, default in FOR_EACH_HINT.items()}
+    check_pairs(args, each["detect"])
 
-    # --- models and hints
-    sd = StableDiffusion.load(args.base, device, dtype, args.prediction)
-    size = args.size or default_size(sd.config, *images[:1])
-    check_size(sd.config, size)
-    nets = [ControlNet.load(file, sd.unet) for file in control_files]
-    hints = [make_hint(image, size) for image in images]
-    controls = [Control(*parts) for parts in zip(nets, hints, scales, strict=True)]
-    note_cut_prompts(sd.tokenizer, [args.prompt, args.negative])
+    # --- pictures
+    init = args.init and read_image(args.init)
+    mask = args.mask and read_mask(args.mask)
+    hint_files = [find_hint(name) for name in args.hint]
+    sources = [inputs.read_source(*pair) for pair in zip(hint_files, each["detect"], strict=True)]
+    size = args.size or default_size(config, *[image for image in (init, *sources) if image][:1])
+    check_size(config, size)
+    strength = args.strength if args.strength is not None else (1.0 if args.mask else 0.75)
+    init = init and Init(init, strength, mask)
+    hints = [inputs.hint_tensor(*pair, mask, size) for pair in zip(sources, each["detect"], strict=True)]
+    names = args.control or [
+        inputs.choose_control(*hint, config, note)
+        for hint in zip(args.hint, sources, each["detect"], hints, strict=True)
+    ]
+    files = [inputs.find_control(name, config) for name in names]
+    masks = [name and inputs.mask_tensor(name, size) for name in each["control_mask"]]
+    layers = [
+        inputs.layer_strengths(*pair, config.unet)
+        for pair in zip(each["control_mode"], each["control_layers"], strict=True)
+    ]
 
-    # --- picture after picture, each saved as soon as it is there
-    cfg = default_cfg(sd.config) if args.cfg is None else args.cfg
-    sampling = {"steps": args.steps, "sampler": args.sampler, "cfg": cfg, "eta": args.eta}
-    settings = {
-        "prompt": args.prompt,
-        "negative": args.negative,
-        **sampling,
-        "size": f"{size[1]}x{size[0]}",
-        "dtype": args.dtype,
-        "base": base.name,
-        "controls": [
-            {"control": control.name, "hint": hint.name, "scale": scale}
-            for control, hint, scale in zip(control_files, hint_files, scales, strict=True)
-        ],
-    }
+    # --- what the pictures will say about themselves
+    used = {args.base: base, **dict(zip((*args.hint, *names), (*hint_files, *files), strict=True))}
+    used |= {name: Path(name) for name in (args.init, args.mask, *each["control_mask"]) if name}
+    settings = {name: getattr(args, name) for name in RECORDED}
+    settings |= {"hint": args.hint, "control": names, **each, "strength": strength if init else None}
+    settings |= {"size": f"{size[1]}x{size[0]}", "device": str(device)}
+    settings["cfg"] = default_cfg(config) if args.cfg is None else args.cfg
+    settings["files"] = inputs.fingerprints(used, recorded.get("files", {}))
+
+    # --- models, then picture after picture
+    sd = StableDiffusion.load(args.base, "cpu" if args.low_memory else device, dtype, args.prediction)
+    note_cut_prompts(sd.tokenizer, args)
+    controls = [
+        Control(inputs.load_control(file, sd.unet, mode), hint, scale, layers, mode in PROMPT_ONLY, start, end, mask)
+        for file, hint, scale, layers, mode, start, end, mask in zip(
+            files,
+            hints,
+            each["control_scale"],
+            layers,
+            each["control_mode"],
+            each["control_start"],
+            each["control_end"],
+            masks,
+            strict=True,
+        )
+    ]
+    if args.save_hint:
+        save_hints(hints, picture_path(args.out, 0, args.count))
+    make_pictures(args, sd, controls, init, size, settings, device)
+
+
+def make_pictures(args, sd, controls, init, size, settings, device) -> None:
+    """Each is saved as soon as it is there."""
+    from tqdm import tqdm
+
+    from controlnet.generate import generate
+    from controlnet.image_to_image import steps_done
+    from controlnet.images import save_png
+    from controlnet.png_text import png_texts
+    from ldm.samplers import timesteps_for
+
     steps = len(timesteps_for(args.sampler, sd.schedule, args.steps))  # DDIM's are not always as many as asked for
+    steps = steps_done(init.strength, steps) if init else steps
     with tqdm(total=args.count * steps, unit="step", disable=None) as bar:
         for i in range(args.count):
             seed = args.seed + i
@@ -188,9 +350,16 @@ def infer(args: argparse.Namespace) -> None:
                 controls,
                 negative=args.negative,
                 size=size,
+                steps=args.steps,
+                sampler=args.sampler,
+                cfg=settings["cfg"],
+                eta=args.eta,
                 seed=seed,
                 on_step=lambda *_: bar.update(),
-                **sampling,
+                init=init,
+                clip_skip=args.clip_skip,
+                long_prompts=args.long_prompts,
+                low_memory=device if args.low_memory else None,
             )
             path = picture_path(args.out, i, args.count)
             if path.exists():
@@ -202,6 +371,33 @@ def infer(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------- what goes in
 
 
+def spread(name: str, values: list, default, count: int) -> list:
+    """One value for each hint, from one for all or one for each. Raises ValueError otherwise."""
+    option = "--" + name.replace("_", "-")
+    if not values:
+        return [default] * count
+    if count == 0:
+        raise ValueError(f"there is a {option} without a --hint: give a --hint, or leave it out")
+    if len(values) not in (1, count):
+        raise ValueError(f"there are {len(values)} {option} and {count} --hint, expected one for all or for each")
+    return values * count if len(values) == 1 else values
+
+
+def check_pairs(args: argparse.Namespace, detectors: list[str]) -> None:
+    """Raises ValueError for an option without the one that it belongs to."""
+    if args.control and len(args.control) != len(args.hint):
+        raise ValueError(
+            f"there are {len(args.hint)} --hint and {len(args.control)} --control, expected one --control for each "
+            "--hint"
+        )
+    if args.strength is not None and args.init is None:
+        raise ValueError("there is a --strength without --init: give the picture to begin with, or leave it out")
+    if args.mask is not None and args.init is None and "inpaint" not in detectors:
+        raise ValueError("there is a --mask without --init: give the picture that it is for")
+    if args.mask is None and "inpaint" in detectors:
+        raise ValueError("--detect inpaint needs a --mask: white where the picture is to be made anew")
+
+
 def find_hint(name: str) -> Path:
     """The file, or the example in assets/ of that name, which is said."""
     path = Path(name)
@@ -211,42 +407,13 @@ def find_hint(name: str) -> Path:
     return ASSETS / path
 
 
-def find_controls(args: argparse.Namespace, tiny: bool) -> list[Path]:
-    """One file for each hint. Raises ValueError if their numbers differ or there is no such file."""
-    names = args.control or ([TINY_CONTROL] * len(args.hint) if tiny else [])
-    if len(names) != len(args.hint):
-        raise ValueError(
-            f"there are {len(args.hint)} --hint and {len(names)} --control, expected one --control for each --hint"
-        )
-    return [find_control(name) for name in names]
+def note_cut_prompts(tokenizer, args: argparse.Namespace) -> None:
+    """What the text encoder does not read has no effect, which is said."""
+    from controlnet.prompts import cut_texts
 
-
-def find_control(name: str) -> Path:
-    from ldm.stable_diffusion import WEIGHTS
-
-    for path in (Path(name), WEIGHTS / name, WEIGHTS / f"{name}.safetensors"):
-        if path.is_file():
-            return path
-    raise ValueError(f'there is no ControlNet "{name}", neither as a file nor in {WEIGHTS}: give its path')
-
-
-def spread(scales: list[float], count: int) -> list[float]:
-    """One scale for all, or one for each. Raises ValueError otherwise."""
-    if len(scales) == 1:
-        return scales * count
-    if len(scales) != count:
-        raise ValueError(
-            f"there are {len(scales)} --control-scale and {count} --hint, expected one scale for all or for each"
-        )
-    return scales
-
-
-def note_cut_prompts(tokenizer, prompts: list[str]) -> None:
-    """The text encoder reads a fixed number of tokens: what comes later has no effect, which is said."""
-    for prompt in prompts:
-        ignored = tokenizer.encode(prompt)[tokenizer.positions - 2 :]
-        if ignored:
-            note(f'the prompt is too long, its end is ignored: "{tokenizer.decode(ignored)}"')
+    for prompt in () if args.long_prompts else (args.prompt, args.negative):
+        for text in cut_texts(tokenizer, prompt):
+            note(f'the prompt is too long, its end is ignored: "{text}" (--long-prompts reads it)')
 
 
 def note(text: str) -> None:
@@ -281,34 +448,28 @@ def picture_path(out: Path, i: int, count: int) -> Path:
     return out / f"{max(taken, default=0) + 1:04d}.png"
 
 
-def png_texts(settings: dict) -> dict[str, str]:
-    return {"parameters": a1111_parameters(settings), "controlnet": json.dumps(settings)}
+def save_hints(hints: list, picture: Path) -> None:
+    """0001-hint.png for 0001.png, with more than one hint 0001-hint-1.png and so on."""
+    from PIL import Image
 
+    from controlnet.images import save_png, to_uint8
 
-def a1111_parameters(settings: dict) -> str:
-    """The text that A1111 writes: prompt, negative prompt, and one line of "Name: value" pairs."""
-    pairs = {
-        "Steps": settings["steps"],
-        "Sampler": A1111_SAMPLERS[settings["sampler"]],
-        "CFG scale": settings["cfg"],
-        "Seed": settings["seed"],
-        "Size": settings["size"],
-        "Model": Path(settings["base"]).stem,
-        "Eta": settings["eta"],
-    }
-    for i, control in enumerate(settings["controls"]):
-        pairs[f"ControlNet {i}"] = f'"Model: {Path(control["control"]).stem}, Weight: {control["scale"]}"'
-    lines = [settings["prompt"]]
-    if settings["negative"]:
-        lines.append(f"Negative prompt: {settings['negative']}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items()))
-    return "\n".join(lines)
+    for i, hint in enumerate(hints):
+        path = picture.with_name(f"{picture.stem}-hint{f'-{i + 1}' if len(hints) > 1 else ''}.png")
+        save_png(Image.fromarray(to_uint8(hint[0])), path, {})
+        note(f"the hint is saved as {path}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args, recorded = parse_args(argv), {}
+    warnings.showwarning = lambda message, *_: note(f"infer.py: {message}")
     try:
-        infer(args)
+        if args.again is not None:
+            from controlnet.png_text import read_settings
+
+            recorded = read_settings(args.again)
+            args = parse_args(argv, recorded)
+        infer(args, recorded)
     except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
             raise

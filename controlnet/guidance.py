@@ -31,7 +31,7 @@ class Control:
     hint: Tensor  # (1 or B, 3, H, W) in [0, 1]
     scale: float = 1.0
     layers: Sequence[float] = ()  # a strength for each residual, times `scale`; none: all 1
-    prompt_only: bool = False  # not in the negative prompt's branch of the guidance
+    prompt_only: bool = False  # not in the negative prompt's branch of the guidance (as shuffle models want it)
     start: float = 0.0  # the part of the steps in which it acts
     end: float = 1.0
     mask: Tensor | None = None  # (1 or B, 1, H, W) in [0, 1]: where in the picture it acts; None: everywhere

@@ -44,14 +44,18 @@ class Init:
         return replace(self, image=resized(self.image, size), mask=mask)
 
 
+def steps_done(strength: float, steps: int) -> int:
+    """As many as in the released code, int(strength steps), where a product that is whole does not lose one."""
+    return int(round(strength * steps, 6))
+
+
 class Start:
     """Where image-to-image begins: the picture as noisy as the first timestep that is done."""
 
     def __init__(self, init: Init, posterior: Posterior, scale: float, schedule: Schedule, timesteps: list[int]):
         """`posterior` is that of the picture's latents, `scale` the autoencoder's; `timesteps` are all."""
         self.init, self.posterior, self.scale, self.schedule = init, posterior, scale, schedule
-        # As many steps as in the released code, int(strength steps); a product that is whole is not to lose one.
-        self.skip = len(timesteps) - int(round(init.strength * len(timesteps), 6))
+        self.skip = len(timesteps) - steps_done(init.strength, len(timesteps))
         self.timesteps = timesteps[self.skip :]
 
     def begin(self, x: Tensor, noise: Noise) -> tuple[Tensor, BeforeStep | None]:

@@ -40,6 +40,14 @@ def read_image(path: str | Path) -> Image.Image:
     return to_rgb(image)
 
 
+def read_mask(path: str | Path) -> Image.Image:
+    """The picture in a file as mode L. Raises ValueError as `read_image`, and if it is black everywhere."""
+    mask = read_image(path).convert("L")
+    if not mask.getbbox():
+        raise ValueError(f'the mask "{path}" is black everywhere: paint white where something is to happen')
+    return mask
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # a depth map, say: Pillow's own conversion would clip it at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -76,6 +84,11 @@ def to_images(pictures: Iterable[np.ndarray]) -> Tensor:
 def to_hints(pictures: Iterable[np.ndarray]) -> Tensor:
     """uint8 pictures (H, W, 3) -> (B, 3, H, W) in [0, 1], the range of hints."""
     return torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 255
+
+
+def to_uint8(hint: Tensor) -> np.ndarray:
+    """A hint (3, H, W) in [0, 1] -> uint8 (H, W, 3); the inpaint hint's -1 becomes 0."""
+    return (hint.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def to_mask(picture: Image.Image) -> Tensor:

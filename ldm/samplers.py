@@ -50,13 +50,20 @@ def sample(
     Raises ValueError for an unknown name, steps outside 1..T, missing noise, or an eta that the sampler cannot use.
     """
     timesteps = timesteps_for(name, schedule, steps)[skip:]
+    check_eta(name, eta)
     if name == "ddim":
         return sample_ddim(denoise, x, timesteps, schedule, eta, noise, before_step, on_step)
-    if eta != 0:
-        raise ValueError(f'eta is {eta}, but sampler "{name}" has no eta: leave it at 0 or use "ddim"')
     if name == "ddpm":
         return sample_ddpm(denoise, x, timesteps, schedule, noise, before_step, on_step)
     return sample_dpmpp(denoise, x, timesteps, schedule, before_step, on_step)
+
+
+def check_eta(name: str, eta: float) -> None:
+    """Raises ValueError for an eta that the sampler called `name` cannot use."""
+    if name != "ddim" and eta != 0:
+        raise ValueError(f'eta is {eta}, but sampler "{name}" has no eta: leave it at 0 or use "ddim"')
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}, expected 0 (deterministic) to 1 (as random as DDPM)")
 
 
 # ---------------------------------------------------------------------------------------------------- timesteps
@@ -132,8 +139,7 @@ def sample_ddim(
     The last step goes to the noise level of timestep 0, as in the released code, not to the data. With zero terminal
     SNR it goes to the data. Raises ValueError for eta outside [0, 1], and if eta > 0 comes without `noise`.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, expected 0 (deterministic) to 1 (as random as DDPM)")
+    check_eta("ddim", eta)
     if eta > 0 and noise is None:
         raise ValueError(f"DDIM with eta {eta} draws noise: pass the argument noise")
     end = 1.0 if schedule.config.zero_terminal_snr else schedule.alphas_cumprod[0].item()

@@ -93,13 +93,19 @@ class TextEncoder(nn.Module):
         `clip_skip` counts as users do: 1 is the layer that the published model reads, 2 the one before it, and so on.
         The layers behind it do not run. Raises ValueError for a layer that does not exist and for too many tokens.
         """
-        published = self.config.layers if self.config.family == "clip" else self.config.layers - 1
-        if not 1 <= clip_skip <= published:
-            raise ValueError(f"clip_skip is {clip_skip}; this text model has the layers 1 to {published} to read.")
+        layers = layers_to_run(self.config, clip_skip)
         if ids.shape[1] > self.config.positions:
             raise ValueError(f"{ids.shape[1]} tokens in a row; this text model reads {self.config.positions} at once.")
 
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # (B, M, D)
-        for block in self.blocks[: published - clip_skip + 1]:
+        for block in self.blocks[:layers]:
             x = block(x)
         return self.final_norm(x)
+
+
+def layers_to_run(config: TextConfig, clip_skip: int) -> int:
+    """How many, from the first on. Raises ValueError where `clip_skip` names a layer that does not exist."""
+    published = config.layers if config.family == "clip" else config.layers - 1
+    if not 1 <= clip_skip <= published:
+        raise ValueError(f"clip_skip is {clip_skip}; this text model has the layers 1 to {published} to read.")
+    return published - clip_skip + 1

@@ -1,0 +1,145 @@
+"""From the names on a command line to pictures, hints and ControlNets, checked before the weights are read.
+
+Sizes are (height, width) in pixels.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm import stable_diffusion
+from ldm.checkpoint import open_checkpoint
+from ldm.config import Config, UNetConfig
+from ldm.recognise import identify
+from ldm.samplers import check_eta, timesteps_for
+from ldm.schedule import Schedule
+from ldm.text_encoder import layers_to_run
+from ldm.unet import UNet
+
+from .generate import check_seeds, make_hint
+from .guidance import guess_layers, middle_layer, residual_levels, resolution_layers
+from .hint_kind import TINY_CONTROLS, kind_of
+from .hints import detect, detect_file, find_detector, inpaint, read_photograph
+from .images import Size, read_image, read_mask, resized, to_mask, to_uint8
+from .model import ControlNet
+from .png_text import fingerprint
+
+# ---------------------------------------------------------------------------------------------------- the base
+
+
+def config_of(base: Path, prediction: str | None) -> Config:
+    """A base's architecture, without its weights. Raises CheckpointError if it is none."""
+    return identify(open_checkpoint(base), prediction).config
+
+
+def check_sampling(config: Config, sampler: str, steps: int, eta: float, seed: int, count: int, clip_skip: int) -> None:
+    """Raises ValueError for what `generate` would refuse."""
+    timesteps_for(sampler, Schedule(config.schedule), steps)
+    check_eta(sampler, eta)
+    check_seeds(seed, count)
+    layers_to_run(config.text, clip_skip)
+
+
+# ---------------------------------------------------------------------------------------------------- hints
+
+
+def of_photographs(detector: str) -> bool:
+    """It works on a picture, which is resized before; others read maps or poses. Raises ValueError if unknown."""
+    return detector in ("none", "inpaint") or find_detector(detector).read is read_photograph
+
+
+def read_source(file: Path, detector: str) -> Image.Image:
+    """What the detector works on, or, of a map or a pose, the hint. Raises ValueError if it cannot be read."""
+    return read_image(file) if of_photographs(detector) else Image.fromarray(detect_file(detector, file))
+
+
+def hint_tensor(source: Image.Image, detector: str, mask: Image.Image | None, size: Size) -> Tensor:
+    """(1, 3, H, W) of `size` in [0, 1]; for the detector "inpaint" -1 where the mask is white."""
+    if detector == "inpaint":
+        values = inpaint(np.asarray(resized(source, size)), np.asarray(resized(mask, size)))
+        return torch.from_numpy(values).permute(2, 0, 1)[None]
+    if detector != "none" and of_photographs(detector):
+        source = Image.fromarray(detect(detector, np.asarray(resized(source, size))))
+    return make_hint(source, size)
+
+
+def mask_tensor(name: str, size: Size) -> Tensor:
+    """(1, 1, H, W) in [0, 1]."""
+    return to_mask(resized(read_mask(name), size))
+
+
+# ---------------------------------------------------------------------------------------------------- ControlNets
+
+
+def choose_control(
+    name: str, source: Image.Image, detector: str, hint: Tensor, config: Config, note: Callable[[str], None]
+) -> str:
+    """Which ControlNet a hint (1, 3, H, W) is for, by the rule of hint_kind.py, which is noted; `name` is its file's.
+
+    A hint that was not detected is looked at as it came, before it was resized.
+
+    Raises ValueError if the base is not the small one, or the hint does not tell.
+    """
+    if config.name != "tiny":
+        raise ValueError(f'there is no --control for the hint "{name}", expected one --control for each --hint')
+    kind = kind_of(np.asarray(source) if detector == "none" else to_uint8(hint[0]))
+    if kind is None:
+        raise ValueError(
+            f'"{name}" does not tell which of the small ControlNets it is for: say --control with one of '
+            f"{', '.join(TINY_CONTROLS)}, or make a hint of it with --detect"
+        )
+    note(f'"{name}" is a hint of the kind "{kind}": taking --control {TINY_CONTROLS[kind]}')
+    return TINY_CONTROLS[kind]
+
+
+def find_control(name: str, config: Config) -> Path:
+    """A file, or one in weights/ by its name or its short name for this base. Raises ValueError if there is none."""
+    weights = stable_diffusion.WEIGHTS
+    files = [Path(name), weights / name, *(weights / f"{name}{suffix}" for suffix in (".safetensors", ".pth"))]
+    if config.name == "tiny":
+        files.append(weights / f"{TINY_CONTROLS.get(name, f'tiny-{name}')}.safetensors")
+    else:
+        files += sorted(weights.glob(f"control_*{config.name}_{name}.*"))  # control_v11p_sd15_canny.pth
+    for path in files:
+        if path.exists():
+            return path
+    raise ValueError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: give its path')
+
+
+def load_control(file: Path, unet: UNet, mode: str) -> ControlNet:
+    """Files of shuffle models do not say that their residuals are averaged over the picture: the mode does."""
+    return ControlNet.load(file, unet, global_average_pooling=True if mode == "shuffle" else None)
+
+
+def layer_strengths(mode: str, layers: list[float] | None, config: UNetConfig) -> list[float]:
+    """Those of a mode times those given. Raises ValueError for another number of them than the base has."""
+    of_mode = {
+        "guess": guess_layers,
+        "resolution": resolution_layers,
+        "resolution-literal": lambda config: resolution_layers(config, normalised=False),
+        "middle": middle_layer,
+    }
+    count = len(residual_levels(config))
+    if layers and len(layers) != count:
+        raise ValueError(f"there are {len(layers)} numbers in --control-layers, expected {count} for this base")
+    strengths = of_mode[mode](config) if mode in of_mode else [1.0] * count
+    return [a * b for a, b in zip(strengths, layers or [1.0] * count, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def fingerprints(used: dict[str, Path], recorded: dict[str, str]) -> dict[str, str]:
+    """Of each file by the name given. Raises ValueError if one that was recorded is another by now."""
+    found = {name: fingerprint(path) for name, path in used.items()}
+    for name, value in found.items():
+        if recorded.get(name, value) != value:
+            raise ValueError(
+                f'"{name}" is not the file any more that the picture was made with: give that one by its option, or '
+                "leave --again out"
+            )
+    return found

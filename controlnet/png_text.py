@@ -1,0 +1,102 @@
+"""What a saved picture knows about itself, as PNG text: the options that make it again, and A1111's "parameters".
+
+`settings` are the options of infer.py by their names with "_" for "-", as JSON knows them: texts, numbers, lists of
+them. "files" holds a fingerprint for each file that was used, by the name that was given.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+KEY = "controlnet"
+
+# What A1111 and its viewers call the samplers.
+A1111_SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM++ 2M"}
+
+# What its ControlNet extension calls our modes, where it has them.
+A1111_MODES = {"balanced": "Balanced", "guess": "ControlNet is more important"}
+
+
+def png_texts(settings: dict) -> dict[str, str]:
+    return {"parameters": a1111_parameters(settings), KEY: json.dumps(settings, ensure_ascii=False)}
+
+
+def read_settings(path: str | Path) -> dict:
+    """The settings of a picture that infer.py made. Raises ValueError if it is none."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(KEY)
+    except Exception as error:  # a damaged file makes the decoders raise almost anything
+        raise ValueError(f'"{path}" is not readable as a picture ({error}): give a PNG that infer.py made') from error
+    try:
+        settings = json.loads(text)
+    except (TypeError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f'"{path}" says nothing about how it was made: give a PNG that infer.py made')
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------- A1111
+
+
+def a1111_parameters(settings: dict) -> str:
+    """The text that A1111 writes: prompt, negative prompt, and one line of "Name: value" pairs."""
+    lines = [settings["prompt"]]
+    if settings["negative"]:
+        lines.append(f"Negative prompt: {settings['negative']}")
+    lines.append(", ".join(f"{name}: {quoted(value)}" for name, value in a1111_pairs(settings)))
+    return "\n".join(lines)
+
+
+def a1111_pairs(settings: dict) -> Iterator[tuple[str, object]]:
+    yield "Steps", settings["steps"]
+    yield "Sampler", A1111_SAMPLERS[settings["sampler"]]
+    yield "CFG scale", settings["cfg"]
+    yield "Seed", settings["seed"]
+    yield "Size", settings["size"]
+    yield "Model", Path(settings["base"]).stem
+    if settings["init"]:
+        yield "Denoising strength", settings["strength"]
+    if settings["clip_skip"] != 1:
+        yield "Clip skip", settings["clip_skip"]
+    yield "Eta", settings["eta"]
+    for i, control in enumerate(settings["control"]):
+        values = {
+            "Module": settings["detect"][i],
+            "Model": Path(control).stem,
+            "Weight": settings["control_scale"][i],
+            "Guidance Start": settings["control_start"][i],
+            "Guidance End": settings["control_end"][i],
+            "Control Mode": A1111_MODES.get(settings["control_mode"][i], settings["control_mode"][i]),
+        }
+        yield f"ControlNet {i}", ", ".join(f"{name}: {value}" for name, value in values.items())
+
+
+def quoted(value: object) -> str:
+    """As JSON where a comma or a colon would end the value or begin a name for A1111's parser."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def fingerprint(path: str | Path) -> str:
+    """Tells files apart: from the size and the first and last 16 MB, so that a base of 4 GB takes no time either. Of a
+    folder, from all that is in it."""
+    path, part = Path(path), 16 * 2**20
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(part))
+            stream.seek(max(stream.tell(), size - part))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]

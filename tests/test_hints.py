@@ -440,8 +440,10 @@ def test_a_learned_detector_is_loaded_once_and_its_hint_has_the_pictures_size(mo
             hint = detect(name, photograph("coffee"))
             assert hint.shape == (129, 193, 3) and hint.dtype == np.uint8 and (hint == 200).all()
         assert network.loads == 1
+    with pytest.raises(ValueError, match="nowhere"):
+        detect("hed", photograph("coffee"), device="nowhere")
     detect("openpose", photograph("coffee"), hands=True)
-    assert annotator(classes["OpenposeDetector"], "cpu").options == {"include_hand": True, "include_face": False}
+    assert annotator(classes["OpenposeDetector"], "auto").options == {"include_hand": True, "include_face": False}
 
 
 @pytest.mark.parametrize("kind", [OSError, ModuleNotFoundError])

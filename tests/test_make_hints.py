@@ -118,7 +118,7 @@ def test_what_cannot_begin_is_one_sentence(pictures, tmp_path, monkeypatch, caps
         (("pose", pictures, out), "expected .json"),
         (("canny", pictures, pictures / "hints"), "is in IN_DIR"),
         (("canny", pictures, pictures), "is in IN_DIR"),
-        (("canny", pictures, tmp_path / "file"), "which is a file"),
+        (("canny", pictures, tmp_path / "file"), "cannot be a folder (File exists)"),
         (("canny", pictures, out, "--option", "low=x"), "expected a number"),
         (("canny", pictures, out, "--size", "100"), "multiple of 64"),
         (("hed", pictures, out), "pip install controlnet_aux"),

@@ -1,4 +1,4 @@
-"""Hints for a folder of pictures, or of pose files and maps: one PNG for each, of the same name and size.
+"""Hints for a folder of pictures, or of pose files and maps: one PNG for each, of the same name.
 
     python -m tools.make_hints canny photos/ hints/
     python -m tools.make_hints canny photos/ hints/ --option low=50 --option high=150 --size 512
@@ -86,13 +86,11 @@ def detectors_help() -> str:
 def make_hints(args: argparse.Namespace) -> list[Failure]:
     """All hints that are not there yet. Returns the files that have none, with the reasons."""
     options = parse_options(args.detector, args.option)
-    check_folders(args.in_dir, args.out_dir)
     if args.size is not None and (args.size < 64 or args.size % 64):
         raise ValueError(f"--size is {args.size}, expected a multiple of 64 pixels")
+    check_folders(args.in_dir, args.out_dir)
     places, clashes = hint_places(args.detector, args.in_dir, args.out_dir)
-    missing = {source: place for source, place in places.items() if args.replace or not place.exists()}
-
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    missing = {place: source for place, source in places.items() if args.replace or not place.exists()}
 
     # Imported here, because it takes seconds: --help does not need it.
     from tqdm import tqdm
@@ -100,7 +98,7 @@ def make_hints(args: argparse.Namespace) -> list[Failure]:
     from controlnet.images import save_png
 
     failures = []
-    for source, place in tqdm(missing.items(), unit="hint", disable=None):
+    for place, source in tqdm(missing.items(), unit="hint", disable=None):
         try:
             hint = make_hint(args.detector, source, args.size, options)
         except NotInstalledError:  # the next files would fare no better
@@ -125,16 +123,21 @@ def make_hint(name: str, source: Path, size: int | None, options: dict) -> Image
 
 
 def check_folders(in_dir: Path, out_dir: Path) -> None:
+    """Raises ValueError if there is nothing to read from or nowhere to write to; OUT_DIR is there afterwards."""
     if not in_dir.is_dir():
         raise ValueError(f'IN_DIR is "{in_dir}", expected a folder')
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f'OUT_DIR is "{out_dir}", which is a file, expected a folder')
     if out_dir.resolve().is_relative_to(in_dir.resolve()):
         raise ValueError(f'OUT_DIR "{out_dir}" is in IN_DIR, so that hints would be taken for pictures: choose another')
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f'OUT_DIR is "{out_dir}", which cannot be a folder ({error.strerror}): choose another'
+        ) from error
 
 
 def hint_places(name: str, in_dir: Path, out_dir: Path) -> tuple[dict[Path, Path], list[Failure]]:
-    """Each file's place for its hint, in order, and the files left out because another has the same place.
+    """Each hint's place and the file it is made from, in order, and the files whose hint's place is another's.
 
     Raises ValueError for a folder without files that the detector reads.
     """
@@ -142,13 +145,11 @@ def hint_places(name: str, in_dir: Path, out_dir: Path) -> tuple[dict[Path, Path
     sources = [path for path in sorted(in_dir.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
     if not sources:
         raise ValueError(f'there is no file for {name} in "{in_dir}", expected {", ".join(suffixes)}')
-    places, clashes, taken = {}, [], {}
+    places, clashes = {}, []
     for source in sources:
         place = out_dir / source.relative_to(in_dir).with_suffix(".png")
-        first = taken.setdefault(place, source)
-        if first == source:
-            places[source] = place
-        else:
+        first = places.setdefault(place, source)
+        if first != source:
             clashes.append((source, f"its hint would have the name of that for {first}: rename one of them"))
     return places, clashes
 

@@ -1,7 +1,7 @@
 """Detectors that are networks, from the optional package controlnet_aux (Hugging Face, Apache-2.0).
 
 It gets their weights from Hugging Face when one is used for the first time. Each takes a uint8 RGB picture (H, W, 3)
-and returns such a hint.
+and returns such a hint. `device` is a GPU if there is one ("auto"), or cpu, cuda, cuda:1 and so on.
 """
 
 from functools import cache
@@ -16,27 +16,27 @@ class NotInstalledError(ValueError):
     """The optional package is not there."""
 
 
-def hed(image: np.ndarray, *, device: str = "cpu") -> np.ndarray:
+def hed(image: np.ndarray, *, device: str = "auto") -> np.ndarray:
     """Soft edges, white on black (Xie and Tu, arXiv 1504.06375)."""
     return run(annotator(package().HEDdetector, device), image)
 
 
-def mlsd(image: np.ndarray, *, score: float = 0.1, distance: float = 0.1, device: str = "cpu") -> np.ndarray:
+def mlsd(image: np.ndarray, *, score: float = 0.1, distance: float = 0.1, device: str = "auto") -> np.ndarray:
     """Straight lines, white on black (Gu et al., arXiv 2106.00186): those above a `score`, and a length, `distance`."""
     return run(annotator(package().MLSDdetector, device), image, thr_v=score, thr_d=distance)
 
 
-def midas(image: np.ndarray, *, device: str = "cpu") -> np.ndarray:
+def midas(image: np.ndarray, *, device: str = "auto") -> np.ndarray:
     """Depth, near is white (Ranftl et al., arXiv 1907.01341)."""
     return run(annotator(package().MidasDetector, device), image)
 
 
-def openpose(image: np.ndarray, *, hands: bool = False, face: bool = False, device: str = "cpu") -> np.ndarray:
+def openpose(image: np.ndarray, *, hands: bool = False, face: bool = False, device: str = "auto") -> np.ndarray:
     """Poses in colours on black (Cao et al., arXiv 1812.08008), with `hands` and `face` if wanted."""
     return run(annotator(package().OpenposeDetector, device), image, include_hand=hands, include_face=face)
 
 
-def lineart(image: np.ndarray, *, coarse: bool = False, device: str = "cpu") -> np.ndarray:
+def lineart(image: np.ndarray, *, coarse: bool = False, device: str = "auto") -> np.ndarray:
     """Drawn lines, white on black (Chan et al., arXiv 2203.12691), `coarse` or fine."""
     return run(annotator(package().LineartDetector, device), image, coarse=coarse)
 
@@ -58,7 +58,10 @@ def package():
 
 @cache
 def annotator(detector_class: type, device: str):
-    return loaded(lambda: detector_class.from_pretrained(ANNOTATORS)).to(device)
+    from ..devices import pick_device  # here, because it imports torch
+
+    picked = pick_device(None if device == "auto" else device)
+    return loaded(lambda: detector_class.from_pretrained(ANNOTATORS)).to(picked)
 
 
 @cache

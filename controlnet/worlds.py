@@ -248,6 +248,9 @@ class Edges(InTurn):
 
 WORLDS = {world.name: world for world in (Fill50k, People, Shapes, Edges)}
 
+# World -> the small ControlNet in weights/ that learned its hints.
+TINY_CONTROL_OF = {"fill50k": "tiny-fill50k", "people": "tiny-pose", "edges": "tiny-canny"}
+
 
 # --------------------------------------------------------------------------------------------------------- drawing
 

@@ -5,11 +5,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from small import SMALL, small_control, small_sd
 
+from controlnet.colours import BASIC_COLOURS
+from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from tools import evaluate, pretrain, strip
 
 ROOT = Path(__file__).parent.parent
@@ -19,9 +23,10 @@ ROOT = Path(__file__).parent.parent
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     sd = small_sd()
-    sd.save(folder / "base.safetensors")
-    small_control(sd).save(folder / "control.safetensors")
-    return str(folder / "base.safetensors"), str(folder / "control.safetensors")
+    sd.save(folder / "tiny.safetensors")
+    for name in TINY_CONTROL_OF.values():
+        small_control(sd).save(folder / f"{name}.safetensors")
+    return folder
 
 
 @pytest.mark.parametrize("name", ["evaluate", "pretrain", "strip"])
@@ -31,8 +36,8 @@ def test_a_tool_is_also_a_script(name):
 
 
 def test_evaluate_prints_every_measure_with_its_floor(models, capsys):
-    base, control = models
-    controls = ["--control", "fill50k", control, "--control", "people", control]
+    base, control, pose = (str(models / f"{name}.safetensors") for name in ("tiny", "tiny-fill50k", "tiny-pose"))
+    controls = ["--control", "fill50k", control, "--control", "people", pose]
     assert evaluate.main(["--base", base, *controls, "--count", "2", "--steps", "1"]) == 0
     out = capsys.readouterr().out
     for words in ("average pooling", "22 basic colours", "all colours", "mismatched", "key points"):
@@ -52,13 +57,16 @@ def test_evaluate_knows_its_worlds(capsys):
     assert stop.value.code == 2 and 'there is no world "moon"' in capsys.readouterr().err
 
 
-def test_the_strip_is_a_picture_of_hints_and_pictures(models, tmp_path, monkeypatch):
-    base, control = models
-    monkeypatch.setattr(
-        sys, "argv", ["strip", "--base", base, "--control", control, "--out", str(tmp_path / "strip.png")]
-    )
+def test_the_strip_shows_hints_above_pictures_for_each_control(models, tmp_path, monkeypatch):
+    path = tmp_path / "strip.png"
+    monkeypatch.setattr(sys, "argv", ["strip", "--weights", str(models), "--columns", "1", "--out", str(path)])
     strip.main()
-    assert (tmp_path / "strip.png").read_bytes().startswith(b"\x89PNG")
+    side = SMALL.resolution
+    pixels = np.asarray(Image.open(path))
+    assert pixels.shape == (2 * side, 3 * side, 3)
+    for i, name in enumerate(TINY_CONTROL_OF):
+        hint = WORLDS[name](side, colours=BASIC_COLOURS, held_out=True)[0].hint
+        assert np.array_equal(pixels[:side, i * side : (i + 1) * side], hint)
 
 
 def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from controlnet.measures import (
     same_colour,
     split_disc,
 )
-from controlnet.worlds import WORLDS, Fill50k, People, Sample, Shapes, World
+from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Shapes, World
 from ldm import StableDiffusion
 from ldm.stable_diffusion import WEIGHTS
 
@@ -71,8 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, default=2.5, help="guidance (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.control is None:
-        shipped = (("fill50k", "fill50k"), ("people", "pose"), ("edges", "canny"))
-        files = [(world, WEIGHTS / f"tiny-{name}.safetensors") for world, name in shipped]
+        files = [(world, WEIGHTS / f"{name}.safetensors") for world, name in TINY_CONTROL_OF.items()]
         args.control = [(world, file) for world, file in files if file.exists()]
     return args
 

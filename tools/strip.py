@@ -9,47 +9,45 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/strip.py`
 
 from controlnet import ControlNet
+from controlnet.colours import BASIC_COLOURS
 from controlnet.generate import generate
 from controlnet.guidance import Control
 from controlnet.images import save_png, to_hints
-from controlnet.worlds import draw_circle
+from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Sample
 from ldm import StableDiffusion
 from ldm.stable_diffusion import WEIGHTS
-
-# x, y and radius in parts of the side, and the prompt. One seed for all: nothing is picked from many.
-PICTURES = (
-    (0.50, 0.50, 0.30, "red circle with white background"),
-    (0.30, 0.35, 0.22, "yellow circle with navy background"),
-    (0.70, 0.60, 0.36, "teal circle with pink background"),
-    (0.45, 0.70, 0.15, "black circle with orange background"),
-    (0.15, 0.50, 0.35, "violet circle with olive background"),
-    (0.60, 0.40, 0.25, ""),
-)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="tiny", help="a file or a preset (default: %(default)s)")
-    parser.add_argument(
-        "--control", type=Path, default=WEIGHTS / "tiny-fill50k.safetensors", help="a ControlNet's file"
-    )
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the folder of the models (default: weights/)")
+    parser.add_argument("--columns", type=int, default=3, help="for each ControlNet (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("assets/strip.png"), help="(default: %(default)s)")
     args = parser.parse_args()
 
-    sd = StableDiffusion.load(args.base)
-    control = ControlNet.load(args.control, sd.unet)
-    side = sd.config.resolution
+    sd = StableDiffusion.load(args.weights / "tiny.safetensors")
     columns = []
-    for x, y, radius, prompt in PICTURES:
-        hint = draw_circle(side, x * side, y * side, radius * side, "white", "black").hint
-        (picture,) = generate(sd, prompt, [Control(control, to_hints([hint]))], seed=0)
-        columns.append(np.vstack([hint, np.asarray(picture)]))
+    for name, control_name in TINY_CONTROL_OF.items():
+        path = args.weights / f"{control_name}.safetensors"
+        if path.exists():
+            control = ControlNet.load(path, sd.unet)
+            # The first held-out samples: nothing is picked from many.
+            world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
+            columns += [column(sd, control, world[i]) for i in tqdm(range(args.columns), desc=control_name)]
     save_png(Image.fromarray(np.hstack(columns)), args.out, {})
     print(args.out)
+
+
+def column(sd: StableDiffusion, control: ControlNet, sample: Sample) -> np.ndarray:
+    """uint8 (2 H, W, 3): a hint and the picture for it and its caption, which is printed."""
+    print(sample.caption)
+    (picture,) = generate(sd, sample.caption, [Control(control, to_hints([sample.hint]))], seed=0)
+    return np.vstack([sample.hint, np.asarray(picture)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .checkpoint import FAMILIES, PARTS, Checkpoint, CheckpointError, counted, first_few
+from .checkpoint import FAMILIES, IGNORED, PARTS, Checkpoint, CheckpointError, counted, first_few
 from .config import SD15, SD21, SD21_BASE, Config, ControlConfig, dataclass_from_dict
 from .diffusers_layout import config_from_diffusers, control_from_diffusers
 from .key_maps import KeyMap, Layout, control_map, diffusers_control_map
@@ -339,7 +339,7 @@ def contents(checkpoint: Checkpoint, prediction: str | None = None) -> Contents:
     names = [name for name, found in (("base", base), ("ControlNet", control)) if found]
     parameters, dtypes = Counter(), Counter()
     for key, tensor in checkpoint.tensors.items():
-        if tensor.dtype.is_floating_point and "." in key:
+        if tensor.dtype.is_floating_point and key not in IGNORED:
             start = next((start for start in PARTS if key.startswith(start)), None)
             parameters[PARTS.get(start, "ControlNet" if control and not base else "other")] += tensor.numel
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel

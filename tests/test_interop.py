@@ -1,0 +1,269 @@
+"""Proof against software that nobody here wrote: diffusers and transformers read what we save and compute the same, and
+we read what they save.
+
+Models are the miniatures of the reference numbers, SD 1.x and SD 2.x. Runs where tests/requirements-interop.txt is
+installed.
+"""
+
+import os
+import re
+
+import pytest
+import torch
+from reference import MINI_SD1, MINI_SD2, fill, filled_checkpoint, load_manifest
+from small import small_control, small_sd
+
+from controlnet.guidance import Control, guided
+from controlnet.model import ControlNet
+from ldm import StableDiffusion
+from ldm.checkpoint import open_checkpoint
+from ldm.config import ControlConfig
+from ldm.samplers import ddim_timesteps, sample_ddim
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: a missing file must fail here
+os.environ["TQDM_DISABLE"] = "1"
+REASON = "tests/requirements-interop.txt is not installed"
+diffusers = pytest.importorskip("diffusers", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+
+MINIS = {"sd1": MINI_SD1, "sd2": MINI_SD2}
+PROMPTS = ["a red circle, 2 cafés", "", "one thing after the other " * 30]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class Pair:
+    """One base with its ControlNet: ours, the files in both layouts, and diffusers' reading of its own layout."""
+
+    def __init__(self, folder, style):
+        self.file = filled_checkpoint(load_manifest(f"mini_{style}_checkpoint"), folder / "base.safetensors")
+        manifest = load_manifest(f"mini_{style}_control_only")
+        self.control_file = filled_checkpoint(manifest, folder / "control.safetensors")
+        self.sd = StableDiffusion.from_checkpoint(open_checkpoint(self.file), MINIS[style])
+        self.control = ControlNet.load(self.control_file, self.sd.unet).requires_grad_(False)
+        self.folder, self.control_folder = folder / "base", folder / "control"
+        self.sd.save(self.folder, layout="diffusers")
+        self.control.save(self.control_folder, layout="diffusers")
+        self.theirs = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+            self.folder, controlnet=diffusers.ControlNetModel.from_pretrained(self.control_folder)
+        )
+        self.theirs.set_progress_bar_config(disable=True)
+
+
+@pytest.fixture(scope="module", params=MINIS)
+def pair(request, tmp_path_factory):
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    with torch.no_grad():
+        yield Pair(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def relative(got, want):
+    assert got.shape == want.shape
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network_inputs(sd):
+    hint = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    return noise(2, 4, 16, 16), torch.tensor([501, 37]), noise(2, 77, sd.config.unet.context_width, seed=2), hint
+
+
+def assert_same(model, expected, but=()):
+    """Bit by bit, without the parameters whose names begin with any of `but`."""
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted if not name.startswith(but))
+
+
+UNUSED = ("text_encoder.blocks.2.", "text_encoder.text_projection", "text_encoder.logit_scale")
+
+
+def unused(sd):
+    """What diffusers' layout does not hold of SD 2.x."""
+    return UNUSED if sd.config.text.family == "open_clip" else ()
+
+
+# ---------------------------------------------------------------------------------------------- from us to them
+
+
+@torch.no_grad()
+def test_diffusers_computes_the_same_networks(pair):
+    x, t, context, hint = network_inputs(pair.sd)
+    residuals = pair.control(x, t, context, hint)
+    down, middle = pair.theirs.controlnet(x, t, context, hint, return_dict=False)
+    assert all(relative(a, b) < 2e-5 for a, b in zip(residuals, [*down, middle], strict=True))
+    theirs = pair.theirs.unet(
+        x, t, context, down_block_additional_residuals=down, mid_block_additional_residual=middle
+    ).sample
+    assert relative(pair.sd.unet(x, t, context, residuals), theirs) < 2e-5
+    assert relative(pair.sd.unet(x, t, context), theirs) > 1e-3  # the control had an effect
+
+
+@torch.no_grad()
+def test_diffusers_computes_the_same_autoencoder(pair):
+    images = noise(1, 3, 64, 96).clamp(-1, 1)
+    ours, theirs = pair.sd.vae.posterior(images), pair.theirs.vae.encode(images).latent_dist
+    assert relative(ours.mean, theirs.mean) < 2e-5
+    assert relative(ours.logvar, theirs.logvar) < 2e-5
+    latents = noise(1, 4, 8, 12)
+    factor = pair.theirs.vae.config.scaling_factor
+    assert relative(pair.sd.decode(latents), pair.theirs.vae.decode(latents / factor).sample) < 2e-5
+
+
+@torch.no_grad()
+def test_transformers_reads_the_same_prompts(pair):
+    ids = pair.theirs.tokenizer(
+        PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+    assert torch.equal(ids, pair.sd.tokenizer(PROMPTS))
+    assert relative(pair.sd.encode_text(PROMPTS), pair.theirs.text_encoder(ids)[0]) < 2e-5
+
+
+@torch.no_grad()
+def test_five_controlled_steps_are_those_of_diffusers_pipeline(pair):
+    sd, cfg, scale = pair.sd, 4.0, 0.8
+    x, hint = noise(1, 4, 8, 8), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    prompt, negative = sd.encode_text(["a red circle"]), sd.encode_text(["blue"])
+    denoise = guided(sd.unet, prompt, negative, cfg, [Control(pair.control, hint, scale)])
+    latents = sample_ddim(denoise, x, ddim_timesteps(sd.schedule, 5), sd.schedule, 0.0)
+    pictures = {}
+    for kind, ours in (("latent", latents), ("pt", (sd.decode(latents) / 2 + 0.5).clamp(0, 1))):
+        pictures[kind] = (
+            ours,
+            pair.theirs(
+                "a red circle",
+                image=hint,
+                negative_prompt="blue",
+                guidance_scale=cfg,
+                controlnet_conditioning_scale=scale,
+                num_inference_steps=5,
+                latents=x.clone(),
+                output_type=kind,
+            ).images,
+        )
+    assert relative(*pictures["latent"]) < 5e-5
+    assert relative(*pictures["pt"]) < 5e-5
+
+
+@torch.no_grad()
+def test_diffusers_reads_the_original_layout(pair, tmp_path):
+    """Its single-file loaders, with the architecture from the folder: they know the published ones only."""
+    x, t, context, hint = network_inputs(pair.sd)
+    pair.sd.save(tmp_path / "base.safetensors")
+    pair.control.save(tmp_path / "control.safetensors")
+    single = {"local_files_only": True}
+    unet = diffusers.UNet2DConditionModel.from_single_file(
+        str(tmp_path / "base.safetensors"), config=str(pair.folder), subfolder="unet", **single
+    )
+    assert relative(pair.sd.unet(x, t, context), unet(x, t, context).sample) < 2e-5
+    vae = diffusers.AutoencoderKL.from_single_file(
+        str(tmp_path / "base.safetensors"), config=str(pair.folder), subfolder="vae", **single
+    )
+    assert relative(pair.sd.vae.decoder(x), vae.decoder(x)) < 2e-5
+    control = diffusers.ControlNetModel.from_single_file(
+        str(tmp_path / "control.safetensors"), config=str(pair.control_folder), **single
+    )
+    down, middle = control(x, t, context, hint, return_dict=False)
+    assert relative(pair.control(x, t, context, hint)[-1], middle) < 2e-5
+
+
+def test_diffusers_converts_the_text_encoder_of_the_original_layout(pair, tmp_path):
+    from diffusers.loaders import single_file_utils as converters
+
+    pair.sd.save(tmp_path / "base.safetensors")
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "base.safetensors")
+    if pair.sd.config.text.family == "clip":
+        found = converters.convert_ldm_clip_checkpoint(tensors)
+    else:
+        # Their list of unused layers is that of the published model, so the miniature's last one stays in.
+        found = converters.convert_open_clip_checkpoint(pair.theirs.text_encoder, tensors)
+    found = {key.removeprefix("text_model."): value for key, value in found.items()}
+    wanted = {key.removeprefix("text_model."): v for key, v in pair.theirs.text_encoder.state_dict().items()}
+    assert wanted.keys() - {"embeddings.position_ids"} <= found.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted.keys() & found.keys())
+
+
+def test_global_average_pooling_is_a_field_of_both(pair, tmp_path):
+    control = ControlNet(pair.sd.unet, ControlConfig(global_average_pooling=True))
+    control.load_state_dict(pair.control.state_dict())
+    control.save(tmp_path / "control", layout="diffusers")
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "control")
+    assert theirs.config.global_pool_conditions
+    x, t, context, hint = network_inputs(pair.sd)
+    with torch.no_grad():
+        down, middle = theirs(x, t, context, hint, return_dict=False)
+        ours = control(x, t, context, hint)
+    # One number a channel; theirs and ours both spread it over the positions when it is added.
+    assert ours[0].shape[-2:] == (1, 1)
+    assert all(relative(a, b) < 2e-5 for a, b in zip(ours, [*down, middle], strict=True))
+    theirs.save_pretrained(tmp_path / "again")
+    assert ControlNet.load(tmp_path / "again", pair.sd.unet).config.global_average_pooling
+
+
+# ---------------------------------------------------------------------------------------------- from them to us
+
+
+@pytest.mark.parametrize(
+    "arguments, file",
+    [
+        ({}, "diffusion_pytorch_model.safetensors"),
+        ({"safe_serialization": False}, "diffusion_pytorch_model.bin"),
+        ({"max_shard_size": "5MB", "variant": "fp16"}, "diffusion_pytorch_model.safetensors.index.fp16.json"),
+    ],
+)
+def test_we_read_what_diffusers_saves(pair, tmp_path, arguments, file):
+    if arguments.get("safe_serialization", True) is False:
+        # Transformers writes no pickles any more; its text encoder is saved apart, as it once was.
+        pair.theirs.unet.save_pretrained(tmp_path / "unet", **arguments)
+        pair.theirs.vae.save_pretrained(tmp_path / "vae", **arguments)
+        pair.theirs.controlnet.save_pretrained(tmp_path / "controlnet", **arguments)
+        pair.theirs.scheduler.save_pretrained(tmp_path / "scheduler")
+        pair.theirs.text_encoder.config.save_pretrained(tmp_path / "text_encoder")
+        state = pair.theirs.text_encoder.state_dict()
+        torch.save(state, tmp_path / "text_encoder" / "pytorch_model.bin")
+    else:
+        pair.theirs.save_pretrained(tmp_path, **arguments)
+    assert (tmp_path / "unet" / file).is_file()
+    sd = StableDiffusion.load(tmp_path)
+    assert_same(sd, pair.sd, but=unused(pair.sd))
+    assert sd.config.unet == pair.sd.config.unet and sd.config.schedule == pair.sd.config.schedule
+    assert sd.config.text == pair.sd.config.text and sd.config.vae == pair.sd.config.vae
+    # The pipeline's folder holds the ControlNet, too.
+    assert_same(ControlNet.load(tmp_path, sd.unet), pair.control)
+
+
+def test_there_and_back_is_bit_identical(pair, tmp_path):
+    """Original layout -> ours -> diffusers -> ours -> original layout."""
+    sd = StableDiffusion.load(pair.folder)
+    sd.save(tmp_path / "base.safetensors")
+    original, again = open_checkpoint(pair.file), open_checkpoint(tmp_path / "base.safetensors")
+    for key in again.keys:
+        value = again.tensors[key].view()
+        if not re.search(r"resblocks\.2\.|text_projection|logit_scale", key):
+            assert torch.equal(value, fill(key, value.shape))
+    assert again.keys <= original.keys
+
+
+def test_the_small_family_is_described_too(tmp_path):
+    """Other depths, other groups, levels without attention, a short vocabulary, v at zero terminal SNR."""
+    sd = small_sd()
+    control = small_control(sd)
+    sd.save(tmp_path / "base", layout="diffusers")
+    control.save(tmp_path / "control", layout="diffusers")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "base")
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "control")
+    x, t, context, hint = network_inputs(sd)
+    with torch.no_grad():
+        down, middle = theirs(x, t, context, hint, return_dict=False)
+        output = pipeline.unet(
+            x, t, context, down_block_additional_residuals=down, mid_block_additional_residual=middle
+        ).sample
+        assert relative(sd.unet(x, t, context, control(x, t, context, hint)), output) < 2e-5
+        ids = pipeline.tokenizer(PROMPTS[:1], padding="max_length", return_tensors="pt").input_ids
+        assert torch.equal(ids, sd.tokenizer(PROMPTS[:1]))
+    assert relative(sd.schedule.alphas_cumprod, pipeline.scheduler.alphas_cumprod) < 1e-5

@@ -24,11 +24,12 @@ from pathlib import Path
 ASSETS = Path(__file__).resolve().parent / "assets"
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 MODES = ("balanced", "guess", "resolution", "resolution-literal", "middle", "prompt", "shuffle")
-PROMPT_ONLY = ("guess", "resolution", "resolution-literal", "prompt", "shuffle")  # not in the negative prompt's branch
 
-# Options that are given once for all hints or once for each, and what they are otherwise.
-FOR_EACH_HINT = {
+# Options that belong to a hint, given once for all hints or once for each, and what they are otherwise.
+EACH = {
+    "hint": None,
     "detect": "none",
+    "control": None,
     "control_scale": 1.0,
     "control_layers": None,
     "control_start": 0.0,
@@ -246,7 +247,7 @@ def parse_args(argv: list[str] | None = None, recorded: dict | None = None) -> a
     parser = build_parser()
     parser.set_defaults(**{name: recorded[name] for name in RECORDED if name in recorded})
     args = parser.parse_args(argv)
-    for name in ("hint", "control", *FOR_EACH_HINT):
+    for name in EACH:
         if getattr(args, name) is None:
             setattr(args, name, recorded.get(name, []))
     if args.guess:
@@ -258,75 +259,59 @@ def parse_args(argv: list[str] | None = None, recorded: dict | None = None) -> a
 
 
 def infer(args: argparse.Namespace, recorded: dict) -> None:
+    """Everything that can be wrong and is quick to see is checked before the weights are read."""
     # Imported here, because it takes seconds: --help does not need it.
     from controlnet import inputs
     from controlnet.devices import PRECISIONS, pick_device
-    from controlnet.generate import check_size, default_cfg, default_size
-    from controlnet.guidance import Control
-    from controlnet.image_to_image import Init
-    from controlnet.images import read_image, read_mask
+    from controlnet.generate import default_cfg
     from ldm import StableDiffusion
     from ldm.stable_diffusion import find
 
-    # --- what can be wrong and is quick to see, before the weights are read
     base, _ = find(args.base)
     config = inputs.config_of(base, args.prediction)
     inputs.check_sampling(config, args.sampler, args.steps, args.eta, args.seed, args.count, args.clip_skip)
     device, dtype = pick_device(args.device), PRECISIONS[args.dtype]
     check_out(args.out)
-    each = {name: spread(name, getattr(args, name), default, len(args.hint)) for name, default in FOR_EACH_HINT.items()}
-    check_pairs(args, each["detect"])
+    check_pairs(args)
+    size, init, steerings = read_pictures(args, config)
 
-    # --- pictures
-    init = args.init and read_image(args.init)
-    mask = args.mask and read_mask(args.mask)
-    hint_files = [find_hint(name) for name in args.hint]
-    sources = [inputs.read_source(*pair) for pair in zip(hint_files, each["detect"], strict=True)]
-    size = args.size or default_size(config, *[image for image in (init, *sources) if image][:1])
-    check_size(config, size)
-    strength = args.strength if args.strength is not None else (1.0 if args.mask else 0.75)
-    init = init and Init(init, strength, mask)
-    hints = [inputs.hint_tensor(*pair, mask, size) for pair in zip(sources, each["detect"], strict=True)]
-    names = args.control or [
-        inputs.choose_control(*hint, config, note)
-        for hint in zip(args.hint, sources, each["detect"], hints, strict=True)
-    ]
-    files = [inputs.find_control(name, config) for name in names]
-    masks = [name and inputs.mask_tensor(name, size) for name in each["control_mask"]]
-    layers = [
-        inputs.layer_strengths(*pair, config.unet)
-        for pair in zip(each["control_mode"], each["control_layers"], strict=True)
-    ]
-
-    # --- what the pictures will say about themselves
-    used = {args.base: base, **dict(zip((*args.hint, *names), (*hint_files, *files), strict=True))}
-    used |= {name: Path(name) for name in (args.init, args.mask, *each["control_mask"]) if name}
     settings = {name: getattr(args, name) for name in RECORDED}
-    settings |= {"hint": args.hint, "control": names, **each, "strength": strength if init else None}
-    settings |= {"size": f"{size[1]}x{size[0]}", "device": str(device)}
+    settings |= {name: [getattr(steering, name) for steering in steerings] for name in EACH}
+    settings |= {"size": f"{size[1]}x{size[0]}", "strength": init and init.strength, "device": str(device)}
     settings["cfg"] = default_cfg(config) if args.cfg is None else args.cfg
+    used = {args.base: base, **{name: Path(name) for name in (args.init, args.mask) if name}}
+    for steering in steerings:
+        used |= steering.files()
     settings["files"] = inputs.fingerprints(used, recorded.get("files", {}))
 
-    # --- models, then picture after picture
     sd = StableDiffusion.load(args.base, "cpu" if args.low_memory else device, dtype, args.prediction)
     note_cut_prompts(sd.tokenizer, args)
-    controls = [
-        Control(inputs.load_control(file, sd.unet, mode), hint, scale, layers, mode in PROMPT_ONLY, start, end, mask)
-        for file, hint, scale, layers, mode, start, end, mask in zip(
-            files,
-            hints,
-            each["control_scale"],
-            layers,
-            each["control_mode"],
-            each["control_start"],
-            each["control_end"],
-            masks,
-            strict=True,
-        )
-    ]
+    controls = [steering.load(sd.unet) for steering in steerings]
     if args.save_hint:
-        save_hints(hints, picture_path(args.out, 0, args.count))
+        save_hints([control.hint for control in controls], picture_path(args.out, 0, args.count))
     make_pictures(args, sd, controls, init, size, settings, device)
+
+
+def read_pictures(args: argparse.Namespace, config) -> tuple:
+    """The size, the `Init` or None, and a `Steering` for each hint, whose ControlNet is not loaded yet."""
+    from controlnet.generate import check_size, default_size
+    from controlnet.image_to_image import Init
+    from controlnet.images import read_image, read_mask
+    from controlnet.inputs import Steering
+
+    image = read_image(args.init) if args.init else None
+    mask = read_mask(args.mask) if args.mask else None
+    values = [spread(name, getattr(args, name), default, len(args.hint)) for name, default in EACH.items()]
+    steerings = [Steering(**dict(zip(EACH, row, strict=True))) for row in zip(*values, strict=True)]
+    for steering in steerings:
+        steering.read(find_hint(steering.hint))
+    first = image or (steerings[0].source if steerings else None)
+    size = args.size or default_size(config, first)
+    check_size(config, size)
+    for steering in steerings:
+        steering.prepare(size, mask, config, note)
+    strength = args.strength if args.strength is not None else (1.0 if mask else 0.75)
+    return size, image and Init(image, strength, mask), steerings
 
 
 def make_pictures(args, sd, controls, init, size, settings, device) -> None:
@@ -383,7 +368,7 @@ def spread(name: str, values: list, default, count: int) -> list:
     return values * count if len(values) == 1 else values
 
 
-def check_pairs(args: argparse.Namespace, detectors: list[str]) -> None:
+def check_pairs(args: argparse.Namespace) -> None:
     """Raises ValueError for an option without the one that it belongs to."""
     if args.control and len(args.control) != len(args.hint):
         raise ValueError(
@@ -392,9 +377,9 @@ def check_pairs(args: argparse.Namespace, detectors: list[str]) -> None:
         )
     if args.strength is not None and args.init is None:
         raise ValueError("there is a --strength without --init: give the picture to begin with, or leave it out")
-    if args.mask is not None and args.init is None and "inpaint" not in detectors:
+    if args.mask is not None and args.init is None and "inpaint" not in args.detect:
         raise ValueError("there is a --mask without --init: give the picture that it is for")
-    if args.mask is None and "inpaint" in detectors:
+    if args.mask is None and "inpaint" in args.detect:
         raise ValueError("--detect inpaint needs a --mask: white where the picture is to be made anew")
 
 

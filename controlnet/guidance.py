@@ -40,10 +40,13 @@ class Control:
         expected = len(self.net.zero_convs) + 1
         if len(self.layers) not in (0, expected):
             raise ValueError(f"a control has {len(self.layers)} layer strengths, expected {expected} for this base")
-        if not 0 <= self.start < self.end <= 1:
-            raise ValueError(
-                f"a control acts from {self.start} to {self.end} of the steps, expected 0 <= start < end <= 1"
-            )
+        check_range(self.start, self.end)
+
+
+def check_range(start: float, end: float) -> None:
+    """Raises ValueError for what is no part of the steps."""
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"a control acts from {start} to {end} of the steps, expected 0 <= start < end <= 1")
 
 
 # ---------------------------------------------------------------------------------------------------- layer strengths

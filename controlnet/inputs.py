@@ -21,12 +21,14 @@ from ldm.text_encoder import layers_to_run
 from ldm.unet import UNet
 
 from .generate import check_seeds, make_hint
-from .guidance import guess_layers, middle_layer, residual_levels, resolution_layers
+from .guidance import Control, check_range, guess_layers, middle_layer, residual_levels, resolution_layers
 from .hint_kind import TINY_CONTROLS, kind_of
 from .hints import detect, detect_file, find_detector, inpaint, read_photograph
 from .images import Size, read_image, read_mask, resized, to_mask, to_uint8
 from .model import ControlNet
 from .png_text import fingerprint
+
+PROMPT_ONLY = ("guess", "resolution", "resolution-literal", "prompt", "shuffle")  # modes that spare the negative prompt
 
 # ---------------------------------------------------------------------------------------------------- the base
 
@@ -47,46 +49,95 @@ def check_sampling(config: Config, sampler: str, steps: int, eta: float, seed: i
 # ---------------------------------------------------------------------------------------------------- hints
 
 
-def of_photographs(detector: str) -> bool:
-    """It works on a picture, which is resized before; others read maps or poses. Raises ValueError if unknown."""
-    return detector in ("none", "inpaint") or find_detector(detector).read is read_photograph
+class Steering:
+    """One --hint of infer.py and what is said about it, step by step made into a `Control`."""
+
+    def __init__(
+        self,
+        hint: str,
+        detect: str,
+        control: str | None,
+        control_scale: float,
+        control_layers: list[float] | None,
+        control_start: float,
+        control_end: float,
+        control_mask: str | None,
+        control_mode: str,
+    ):
+        self.hint, self.detect, self.control = hint, detect, control
+        self.control_scale, self.control_layers, self.control_mask = control_scale, control_layers, control_mask
+        self.control_start, self.control_end, self.control_mode = control_start, control_end, control_mode
+
+    def read(self, file: Path) -> None:
+        """The picture that the detector works on, or, of a map or a pose, the hint.
+
+        Raises ValueError for a range or a detector that makes no sense and a file that cannot be read.
+        """
+        check_range(self.control_start, self.control_end)
+        self.hint_file = file
+        self.source = read_image(file) if self.of_photographs() else Image.fromarray(detect_file(self.detect, file))
+
+    def of_photographs(self) -> bool:
+        return self.detect in ("none", "inpaint") or find_detector(self.detect).read is read_photograph
+
+    def prepare(self, size: Size, mask: Image.Image | None, config: Config, note: Callable[[str], None]) -> None:
+        """Hint, mask and layer strengths, and the ControlNet's file; one chosen by the rule of hint_kind.py is noted.
+
+        Raises ValueError for what is missing or does not fit the base.
+        """
+        self.hint_tensor = make_hint_tensor(self.source, self.detect if self.of_photographs() else "none", mask, size)
+        self.mask_tensor = to_mask(resized(read_mask(self.control_mask), size)) if self.control_mask else None
+        self.layers = layer_strengths(self.control_mode, self.control_layers, config.unet)
+        if self.control is None:
+            # A hint that was not detected is looked at as it came: thin lines suffer when they are resized.
+            pixels = np.asarray(self.source) if self.detect == "none" else to_uint8(self.hint_tensor[0])
+            self.control = choose_control(self.hint, pixels, config, note)
+        self.control_file = find_control(self.control, config)
+
+    def files(self) -> dict[str, Path]:
+        """All that it is made from, by the names given."""
+        mask = {self.control_mask: Path(self.control_mask)} if self.control_mask else {}
+        return {self.hint: self.hint_file, self.control: self.control_file, **mask}
+
+    def load(self, unet: UNet) -> Control:
+        """Raises CheckpointError if the ControlNet does not fit."""
+        # Files of shuffle models do not say that their residuals are averaged over the picture: the mode does.
+        net = ControlNet.load(
+            self.control_file, unet, global_average_pooling=True if self.control_mode == "shuffle" else None
+        )
+        return Control(
+            net,
+            self.hint_tensor,
+            scale=self.control_scale,
+            layers=self.layers,
+            prompt_only=self.control_mode in PROMPT_ONLY or net.config.global_average_pooling,
+            start=self.control_start,
+            end=self.control_end,
+            mask=self.mask_tensor,
+        )
 
 
-def read_source(file: Path, detector: str) -> Image.Image:
-    """What the detector works on, or, of a map or a pose, the hint. Raises ValueError if it cannot be read."""
-    return read_image(file) if of_photographs(detector) else Image.fromarray(detect_file(detector, file))
-
-
-def hint_tensor(source: Image.Image, detector: str, mask: Image.Image | None, size: Size) -> Tensor:
+def make_hint_tensor(source: Image.Image, detector: str, mask: Image.Image | None, size: Size) -> Tensor:
     """(1, 3, H, W) of `size` in [0, 1]; for the detector "inpaint" -1 where the mask is white."""
     if detector == "inpaint":
         values = inpaint(np.asarray(resized(source, size)), np.asarray(resized(mask, size)))
         return torch.from_numpy(values).permute(2, 0, 1)[None]
-    if detector != "none" and of_photographs(detector):
+    if detector != "none":
         source = Image.fromarray(detect(detector, np.asarray(resized(source, size))))
     return make_hint(source, size)
-
-
-def mask_tensor(name: str, size: Size) -> Tensor:
-    """(1, 1, H, W) in [0, 1]."""
-    return to_mask(resized(read_mask(name), size))
 
 
 # ---------------------------------------------------------------------------------------------------- ControlNets
 
 
-def choose_control(
-    name: str, source: Image.Image, detector: str, hint: Tensor, config: Config, note: Callable[[str], None]
-) -> str:
-    """Which ControlNet a hint (1, 3, H, W) is for, by the rule of hint_kind.py, which is noted; `name` is its file's.
-
-    A hint that was not detected is looked at as it came, before it was resized.
+def choose_control(name: str, pixels: np.ndarray, config: Config, note: Callable[[str], None]) -> str:
+    """Which ControlNet a hint, uint8 (H, W, 3), is for; `name` is its file's.
 
     Raises ValueError if the base is not the small one, or the hint does not tell.
     """
     if config.name != "tiny":
         raise ValueError(f'there is no --control for the hint "{name}", expected one --control for each --hint')
-    kind = kind_of(np.asarray(source) if detector == "none" else to_uint8(hint[0]))
+    kind = kind_of(pixels)
     if kind is None:
         raise ValueError(
             f'"{name}" does not tell which of the small ControlNets it is for: say --control with one of '
@@ -108,11 +159,6 @@ def find_control(name: str, config: Config) -> Path:
         if path.exists():
             return path
     raise ValueError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: give its path')
-
-
-def load_control(file: Path, unet: UNet, mode: str) -> ControlNet:
-    """Files of shuffle models do not say that their residuals are averaged over the picture: the mode does."""
-    return ControlNet.load(file, unet, global_average_pooling=True if mode == "shuffle" else None)
 
 
 def layer_strengths(mode: str, layers: list[float] | None, config: UNetConfig) -> list[float]:

@@ -1,10 +1,15 @@
 """SD 1.5 with a ControlNet at full size, filled with numbers: does it load and run here, how fast, in how much memory?
 
+One evaluation at 512x512 and a decoded picture in this process, then controlled pictures of four steps at 256x256 from
+the command line, in a plain and in a low-memory run.
+
     python tests/full_size.py [FOLDER FOR 5.7 GB]
 
 No test, as it takes minutes and 8 GB of memory: weights come from the fill rule of reference.py, not from training.
 """
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +17,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 from controlnet import ControlNet  # noqa: E402
 from controlnet.guidance import Control, guided  # noqa: E402
@@ -35,12 +41,30 @@ def report(label: str, start: float) -> None:
     reset_peak_memory()
 
 
-@torch.no_grad()
 def main(folder: Path) -> None:
     base, control = folder / "sd15.safetensors", folder / "control.safetensors"
     if not control.exists():
         filled_checkpoint(load_manifest("ldm_sd15_checkpoint"), base)
         filled_checkpoint(load_manifest("ldm_control_sd15_control_only"), control)
+    in_this_process(base, control)
+    for options in ((), ("--low-memory",), ("--low-memory", "--dtype", "bf16")):
+        from_the_command_line(base, control, *options)
+
+
+def from_the_command_line(base: Path, control: Path, *options: str) -> None:
+    start = time.perf_counter()
+    command = [sys.executable, ROOT / "infer.py", "--base", base, "--control", control, "--hint", "circle.png"]
+    command += ["--size", "256", "--steps", "4", "--device", "cpu", "--prompt", "a bird"]
+    process = subprocess.Popen([*command, "--out", base.with_name("picture.png"), *options])
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds, memory = time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+    label = " ".join(("a picture of 256x256 in 4 steps from the command line", *options))
+    print(f"{label}: {seconds:.1f} s, peak memory {memory:.2f} GB", flush=True)
+    assert status == 0
+
+
+@torch.no_grad()
+def in_this_process(base: Path, control: Path) -> None:
     reset_peak_memory()
 
     start = time.perf_counter()

@@ -52,6 +52,13 @@ def test_canny_is_opencvs_to_the_bit(opencv, kind, cases):
         assert np.array_equal(np.packbits(edges > 0), opencv[key]), key
 
 
+def test_the_detector_hands_its_options_on():
+    image = photograph()
+    for options in ({}, {"low": 20.0}, {"high": 90.0}, {"low": 20.0, "high": 60.0, "colour": True}):
+        assert np.array_equal(detect("canny", image, **options)[..., 1], canny(image, **options))
+    assert len({detect("canny", image, high=high).sum() for high in (100.0, 200.0, 400.0)}) == 3
+
+
 def test_colours_of_equal_lightness_have_an_edge_only_in_colour():
     image = np.zeros((20, 20, 3), dtype=np.uint8)
     image[:, :10], image[:, 10:] = (255, 0, 0), (0, 130, 0)

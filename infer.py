@@ -452,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.again is not None:
             from controlnet.png_text import read_settings
 
-            recorded = read_settings(args.again)
+            recorded = read_settings(args.again, (*RECORDED, *EACH))
             args = parse_args(argv, recorded)
         infer(args, recorded)
     except (ValueError, OSError, FloatingPointError) as error:

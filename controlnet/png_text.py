@@ -6,7 +6,7 @@ them. "files" holds a fingerprint for each file that was used, by the name that 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -24,8 +24,8 @@ def png_texts(settings: dict) -> dict[str, str]:
     return {"parameters": a1111_parameters(settings), KEY: json.dumps(settings, ensure_ascii=False)}
 
 
-def read_settings(path: str | Path) -> dict:
-    """The settings of a picture that infer.py made. Raises ValueError if it is none."""
+def read_settings(path: str | Path, names: Iterable[str]) -> dict:
+    """The settings of a picture that infer.py made. Raises ValueError if it is none, or one of `names` is missing."""
     try:
         with Image.open(path) as image:
             text = image.info.get(KEY)
@@ -37,6 +37,9 @@ def read_settings(path: str | Path) -> dict:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f'"{path}" says nothing about how it was made: give a PNG that infer.py made')
+    missing = [name for name in names if name not in settings]
+    if missing:
+        raise ValueError(f'"{path}" was made by another version of infer.py, which did not know {", ".join(missing)}')
     return settings
 
 

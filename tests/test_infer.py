@@ -20,7 +20,7 @@ from controlnet.generate import default_size, generate, make_hint
 from controlnet.guidance import Control
 from controlnet.hints import detect
 from controlnet.image_to_image import Init
-from controlnet.images import read_image, read_mask, resized
+from controlnet.images import read_image, read_mask, resized, save_png
 from controlnet.model import ControlNet
 from controlnet.png_text import A1111_SAMPLERS, fingerprint
 from controlnet.worlds import draw_circle
@@ -303,7 +303,9 @@ def test_a_file_that_is_another_by_now_is_said(everything, capsys):
 def test_only_pictures_made_here_are_made_again(place, capsys):
     photograph((8, 8)).save("photo.png")
     (place / "text.png").write_text("no picture")
+    save_png(photograph((8, 8)), "old.png", {"controlnet": '{"prompt": "a"}'})
     for name, message in {
+        "old.png": '"old.png" was made by another version of infer.py, which did not know negative, size',
         "photo.png": '"photo.png" says nothing about how it was made',
         "text.png": '"text.png" is not readable as a picture',
         "none.png": '"none.png" is not readable as a picture',

@@ -441,7 +441,7 @@ def save_hints(hints: list, picture: Path) -> None:
 
     for i, hint in enumerate(hints):
         path = picture.with_name(f"{picture.stem}-hint{f'-{i + 1}' if len(hints) > 1 else ''}.png")
-        save_png(Image.fromarray(to_uint8(hint[0])), path, {})
+        save_png(Image.fromarray(to_uint8(hint[0].expand(3, -1, -1))), path, {})  # also of one channel
         note(f"the hint is saved as {path}")
 
 

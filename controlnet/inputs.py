@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm import stable_diffusion
 from ldm.checkpoint import open_checkpoint
 from ldm.config import Config, UNetConfig
-from ldm.recognise import identify
+from ldm.recognise import identify, recognise_control
 from ldm.samplers import check_eta, timesteps_for
 from ldm.schedule import Schedule
 from ldm.text_encoder import layers_to_run
@@ -24,7 +24,7 @@ from .generate import check_seeds, make_hint
 from .guidance import Control, check_range, guess_layers, middle_layer, residual_levels, resolution_layers
 from .hint_kind import TINY_CONTROLS, kind_of
 from .hints import detect, detect_file, find_detector, inpaint, read_photograph
-from .images import Size, read_image, read_mask, resized, to_mask, to_uint8
+from .images import Size, read_image, read_mask, resized, to_hints, to_mask, to_uint8
 from .model import ControlNet
 from .png_text import fingerprint
 
@@ -83,7 +83,7 @@ class Steering:
     def prepare(self, size: Size, mask: Image.Image | None, config: Config, note: Callable[[str], None]) -> None:
         """Hint, mask and layer strengths, and the ControlNet's file; one chosen by the rule of hint_kind.py is noted.
 
-        Raises ValueError for what is missing or does not fit the base.
+        Raises ValueError for what is missing or does not fit the base, CheckpointError for a file without ControlNet.
         """
         self.hint_tensor = make_hint_tensor(self.source, self.detect if self.of_photographs() else "none", mask, size)
         self.mask_tensor = to_mask(resized(read_mask(self.control_mask), size)) if self.control_mask else None
@@ -93,6 +93,8 @@ class Steering:
             pixels = np.asarray(self.source) if self.detect == "none" else to_uint8(self.hint_tensor[0])
             self.control = choose_control(self.hint, pixels, config, note)
         self.control_file = find_control(self.control, config)
+        channels = recognise_control(open_checkpoint(self.control_file)).config.hint_channels
+        self.hint_tensor = in_channels(self.hint_tensor, channels, self.control)
 
     def files(self) -> dict[str, Path]:
         """All that it is made from, by the names given."""
@@ -125,6 +127,18 @@ def make_hint_tensor(source: Image.Image, detector: str, mask: Image.Image | Non
     if detector != "none":
         source = Image.fromarray(detect(detector, np.asarray(resized(source, size))))
     return make_hint(source, size)
+
+
+def in_channels(hint: Tensor, channels: int, control: str) -> Tensor:
+    """A hint (1, 3, H, W) as a ControlNet wants it: of 3 channels as it is, of 1 in gray. Else raises ValueError."""
+    if channels == 3:
+        return hint
+    if channels == 1:
+        gray = Image.fromarray(to_uint8(hint[0])).convert("L")
+        return to_hints([np.array(gray)[..., None]])
+    raise ValueError(
+        f'"{control}" takes hints of {channels} channels, and a picture has 1 or 3: call generate() with a tensor'
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- ControlNets

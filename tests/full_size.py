@@ -59,7 +59,8 @@ def from_the_command_line(base: Path, control: Path, *options: str) -> None:
     _, status, usage = os.wait4(process.pid, 0)
     seconds, memory = time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
     label = " ".join(("a picture of 256x256 in 4 steps from the command line", *options))
-    print(f"{label}: {seconds:.1f} s, peak memory {memory:.2f} GB", flush=True)
+    cpu = usage.ru_utime + usage.ru_stime
+    print(f"{label}: {seconds:.1f} s ({cpu:.1f} s of CPU time), peak memory {memory:.2f} GB", flush=True)
     assert status == 0
 
 

@@ -20,12 +20,12 @@ from controlnet.generate import default_size, generate, make_hint
 from controlnet.guidance import Control
 from controlnet.hints import detect
 from controlnet.image_to_image import Init
-from controlnet.images import read_image, read_mask, resized, save_png
+from controlnet.images import read_image, read_mask, resized, save_png, to_hints
 from controlnet.model import ControlNet
 from controlnet.png_text import A1111_SAMPLERS, fingerprint
 from controlnet.worlds import draw_circle
 from ldm import StableDiffusion
-from ldm.config import SD15
+from ldm.config import SD15, ControlConfig
 from ldm.samplers import SAMPLERS
 from ldm.unet import UNet
 
@@ -396,6 +396,26 @@ def test_the_inpaint_hint_is_minus_one_where_the_mask_is_white(weights):
     assert np.array_equal(pixels_of("out/0001.png"), np.asarray(want))
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_hint_has_as_many_channels_as_its_control(weights, capsys, channels):
+    sd = StableDiffusion.load(weights / "tiny.safetensors")
+    net = ControlNet.from_unet(sd.unet, ControlConfig(hint_channels=channels)).requires_grad_(False)
+    for conv in (*net.zero_convs, net.hint_encoder.convs[-1]):
+        conv.weight.fill_(0.1)
+    net.save("control.safetensors")
+    photograph((64, 64)).save("photo.png")
+    status = run("--hint", "photo.png", "--control", "control.safetensors", "--save-hint")
+    if channels == 4:
+        message = '"control.safetensors" takes hints of 4 channels, and a picture has 1 or 3'
+        assert status == 2 and message in capsys.readouterr().err
+        return
+    gray = read_image("photo.png").convert("L")
+    hint = to_hints([np.array(gray)[..., None]])
+    (want,) = generate(sd, "", [Control(ControlNet.load("control.safetensors", sd.unet), hint)], steps=2)
+    assert np.array_equal(pixels_of("out/0001.png"), np.asarray(want))
+    assert np.array_equal(pixels_of("out/0001-hint.png")[..., 1], np.asarray(gray))
+
+
 # ------------------------------------------------------------------------------------------------------- pictures in
 
 
@@ -554,6 +574,7 @@ def test_numbers_are_checked_before_weights_are_read(monkeypatch):
         "--clip-skip 5",
         "--hint none.png",
         "--hint circle.png --control none",
+        "--hint circle.png --control tiny",
         "--hint circle.png --control-layers 1",
         "--out a.jpg",
         "--device gpu",

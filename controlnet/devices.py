@@ -1,6 +1,13 @@
-"""Which device to compute on, and in which precision."""
+"""Which device to compute on, in which precision, with how much memory, and with which packages beside the required."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import torch
+from torch import nn
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -21,3 +28,40 @@ def pick_device(name: str | None) -> torch.device:
         there = ", ".join(f"{kind} ({count})" for kind, count in available.items() if count)
         raise ValueError(f'there is no device "{name}" for this PyTorch, only {there}: take one of these')
     return device
+
+
+def optional(module: str, what: str) -> ModuleType:
+    """A module of a package that nothing but `what` needs. Raises ValueError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ValueError(f"{what} needs the package {package}: `pip install {package}`, or leave it out") from error
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most that was allocated so far, in GB: of the device, or on a CPU of this process as a whole."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # there is none on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CPUs and other devices have no exception of their own for it."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+@contextmanager
+def borrowed(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Modules on `device` for a while, then back where they were."""
+    before = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in zip(modules, before, strict=True):
+            module.to(home)

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .devices import PRECISIONS
+from .devices import PRECISIONS, optional
+
+# So many steps in a row without finite gradients are a run that is lost. In fp16 the scale of the loss starts at 2^16
+# and is halved after each: some at the start are normal.
+MOST_SKIPPED = 20
 
 
 def constant_rate(warmup: int) -> Callable[[int], float]:
@@ -29,24 +33,38 @@ class Optimisation:
         optimisation.step()
 
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`.
+    `parameters` may come with their names, as from `named_parameters()`: errors then name the layer. `eight_bit` keeps
+    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
         lr: float,
         rate: Callable[[int], float],
         device: torch.device,
         precision: str = "fp32",
         clip: float = math.inf,
+        eight_bit: bool = False,
     ):
-        self.parameters = list(parameters)
+        named = [p if isinstance(p, tuple) else ("a parameter", p) for p in parameters]
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.device, self.dtype, self.lr, self.clip = device, PRECISIONS[precision], lr, clip
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2, fused=True)
+        if eight_bit:
+            adamw = optional("bitsandbytes.optim", "the 8-bit optimiser").AdamW8bit
+            self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.skipped = self.skipped_in_a_row = 0
+
+    @property
+    def current_lr(self) -> float:
+        """What the next step will use."""
+        return self.optimizer.param_groups[0]["lr"]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -57,16 +75,21 @@ class Optimisation:
     def step(self) -> float:
         """Updates the parameters and returns the gradients' norm before clipping.
 
-        A step whose fp16 gradients overflowed changes nothing but the loss scale (the norm is then not finite). In
-        fp32 and bf16 nothing would catch that: raises FloatingPointError before the parameters change.
+        Where that norm is not finite the parameters stay as they are and the step is counted in `skipped`; in fp16 the
+        scale of the loss is halved. Raises FloatingPointError, with the layer's name, for MOST_SKIPPED in a row.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        if not self.scaler.is_enabled() and not norm.isfinite():
-            raise FloatingPointError(
-                "the gradients are not finite numbers: resume from the last save with a lower rate"
-            )
-        self.scaler.step(self.optimizer)
+        gradients = {n: p.grad for n, p in zip(self.names, self.parameters, strict=True) if p.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values())
+        if norm.isfinite():
+            self.skipped_in_a_row = 0
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row == MOST_SKIPPED:
+                raise FloatingPointError(not_finite(gradients))
+        if norm.isfinite() or self.scaler.is_enabled():  # the scaler knows of the overflow and skips on its own
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.rate.step()
@@ -85,3 +108,13 @@ class Optimisation:
 
     def _parts(self) -> dict:
         return {"optimizer": self.optimizer, "rate": self.rate, "scaler": self.scaler}
+
+
+def not_finite(gradients: dict[str, Tensor]) -> str:
+    """What to say of them: they spread from the end of the network to its beginning, so the last layer is the cause."""
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    where = "those of all layers, so the loss is not" if len(bad) == len(gradients) else f"the last layer is {bad[-1]}"
+    return (
+        f"the gradients of {MOST_SKIPPED} steps in a row are not finite numbers ({where}): "
+        "resume from the last save with a lower --lr"
+    )

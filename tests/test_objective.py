@@ -1,6 +1,7 @@
 """The training loss against the published code's numbers, and where its gradients go."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from minis import MINIS, inputs, mini_unet, new_mini_control, relative, stored
 from small import SMALL
 
 from controlnet.model import ControlNet
-from controlnet.objective import base_loss, control_loss
+from controlnet.objective import ControlLoss, base_loss, control_loss, min_snr_weights, only_middle, zero_conv_norms
 from controlnet.training import Optimisation, constant_rate
 from ldm.key_maps import control_map
 from ldm.schedule import Schedule
@@ -155,3 +156,52 @@ def test_the_locked_encoder_keeps_no_activations_and_the_decoder_does(monkeypatc
     assert all(residual.grad_fn is not None for residual in residuals)
     assert output.grad_fn is not None
     assert all(parameter.grad is None for parameter in unet.encoder.parameters())
+
+
+def test_only_the_middle_learns_and_the_other_residuals_stay_zero():
+    unet = small_unet()
+    control = ControlNet.from_unet(unet)
+    only_middle(control)
+    loss = ControlLoss(unet, control, Schedule(SMALL.schedule))
+    optimisation = Optimisation([p for p in loss.parameters() if p.requires_grad], 1e-3, constant_rate(0), CPU)
+    for _ in range(2):
+        optimisation.backward(loss(*small_batch()))
+        optimisation.step()
+    *skips, middle = zero_conv_norms(control)
+    assert skips == [0] * len(control.zero_convs) and middle > 0
+    optimisation.backward(loss(*small_batch()))
+    assert all(p.grad is not None for p in control.encoder.parameters())
+
+
+def test_the_norms_are_those_of_weight_and_bias():
+    control = ControlNet.from_unet(small_unet())
+    torch.nn.init.constant_(control.zero_convs[1].bias, 3.0)
+    torch.nn.init.constant_(control.middle_zero_conv.weight, 1.0)
+    width = len(control.zero_convs[1].bias)
+    want = [0.0] * (len(control.zero_convs) + 1)
+    want[1], want[-1] = 3 * width**0.5, len(control.middle_zero_conv.bias)
+    assert zero_conv_norms(control) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_min_snr_caps_what_the_error_of_x0_counts(prediction):
+    """Hang et al., Eq. 8: whatever the network predicts, the error of its x0 weighs min(SNR, gamma)."""
+    schedule = Schedule(replace(SMALL.schedule, prediction=prediction, zero_terminal_snr=False))
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, error = torch.randn(3, 4, 4, 8, 8, generator=generator, dtype=torch.float64)
+    t = torch.tensor([10, 200, 600, 950])
+    x = schedule.q_sample(x0, t, noise)
+    target = schedule.target(x0, t, noise)
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+    ours = min_snr_weights(schedule, t, 5.0) * error.square().mean(dim=(1, 2, 3))
+    x0_error = schedule.to_x0(x, t, target + error) - schedule.to_x0(x, t, target)
+    torch.testing.assert_close(ours, snr.clamp(max=5) * x0_error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=0)
+
+
+def test_the_weighted_loss_is_the_weighted_mean_of_each_pictures():
+    unet, schedule = small_unet(), Schedule(SMALL.schedule)
+    control, batch = ControlNet.from_unet(unet), small_batch()
+    weights = min_snr_weights(schedule, batch[2], 5.0)
+    each = [control_loss(unet, control, schedule, *(part[i : i + 1] for part in batch)) for i in range(2)]
+    want = sum(w * loss for w, loss in zip(weights, each, strict=True)) / 2
+    torch.testing.assert_close(ControlLoss(unet, control, schedule, min_snr=5.0)(*batch), want)

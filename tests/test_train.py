@@ -1,11 +1,28 @@
 """train.py itself, run on a small random base: what it writes, that it resumes exactly, and its errors."""
 
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from small import small_sd
+from small import SMALL, small_control, small_sd
 
 import train
+from controlnet.data import split
+from controlnet.folders import list_folder
+from controlnet.objective import control_loss
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -15,99 +32,376 @@ def base(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def cache(base, tmp_path_factory):
+    """Latents that the runs share: each would compute the same."""
+    folder = tmp_path_factory.mktemp("latents")
+    assert run(base, tmp_path_factory.mktemp("first"), "--steps", "1", "--cache", str(folder)) == 0
+    return ["--cache", str(folder)]
+
+
+def options(base, out):
+    few = ["--pictures", "8", "--batch-size", "2", "--warmup", "1", "--held-out", "2", "--sample-count", "0"]
+    return ["--base", str(base), "--out", str(out), *few, "--device", "cpu", "--save-every", "2", "--lr", "1e-3"]
+
+
 def run(base, out, *arguments: str) -> int:
-    options = ["--base", str(base), "--out", str(out), "--pictures", "8", "--batch-size", "2", "--warmup", "1"]
-    return train.main([*options, "--device", "cpu", "--sample-every", "100", "--save-every", "2", *arguments])
+    return train.main([*options(base, out), *arguments])
 
 
-def test_a_run_writes_a_control_a_grid_and_a_log(base, tmp_path):
-    assert run(base, tmp_path, "--steps", "2") == 0
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "control.safetensors",
-        "state.pt",
-        "step-000002.png",
-        "log.txt",
-    }
-    control = load_file(tmp_path / "control.safetensors")
+def resume(out, *arguments: str) -> int:
+    """With the run's own settings: nothing of `options` is said again."""
+    return train.main(["--resume", "--out", str(out), "--device", "cpu", *arguments])
+
+
+def control_of(out):
+    return load_file(out / "control.safetensors")
+
+
+def assert_same_run(a, b):
+    """Weights, optimiser, scaler, rate, average and position to the last bit, and what was logged of each step."""
+    assert_equal(control_of(a), control_of(b))
+    assert_equal(*(torch.load(sorted((Path(out) / "state").iterdir())[-1], weights_only=True) for out in (a, b)))
+    assert steps_of(a) == steps_of(b)
+
+
+def assert_equal(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def steps_of(out):
+    """What log.jsonl says, without what depends on the machine."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_gb")} for line in lines]
+
+
+# --------------------------------------------------------------------------------------------------- what is left
+
+
+def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path):
+    assert run(base, tmp_path, "--steps", "2", "--sample-count", "2") == 0
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    files = {name for name in files if not name.startswith("cache/")}
+    want = {"control.safetensors", "state/000002.pt", "samples/000002.png", "log.jsonl", "settings.json"}
+    assert files == want
+    control = control_of(tmp_path)
     assert len([key for key in control if key.startswith("control_model.zero_convs.")]) == 2 * 6
     assert all(control[key].abs().max() > 0 for key in control if ".zero_convs." in key)
-    assert "step 2 loss" in (tmp_path / "log.txt").read_text()
+
+    first, second = steps_of(tmp_path)
+    assert [first["step"], second["step"]] == [1, 2]
+    assert first.keys() == {"step", "loss", "lr", "gradient", "skipped", "bad"}
+    assert second.keys() - first.keys() == {"held_out", "zero_convs", "iou"}
+    assert len(second["zero_convs"]) == 7 and min(second["zero_convs"]) > 0 and 0 <= second["iou"] <= 1
+    with Image.open(tmp_path / "samples" / "000002.png") as grid:
+        assert grid.size == (4 * SMALL.resolution, 2 * SMALL.resolution)
+
+    written = json.loads((tmp_path / "settings.json").read_text())
+    assert written["settings"]["batch_size"] == 2 and written["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(base, tmp_path):
-    assert run(base, tmp_path / "whole", "--steps", "4") == 0
-    assert run(base, tmp_path / "parts", "--steps", "2") == 0
-    assert run(base, tmp_path / "parts", "--steps", "4", "--resume") == 0
-    whole, parts = (load_file(tmp_path / name / "control.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+def test_help_is_there_without_torch():
+    code = "import sys, train\ntry: train.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "--resume" in done.stdout and done.stdout.endswith("False\n")
+
+
+def test_only_the_newest_states_are_kept(base, tmp_path, cache):
+    assert run(base, tmp_path, "--steps", "6", *cache) == 0
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["000004.pt", "000006.pt"]
+
+
+# ---------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("how", [["--ema", "0.9", "--accumulate", "2"], ["--precision", "fp16"], ["--no-cache"]])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
+    how = [*how, "--held-out", "0", "--save-every", "1"]
+    assert run(base, tmp_path / "whole", "--steps", "2", *how) == 0
+    assert run(base, tmp_path / "parts", "--steps", "1", *how) == 0
+    assert resume(tmp_path / "parts", "--steps", "2") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def start(base, out, *arguments):
+    command = [sys.executable, "train.py", *options(base, out), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+
+
+def kill_at(process, out, step):
+    """Anywhere in a step, or in a save, after that many lines of the log."""
+    while process.poll() is None and not ((out / "log.jsonl").exists() and len(logged(out)) >= step):
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.03))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def logged(out):
+    return (out / "log.jsonl").read_text().splitlines()
+
+
+def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache):
+    killed, how = tmp_path / "killed", ["--steps", "16", *cache]
+    kill_at(start(base, killed, *how), killed, step=random.randint(1, 6))
+    kill_at(start(base, killed, "--resume", *how), killed, step=random.randint(7, 12))
+    assert resume(killed, *how) == 0
+    assert run(base, tmp_path / "whole", *how) == 0
+    assert_same_run(tmp_path / "whole", killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkeypatch, number):
+    calls = []
+
+    def loss(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return control_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("controlnet.objective.control_loss", loss)
+        assert run(base, tmp_path / "parts", "--steps", "5", "--save-every", "100", *cache) == 128 + number
+    assert "saved after step 3: go on with --resume --out" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000003.pt"]
+    assert (tmp_path / "parts" / "control.safetensors").exists()
+    assert signal.getsignal(number) is not None and resume(tmp_path / "parts") == 0
+    assert run(base, tmp_path / "whole", "--steps", "5", *cache) == 0
+    assert_equal(control_of(tmp_path / "whole"), control_of(tmp_path / "parts"))
+
+
+def test_a_run_can_be_resumed_at_another_rate(base, tmp_path, cache):
+    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+    before = control_of(tmp_path)
+    assert resume(tmp_path, "--steps", "4", "--lr", "1e-30") == 0
+    after = control_of(tmp_path)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_run_is_not_resumed_as_another(base, tmp_path, cache, capsys):
+    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+    before = (tmp_path / "control.safetensors").read_bytes()
+    assert resume(tmp_path, "--steps", "4", "--seed", "1") == 2
+    assert "was started with --seed 0, not 1" in capsys.readouterr().err
+    assert resume(tmp_path, "--steps", "4", "--precision", "bf16") == 2
+    assert "--precision" in capsys.readouterr().err
+    assert (tmp_path / "control.safetensors").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------- method
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_takes_the_path_of_cuda_and_keeps_the_copy_in_fp32(base, tmp_path, precision):
     assert run(base, tmp_path, "--steps", "2", "--precision", precision) == 0
-    control = load_file(tmp_path / "control.safetensors")
+    control = control_of(tmp_path)
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in control.values())
     assert all(control[key].abs().max() > 0 for key in control if ".zero_convs." in key)
-    scaler = torch.load(tmp_path / "state.pt", weights_only=True)["optimisation"]["scaler"]
+    scaler = torch.load(tmp_path / "state" / "000002.pt", weights_only=True)["optimisation"]["scaler"]
     assert bool(scaler) == (precision == "fp16")
 
 
-def test_checkpointing_changes_nothing_but_memory(base, tmp_path):
-    assert run(base, tmp_path / "plain", "--steps", "2") == 0
-    assert run(base, tmp_path / "checkpointed", "--steps", "2", "--checkpointing") == 0
-    plain, checkpointed = (load_file(tmp_path / name / "control.safetensors") for name in ("plain", "checkpointed"))
-    for key in plain:
-        torch.testing.assert_close(plain[key], checkpointed[key])
+@pytest.mark.parametrize("how", [["--checkpointing"], ["--batch-size", "1", "--accumulate", "2"], ["--workers", "1"]])
+def test_what_must_not_change_the_result_does_not(base, tmp_path, cache, how):
+    """Checkpointing, the cutting of a step into accumulated batches, and who reads the hints."""
+    assert run(base, tmp_path / "plain", "--steps", "3", *cache) == 0
+    assert run(base, tmp_path / "other", "--steps", "3", *cache, *how) == 0
+    plain, other = control_of(tmp_path / "plain"), control_of(tmp_path / "other")
+    for key in plain:  # an untrained zero convolution takes a whole first step of Adam on the sign of rounding
+        torch.testing.assert_close(plain[key], other[key], rtol=1e-3, atol=2e-5)
+    for a, b in zip(steps_of(tmp_path / "plain"), steps_of(tmp_path / "other"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_accumulated_batches_are_averaged(base, tmp_path, monkeypatch):
-    batches = []
-
-    def loss_of_six(unet, control, schedule, z0, noise, t, context, hint):
-        batches.append(len(z0))
-        return sum(parameter.sum() for parameter in control.parameters()) * 0 + 6.0
-
-    monkeypatch.setattr("controlnet.objective.control_loss", loss_of_six)
-    assert run(base, tmp_path, "--steps", "1", "--accumulate", "3") == 0
-    assert batches == [2, 2, 2]
-    assert "loss 6.0000" in (tmp_path / "log.txt").read_text()
+def test_latents_from_the_cache_are_those_of_each_step(base, tmp_path, cache):
+    assert run(base, tmp_path / "cached", "--steps", "2", *cache) == 0
+    assert run(base, tmp_path / "live", "--steps", "2", "--no-cache") == 0
+    cached, live = steps_of(tmp_path / "cached"), steps_of(tmp_path / "live")
+    assert [line["loss"] for line in cached] == pytest.approx([line["loss"] for line in live], rel=1e-4)
 
 
-def test_a_run_can_be_resumed_at_another_rate(base, tmp_path):
-    assert run(base, tmp_path, "--steps", "2", "--lr", "1e-3") == 0
-    before = load_file(tmp_path / "control.safetensors")
-    assert run(base, tmp_path, "--steps", "4", "--resume", "--lr", "1e-30") == 0
-    after = load_file(tmp_path / "control.safetensors")
-    assert all(torch.equal(before[key], after[key]) for key in before)
+def test_the_cosine_rate_falls_to_zero_and_the_constant_one_does_not(base, tmp_path, cache):
+    for name, rest in (("constant", 1e-3), ("cosine", 0.0)):
+        assert run(base, tmp_path / name, "--steps", "2", "--rate", name, *cache) == 0
+        state = torch.load(tmp_path / name / "state" / "000002.pt", weights_only=True)
+        assert state["optimisation"]["rate"]["_last_lr"] == [pytest.approx(rest, abs=1e-9)]
 
 
-def test_the_control_can_be_saved_in_half(base, tmp_path):
-    assert run(base, tmp_path, "--steps", "1", "--save-dtype", "fp16") == 0
-    assert {tensor.dtype for tensor in load_file(tmp_path / "control.safetensors").values()} == {torch.float16}
+def test_an_unlocked_decoder_is_trained_and_saved_beside_the_control(base, tmp_path, cache):
+    assert run(base, tmp_path, "--steps", "2", "--sd-unlocked", *cache) == 0
+    before, after = load_file(base), load_file(tmp_path / "base.safetensors")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    start_of_decoder = ("model.diffusion_model.output_blocks.", "model.diffusion_model.out.")
+    assert changed and all(key.startswith(start_of_decoder) for key in changed)
+    assert resume(tmp_path, "--steps", "3") == 0
+    assert not torch.equal(load_file(tmp_path / "base.safetensors")[min(changed)], after[min(changed)])
 
 
-def test_another_run_is_not_overwritten(base, tmp_path, capsys):
-    assert run(base, tmp_path, "--steps", "2") == 0
+def test_only_the_middle_is_controlled(base, tmp_path, cache):
+    assert run(base, tmp_path, "--steps", "2", "--only-mid-control", *cache) == 0
+    control = control_of(tmp_path)
+    assert all(not tensor.any() for key, tensor in control.items() if ".zero_convs." in key)
+    assert all(control[key].any() for key in control if ".middle_block_out." in key)
+
+
+def test_training_goes_on_from_a_control(base, tmp_path, cache):
+    small_control(small_sd()).save(tmp_path / "before.safetensors")
+    before = load_file(tmp_path / "before.safetensors")
+    assert (
+        run(
+            base,
+            tmp_path / "on",
+            "--steps",
+            "1",
+            "--lr",
+            "1e-30",
+            "--control",
+            str(tmp_path / "before.safetensors"),
+            *cache,
+        )
+        == 0
+    )
+    after = control_of(tmp_path / "on")
+    assert before.keys() == after.keys()
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-20)
+
+
+def test_the_average_is_what_is_saved(base, tmp_path, cache):
+    assert run(base, tmp_path, "--steps", "3", "--ema", "0.5", *cache) == 0
+    state = torch.load(tmp_path / "state" / "000003.pt", weights_only=True)
+    saved, key = control_of(tmp_path), "middle_zero_conv.weight"
+    average = state["average"][f"module.{key}"]
+    assert torch.equal(saved["control_model.middle_block_out.0.weight"], average)
+    assert not torch.equal(state["control"][key], average)
+
+
+def test_the_control_can_be_saved_in_half(base, tmp_path, cache):
+    assert run(base, tmp_path, "--steps", "1", "--save-dtype", "fp16", *cache) == 0
+    assert {tensor.dtype for tensor in control_of(tmp_path).values()} == {torch.float16}
+
+
+# ------------------------------------------------------------------------------------------------- data of one's own
+
+
+def own_pairs(folder, count=6, channels=3):
+    """Pictures of 96x64 in the layout of fill50k."""
+    (folder / "pictures").mkdir(parents=True)
+    lines, rng = [], np.random.default_rng(0)
+    for i in range(count):
+        for kind in ("source", "target"):
+            pixels = rng.integers(0, 256, (64, 96, channels if kind == "source" else 3), dtype=np.uint8).squeeze()
+            Image.fromarray(pixels).save(folder / "pictures" / f"{kind}{i}.png")
+        names = {kind: f"pictures/{kind}{i}.png" for kind in ("source", "target")}
+        lines.append(json.dumps({**names, "prompt": f"number {i}"}))
+    (folder / "prompt.json").write_text("\n".join(lines))
+    return ["--data", str(folder), "--pictures", "100"]
+
+
+@pytest.mark.parametrize("channels, how", [(3, []), (1, []), (4, ["--no-cache", "--flip", "--random-crop"])])
+def test_a_folder_of_pairs_is_trained_on(base, tmp_path, channels, how):
+    data = own_pairs(tmp_path / "pairs", channels=channels)
+    chosen = [*data, "--size", "128x64", "--hint-channels", str(channels), "--sample-count", "1", *how]
+    assert run(base, tmp_path / "out", "--steps", "2", *chosen) == 0
+    assert control_of(tmp_path / "out")["control_model.input_hint_block.0.weight"].shape[1] == channels
+    with Image.open(tmp_path / "out" / "samples" / "000002.png") as grid:
+        assert grid.size == (4 * 128, 64)
+
+
+def test_hints_are_made_from_the_pictures(base, tmp_path):
+    data = own_pairs(tmp_path / "pairs")
+    assert run(base, tmp_path / "out", "--steps", "1", *data, "--detect", "canny") == 0
+    with Image.open(tmp_path / "out" / "cache" / "hints" / "000000.png") as hint:
+        assert set(np.unique(np.array(hint))) == {0, 255}
+
+
+def test_bad_samples_are_skipped_and_counted_up_to_a_share(base, tmp_path, capsys):
+    data = own_pairs(tmp_path / "pairs", count=8)
+    entries = (tmp_path / "pairs" / "prompt.json").read_text()
+    (tmp_path / "pairs" / "prompt.json").write_text(entries + "\n{broken\n")
+    trained_on, _ = split(list_folder(tmp_path / "pairs").entries, held_out=2)
+    trained_on[1].image.write_bytes(b"no picture")
+    assert run(base, tmp_path / "few", "--steps", "3", *data, "--bad-share", "0.3") == 0
+    assert steps_of(tmp_path / "few")[-1]["bad"] == 2
+    capsys.readouterr()
+    for how in ([], ["--no-cache"]):
+        assert run(base, tmp_path / "many", "--steps", "3", *data, "--bad-share", "0.15", *how) == 2
+        error = capsys.readouterr().err
+        assert "2 of 7 samples are bad" in error and "tools.check_data" in error
+        assert not (tmp_path / "many" / "control.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def test_another_run_is_not_overwritten(base, tmp_path, cache, capsys):
+    assert run(base, tmp_path, "--steps", "2", *cache) == 0
     before = (tmp_path / "control.safetensors").read_bytes()
-    assert run(base, tmp_path, "--steps", "2") == 2
+    assert run(base, tmp_path, "--steps", "2", *cache) == 2
     assert "go on with --resume" in capsys.readouterr().err
     assert (tmp_path / "control.safetensors").read_bytes() == before
 
 
-def test_there_must_be_something_to_resume(base, tmp_path, capsys):
-    assert run(base, tmp_path / "nothing", "--resume") == 2
-    assert "no run to resume" in capsys.readouterr().err
-    assert not (tmp_path / "nothing").exists()
+BAD_CALLS = [
+    (["--resume"], "no run to resume"),
+    (["--base", "none.safetensors"], "none.safetensors"),
+    (["--data", "nowhere"], 'no folder "nowhere"'),
+    (["--data", "./nowhere"], "does not exist"),
+    (["--size", "100"], "multiples of"),
+    (["--size", "128x64"], "draws squares"),
+    (["--flip"], "--no-cache"),
+    (["--ema", "0.9", "--sd-unlocked"], "leave out one"),
+    (["--device", "cuda:77"], "cuda:77"),
+    (["--out", "/dev/null/run"], "another folder"),
+    (["--eight-bit"], "pip install bitsandbytes"),
+]
 
 
-def test_a_missing_base_is_one_sentence(tmp_path, capsys):
-    assert run(tmp_path / "none.safetensors", tmp_path / "out") == 2
+@pytest.mark.parametrize("arguments, words", BAD_CALLS)
+def test_a_bad_call_is_one_sentence(base, tmp_path, capsys, arguments, words):
+    if "--eight-bit" in arguments:
+        try:
+            import bitsandbytes  # noqa: F401
+
+            pytest.skip("bitsandbytes is installed")
+        except ImportError:
+            pass
+    assert run(base, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
-    assert "none.safetensors" in error and error.count("\n") == 1
+    assert words in error and error.strip().count("\n") == 0
+    assert not (tmp_path / "out" / "control.safetensors").exists()
 
 
-def test_the_cosine_rate_falls_to_zero_and_the_constant_one_does_not(base, tmp_path):
-    for name, rest in (("constant", 1e-3), ("cosine", 0.0)):
-        assert run(base, tmp_path / name, "--steps", "2", "--rate", name, "--lr", "1e-3") == 0
-        rate = torch.load(tmp_path / name / "state.pt", weights_only=True)["optimisation"]["rate"]
-        assert rate["_last_lr"] == [pytest.approx(rest, abs=1e-9)]
+def test_no_memory_is_one_sentence(base, tmp_path, cache, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr("controlnet.objective.control_loss", fail)
+    assert run(base, tmp_path, *cache) == 2
+    assert "out of memory at --batch-size 2" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_state_is_whole(base, tmp_path, cache, capsys):
+    """No file may grow beyond half a state: the system's way to test it without a disk."""
+    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+    before = (tmp_path / "state" / "000002.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        assert resume(tmp_path, "--steps", "4") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "what was saved is intact" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002.pt"]
+    assert (tmp_path / "state" / "000002.pt").read_bytes() == before
+    assert resume(tmp_path, "--steps", "4") == 0

@@ -298,10 +298,33 @@ def test_a_run_is_not_resumed_in_another_precision(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradients_that_are_not_finite_stop_the_run_before_they_reach_the_parameters(precision):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(precision):
     model, x, y = regression()
     optimisation, before = optimise(model, precision=precision), parameters_of(model)
     optimisation.backward(squared_error(model, x * math.nan, y))
-    with pytest.raises(FloatingPointError, match="not finite"):
-        optimisation.step()
-    assert torch.equal(parameters_of(model), before)
+    assert math.isnan(optimisation.step())
+    assert torch.equal(parameters_of(model), before) and optimisation.skipped == 1
+    optimisation.backward(squared_error(model, x, y))
+    optimisation.step()
+    assert not torch.equal(parameters_of(model), before) and parameters_of(model).isfinite().all()
+    assert optimisation.skipped == 1 and optimisation.skipped_in_a_row == 0
+
+
+def test_many_skipped_steps_stop_the_run_with_the_layers_name():
+    model, x, y = regression()
+    optimisation, before = Optimisation(model.named_parameters(), 1e-2, constant_rate(0), CPU), parameters_of(model)
+    model[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="20 steps in a row .*0.weight"):
+        for _ in range(20):
+            optimisation.backward(squared_error(model, x, y))
+            optimisation.step()
+    assert torch.equal(parameters_of(model), before) and optimisation.skipped == 20
+
+
+def test_a_loss_that_is_not_finite_is_called_that():
+    model, x, y = regression()
+    optimisation = Optimisation(model.named_parameters(), 1e-2, constant_rate(0), CPU)
+    with pytest.raises(FloatingPointError, match="the loss is not"):
+        for _ in range(20):
+            optimisation.backward(squared_error(model, x, y) * math.nan)
+            optimisation.step()

@@ -455,15 +455,25 @@ def main(argv: list[str] | None = None) -> int:
             recorded = read_settings(args.again, (*RECORDED, *EACH))
             args = parse_args(argv, recorded)
         infer(args, recorded)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if args.debug:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        sentence = in_a_sentence(error)
+        if args.debug or sentence is None:
             raise
-        print(f"infer.py: {error}", file=sys.stderr)
+        print(f"infer.py: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the pictures listed above are saved", file=sys.stderr)
         return 130
     return 0
+
+
+def in_a_sentence(error: Exception) -> str | None:
+    """What a user can do something about; None for errors of our own."""
+    from controlnet.devices import out_of_memory
+
+    if out_of_memory(error):
+        return "out of memory: add --low-memory, --dtype fp16 or a smaller --size"
+    return str(error) if isinstance(error, ValueError | OSError | FloatingPointError) else None
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 autoencoder in strips, and in fp32 where halves overflow."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -13,23 +13,14 @@ from torch import Tensor, nn
 from ldm.vae import AutoencoderKL, Posterior
 from ldm.vae_in_strips import decode_in_strips, posterior_in_strips
 
+from .devices import borrowed
 from .finite import finite
 from .images import to_images
 
 
-@contextmanager
-def on_device(device: torch.device | str | None, *networks: nn.Module) -> Iterator[None]:
-    """The networks are on `device` inside and back on the CPU afterwards; None leaves them where they are."""
-    if device is None:
-        yield
-        return
-    try:
-        for network in networks:
-            network.to(device)
-        yield
-    finally:
-        for network in networks:
-            network.to("cpu")
+def on_device(device: torch.device | str | None, *networks: nn.Module) -> AbstractContextManager:
+    """The networks are on `device` inside and back where they were afterwards; None leaves them there."""
+    return nullcontext() if device is None else borrowed(torch.device(device), *networks)
 
 
 def posterior_of(vae: AutoencoderKL, image: Image.Image, in_strips: bool) -> Posterior:

@@ -582,6 +582,21 @@ def test_numbers_are_checked_before_weights_are_read(monkeypatch):
         assert run(*options.split()) == 2
 
 
+def test_too_little_memory_is_a_sentence_and_other_failures_are_not_hidden(monkeypatch, capsys):
+    def fail_with(error):
+        def load(*_):
+            raise error
+
+        monkeypatch.setattr(StableDiffusion, "load", load)
+
+    fail_with(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert run() == 2
+    assert notes(capsys.readouterr()) == ["infer.py: out of memory: add --low-memory, --dtype fp16 or a smaller --size"]
+    fail_with(RuntimeError("a mistake of ours"))
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run()
+
+
 def test_debug_shows_where_an_error_comes_from():
     with pytest.raises(ValueError, match="the number of steps is 0"):
         run("--steps", "0", "--debug")

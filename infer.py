@@ -122,8 +122,8 @@ def add_controls(group) -> None:
         "--detect",
         action="append",
         metavar="NAME",
-        help="make the hint from the picture given: canny, scribble, depth ... (`python -m tools.make_hints --help` "
-        "lists them), inpaint with --mask, or none (default: none)",
+        help="make the hint from the picture given: canny, canny:low=50,high=150, scribble, depth ... (`python -m "
+        "tools.make_hints --help` lists them), inpaint with --mask, or none (default: none)",
     )
     add(
         "--control",

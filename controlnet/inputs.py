@@ -3,6 +3,7 @@
 Sizes are (height, width) in pixels.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from ldm.unet import UNet
 from .generate import check_seeds, make_hint
 from .guidance import Control, check_range, guess_layers, middle_layer, residual_levels, resolution_layers
 from .hint_kind import TINY_CONTROLS, kind_of
-from .hints import detect, detect_file, find_detector, inpaint, read_photograph
-from .images import Size, read_image, read_mask, resized, to_hints, to_mask, to_uint8
+from .hints import detect, detect_file, find_detector, inpaint, parse_options, read_photograph
+from .images import Size, described, read_image, read_mask, resized, to_hints, to_mask, to_uint8
 from .model import ControlNet
 from .png_text import fingerprint
 
@@ -74,27 +75,48 @@ class Steering:
         Raises ValueError for a range or a detector that makes no sense and a file that cannot be read.
         """
         check_range(self.control_start, self.control_end)
+        name, _, texts = self.detect.partition(":")
+        self.detector = None if name in ("none", "inpaint") else name
+        self.options = parse_options(name, texts.split(",") if texts else []) if self.detector else {}
         self.hint_file = file
-        self.source = read_image(file) if self.of_photographs() else Image.fromarray(detect_file(self.detect, file))
+        if self.of_photographs():
+            self.source = read_image(file)
+        else:
+            self.source = Image.fromarray(detect_file(name, file, **self.options))
 
     def of_photographs(self) -> bool:
-        return self.detect in ("none", "inpaint") or find_detector(self.detect).read is read_photograph
+        return self.detector is None or find_detector(self.detector).read is read_photograph
+
+    def comes_as_hint(self) -> bool:
+        """Its source needs no detector any more."""
+        return self.detector is None or not self.of_photographs()
 
     def prepare(self, size: Size, mask: Image.Image | None, config: Config, note: Callable[[str], None]) -> None:
         """Hint, mask and layer strengths, and the ControlNet's file; one chosen by the rule of hint_kind.py is noted.
 
         Raises ValueError for what is missing or does not fit the base, CheckpointError for a file without ControlNet.
         """
-        self.hint_tensor = make_hint_tensor(self.source, self.detect if self.of_photographs() else "none", mask, size)
+        if abs(math.log(self.source.width / self.source.height * size[0] / size[1])) > 0.2:  # more than rounding does
+            note(f'"{self.hint}" is {described(self.source.size[::-1])}: it is stretched to {described(size)}')
+        self.hint_tensor = self.made_hint(mask, size)
         self.mask_tensor = to_mask(resized(read_mask(self.control_mask), size)) if self.control_mask else None
         self.layers = layer_strengths(self.control_mode, self.control_layers, config.unet)
         if self.control is None:
             # A hint that was not detected is looked at as it came: thin lines suffer when they are resized.
-            pixels = np.asarray(self.source) if self.detect == "none" else to_uint8(self.hint_tensor[0])
+            pixels = np.asarray(self.source) if self.comes_as_hint() else to_uint8(self.hint_tensor[0])
             self.control = choose_control(self.hint, pixels, config, note)
         self.control_file = find_control(self.control, config)
         channels = recognise_control(open_checkpoint(self.control_file)).config.hint_channels
         self.hint_tensor = in_channels(self.hint_tensor, channels, self.control)
+
+    def made_hint(self, mask: Image.Image | None, size: Size) -> Tensor:
+        """(1, 3, H, W) of `size` in [0, 1]; for "inpaint" -1 where the mask is white."""
+        if self.detect == "inpaint":
+            values = inpaint(np.asarray(resized(self.source, size)), np.asarray(resized(mask, size)))
+            return torch.from_numpy(values).permute(2, 0, 1)[None]
+        if self.comes_as_hint():
+            return make_hint(self.source, size)
+        return to_hints([detect(self.detector, np.asarray(resized(self.source, size)), **self.options)])
 
     def files(self) -> dict[str, Path]:
         """All that it is made from, by the names given."""
@@ -117,16 +139,6 @@ class Steering:
             end=self.control_end,
             mask=self.mask_tensor,
         )
-
-
-def make_hint_tensor(source: Image.Image, detector: str, mask: Image.Image | None, size: Size) -> Tensor:
-    """(1, 3, H, W) of `size` in [0, 1]; for the detector "inpaint" -1 where the mask is white."""
-    if detector == "inpaint":
-        values = inpaint(np.asarray(resized(source, size)), np.asarray(resized(mask, size)))
-        return torch.from_numpy(values).permute(2, 0, 1)[None]
-    if detector != "none":
-        source = Image.fromarray(detect(detector, np.asarray(resized(source, size))))
-    return make_hint(source, size)
 
 
 def in_channels(hint: Tensor, channels: int, control: str) -> Tensor:

@@ -384,6 +384,26 @@ def test_a_hint_is_detected_at_the_pictures_size_and_saved(capsys):
     assert np.array_equal(pixels_of("out/0002.png"), pixels_of("out/0001.png"))
 
 
+def test_a_detector_has_options(capsys):
+    photograph((12, 9)).resize((64, 64)).save("photo.png")
+    hint = ["--hint", "photo.png", "--control", "circles", "--save-hint", "--out", "a.png", "--detect"]
+    assert run(*hint, "canny:low=20,high=40") == 0
+    want = detect("canny", np.asarray(read_image("photo.png")), low=20, high=40)
+    assert np.array_equal(pixels_of("a-hint.png"), want)
+    assert run(*hint, "canny") == 0 and not np.array_equal(pixels_of("a-hint.png"), want)
+    assert run(*hint, "canny:lowest=3") == 2
+    assert 'canny has no option "lowest=3", expected low=' in capsys.readouterr().err
+
+
+def test_a_hint_of_another_shape_is_stretched_and_that_is_said(capsys):
+    hint = ["--hint", "circle.png", "--control", "circles", "--size"]
+    assert run(*hint, "96x64") == 0
+    stretched = '"circle.png" is 512x512 (width x height): it is stretched to 96x64 (width x height)'
+    assert stretched in notes(capsys.readouterr())
+    assert run(*hint, "64") == 0
+    assert "stretched" not in capsys.readouterr().err
+
+
 def test_the_inpaint_hint_is_minus_one_where_the_mask_is_white(weights):
     photograph((64, 64)).save("photo.png")
     left_half((64, 64)).save("left.png")
@@ -453,11 +473,12 @@ def test_strange_pictures_are_taken_as_a_person_expects():
 
     def made(name):
         options = ["--hint", name, "--control", "circles", "--init", name, "--mask", name, "--out", f"made-{name}.png"]
-        assert run(*options) == 0
+        assert run(*options, "--steps", "1") == 0
         return pixels_of(f"made-{name}.png")
 
+    want = made("seen.png")
     for name in ("cmyk.tiff", "palette.gif", "moving.gif", "deep.png", "bits.png", "turned.png", "alpha.png"):
-        assert np.array_equal(made(name), made("seen.png")), name
+        assert np.array_equal(made(name), want), name
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -525,7 +546,7 @@ def test_an_error_is_one_sentence_and_nothing_is_written(weights, place, capsys,
     assert run(*options.format(weights=weights).split()) == 2
     printed = capsys.readouterr()
     # The notice of the example hint is no error.
-    (line,) = [line for line in notes(printed) if "taking" not in line]
+    (line,) = [line for line in notes(printed) if "taking" not in line and "stretched" not in line]
     assert line.startswith("infer.py: " + message.format(weights=weights))
     assert printed.out == ""
     assert sorted(place.rglob("*")) == before

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/check_data.py`
+if not __package__:  # for `python tools/check_data.py`; out of this folder, whose inspect.py is not Python's own
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

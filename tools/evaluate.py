@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:  # for `python tools/evaluate.py`; out of this folder, whose inspect.py is not Python's own
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/evaluate.py`
 
 from controlnet import ControlNet
 from controlnet.colours import BASIC_COLOURS, COLOURS

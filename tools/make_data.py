@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/make_data.py`
+if not __package__:  # for `python tools/make_data.py`; out of this folder, whose inspect.py is not Python's own
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -11,9 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image
+if not __package__:  # for `python tools/make_hints.py`; out of this folder, whose inspect.py is not Python's own
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/make_hints.py`
+from PIL import Image
 
 from controlnet.hints import (
     DETECTORS,

@@ -11,8 +11,12 @@ import argparse
 import copy
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+
+if not __package__:  # for `python tools/pretrain.py`; out of this folder, whose inspect.py is not Python's own
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,8 +25,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/pretrain.py`
 
 from controlnet.data import LatentPairs, drop_prompts, seeded
 from controlnet.generate import generate

@@ -7,11 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
+if not __package__:  # for `python tools/strip.py`; out of this folder, whose inspect.py is not Python's own
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/strip.py`
 
 from controlnet import ControlNet
 from controlnet.colours import BASIC_COLOURS

@@ -28,7 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import IGNORED_BESIDE_CONTROL, Checkpoint, gather, load_parts, open_checkpoint, save_checkpoint
+from ldm.checkpoint import (
+    IGNORED_BESIDE_CONTROL,
+    Checkpoint,
+    gather,
+    load_parts,
+    open_checkpoint,
+    save_checkpoint,
+    without_weights,
+)
 from ldm.config import ControlConfig
 from ldm.diffusers_layout import control_values, save_control
 from ldm.key_maps import Layout, control_map, diffusers_control_map, unet_map
@@ -118,7 +126,7 @@ class ControlNet(nn.Module):
         """
         checkpoint = open_checkpoint(path)
         found = recognise_control(checkpoint, global_average_pooling)
-        with torch.device("meta"):
+        with without_weights():
             control = cls(UNet(unet.config), found.config)
         like = next(unet.parameters())
         device, dtype = torch.device(device or like.device), dtype or like.dtype

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .config import SD15, SD21
 from .key_maps import KeyMap, Source, names_by_key
@@ -269,6 +270,22 @@ def read_json(path: Path) -> dict:
 # ------------------------------------------------------------------------------------------------------------ load
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules built inside are on the meta device: shapes alone, for `load_parts` to fill."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Numbers that do not exist need no first values; drawing them would cost seconds of imports."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init" or function is Tensor.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def load_parts(
     checkpoint: Checkpoint,
     parts: Sequence[tuple[nn.Module, KeyMap]],
@@ -276,7 +293,7 @@ def load_parts(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Fill modules that were built on the meta device. Nothing is loaded unless everything fits.
+    """Fill modules that were built `without_weights`. Nothing is loaded unless everything fits.
 
     Tensors are assigned one by one: at its peak this needs the parameters' final memory and one tensor more. Parameters
     that no output depends on are zero where the file lacks them. Warns of weights that are not finite.

@@ -18,6 +18,7 @@ from .checkpoint import (
     load_parts,
     open_checkpoint,
     save_checkpoint,
+    without_weights,
 )
 from .config import PRESETS, Config
 from .diffusers_layout import save_pipeline
@@ -109,7 +110,7 @@ class StableDiffusion(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> "StableDiffusion":
         """`load` for a file that is open and whose architecture is known. Raises CheckpointError if it does not fit."""
-        with torch.device("meta"):
+        with without_weights():
             model = cls(config)
         load_parts(checkpoint, model.parts(base_layout(checkpoint)), IGNORED_BESIDE_BASE, dtype, device)
         return model.eval().requires_grad_(False)

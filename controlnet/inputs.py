@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +51,19 @@ def check_sampling(config: Config, sampler: str, steps: int, eta: float, seed: i
 # ---------------------------------------------------------------------------------------------------- hints
 
 
+@dataclass
 class Steering:
-    """One --hint of infer.py and what is said about it, step by step made into a `Control`."""
+    """One --hint of infer.py and the options about it, by their names; `read`, `prepare` and `load` make the control."""
 
-    def __init__(
-        self,
-        hint: str,
-        detect: str,
-        control: str | None,
-        control_scale: float,
-        control_layers: list[float] | None,
-        control_start: float,
-        control_end: float,
-        control_mask: str | None,
-        control_mode: str,
-    ):
-        self.hint, self.detect, self.control = hint, detect, control
-        self.control_scale, self.control_layers, self.control_mask = control_scale, control_layers, control_mask
-        self.control_start, self.control_end, self.control_mode = control_start, control_end, control_mode
+    hint: str
+    detect: str
+    control: str | None
+    control_scale: float
+    control_layers: list[float] | None
+    control_start: float
+    control_end: float
+    control_mask: str | None
+    control_mode: str
 
     def read(self, file: Path) -> None:
         """The picture that the detector works on, or, of a map or a pose, the hint.
@@ -112,6 +108,9 @@ class Steering:
     def made_hint(self, mask: Image.Image | None, size: Size) -> Tensor:
         """(1, 3, H, W) of `size` in [0, 1]; for "inpaint" -1 where the mask is white."""
         if self.detect == "inpaint":
+            if mask.size != self.source.size:
+                found, expected = described(mask.size[::-1]), described(self.source.size[::-1])
+                raise ValueError(f'the mask is {found}, expected {expected}, as the picture "{self.hint}"')
             values = inpaint(np.asarray(resized(self.source, size)), np.asarray(resized(mask, size)))
             return torch.from_numpy(values).permute(2, 0, 1)[None]
         if self.comes_as_hint():

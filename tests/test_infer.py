@@ -168,8 +168,6 @@ def test_the_options_decide_over_the_picture():
             "--control-end 0.5",
             "--control-mask left.png",
             "--control-layers 1,1,1,1,1,1,0",
-            "--guess",
-            *(f"--control-mode {mode}" for mode in infer.MODES[2:]),
             "--init photo.png",
             "--init photo.png --mask left.png",
             "--detect invert",
@@ -515,6 +513,10 @@ def test_strange_pictures_are_taken_as_a_person_expects():
         ("--init left.png --mask black.png", 'the mask "black.png" is black everywhere: paint white'),
         ("--init text.png", '"text.png" is not readable as a picture'),
         ("--hint left.png --detect inpaint", "--detect inpaint needs a --mask"),
+        (
+            "--hint left.png --detect inpaint --mask wide.png --control circles",
+            "the mask is 96x32 (width x height), exp",
+        ),
         ("--hint left.png --detect edges", 'there is no detector "edges", expected canny, '),
         (
             "--hint left.png",

@@ -53,7 +53,7 @@ def check_sampling(config: Config, sampler: str, steps: int, eta: float, seed: i
 
 @dataclass
 class Steering:
-    """One --hint of infer.py and the options about it, by their names; `read`, `prepare` and `load` make the control."""
+    """One --hint of infer.py and the options about it, by their names; `read`, `prepare` and `load` make a control."""
 
     hint: str
     detect: str

@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
         filled_checkpoint(load_manifest("ldm_sd15_checkpoint"), base)
         filled_checkpoint(load_manifest("ldm_control_sd15_control_only"), control)
     in_this_process(base, control)
-    for options in ((), ("--low-memory",), ("--low-memory", "--dtype", "bf16")):
+    for options in ((), ("--low-memory",)):
         from_the_command_line(base, control, *options)
 
 

@@ -234,6 +234,40 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def dry_run(args: argparse.Namespace) -> int:
+    """Prints what would be trained and in how much memory. Of the base's file the header is read, if it is needed."""
+    from controlnet.memory import Plan, described, predict
+    from controlnet.training_data import DataSettings, open_settings, picture_size
+    from ldm.checkpoint import open_checkpoint
+    from ldm.config import PRESETS
+    from ldm.recognise import recognise
+    from ldm.stable_diffusion import find
+
+    known = args.base in PRESETS  # then the file may come later
+    config = PRESETS[args.base] if known else recognise(open_checkpoint(find(args.base)[0]), args.prediction).config
+    size = picture_size(args.size, config)
+    settings = DataSettings(**{name: getattr(args, name) for name in DataSettings.__dataclass_fields__})
+    pairs = len(open_settings(settings, size).train)
+    plan = Plan(
+        size,
+        args.batch_size,
+        args.precision,
+        args.checkpointing,
+        not args.no_cache,
+        args.hint_channels,
+        args.sd_unlocked,
+        args.only_mid_control,
+        args.eight_bit,
+        bool(args.ema),
+    )
+    memory, samples = predict(config, plan), args.steps * args.batch_size * args.accumulate
+    print(f"{config.name}: {memory.trained / 1e6:.1f} million parameters are trained, in {args.precision}")
+    print(f"{pairs} pairs of {size[1]}x{size[0]} pixels, {samples} samples seen ({samples / pairs:.1f} epochs)")
+    print(f"{args.steps} optimiser steps of {args.accumulate} x {args.batch_size}, a process")
+    print(described(memory))
+    return 0
+
+
 def checked(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
     """The settings as they count: with --resume, what is not given is as it was. Raises ValueError for contradictions,
     and rather than write over another run."""
@@ -256,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         args = checked(args, argv)
-        return train(args)
+        return dry_run(args) if args.dry_run else train(args)
     except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
         sentence = in_a_sentence(error, args)
         if args.debug or sentence is None:

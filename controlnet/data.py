@@ -30,6 +30,7 @@ from .images import Size, resized, to_hints, to_images
 from .worlds import WORLDS, Sample
 
 PUBLISHED_FILL50K = Path("data/fill50k")
+WORLD_PICTURES = 2000  # of a world, which is endless, when nobody says how many
 HELD_OUT_SHARE, HELD_OUT_MOST = 20, 32  # one in twenty of a folder, at most 32
 
 
@@ -191,7 +192,7 @@ class Sources:
 def open_sources(
     data: str,
     transform: Transform,
-    pictures: int,
+    pictures: int | None,
     seed: int,
     held_out: int | None = None,
     hint_channels: int = 3,
@@ -208,7 +209,8 @@ def open_sources(
             raise ValueError(f"the world {data} draws its own hints of 3 channels: leave out --detect, --hint-channels")
         count = HELD_OUT_MOST if held_out is None else held_out
         size = transform.size
-        return Sources(WorldSource(data, size, pictures, seed), WorldSource(data, size, count, held_out=True), [])
+        train = WorldSource(data, size, pictures or WORLD_PICTURES, seed)
+        return Sources(train, WorldSource(data, size, count, held_out=True), [])
     if not folder.exists() and "/" not in data:
         raise ValueError(f'there is no folder "{data}", and the worlds are {", ".join(WORLDS)}: give one of them')
     listing = list_folder(folder, need_hints=detect is None)

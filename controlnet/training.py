@@ -1,6 +1,7 @@
 """One optimiser step: precision, accumulation, clipping, learning rate. The same code on a CPU and on CUDA."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -79,20 +80,20 @@ class Optimisation:
         scale of the loss is halved. Raises FloatingPointError, with the layer's name, for MOST_SKIPPED in a row.
         """
         self.scaler.unscale_(self.optimizer)
-        gradients = {n: p.grad for n, p in zip(self.names, self.parameters, strict=True) if p.grad is not None}
-        norm = nn.utils.get_total_norm(gradients.values())
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if norm.isfinite():
             self.skipped_in_a_row = 0
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             if self.skipped_in_a_row == MOST_SKIPPED:
-                raise FloatingPointError(not_finite(gradients))
+                raise FloatingPointError(not_finite(self.names, self.parameters))
         if norm.isfinite() or self.scaler.is_enabled():  # the scaler knows of the overflow and skips on its own
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.rate.step()
+        with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that a first step was skipped
+            self.rate.step()
         return norm.item()
 
     def state_dict(self) -> dict:
@@ -110,10 +111,12 @@ class Optimisation:
         return {"optimizer": self.optimizer, "rate": self.rate, "scaler": self.scaler}
 
 
-def not_finite(gradients: dict[str, Tensor]) -> str:
-    """What to say of them: they spread from the end of the network to its beginning, so the last layer is the cause."""
-    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    where = "those of all layers, so the loss is not" if len(bad) == len(gradients) else f"the last layer is {bad[-1]}"
+def not_finite(names: list[str], parameters: list[nn.Parameter]) -> str:
+    """What to say of their gradients: bad values spread from the end of the network to its beginning, so the last layer
+    that has any is the cause."""
+    known = [(name, p.grad) for name, p in zip(names, parameters, strict=True) if p.grad is not None]
+    bad = [name for name, gradient in known if not gradient.isfinite().all()]
+    where = "those of all layers, so the loss is not" if len(bad) == len(known) else f"the last layer is {bad[-1]}"
     return (
         f"the gradients of {MOST_SKIPPED} steps in a row are not finite numbers ({where}): "
         "resume from the last save with a lower --lr"

@@ -18,8 +18,6 @@ from .images import Size
 from .latent_cache import CachedPairs, LatentCache, build, fingerprint, loss_inputs, prepare
 from .preview import HeldOutLoss, Preview, good_samples
 
-DEFAULT_PICTURES = 2000  # of a world, when they are cached
-
 
 @dataclass(frozen=True)
 class DataSettings:

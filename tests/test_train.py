@@ -382,6 +382,16 @@ def test_a_bad_call_is_one_sentence(base, tmp_path, capsys, arguments, words):
     assert not (tmp_path / "out" / "control.safetensors").exists()
 
 
+def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsys):
+    """Without the base's weights, and with an endless world's default of pictures."""
+    plan = ["--steps", "10", "--batch-size", "4", "--accumulate", "5", "--out", str(tmp_path / "out"), "--dry-run"]
+    assert train.main(["--base", "tiny", *plan]) == 0
+    out = capsys.readouterr().out
+    assert "2000 pairs of 128x128 pixels, 200 samples seen (0.1 epochs)" in out and "10 optimiser steps of 5 x 4" in out
+    assert "activations" in out and "at most, all together" in out
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_memory_is_one_sentence(base, tmp_path, cache, capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")

@@ -260,8 +260,7 @@ def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
     saved = parameters_of(model)
 
     def fail(state, file):
-        with open(file, "wb") as half:
-            half.write(b"half")
+        file.write(b"half")
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:

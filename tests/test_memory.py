@@ -1,0 +1,73 @@
+"""What a run will need, against what is known of its parts and what the same step really allocates."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small import SMALL, small_sd
+
+from controlnet.memory import Memory, Plan, StorageCounter, described, predict
+from controlnet.model import ControlNet
+from controlnet.objective import ControlLoss
+from ldm.unet import set_checkpointing
+
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def control():
+    return ControlNet.from_unet(small_sd().unet)
+
+
+def test_weights_gradients_and_moments_are_what_they_are(control):
+    trained = sum(p.numel() for p in control.parameters())
+    unet, sd = sum(p.numel() for p in small_sd().unet.parameters()), small_sd()
+    encoders = sum(p.numel() for part in (sd.vae, sd.text_encoder) for p in part.parameters())
+    full, half = predict(SMALL, Plan(SIZE)), predict(SMALL, Plan(SIZE, precision="fp16", cached=False, ema=True))
+    assert (full.trained, full.copy, full.gradients, full.optimiser) == (trained, 4 * trained, 4 * trained, 8 * trained)
+    assert (full.base, full.encoders, full.encoding) == (4 * unet, 0, 0)
+    assert (half.base, half.encoders, half.copy) == (2 * unet, 2 * encoders, 8 * trained) and half.encoding > 0
+    assert full.peak == full.base + full.copy + full.optimiser + full.gradients + full.activations
+    unlocked = predict(SMALL, Plan(SIZE, precision="fp16", sd_unlocked=True))
+    assert unlocked.trained > full.trained and unlocked.gradients == 4 * unlocked.trained
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_step_holds_what_the_real_one_holds(checkpointing):
+    """The counter's figure for real tensors is that for fake ones."""
+    sd = small_sd()
+    net = ControlNet.from_unet(sd.unet)
+    for model in (sd.unet, net):
+        set_checkpointing(model, checkpointing)
+    loss = ControlLoss(sd.unet, net, sd.schedule)
+    with StorageCounter() as counter:
+        z0, context = torch.zeros(2, 4, 8, 8), torch.zeros(2, 77, SMALL.unet.context_width)
+        loss(z0, torch.zeros_like(z0), torch.zeros(2, dtype=torch.int64), context, torch.zeros(2, 3, 64, 64)).backward()
+    memory = predict(SMALL, Plan(SIZE, batch_size=2, checkpointing=checkpointing))
+    assert memory.gradients + memory.activations == pytest.approx(counter.most, rel=0.02)
+
+
+def test_the_counter_sees_what_comes_and_goes():
+    with StorageCounter() as counter:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)  # the same storage
+        c = b + 1
+        assert counter.now == 8000
+        del c
+        assert counter.now == 4000
+        del a, b
+    assert (counter.now, counter.most) == (0, 8000)
+
+
+def test_every_saving_saves():
+    deep = replace(SMALL, unet=replace(SMALL.unet, blocks=4))
+    plain = predict(deep, Plan(SIZE, batch_size=4))
+    assert predict(deep, Plan(SIZE, batch_size=4, checkpointing=True)).activations < 0.8 * plain.activations
+    half = predict(deep, Plan(SIZE, batch_size=4, precision="fp16", eight_bit=True))
+    assert half.activations < 0.7 * plain.activations and half.optimiser * 4 == plain.optimiser
+
+
+def test_every_item_is_told_in_gigabytes():
+    text = described(Memory(*(int(x * 1e9) for x in (1, 2, 3, 4, 5, 6, 7)), trained=1))
+    figures = [float(line.split()[-2]) for line in text.splitlines()]
+    assert figures == [1, 2, 3, 5, 4, 6, 21]

@@ -32,13 +32,14 @@ CONTEXT_KEYS = {
 }
 
 # What a file is that is not what was asked for, by a pattern in any of its keys; the first row that fits.
+LORA = "a LoRA: give the whole checkpoint that it was merged into"
 CONTROL = "a ControlNet: pass it as --control"
 WHOLE_FOLDER = "give the folder that holds unet/, vae/ and text_encoder/"
 OTHER_FAMILY = "and only SD 1.x and 2.x are supported"
 KINDS = (
     (
-        r"^lora_|[._]lora[._]|\.lora_[AB]\.|\.hada_w|\.lokr_w",
-        "a LoRA: give the whole checkpoint that it was merged into",
+        r"^lora_|[._]lora[._]|\.hada_w|\.lokr_w",
+        LORA,
     ),
     (r"^conditioner\.embedders\.|(^|\.)add_embedding\.", f"an SDXL checkpoint, {OTHER_FAMILY}"),
     (r"(^|\.)label_emb\.", f"a model of the SDXL family, {OTHER_FAMILY}"),
@@ -108,7 +109,7 @@ def identify(checkpoint: Checkpoint, prediction: str | None = None) -> Base:
 def base_layout(checkpoint: Checkpoint) -> Layout:
     if checkpoint.any_key("model.diffusion_model."):
         return "ldm"
-    if any(re.search(r"[._]lora[._]", key) for key in checkpoint.tensors) or not checkpoint.any_key("unet."):
+    if not checkpoint.any_key("unet.") or kind(checkpoint) == LORA:
         raise not_a_base(checkpoint)
     absent = [part for part in ("vae", "text_encoder") if not checkpoint.any_key(f"{part}.")]
     if absent:
@@ -203,7 +204,7 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
     """
     forms = [form for form in CONTROL_FORMS if checkpoint.any_key(form[1] + form[2])]
     if not forms:
-        base = checkpoint.any_key("model.diffusion_model.") or checkpoint.any_key("unet.")
+        base = attempt(base_layout, checkpoint)
         raise CheckpointError(f'"{checkpoint.path}" holds no ControlNet: it is {BASE if base else kind(checkpoint)}')
     layout, prefix, hint_encoder = forms[0]
     described = described_config(checkpoint) or {}

@@ -234,7 +234,7 @@ def memory(name):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
-config = UNetConfig(channels=128)
+config = UNetConfig(channels=64)
 checkpoint, dtype = open_checkpoint(sys.argv[1]), getattr(torch, sys.argv[2])
 with torch.device("meta"):
     unet = UNet(config)
@@ -250,11 +250,11 @@ print(sum(p.numel() * p.element_size() for p in unet.parameters()), own, memory(
 
 @pytest.fixture(scope="module")
 def large_file(tmp_path_factory):
-    """A UNet of 137 million parameters in fp32."""
+    """A UNet of 34 million parameters in fp32."""
     from ldm.config import UNetConfig
     from ldm.key_maps import unet_map
 
-    config = UNetConfig(channels=128)
+    config = UNetConfig(channels=64)
     with torch.device("meta"):
         state = UNet(config).state_dict()
     sources = unet_map(config).sources(state)

@@ -2,8 +2,8 @@
 
 A 3x3 convolution needs one row above and below its strip, nothing more. What spans the whole picture is the statistics
 of the norms, taken from all of it first, and the attention, which stands at the latents' resolution and is left whole.
-So there is no seam, where tiles that are decoded apart and blended differ in colour. Beside a layer's input and output
-only a strip is held at once; a plain pass also holds the normalised and the activated input and the convolution's copy.
+So there is no seam, where tiles that are decoded apart and blended differ in colour. Two layers' outputs and a strip
+are held at once, where a plain pass holds a third, the activated input, and what its convolutions need beside.
 
 Shapes: B batch, C channels, H W positions of a layer.
 """
@@ -49,7 +49,7 @@ def through(level: Level, x: Tensor, resample: Callable[[nn.Conv2d, Tensor, int]
 
 def res_block(block: ResBlock, x: Tensor, rows: int) -> Tensor:
     y = conv3x3(block.conv1, x, activation(block.norm1, x), rows)
-    y = conv3x3(block.conv2, y, activation(block.norm2, y), rows)
+    y = conv3x3(block.conv2, y, activation(block.norm2, y), rows, in_place=True)
     for start, end in strips(x.shape[2], rows):
         y[:, :, start:end] += block.shortcut(x[:, :, start:end])
     return y
@@ -69,12 +69,16 @@ def activation(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda strip: F.silu(strip * scale[..., None, None] + shift[..., None, None]).to(strip.dtype)
 
 
-def conv3x3(conv: nn.Conv2d, x: Tensor, prepare: Callable[[Tensor], Tensor], rows: int) -> Tensor:
-    """conv(prepare(x)) with padding 1, where `prepare` works on each position alone."""
+def conv3x3(
+    conv: nn.Conv2d, x: Tensor, prepare: Callable[[Tensor], Tensor], rows: int, in_place: bool = False
+) -> Tensor:
+    """conv(prepare(x)) with padding 1, where `prepare` works on each position alone. `in_place` writes over x."""
     height = x.shape[2]
-    out = x.new_empty(len(x), conv.out_channels, *x.shape[2:])
+    out = x if in_place else x.new_empty(len(x), conv.out_channels, *x.shape[2:])
+    above = x[:, :, :0]  # the row above the strip, from before it was written over
     for start, end in strips(height, rows):
-        strip = prepare(x[:, :, max(start - 1, 0) : end + 1])
+        strip = prepare(torch.cat([above, x[:, :, start : end + 1]], dim=2))
+        above = x[:, :, end - 1 : end].clone()
         strip = F.pad(strip, (1, 1, int(start == 0), int(end == height)))
         out[:, :, start:end] = F.conv2d(strip, conv.weight, conv.bias)
     return out

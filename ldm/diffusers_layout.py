@@ -150,7 +150,7 @@ def unet_values(config: Config) -> dict:
 
 
 def control_values(unet: UNetConfig, control: ControlConfig) -> dict:
-    """Raises CheckpointError for a hint encoder that diffusers cannot describe."""
+    """Raises CheckpointError for a ControlNet that diffusers cannot describe."""
     widths = control.hint_widths
     values = {
         "_class_name": "ControlNetModel",
@@ -162,8 +162,8 @@ def control_values(unet: UNetConfig, control: ControlConfig) -> dict:
     }
     if control_from_diffusers(values) != control:
         raise CheckpointError(
-            f"diffusers cannot describe a hint encoder of {list(widths)} channels, expected them in pairs (A A B B C C "
-            'D): save it with layout="ldm"'
+            f"diffusers cannot describe a ControlNet with {control}, expected a full copy and a hint encoder whose "
+            'channels come in pairs (A A B B C C D): save it with layout="ldm"'
         )
     return values
 

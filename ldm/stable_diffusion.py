@@ -23,7 +23,7 @@ from .checkpoint import (
 from .config import PRESETS, Config
 from .diffusers_layout import save_pipeline
 from .key_maps import KeyMap, Layout, base_maps
-from .recognise import base_layout, recognise
+from .recognise import base_layout, described_config, recognise
 from .schedule import Schedule
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
@@ -96,7 +96,7 @@ class StableDiffusion(nn.Module):
         """
         path, preset = find(path_or_preset)
         checkpoint = open_checkpoint(path)
-        if prediction is None and preset is not None and "config" not in checkpoint.metadata:
+        if prediction is None and preset is not None and described_config(checkpoint) is None:
             prediction = preset.schedule.prediction
         config = recognise(checkpoint, prediction).config
         return cls.from_checkpoint(checkpoint.with_ema() if ema else checkpoint, config, device, dtype)

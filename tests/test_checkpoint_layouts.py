@@ -187,6 +187,9 @@ def test_who_says_eps_or_v(tmp_path):
 
 def test_folders_say_what_they_are(sd, folder):
     assert StableDiffusion.load(folder).config == SMALL  # by our metadata
+    # Our 1x1 convolutions of the autoencoder's attention are linear layers there.
+    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert vae["encoder.mid_block.attentions.0.to_q.weight"].shape == (SMALL.vae.widths[-1],) * 2
     rewrite_folder(folder / "unet")
     found = recognise(open_checkpoint(folder))
     assert found.config.unet == SMALL.unet and found.config.schedule == SMALL.schedule

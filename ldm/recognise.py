@@ -94,7 +94,9 @@ def identify(checkpoint: Checkpoint, prediction: str | None = None) -> Base:
     described = described_config(checkpoint)
     with description_errors(checkpoint):
         if described is not None:
-            config, source = Config.from_dict(described), "the metadata"
+            # Beside a ControlNet in the same file, that is described too.
+            own = {name: value for name, value in described.items() if name != "control"}
+            config, source = Config.from_dict(own), "the metadata"
         elif layout == "diffusers" and {"unet", "vae", "text_encoder"} <= checkpoint.configs.keys():
             config = config_from_diffusers(checkpoint.configs, prediction)
             known = "prediction_type" in checkpoint.configs.get("scheduler", {})

@@ -153,6 +153,10 @@ def test_pooling_is_written_down(folder, tmp_path):
     assert control.config == ControlConfig(global_average_pooling=True)
     assert run(out, "--out", tmp_path / "folder") == 0
     assert ControlNet.load(tmp_path / "folder", small_sd().unet).config == control.config
+    whole = (folder / "whole.safetensors", "--part", "both", "--global-average-pooling")
+    assert run(*whole, "--out", tmp_path / "whole.safetensors") == 0
+    assert run(tmp_path / "whole.safetensors", "--part", "control", "--out", tmp_path / "again.safetensors") == 0
+    assert ControlNet.load(tmp_path / "again.safetensors", small_sd().unet).config == control.config
 
 
 # ------------------------------------------------------------------------------------------------------- the result

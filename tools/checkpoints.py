@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
 
@@ -98,4 +98,5 @@ def save_whole(path: Path, base: StableDiffusion, control: ControlNet, dtype: to
     tensors = gather(control, control_map(base.config.unet, control.config), dtype)
     for module, key_map in base.parts():
         tensors |= gather(module, key_map, dtype)
-    save_checkpoint(path, tensors, {"config": json.dumps(base.config.to_dict())})
+    described = {**base.config.to_dict(), "control": asdict(control.config)}
+    save_checkpoint(path, tensors, {"config": json.dumps(described)})

@@ -7,6 +7,7 @@ dictionaries, and the few calls that describe a tensor. Nothing that the file na
 the weights (a callback's name, a NumPy number) is dropped, where PyTorch would refuse the whole file.
 """
 
+import math
 import mmap
 import pickletools
 import struct
@@ -102,7 +103,8 @@ class Cut:
     def stored(self, file: MappedFile) -> Stored:
         """Raises Damaged if the storage does not hold that much."""
         size = self.storage.numel * self.storage.dtype.itemsize
-        end = (self.offset + extent(self.shape, self.strides)) * self.dtype.itemsize if all(self.shape) else 0
+        count = max(extent(self.shape, self.strides), math.prod(self.shape))  # strides of 0 make much of little
+        end = (self.offset + count) * self.dtype.itemsize if all(self.shape) else 0
         if end > size or self.storage.start < 0 or self.storage.start + size > file.size:
             raise Damaged("a tensor reaches beyond its data")
         start = self.storage.start + self.offset * self.dtype.itemsize

@@ -171,7 +171,6 @@ def test_the_options_decide_over_the_picture():
             "--init photo.png",
             "--init photo.png --mask left.png",
             "--detect invert",
-            "--detect inpaint --mask left.png",
             "--prompt b",
             "--negative b",
             "--seed 1",

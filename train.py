@@ -48,6 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
     method.add_argument("--base", default="tiny", help="the locked model: a file or a preset (default: %(default)s)")
     method.add_argument("--prediction", choices=["eps", "v"], help="of an SD 2.x base whose file does not tell")
     method.add_argument("--control", metavar="FILE", help="start from this ControlNet, not from a fresh copy")
+    method.add_argument(
+        "--architecture",
+        choices=["full", "lite", "gaussian"],
+        default="full",
+        help="lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
+    )
     method.add_argument("--steps", type=positive, default=1500, help="optimiser steps (default: %(default)s)")
     method.add_argument("--batch-size", type=positive, default=8, help="pictures at once (default: %(default)s)")
     method.add_argument("--accumulate", type=positive, default=1, help="batches a step (default: %(default)s)")
@@ -116,9 +122,9 @@ def train(args: argparse.Namespace) -> int:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from tqdm import tqdm
 
-    from controlnet import ControlNet
     from controlnet.devices import PRECISIONS, borrowed, peak_memory
     from controlnet.distributed import join_processes
+    from controlnet.model import ControlNet, start_as_gaussian
     from controlnet.objective import ControlLoss, only_middle, zero_conv_norms
     from controlnet.run_state import Position, Progress, RunFolder, StopSignals
     from controlnet.training import Optimisation, constant_rate, cosine_rate
@@ -139,7 +145,12 @@ def train(args: argparse.Namespace) -> int:
     if args.control:
         control = ControlNet.load(args.control, sd.unet, dtype=torch.float32)
     else:
-        control = ControlNet.from_unet(sd.unet, ControlConfig(hint_channels=args.hint_channels))
+        kind = "lite" if args.architecture == "lite" else "full"
+        control = ControlNet.from_unet(sd.unet, ControlConfig(args.hint_channels, architecture=kind))
+    if args.architecture == "gaussian":
+        start_as_gaussian(control)
+    if control.config.hint_channels != args.hint_channels:
+        raise ValueError(f"{args.control} reads hints of {control.config.hint_channels} channels: say --hint-channels")
     control.to(memory_format=torch.channels_last)
     if args.only_mid_control:
         only_middle(control)
@@ -259,6 +270,7 @@ def dry_run(args: argparse.Namespace) -> int:
         args.only_mid_control,
         args.eight_bit,
         bool(args.ema),
+        args.architecture == "lite",
     )
     memory, samples = predict(config, plan), args.steps * args.batch_size * args.accumulate
     print(f"{config.name}: {memory.trained / 1e6:.1f} million parameters are trained, in {args.precision}")
@@ -276,6 +288,8 @@ def checked(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
     run = RunFolder(args.out)
     if args.ema and args.sd_unlocked:
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
+    if args.control and args.architecture != "full":
+        raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
     if args.resume:
         parser = make_parser()
         parser.set_defaults(**run.written()["settings"])

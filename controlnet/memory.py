@@ -38,18 +38,19 @@ class Plan:
     only_mid_control: bool = False
     eight_bit: bool = False
     ema: bool = False
+    lite: bool = False
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device: what each item holds at the moment when most is held in all."""
+    """Bytes on the device, item by item, when most is held in all."""
 
     base: int  # the locked UNet, with an unlocked decoder
     encoders: int  # autoencoder and text encoder: none with cached latents, which let them leave the device
     copy: int  # the trained ControlNet, in fp32, and its moving average
     gradients: int
     optimiser: int  # two moments of each trained parameter
-    activations: int  # with everything that lives for a moment
+    activations: int  # what the fullest moment of a step holds beyond that, with everything short-lived
     encoding: int  # the peak of encoding a batch, which comes before and is over then
     trained: int  # parameters, a number and not bytes
 
@@ -68,15 +69,15 @@ class StorageCounter(TorchDispatchMode):
         self.known = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for storage in storages((args, kwargs)):
+            self.known.add(storage)  # was there before, like the weights: a view of it takes no memory
         output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self.count(leaf.untyped_storage())
+        for storage in storages(output):
+            if storage not in self.known:
+                self.count(storage)
         return output
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.known:
-            return
         self.known.add(storage)
         self.now += storage.nbytes()
         self.most = max(self.most, self.now)
@@ -86,11 +87,17 @@ class StorageCounter(TorchDispatchMode):
         self.now -= size
 
 
+def storages(tree) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def predict(config: Config, plan: Plan) -> Memory:
     """For one process. Nothing of the model's size is allocated, and no weights are needed."""
     with torch.device("meta"):
         sd = StableDiffusion(config).to(PRECISIONS[plan.precision]).requires_grad_(False)
-        control = ControlNet.from_unet(sd.unet, ControlConfig(hint_channels=plan.hint_channels))
+        control = ControlNet.from_unet(
+            sd.unet, ControlConfig(plan.hint_channels, architecture="lite" if plan.lite else "full")
+        )
     if plan.only_mid_control:
         only_middle(control)
     if plan.sd_unlocked:

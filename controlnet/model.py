@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.blocks import Downsample
 from ldm.checkpoint import (
     IGNORED_BESIDE_CONTROL,
     Checkpoint,
@@ -41,7 +42,7 @@ from ldm.config import ControlConfig
 from ldm.diffusers_layout import control_values, save_control
 from ldm.key_maps import Layout, control_map, diffusers_control_map, unet_map
 from ldm.recognise import recognise_control
-from ldm.unet import UNet
+from ldm.unet import Encoded, UNet, UNetEncoder
 
 
 def zero_conv(c_in: int, c_out: int, kernel: int = 1) -> nn.Conv2d:
@@ -75,6 +76,40 @@ class HintEncoder(nn.Module):
         return self.convs[-1](x)
 
 
+class LiteEncoder(nn.Module):
+    """In place of the copy, the paper's ablation "ControlNet-lite" (section 4.2): one convolution for each block, made
+    from nothing. It sees neither the time nor the prompt."""
+
+    def __init__(self, encoder: UNetEncoder):
+        super().__init__()
+        self.config, self.skip_widths = encoder.config, encoder.skip_widths
+        widths = [encoder.config.latent_channels, *encoder.skip_widths]
+        strides = [2 if is_downsampling(block) else 1 for block in encoder.blocks]
+        self.blocks = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride, padding=1) for (a, b), stride in zip(pairwise(widths), strides, strict=True)
+        )
+        self.middle = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
+        for conv in (*self.blocks, self.middle):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, hint_features: Tensor) -> Encoded:
+        skips = []
+        for i, conv in enumerate(self.blocks):
+            x = conv(x) + hint_features if i == 0 else conv(F.silu(x))
+            skips.append(x)
+        return Encoded(skips, self.middle(F.silu(x)), t)
+
+
+def is_downsampling(block: nn.Module) -> bool:
+    return any(isinstance(part, Downsample) for part in block.modules())
+
+
+def start_as_gaussian(control: "ControlNet") -> None:
+    """The paper's other ablation (section 4.2): ordinary Gaussian weights where the zero convolutions start."""
+    for conv in (control.hint_encoder.convs[-1], *control.zero_convs, control.middle_zero_conv):
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+
+
 class ControlNet(nn.Module):
     """The trainable copy of a UNet's encoder with its hint encoder and its zero convolutions."""
 
@@ -82,7 +117,7 @@ class ControlNet(nn.Module):
         super().__init__()
         self.config = config
         self.hint_encoder = HintEncoder(config, unet.config.channels)
-        self.encoder = copy.deepcopy(unet.encoder)
+        self.encoder = copy.deepcopy(unet.encoder) if config.architecture == "full" else LiteEncoder(unet.encoder)
         self.zero_convs = nn.ModuleList(zero_conv(c, c) for c in self.encoder.skip_widths)
         self.middle_zero_conv = zero_conv(unet.config.widths[-1], unet.config.widths[-1])
 

@@ -36,6 +36,7 @@ FIXED = (
     "base",
     "prediction",
     "control",
+    "architecture",
     "precision",
     "eight_bit",
     "ema",
@@ -122,7 +123,7 @@ class RunFolder:
         """settings.json of the run to resume. Raises ValueError if there is none."""
         if not self.settings_file.exists():
             raise ValueError(
-                f"there is no run to resume in {self.path}, expected {self.settings_file}: leave --resume out for a new one"
+                f"there is no run to resume in {self.path}, expected {self.settings_file}: leave out --resume"
             )
         return json.loads(self.settings_file.read_text())
 

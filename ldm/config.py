@@ -86,6 +86,8 @@ class ControlConfig:
     hint_widths: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)  # the channels along its hint encoder
     # Only the mean of each residual over all positions is added, as for the shuffled hints of ControlNet 1.1.
     global_average_pooling: bool = False
+    # "lite" has one convolution in place of each copied block: the paper's ablation, section 4.2.
+    architecture: Literal["full", "lite"] = "full"
 
 
 @dataclass(frozen=True)

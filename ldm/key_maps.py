@@ -138,7 +138,14 @@ def control_map(unet: UNetConfig, control: ControlConfig, prefix: str = "control
     # Their hint encoder counts its activations too, so a convolution is every other module.
     convs = [(f"hint_encoder.convs.{i}", f"input_hint_block.{2 * i}") for i in range(len(control.hint_widths) + 1)]
     zero_convs = [(f"zero_convs.{i}", f"zero_convs.{i}.0") for i in range(encoder_length(unet))]
-    return KeyMap(prefix, [*convs, *encoder_rows(unet), *zero_convs, ("middle_zero_conv", "middle_block_out.0")])
+    encoder = encoder_rows(unet) if control.architecture == "full" else lite_rows(unet)
+    return KeyMap(prefix, [*convs, *encoder, *zero_convs, ("middle_zero_conv", "middle_block_out.0")])
+
+
+def lite_rows(config: UNetConfig) -> Rows:
+    """Of an encoder of single convolutions, which only our files have."""
+    blocks = [(f"encoder.blocks.{i}", f"input_blocks.{i}.0") for i in range(encoder_length(config))]
+    return [*blocks, ("encoder.middle", "middle_block.0")]
 
 
 def encoder_rows(config: UNetConfig) -> Rows:

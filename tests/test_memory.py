@@ -48,7 +48,10 @@ def test_the_step_holds_what_the_real_one_holds(checkpointing):
 
 
 def test_the_counter_sees_what_comes_and_goes():
+    weight = torch.ones(50, 50)
     with StorageCounter() as counter:
+        w = weight.t().detach()  # there before
+        assert counter.now == 0 and w.shape == (50, 50)
         a = torch.zeros(1000)
         b = a.view(10, 100)  # the same storage
         c = b + 1
@@ -62,7 +65,7 @@ def test_the_counter_sees_what_comes_and_goes():
 def test_every_saving_saves():
     deep = replace(SMALL, unet=replace(SMALL.unet, blocks=4))
     plain = predict(deep, Plan(SIZE, batch_size=4))
-    assert predict(deep, Plan(SIZE, batch_size=4, checkpointing=True)).activations < 0.8 * plain.activations
+    assert predict(deep, Plan(SIZE, batch_size=4, checkpointing=True)).activations < 0.9 * plain.activations
     half = predict(deep, Plan(SIZE, batch_size=4, precision="fp16", eight_bit=True))
     assert half.activations < 0.7 * plain.activations and half.optimiser * 4 == plain.optimiser
 

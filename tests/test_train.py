@@ -20,6 +20,7 @@ from small import SMALL, small_control, small_sd
 import train
 from controlnet.data import split
 from controlnet.folders import list_folder
+from controlnet.model import ControlNet
 from controlnet.objective import control_loss
 
 ROOT = Path(__file__).parent.parent
@@ -252,6 +253,21 @@ def test_only_the_middle_is_controlled(base, tmp_path, cache):
     control = control_of(tmp_path)
     assert all(not tensor.any() for key, tensor in control.items() if ".zero_convs." in key)
     assert all(control[key].any() for key in control if ".middle_block_out." in key)
+
+
+@pytest.mark.parametrize("name", ["lite", "gaussian"])
+def test_the_papers_ablations_are_trained_saved_and_loaded(base, tmp_path, cache, name):
+    assert run(base, tmp_path, "--steps", "1", "--architecture", name, "--lr", "1e-30", *cache) == 0
+    sd, values = small_sd(), control_of(tmp_path)
+    control = ControlNet.load(tmp_path / "control.safetensors", sd.unet)
+    assert any("transformer_blocks" in key for key in values) == (name == "gaussian")
+    start = values["control_model.zero_convs.2.0.weight"]
+    assert start.std() > 0.1 if name == "gaussian" else start.abs().max() < 1e-20
+    x, t, context, hint = torch.ones(1, 4, 8, 8), torch.tensor([9]), sd.encode_text(["a"]), torch.ones(1, 3, 64, 64)
+    assert [r.shape for r in control(x, t, context, hint)] == [
+        r.shape for r in ControlNet.from_unet(sd.unet)(x, t, context, hint)
+    ]
+    assert train.main(["--resume", "--out", str(tmp_path), "--device", "cpu", "--architecture", "full"]) == 2
 
 
 def test_training_goes_on_from_a_control(base, tmp_path, cache):

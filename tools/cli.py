@@ -48,7 +48,12 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
-def run(name: str, work: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+def run(
+    name: str,
+    work: Callable[[argparse.Namespace], int | None],
+    args: argparse.Namespace,
+    stopped: str = "nothing half-written is left",
+) -> int:
     """The exit status of `work`: what a user can put right is one sentence and 2, a stop from the keyboard 130."""
     try:
         with warnings.catch_warnings():
@@ -61,7 +66,7 @@ def run(name: str, work: Callable[[argparse.Namespace], int | None], args: argpa
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped, nothing half-written is left", file=sys.stderr)
+        print(f"\n{name}: stopped, {stopped}", file=sys.stderr)
         return 130
 
 

@@ -10,6 +10,7 @@ and other programs, and state/, from which `--resume` goes on exactly where a ru
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -76,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     machine.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     machine.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the computation")
     machine.add_argument("--checkpointing", action="store_true", help="less memory for activations, more time")
+    machine.add_argument("--deterministic", action="store_true", help="the same bits each time on CUDA too, slower")
     machine.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     machine.add_argument("--dry-run", action="store_true", help="print the plan and the memory it needs, train nothing")
 
@@ -137,6 +139,9 @@ def train(args: argparse.Namespace) -> int:
     processes = join_processes(args.device)
     device, dtype = processes.device, PRECISIONS[args.precision]
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
 
     # --- the locked base, in half precision where the computation is, and the trainable copy in fp32
     torch.manual_seed(args.seed)
@@ -283,9 +288,12 @@ def dry_run(args: argparse.Namespace) -> int:
 def checked(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
     """The settings as they count: with --resume, what is not given is as it was. Raises ValueError for contradictions,
     and rather than write over another run."""
+    from controlnet.devices import optional
     from controlnet.run_state import RunFolder
 
     run = RunFolder(args.out)
+    if args.tensorboard:
+        optional("tensorboard", "--tensorboard")
     if args.ema and args.sd_unlocked:
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
     if args.control and args.architecture != "full":

@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .devices import optional
-
 # What a resumed run must share with the one that was stopped, by the names of train.py's flags. The rest may change:
 # more steps, another rate, another device.
 FIXED = (
@@ -182,16 +180,12 @@ def logged_step(line: str) -> float:
 
 
 class Progress:
-    """Where a run tells how it goes: the progress bar, log.jsonl and, if asked for, TensorBoard.
-
-    Raises ValueError if `tensorboard` is asked for and not installed.
-    """
+    """Where a run tells how it goes: the progress bar, log.jsonl and, if asked for and installed, TensorBoard."""
 
     def __init__(self, run: RunFolder, bar: tqdm, tensorboard: bool = False):
         self.run, self.bar, self.held_out, self.loss = run, bar, None, None
         self.board = None
         if tensorboard:
-            optional("tensorboard", "--tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(run.path / "tensorboard")

@@ -18,7 +18,8 @@ def test_a_script_takes_its_folder_off_the_path(path):
     Before that it imports only what does not ask for that module.
     """
     before, line, _ = path.read_text().partition(
-        f"if not __package__:  # for `python tools/{path.name}`; out of this folder, whose inspect.py is not Python's own\n"
+        f"if not __package__:  # for `python tools/{path.name}`; "
+        "out of this folder, whose inspect.py is not Python's own\n"
         "    sys.path[0] = str(Path(__file__).resolve().parent.parent)\n"
     )
     assert line

@@ -3,14 +3,15 @@
     python -m tools.pretrain --out runs/base
 
 First the autoencoder, then UNet and text encoder on its latents. It can be stopped at any time: the same command goes
-on at the last save, and step k always sees the same pictures and the same noise. The result is OUT/tiny.safetensors;
-with `--start` a finished one goes on learning, its autoencoder left as it is.
+on at the last save, and step k always sees the same pictures and the same noise. The result is OUT/tiny.safetensors.
+With `--start` a finished one goes on learning: what its latents mean stays, so its ControlNets still fit.
 """
 
 import argparse
 import copy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # for `python tools/pretrain.py`; out of this folder, whose inspect.py is not Python's own
@@ -49,7 +50,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     sd = StableDiffusion.load(args.start) if args.start else fresh_base(train_vae(TINY, args), args)
-    sd = train_unet(sd.float(), args)
+    if args.decoder_steps:
+        sd.vae = train_decoder(sd.vae, args)
+    if args.unet_steps:
+        sd = train_unet(sd, args)
     sd.save(args.out / "tiny.safetensors", torch.float16)
     log(args.out, f"wrote {args.out / 'tiny.safetensors'}")
 
@@ -62,11 +66,15 @@ def parse_args() -> argparse.Namespace:
     vae = parser.add_argument_group("autoencoder")
     vae.add_argument("--vae-steps", type=int, default=6000, help="(default: %(default)s)")
     vae.add_argument("--vae-lr", type=float, default=1.5e-3, help="(default: %(default)s)")
+    vae.add_argument(
+        "--decoder-steps", type=int, default=0, help="then, for the decoder alone, on whole pictures (default: 0)"
+    )
+    vae.add_argument("--decoder-lr", type=float, default=7e-4, help="(default: %(default)s)")
     unet = parser.add_argument_group("UNet and text encoder")
     unet.add_argument(
-        "--pictures", type=int, default=30000, help="how many they see, as cached latents (default: %(default)s)"
+        "--pictures", type=int, default=20000, help="how many they see, as cached latents (default: %(default)s)"
     )
-    unet.add_argument("--unet-steps", type=int, default=5000, help="(default: %(default)s)")
+    unet.add_argument("--unet-steps", type=int, default=4000, help="(default: %(default)s)")
     unet.add_argument("--unet-batch", type=int, default=32, help="(default: %(default)s)")
     unet.add_argument("--unet-lr", type=float, default=1.5e-3, help="(default: %(default)s)")
     return parser.parse_args()
@@ -87,35 +95,53 @@ def log(out: Path, line: str) -> None:
 
 
 def train_vae(config: Config, args: argparse.Namespace) -> AutoencoderKL:
-    """With L1 + L2 + a small KL (for latents without gaps), on growing crops; -> the moving average."""
-    world = all_worlds(config.resolution, args.seed)
-    vae = fresh_vae(config.vae)
+    """On crops that grow to whole pictures; -> the moving average."""
+    return fit_vae("vae", fresh_vae(config.vae), growing_crops, args.vae_steps, args.vae_lr, args)
+
+
+def train_decoder(vae: AutoencoderKL, args: argparse.Namespace) -> AutoencoderKL:
+    """The decoder alone, on whole pictures: the latents stay what UNet and ControlNets know; -> the moving average."""
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    return fit_vae("decoder", vae, whole_pictures, args.decoder_steps, args.decoder_lr, args)
+
+
+def fit_vae(
+    name: str,
+    vae: AutoencoderKL,
+    batch_of: Callable[[InTurn, int, float, torch.Generator], Tensor],
+    steps: int,
+    lr: float,
+    args: argparse.Namespace,
+) -> AutoencoderKL:
+    """Trains what requires gradients, with L1 + L2 + a small KL (for latents without gaps); -> the moving average."""
+    world = all_worlds(TINY.resolution, args.seed)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_rate(100, args.vae_steps))
-    state = args.out / "vae.pt"
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_rate(100, steps))
+    state = args.out / f"{name}.pt"
     parts = dict(vae=vae, average=average, optimizer=optimizer, rate=rate)
     start = load_state(state, **parts) if state.exists() else 0
 
-    steps = args.vae_steps
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc="vae", mininterval=10):
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10):
         generator = seeded(args.seed, 1, step)
-        images = growing_crops(world, step, step / steps, generator)
+        images = batch_of(world, step, step / steps, generator)
         posterior = vae.posterior(images)
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = vae.decoder(vae.post_quant_conv(posterior.sample(noise)))
         loss = F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + 2e-6 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         rate.step()
         average.update_parameters(vae)
 
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_state(state, step + 1, **parts)
-            report = vae_report(average.module, args.out / f"vae-{step + 1:06d}.png")
-            log(args.out, f"vae step {step + 1} loss {loss.item():.4f} {report}")
+            report = vae_report(average.module, args.out / f"{name}-{step + 1:06d}.png")
+            log(args.out, f"{name} step {step + 1} loss {loss.item():.4f} {report}")
     return average.module
 
 
@@ -142,6 +168,12 @@ def growing_crops(world: InTurn, step: int, progress: float, generator: torch.Ge
     samples = [world[step * drawn + i] for i in range(drawn)] * (count // drawn)
     crops = [crop_at_object(sample, side, generator) for sample in samples]
     return to_images(crops).contiguous(memory_format=torch.channels_last)
+
+
+def whole_pictures(world: InTurn, step: int, progress: float, generator: torch.Generator) -> Tensor:
+    """(2, 3, H, W) in [-1, 1]."""
+    images = to_images(world[step * 2 + i].image for i in range(2))
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def crop_at_object(sample: Sample, side: int, generator: torch.Generator) -> np.ndarray:

@@ -69,9 +69,13 @@ def test_the_strip_shows_hints_above_pictures_for_each_control(models, tmp_path,
         assert np.array_equal(pixels[:side, i * side : (i + 1) * side], hint)
 
 
+def shrink(monkeypatch):
+    for name, value in dict(TINY=SMALL, SAVE_EVERY=2, MEASURED=1, SHOWN=1).items():
+        monkeypatch.setattr(pretrain, name, value)
+
+
 def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "TINY", SMALL)
-    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    shrink(monkeypatch)
     steps = ["--vae-steps", "4", "--decoder-steps", "2", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
 
     def run(out):
@@ -96,7 +100,7 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_a_finished_base_goes_on_learning_with_the_same_latents(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "TINY", SMALL)
+    shrink(monkeypatch)
     base = models / "tiny.safetensors"
     steps = ["--decoder-steps", "1", "--unet-steps", "1", "--unet-batch", "2", "--pictures", "4"]
     monkeypatch.setattr(sys, "argv", ["pretrain", "--start", str(base), "--out", str(tmp_path), *steps])

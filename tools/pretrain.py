@@ -43,6 +43,7 @@ from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
 SAVE_EVERY = 500
+MEASURED, SHOWN = 32, 8  # held-out pictures of each world, at every save
 
 
 def main() -> None:
@@ -185,16 +186,16 @@ def crop_at_object(sample: Sample, side: int, generator: torch.Generator) -> np.
 
 
 @torch.no_grad()
-def vae_report(vae: AutoencoderKL, grid: Path, count: int = 32) -> str:
-    """PSNR on held-out pictures of each world, against 8x8 average pooling; the first eight as a picture."""
+def vae_report(vae: AutoencoderKL, grid: Path) -> str:
+    """PSNR on held-out pictures of each world, against 8x8 average pooling; the first as a picture."""
     report = []
     rows = []
     for world in all_worlds(TINY.resolution, held_out=True).worlds:
-        images = to_images(world[i].image for i in range(count))
+        images = to_images(world[i].image for i in range(MEASURED))
         latents = vae.posterior(images).mean
         decoded = vae.decoder(vae.post_quant_conv(latents)).clamp(-1, 1)
         report.append(f"{world.name} {psnr(decoded, images):.2f} dB (pooled {pooled_psnr(images):.2f})")
-        rows += [row_of(images[:8]), row_of(decoded[:8])]
+        rows += [row_of(images[:SHOWN]), row_of(decoded[:SHOWN])]
     save_png(Image.fromarray(np.vstack(rows)), grid, {})
     return ", ".join([*report, f"deviation {latents.std():.2f}"])
 
@@ -273,11 +274,11 @@ def with_parts(sd: StableDiffusion, parts: nn.ModuleDict) -> StableDiffusion:
     return other
 
 
-def save_samples(sd: StableDiffusion, path: Path, count: int = 8) -> None:
+def save_samples(sd: StableDiffusion, path: Path) -> None:
     """A grid: a row of pictures for the first held-out captions of each world, with the same seeds at every step."""
     worlds = all_worlds(sd.config.resolution, held_out=True).worlds
     rows = [
-        np.hstack([np.asarray(generate(sd, world[i].caption, seed=i, steps=10)[0]) for i in range(count)])
+        np.hstack([np.asarray(generate(sd, world[i].caption, seed=i, steps=10)[0]) for i in range(SHOWN)])
         for world in worlds
     ]
     save_png(Image.fromarray(np.vstack(rows)), path, {})

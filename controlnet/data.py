@@ -150,7 +150,7 @@ class FolderSource:
         else:  # on the picture as the model sees it: edges are a pixel wide at its size
             image, _ = self.transform(image, image, generator)
             hint = detect(self.detect, image)
-        return Sample(image, hint, entry.caption, mask=None)
+        return Sample(image, hint, entry.caption)
 
     def hint(self, index: int) -> np.ndarray:
         """The hint of `sample` without randomness. Raises BadSample."""

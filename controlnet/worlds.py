@@ -28,15 +28,16 @@ EDGE_THRESHOLDS = (50, 100)  # of Canny: half the usual, so that neighbours of 2
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of a world: `image` and `hint` uint8 (H, W, 3), `mask` bool (H, W): where the object is.
+    """One picture with its hint, both uint8 (H, W, 3), and the truth that a world knows of it, a folder does not:
 
-    `keypoints` float (18, 2), x and y in pixels, in the order of COCO-18: of people only.
+    `mask` bool (H, W): where the object is. `keypoints` float (18, 2), x and y in pixels, in the order of COCO-18: of
+    people only.
     """
 
     image: np.ndarray
     hint: np.ndarray
     caption: str
-    mask: np.ndarray
+    mask: np.ndarray | None = None
     keypoints: np.ndarray | None = None
 
 

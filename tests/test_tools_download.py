@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
     content, sha256 = CONTENT, SHA256
+    added = b""  # sent beyond the length that was told
     ranges = True  # whether parts can be asked for
     cuts = ()  # after how many bytes the next connections break off
     status = None  # of an error for every request
@@ -50,6 +51,8 @@ class Answer(BaseHTTPRequestHandler):
 
     def send_bytes(self):
         content, status = self.server.content, 200
+        if self.command == "GET":
+            content += self.server.added
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
         if asked and self.server.ranges:
             content, status = content[int(asked.group(1)) :], 206
@@ -163,6 +166,13 @@ def test_a_damaged_file_never_gets_its_name(hub, tmp_path, capsys):
     (tmp_path / f"{NAME}.part").write_bytes(b"x" * 1000)  # of another file
     assert "did not arrive whole" in error(hub, tmp_path, capsys)
     assert run(hub, tmp_path) == 0
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None])
+def test_more_than_was_told_is_not_taken(hub, tmp_path, capsys, sha256):
+    hub.sha256, hub.added = sha256, b"more"
+    assert "did not arrive whole" in error(hub, tmp_path, capsys)
+    assert not names(tmp_path)
 
 
 def test_a_known_checksum_comes_before_the_servers(hub, tmp_path, capsys, monkeypatch):

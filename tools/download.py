@@ -172,9 +172,11 @@ def download(model: Model, path: Path, home: str) -> None:
         check_room(path.parent, announced.size, part)
         fetch(url, part, announced.size, path.name)
     found = sha256_of(part)
-    if sha256 and found != sha256:
+    whole = found == sha256 if sha256 else announced.size in (None, size_of(part))
+    if not whole:
+        told = f"SHA-256 {found}, expected {sha256}" if sha256 else f"{size_of(part)} bytes, expected {announced.size}"
         part.unlink()
-        raise ValueError(f"{url} did not arrive whole (SHA-256 {found}, expected {sha256}): repeat the command")
+        raise ValueError(f"{url} did not arrive whole ({told}): repeat the command")
     if not sha256:
         note(f"{path.name}: nobody tells its SHA-256, so that only its size was checked")
     os.replace(part, path)
@@ -245,7 +247,7 @@ def fetch(url: str, part: Path, size: int | None, name: str) -> None:
             before = size_of(part)
             try:
                 receive(url, part, bar)
-                if size is None or size_of(part) == size:
+                if size is None or size_of(part) >= size:
                     return
                 raise ConnectionError(f"{size_of(part)} of {size} bytes have come")
             except urllib.error.HTTPError:

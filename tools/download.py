@@ -206,7 +206,9 @@ class Announcement(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
         if headers.get("X-Linked-Etag"):
             return None
-        return super().redirect_request(request, file, code, message, headers, url)
+        following = super().redirect_request(request, file, code, message, headers, url)
+        following.method = "HEAD"  # urllib would get the whole file
+        return following
 
 
 def announce(url: str) -> Announced:

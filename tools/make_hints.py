@@ -26,6 +26,7 @@ from controlnet.hints import (
     options_of,
     parse_options,
 )
+from tools.cli import note, run
 
 NAMED_AT_MOST = 20  # bad files, at the end
 
@@ -33,21 +34,16 @@ Failure = tuple[Path, str]  # a file without a hint, and why
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        failures = make_hints(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"make_hints: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return run("make_hints", make_all, parse_args(argv))
+
+
+def make_all(args: argparse.Namespace) -> int:
+    """The exit status: 1 if a file has no hint."""
+    failures = make_hints(args)
     for path, reason in failures[:NAMED_AT_MOST]:
-        print(f"no hint for {path}: {reason}", file=sys.stderr)
+        note(f"no hint for {path}: {reason}")
     if len(failures) > NAMED_AT_MOST:
-        print(f"... and for {len(failures) - NAMED_AT_MOST} more", file=sys.stderr)
+        note(f"... and for {len(failures) - NAMED_AT_MOST} more")
     return 1 if failures else 0
 
 

@@ -243,16 +243,25 @@ def size_argument(text: str) -> tuple[int, int]:
 
 def parse_args(argv: list[str] | None = None, recorded: dict | None = None) -> argparse.Namespace:
     """`recorded` settings of a picture stand in for what is not given."""
-    recorded = recorded or {}
-    parser = build_parser()
-    parser.set_defaults(**{name: recorded[name] for name in RECORDED if name in recorded})
+    parser, recorded = build_parser(), recorded or {}
+    parser.set_defaults(**{name: retyped(parser, name, recorded[name]) for name in RECORDED if name in recorded})
     args = parser.parse_args(argv)
-    for name in EACH:
+    if args.guess and args.control_mode:
+        parser.error("--guess is short for --control-mode guess: give one of them")
+    for name, default in EACH.items():
         if getattr(args, name) is None:
-            setattr(args, name, recorded.get(name, []))
+            values = [retyped(parser, name, value) for value in recorded.get(name, [])]
+            setattr(args, name, [value[0] if value else default for value in values])
     if args.guess:
         args.control_mode = ["guess"]
     return args
+
+
+def retyped(parser: argparse.ArgumentParser, name: str, value):
+    """A setting read from a file as if it were typed: what a command line cannot have stops the parser."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    option = "--" + name.replace("_", "-") + ("" if value is True else f"={text}")
+    return getattr(parser.parse_args([] if value is None or value is False else [option]), name)
 
 
 # ---------------------------------------------------------------------------------------------------- one run
@@ -269,7 +278,8 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
 
     base, _ = find(args.base)
     config = inputs.config_of(base, args.prediction)
-    inputs.check_sampling(config, args.sampler, args.steps, args.eta, args.seed, args.count, args.clip_skip)
+    cfg = default_cfg(config) if args.cfg is None else args.cfg
+    inputs.check_sampling(config, args.sampler, args.steps, cfg, args.eta, args.seed, args.count, args.clip_skip)
     device, dtype = pick_device(args.device), PRECISIONS[args.dtype]
     check_out(args.out)
     check_pairs(args)
@@ -277,8 +287,7 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
 
     settings = {name: getattr(args, name) for name in RECORDED}
     settings |= {name: [getattr(steering, name) for steering in steerings] for name in EACH}
-    settings |= {"size": f"{size[1]}x{size[0]}", "strength": init and init.strength, "device": str(device)}
-    settings["cfg"] = default_cfg(config) if args.cfg is None else args.cfg
+    settings |= {"size": f"{size[1]}x{size[0]}", "strength": init and init.strength, "device": str(device), "cfg": cfg}
     used = {args.base: base, **{name: Path(name) for name in (args.init, args.mask) if name}}
     for steering in steerings:
         used |= steering.files()
@@ -286,7 +295,7 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
 
     sd = StableDiffusion.load(args.base, "cpu" if args.low_memory else device, dtype, args.prediction)
     note_cut_prompts(sd.tokenizer, args)
-    controls = [steering.load(sd.unet) for steering in steerings]
+    controls = inputs.load_controls(steerings, sd.unet)
     if args.save_hint:
         save_hints([control.hint for control in controls], picture_path(args.out, 0, args.count))
     make_pictures(args, sd, controls, init, size, settings, device)
@@ -297,7 +306,7 @@ def read_pictures(args: argparse.Namespace, config) -> tuple:
     from controlnet.generate import check_size, default_size
     from controlnet.image_to_image import Init
     from controlnet.images import read_image, read_mask
-    from controlnet.inputs import Steering
+    from controlnet.inputs import Steering, note_stretch
 
     image = read_image(args.init) if args.init else None
     mask = read_mask(args.mask) if args.mask else None
@@ -308,6 +317,8 @@ def read_pictures(args: argparse.Namespace, config) -> tuple:
     first = image or (steerings[0].source if steerings else None)
     size = args.size or default_size(config, first)
     check_size(config, size)
+    if image:
+        note_stretch(args.init, image, size, note)
     for steering in steerings:
         steering.prepare(size, mask, config, note)
     strength = args.strength if args.strength is not None else (1.0 if mask else 0.75)
@@ -452,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.again is not None:
             from controlnet.png_text import read_settings
 
-            recorded = read_settings(args.again, (*RECORDED, *EACH))
+            recorded = read_settings(args.again, RECORDED, EACH)
             args = parse_args(argv, recorded)
         infer(args, recorded)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:

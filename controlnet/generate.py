@@ -9,6 +9,7 @@
 Sizes are (height, width) in pixels. Shapes: H W pixels, h = H/8, w = W/8.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,6 +32,8 @@ from .prompts import encode_prompts
 # The guidance when none is asked for: the released Stable Diffusion's default, and less for the small base.
 DEFAULT_CFG = 7.5
 DEFAULT_CFG_OF = {"tiny": 2.5}
+
+LARGEST_SIDE = 16384  # pixels: a slip of the hand is not to fill the memory
 
 
 def default_cfg(config: Config) -> float:
@@ -85,13 +88,14 @@ def generate(
     while it is used, the branches of the guidance are evaluated one after the other, and pictures are encoded and
     decoded in strips. The picture is the same to rounding.
 
-    Raises ValueError for a size the model cannot make, hints of other sizes, a seed outside 0..2^63 - 1, or what
-    `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip), FloatingPointError with the layer's
-    name for a result that is not finite.
+    Raises ValueError for a size the model cannot make, hints of other sizes, a negative `cfg`, a seed outside
+    0..2^63 - 1, or what `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip, weights of words),
+    FloatingPointError with the layer's name for a result that is not finite.
     """
     height, width = size = picture_size(sd.config, controls, size, init)
     check_seeds(seed, count)
     cfg = default_cfg(sd.config) if cfg is None else cfg
+    check_cfg(cfg)
     timesteps = timesteps_for(sampler, sd.schedule, steps)
     start = None
     if init is not None:
@@ -142,16 +146,28 @@ def picture_size(config: Config, controls: Sequence[Control], size: Size | None,
 def check_size(config: Config, size: Size) -> None:
     """Raises ValueError if the model cannot make pictures of this size."""
     multiple = size_multiple(config)
-    if any(side < multiple or side % multiple for side in size):
-        nearest = tuple(max(1, round(side / multiple)) * multiple for side in size)
+    if any(not multiple <= side <= LARGEST_SIDE for side in size) or any(side % multiple for side in size):
+        nearest = tuple(min(max(1, round(side / multiple)) * multiple, LARGEST_SIDE) for side in size)
         raise ValueError(
-            f"the picture's size is {described(size)}, expected multiples of {multiple}: take {described(nearest)}"
+            f"the picture's size is {described(size)}, expected multiples of {multiple} up to {LARGEST_SIDE}: take "
+            f"{described(nearest)}"
+        )
+
+
+def check_cfg(cfg: float) -> None:
+    """Raises ValueError for what is no strength of the guidance."""
+    if not 0 <= cfg < math.inf:
+        raise ValueError(
+            f"the guidance (cfg) is {cfg}, expected 0 (the negative prompt alone), 1 (the prompt alone) or more: "
+            "exchange the two prompts to move away from the prompt"
         )
 
 
 def check_seeds(seed: int, count: int) -> None:
     """Raises ValueError if a picture's seed is one that a generator does not take."""
     last = 2**63 - max(1, count)
+    if last < 0:
+        raise ValueError(f"the number of pictures is {count}, more than there are seeds: take fewer")
     if not 0 <= seed <= last:
         raise ValueError(f"the seed is {seed}, expected 0 to {last}: take a number between them")
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 Size = tuple[int, int]
 
+LONGEST_SHAPE = 16  # times as long as wide: a picture that is fitted is not to fill the memory
+
 
 def described(size: Size) -> str:
     height, width = size
@@ -60,8 +62,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def fitted_size(image: Image.Image, resolution: int, multiple: int) -> Size:
     """The size closest to the picture's shape whose short side is `resolution`, each side rounded to `multiple`.
 
-    The rule of the published demos (annotator/util.py, resize_image).
+    The rule of the published demos (annotator/util.py, resize_image). Raises ValueError for a strip of a picture.
     """
+    if max(image.size) > LONGEST_SHAPE * min(image.size):
+        raise ValueError(
+            f"a picture is {described(image.size[::-1])}, expected at most {LONGEST_SHAPE} times as long as wide: cut "
+            "it, or say the size that is wanted"
+        )
     scale = resolution / min(image.size)
     return round(image.height * scale / multiple) * multiple, round(image.width * scale / multiple) * multiple
 
@@ -109,13 +116,14 @@ def to_picture(image: Tensor) -> Image.Image:
 def save_png(image: Image.Image, path: str | Path, texts: dict[str, str]) -> None:
     """Write a PNG with `texts` by their keywords. It is complete or not there: written aside, then renamed.
 
-    A file that is there is replaced. Raises OSError if it cannot be written.
+    A file that is there is replaced; what is no Unicode (a command line can have it) is written as in "\\udcff".
+    Raises OSError if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     for keyword, text in texts.items():
-        info.add_text(keyword, text)
+        info.add_text(keyword, text.encode("utf-8", "backslashreplace").decode("utf-8"))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         image.save(temporary, format="PNG", pnginfo=info)

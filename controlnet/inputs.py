@@ -6,6 +6,7 @@ Sizes are (height, width) in pixels.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ from ldm.schedule import Schedule
 from ldm.text_encoder import layers_to_run
 from ldm.unet import UNet
 
-from .generate import check_seeds, make_hint
+from .generate import check_cfg, check_seeds, make_hint
 from .guidance import Control, check_range, guess_layers, middle_layer, residual_levels, resolution_layers
 from .hint_kind import TINY_CONTROLS, kind_of
-from .hints import detect, detect_file, find_detector, inpaint, parse_options, read_photograph
+from .hints import DETECTORS, detect, detect_file, find_detector, inpaint, parse_options
 from .images import Size, described, read_image, read_mask, resized, to_hints, to_mask, to_uint8
 from .model import ControlNet
 from .png_text import fingerprint
@@ -40,12 +41,21 @@ def config_of(base: Path, prediction: str | None) -> Config:
     return identify(open_checkpoint(base), prediction).config
 
 
-def check_sampling(config: Config, sampler: str, steps: int, eta: float, seed: int, count: int, clip_skip: int) -> None:
+def check_sampling(
+    config: Config, sampler: str, steps: int, cfg: float, eta: float, seed: int, count: int, clip_skip: int
+) -> None:
     """Raises ValueError for what `generate` would refuse."""
     timesteps_for(sampler, Schedule(config.schedule), steps)
+    check_cfg(cfg)
     check_eta(sampler, eta)
     check_seeds(seed, count)
     layers_to_run(config.text, clip_skip)
+
+
+def note_stretch(name: str, image: Image.Image, size: Size, note: Callable[[str], None]) -> None:
+    """If the shapes differ by more than rounding does."""
+    if abs(math.log(image.width / image.height * size[0] / size[1])) > 0.2:
+        note(f'"{name}" is {described(image.size[::-1])}: it is stretched to {described(size)}')
 
 
 # ---------------------------------------------------------------------------------------------------- hints
@@ -53,7 +63,8 @@ def check_sampling(config: Config, sampler: str, steps: int, eta: float, seed: i
 
 @dataclass
 class Steering:
-    """One --hint of infer.py and the options about it, by their names; `read`, `prepare` and `load` make a control."""
+    """One --hint of infer.py and the options about it, by their names: `read`, `prepare` and `with_net` make its
+    control."""
 
     hint: str
     detect: str
@@ -72,16 +83,18 @@ class Steering:
         """
         check_range(self.control_start, self.control_end)
         name, _, texts = self.detect.partition(":")
-        self.detector = None if name in ("none", "inpaint") else name
-        self.options = parse_options(name, texts.split(",") if texts else []) if self.detector else {}
+        self.detector, self.options = None, {}
+        if self.detect not in ("none", "inpaint"):  # which have no options
+            self.detector, self.options = name, parse_options(name, texts.split(",") if texts else [])
         self.hint_file = file
         if self.of_photographs():
+            check_picture(self.hint, file)
             self.source = read_image(file)
         else:
             self.source = Image.fromarray(detect_file(name, file, **self.options))
 
     def of_photographs(self) -> bool:
-        return self.detector is None or find_detector(self.detector).read is read_photograph
+        return self.detector is None or find_detector(self.detector).works_on_photographs
 
     def comes_as_hint(self) -> bool:
         """Its source needs no detector any more."""
@@ -92,8 +105,7 @@ class Steering:
 
         Raises ValueError for what is missing or does not fit the base, CheckpointError for a file without ControlNet.
         """
-        if abs(math.log(self.source.width / self.source.height * size[0] / size[1])) > 0.2:  # more than rounding does
-            note(f'"{self.hint}" is {described(self.source.size[::-1])}: it is stretched to {described(size)}')
+        note_stretch(self.hint, self.source, size, note)
         self.hint_tensor = self.made_hint(mask, size)
         self.mask_tensor = to_mask(resized(read_mask(self.control_mask), size)) if self.control_mask else None
         self.layers = layer_strengths(self.control_mode, self.control_layers, config.unet)
@@ -122,12 +134,11 @@ class Steering:
         mask = {self.control_mask: Path(self.control_mask)} if self.control_mask else {}
         return {self.hint: self.hint_file, self.control: self.control_file, **mask}
 
-    def load(self, unet: UNet) -> Control:
-        """Raises CheckpointError if the ControlNet does not fit."""
-        # Files of shuffle models do not say that their residuals are averaged over the picture: the mode does.
-        net = ControlNet.load(
-            self.control_file, unet, global_average_pooling=True if self.control_mode == "shuffle" else None
-        )
+    def pooling(self) -> bool | None:
+        """Files of shuffle models do not say that their residuals are averaged over the picture: the mode does."""
+        return True if self.control_mode == "shuffle" else None
+
+    def with_net(self, net: ControlNet) -> Control:
         return Control(
             net,
             self.hint_tensor,
@@ -138,6 +149,20 @@ class Steering:
             end=self.control_end,
             mask=self.mask_tensor,
         )
+
+
+def load_controls(steerings: list[Steering], unet: UNet) -> list[Control]:
+    """Hints with the same ControlNet share it. Raises CheckpointError if one does not fit."""
+    load = cache(lambda file, pooling: ControlNet.load(file, unet, global_average_pooling=pooling))
+    return [steering.with_net(load(steering.control_file, steering.pooling())) for steering in steerings]
+
+
+def check_picture(name: str, file: Path) -> None:
+    """Raises ValueError for a pose or a map, which only the detectors named read."""
+    readers = [detector for detector in DETECTORS.values() if file.suffix.lower() in detector.suffixes]
+    if readers and not any(detector.works_on_photographs for detector in readers):
+        names = " or ".join(name for name, detector in DETECTORS.items() if detector in readers)
+        raise ValueError(f'"{name}" is no picture: say with --detect that it is for {names}')
 
 
 def in_channels(hint: Tensor, channels: int, control: str) -> Tensor:
@@ -181,7 +206,7 @@ def find_control(name: str, config: Config) -> Path:
     else:
         files += sorted(weights.glob(f"control_*{config.name}_{name}.*"))  # control_v11p_sd15_canny.pth
     for path in files:
-        if path.exists():
+        if path.is_file() or (path / "config.json").is_file():  # no other folder that has the name by chance
             return path
     raise ValueError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: give its path')
 

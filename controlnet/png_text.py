@@ -24,8 +24,9 @@ def png_texts(settings: dict) -> dict[str, str]:
     return {"parameters": a1111_parameters(settings), KEY: json.dumps(settings, ensure_ascii=False)}
 
 
-def read_settings(path: str | Path, names: Iterable[str]) -> dict:
-    """The settings of a picture that infer.py made. Raises ValueError if it is none, or one of `names` is missing."""
+def read_settings(path: str | Path, names: Iterable[str], lists: Iterable[str]) -> dict:
+    """The settings of a picture that infer.py made. Raises ValueError if it is none, or one of `names` or `lists`, the
+    names of those that have a value for each hint, is missing."""
     try:
         with Image.open(path) as image:
             text = image.info.get(KEY)
@@ -37,9 +38,12 @@ def read_settings(path: str | Path, names: Iterable[str]) -> dict:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f'"{path}" says nothing about how it was made: give a PNG that infer.py made')
-    missing = [name for name in names if name not in settings]
+    missing = [name for name in (*names, *lists) if name not in settings]
     if missing:
         raise ValueError(f'"{path}" was made by another version of infer.py, which did not know {", ".join(missing)}')
+    strange = [name for name in lists if not isinstance(settings[name], list)]
+    if strange or not isinstance(settings.get("files"), dict):
+        raise ValueError(f'"{path}" has another {[*strange, "files"][0]} than infer.py writes: give a PNG that it made')
     return settings
 
 

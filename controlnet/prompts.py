@@ -132,7 +132,7 @@ def encode_prompts(sd: StableDiffusion, prompts: list[str], clip_skip: int = 1, 
     """B prompts -> contexts (B, M, D), M = 77 for each chunk of the longest; others are filled up with empty chunks.
 
     `clip_skip` 1 is the layer that the published model reads, 2 the one before it. Raises ValueError for a layer that
-    does not exist.
+    does not exist and for weights beyond fp32.
     """
     chunks = [chunks_of(sd.tokenizer, prompt, long) for prompt in prompts]
     count = max(map(len, chunks))
@@ -156,6 +156,8 @@ def weighted(context: Tensor, weights: list[float]) -> Tensor:
     factors[1 : 1 + len(weights), 0] = torch.tensor(weights)
     plain = context.float()
     result = plain * factors.to(context.device)
+    if plain.isfinite().all() and not result.isfinite().all():
+        raise ValueError(f"a weight in the prompt is {max(weights, key=abs):g}, which is too large: take one near 1")
     # The released text encoders have a mean of a tenth of their deviation. A small one's can be next to nothing, and
     # the ratio of two such means is arbitrary.
     if plain.mean().abs() > 0.02 * plain.std():

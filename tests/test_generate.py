@@ -139,12 +139,16 @@ def test_the_multiple_of_a_size_is_what_the_networks_halve():
     [
         (
             {"size": (64, 100)},
-            "the picture's size is 100x64 (width x height), expected multiples of 32: take 96x64 (width x height)",
+            "the picture's size is 100x64 (width x height), expected multiples of 32 up to 16384: take 96x64",
         ),
         (
             {"size": (0, 64)},
-            "the picture's size is 64x0 (width x height), expected multiples of 32: take 64x32 (width x height)",
+            "the picture's size is 64x0 (width x height), expected multiples of 32 up to 16384: take 64x32",
         ),
+        ({"size": (64, 10**40)}, f"the picture's size is {10**40}x64 (width x height), expected multiples of 32 up to"),
+        ({"cfg": -1.0}, "the guidance (cfg) is -1.0, expected 0 (the negative prompt alone), 1 "),
+        ({"cfg": float("nan")}, "the guidance (cfg) is nan, "),
+        ({"count": 2**64}, f"the number of pictures is {2**64}, more than there are seeds"),
         ({"seed": -1}, f"the seed is -1, expected 0 to {2**63 - 1}: "),
         ({"seed": 2**63 - 1, "count": 2}, f"the seed is {2**63 - 1}, expected 0 to {2**63 - 2}: "),
         ({"sampler": "euler"}, 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
@@ -199,6 +203,12 @@ def test_values_are_cut_off_as_in_the_published_demos():
 )
 def test_the_short_side_is_the_resolution_and_each_side_a_multiple(size, resolution, multiple, want):
     assert fitted_size(Image.new("RGB", size[::-1]), resolution, multiple) == want
+
+
+def test_a_strip_of_a_picture_is_not_fitted():
+    assert fitted_size(Image.new("RGB", (1600, 100)), 128, 32) == (128, 2048)
+    with pytest.raises(ValueError, match="1601x100 .* expected at most 16 times as long as wide"):
+        fitted_size(Image.new("RGB", (1601, 100)), 128, 32)
 
 
 def test_the_default_size_is_the_resolution_in_the_hints_shape():

@@ -235,6 +235,14 @@ def test_hints_and_controls_go_in_pairs(weights, place):
     assert settings_of("out/0003.png")["control_scale"] == [0.5, 0.5]
 
 
+def test_hints_of_one_control_share_it(monkeypatch):
+    load, loaded = ControlNet.load, []
+    monkeypatch.setattr(ControlNet, "load", lambda *names, **options: loaded.append(options) or load(*names, **options))
+    circles = ["--hint", "circle.png", "--control", "circles"] * 2
+    assert run(*circles) == 0 and len(loaded) == 1
+    assert run(*circles, "--control-mode", "shuffle", "--control-mode", "balanced") == 0 and len(loaded) == 3
+
+
 def test_the_end_of_a_prompt_that_is_too_long_is_named(capsys):
     assert run("--prompt", "a " * 75 + "castle") == 0
     assert 'the prompt is too long, its end is ignored: "castle"' in capsys.readouterr().err
@@ -309,6 +317,36 @@ def test_only_pictures_made_here_are_made_again(place, capsys):
     }.items():
         assert infer.main(["--again", name]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_strange_settings_are_refused(everything, capsys):
+    """No traceback, whatever another program may have written under our name."""
+    settings = settings_of("first-2.png")
+    for name, value in {
+        "steps": "many",
+        "clip_skip": 1.5,
+        "size": 5.5,
+        "low_memory": "no",
+        "dtype": "int8",
+        "control_mode": ["strong", "balanced"],
+        "control_start": [[0.5], {}],
+        "hint": "photo.png",
+        "files": None,
+    }.items():
+        save_png(photograph((8, 8)), "first-2.png", {"controlnet": json.dumps({**settings, name: value})})
+        try:
+            status = again()
+        except SystemExit as stop:
+            status = stop.code
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert status == 2 and name.replace("_", "-") in line, name
+
+
+def test_a_prompt_that_is_no_unicode_is_kept_and_read_again(place):
+    assert run("--prompt", "caf\udcff", "--out", "first-2.png") == 0
+    assert settings_of("first-2.png")["prompt"] == "caf\udcff"
+    assert again("--out", "again.png") == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("first-2.png"))
 
 
 def test_the_parameters_are_read_by_the_rules_of_a1111(everything):
@@ -397,6 +435,8 @@ def test_a_hint_of_another_shape_is_stretched_and_that_is_said(capsys):
     assert run(*hint, "96x64") == 0
     stretched = '"circle.png" is 512x512 (width x height): it is stretched to 96x64 (width x height)'
     assert stretched in notes(capsys.readouterr())
+    assert run("--init", str(ROOT / "assets" / "circle.png"), "--size", "96x64", "--strength", "0") == 0
+    assert f'"{ROOT / "assets" / "circle.png"}" is 512x512' in capsys.readouterr().err
     assert run(*hint, "64") == 0
     assert "stretched" not in capsys.readouterr().err
 
@@ -498,13 +538,16 @@ def test_strange_pictures_are_taken_as_a_person_expects():
             "--hint circle.png --control-scale 1 --control-scale 2",
             "there are 2 --control-scale and 1 --hint, expected one for all or for each",
         ),
-        ("--size 100", "the picture's size is 100x100 (width x height), expected multiples of 32: take 96x96"),
-        ("--hint circle.png --size 0", "the picture's size is 0x0 (width x height), expected multiples of 32: take 32"),
+        ("--size 100", "the picture's size is 100x100 (width x height), expected multiples of 32 up to 16384: take"),
+        ("--hint circle.png --size 0", "the picture's size is 0x0 (width x height), expected multiples of 32 up"),
         ("--sampler euler", 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
         ("--steps 0", "the number of steps is 0, expected 1..1000"),
         ("--steps 1001", "the number of steps is 1001, expected 1..1000"),
         ("--eta 2", "eta is 2.0, expected 0 (deterministic) to 1"),
         ("--eta 1 --sampler dpm++", 'eta is 1.0, but sampler "dpm++" has no eta: '),
+        ("--cfg -3", "the guidance (cfg) is -3.0, expected 0 (the negative prompt alone), 1 (the prompt alone)"),
+        (f"--count {2**64}", f"the number of pictures is {2**64}, more than there are seeds"),
+        (f"--prompt (a:{10**50})", "a weight in the prompt is 1e+50, which is too large"),
         ("--seed -1", f"the seed is -1, expected 0 to {2**63 - 1}: "),
         ("--strength 0.5", "there is a --strength without --init"),
         ("--mask left.png", "there is a --mask without --init"),
@@ -517,6 +560,13 @@ def test_strange_pictures_are_taken_as_a_person_expects():
             "the mask is 96x32 (width x height), exp",
         ),
         ("--hint left.png --detect edges", 'there is no detector "edges", expected canny, '),
+        ("--hint left.png --detect none:low=1", 'there is no detector "none", expected canny, '),
+        ("--hint left.png --detect inpaint: --mask left.png", "there is a --mask without --init"),
+        ("--hint left.png --detect inpaint: --init left.png", 'there is no detector "inpaint", expected canny, '),
+        ("--hint pose.json", '"pose.json" is no picture: say with --detect that it is for pose'),
+        ("--hint map.npy --detect canny", '"map.npy" is no picture: say with --detect that it is for depth or normal '),
+        ("--hint strip.png", "a picture is 400x4 (width x height), expected at most 16 times as long as wide: cut it"),
+        ("--hint circle.png --control folder", 'there is no ControlNet "folder", neither as a file nor in '),
         (
             "--hint left.png",
             '"left.png" does not tell which of the small ControlNets it is for: say --control with one',
@@ -541,6 +591,9 @@ def test_an_error_is_one_sentence_and_nothing_is_written(weights, place, capsys,
     left_half((64, 64)).save("left.png")
     left_half((96, 32)).save("wide.png")
     Image.new("L", (64, 64)).save("black.png")
+    Image.new("L", (400, 4)).save("strip.png")
+    np.save("map.npy", np.ones((4, 4)))
+    (place / "folder").mkdir()
     if "sd15.safetensors" in options:
         control_of_another_base(place / "sd15.safetensors")
     before = sorted(place.rglob("*"))
@@ -574,6 +627,7 @@ def control_of_another_base(path):
         "--control-mode strong",
         "--control-layers 1,a",
         "--clip-skip 0",
+        "--guess --control-mode middle",
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_the_parser(place, capsys, options):

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,13 @@ def place(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(ldm.stable_diffusion, "WEIGHTS", weights)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def loaded_once(monkeypatch):
+    """For tests of many pictures: loading takes longer than two steps."""
+    for network in (StableDiffusion, ControlNet):
+        monkeypatch.setattr(network, "load", cache(network.load))
 
 
 def run(*arguments):
@@ -156,7 +164,7 @@ def test_the_picture_carries_everything_used(weights):
         )
 
 
-def test_the_options_decide_over_the_picture():
+def test_the_options_decide_over_the_picture(loaded_once):
     left_half((64, 64)).save("left.png")
     photograph((64, 64)).save("photo.png")
     base = ["--hint", "circle.png", "--control", "fill50k", "--prompt", "a", "--out", "base.png"]
@@ -221,7 +229,7 @@ def test_a_named_file_is_replaced_and_that_is_said(place, capsys):
     assert sorted(path.name for path in (place / "new").iterdir()) == ["a.png", "b-1.png", "b-2.png"]
 
 
-def test_hints_and_controls_go_in_pairs(weights, place):
+def test_hints_and_controls_go_in_pairs(weights, place, loaded_once):
     Image.new("RGB", (300, 100), "white").save(place / "wide.png")
     wide = ["--hint", "wide.png", "--control", "tiny-fill50k"]
     circle = ["--hint", "circle.png", "--control", str(weights / "tiny-fill50k.safetensors")]
@@ -376,7 +384,7 @@ def test_the_parameters_are_read_by_the_rules_of_a1111(everything):
 # ------------------------------------------------------------------------------------------------------------ controls
 
 
-def test_the_mode_of_a_control_is_its_layers_and_branch(weights):
+def test_the_mode_of_a_control_is_its_layers_and_branch(weights, loaded_once):
     """By hand, for each mode: the same picture from `generate`."""
     sd = StableDiffusion.load(weights / "tiny.safetensors")
     image = read_image(ROOT / "assets" / "circle.png")
@@ -401,7 +409,7 @@ def test_the_mode_of_a_control_is_its_layers_and_branch(weights):
     assert np.array_equal(pixels_of("shuffle.png"), np.asarray(want))
 
 
-def test_short_names_stand_for_the_small_controls(weights):
+def test_short_names_stand_for_the_small_controls(loaded_once):
     hint = ["--hint", "circle.png", "--control"]
     for name in ("circles", "fill50k", "tiny-fill50k", "tiny-fill50k.safetensors"):
         assert run(*hint, name, "--out", f"{name}.png") == 0
@@ -476,7 +484,7 @@ def test_a_hint_has_as_many_channels_as_its_control(weights, capsys, channels):
 # ------------------------------------------------------------------------------------------------------- pictures in
 
 
-def test_an_init_and_its_mask_go_in(weights):
+def test_an_init_and_its_mask_go_in(weights, loaded_once):
     photograph((200, 100)).save("photo.png")
     left_half((200, 100)).save("left.png")
     sd = StableDiffusion.load(weights / "tiny.safetensors")
@@ -492,7 +500,7 @@ def test_an_init_and_its_mask_go_in(weights):
         assert want.size == (128, 64) and np.array_equal(pixels_of("a.png"), np.asarray(want)), options
 
 
-def test_strange_pictures_are_taken_as_a_person_expects():
+def test_strange_pictures_are_taken_as_a_person_expects(loaded_once):
     """As hint, init and mask in one: what counts is what one sees."""
     seen = left_half((64, 64)).convert("RGB")
     seen.save("seen.png")

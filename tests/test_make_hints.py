@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from controlnet.hints import detect
+from controlnet.hints import DETECTORS, Detector, detect
 from tools import make_hints
 
 ROOT = Path(__file__).parent.parent
@@ -67,13 +67,26 @@ def test_what_is_there_is_left_alone_until_it_is_replaced(pictures, tmp_path, ca
 def test_bad_files_are_named_at_the_end_and_the_others_made(pictures, tmp_path, capsys):
     (pictures / "0.png").write_bytes(b"broken")
     (pictures / "a.jpg").write_bytes((pictures / "a.png").read_bytes())
+    Image.new("RGB", (17, 1)).save(pictures / "strip.png")
     out = tmp_path / "hints"
-    assert run("gray", pictures, out) == 1
+    assert run("gray", pictures, out, "--size", "64") == 1
     said = capsys.readouterr()
     assert sorted(path.name for path in out.rglob("*.*")) == ["a.png", "b.png"]
     lines = [line for line in said.err.splitlines() if line.startswith("no hint for")]
-    assert len(lines) == 2 and "0.png" in lines[0] and "not readable as a picture" in lines[0]
+    assert "strip.png" in lines.pop(1) and "0.png" in lines[0] and "not readable as a picture" in lines[0]
     assert "a.png" in lines[1] and "a.jpg" in lines[1] and "Traceback" not in said.err
+
+
+def test_a_detector_that_fails_on_one_picture_goes_on_with_the_next(pictures, tmp_path, monkeypatch, capsys):
+    def fail_on_the_first(image):
+        if image.shape == (90, 70, 3):
+            raise MemoryError
+        return image
+
+    monkeypatch.setitem(DETECTORS, "gray", Detector(fail_on_the_first, ""))
+    assert run("gray", pictures, tmp_path / "hints") == 1
+    said = capsys.readouterr()
+    assert "1 hints made" in said.out and "a.png: MemoryError" in said.err
 
 
 def test_a_run_that_stops_leaves_no_half_written_hint(pictures, tmp_path, monkeypatch, capsys):

@@ -100,8 +100,8 @@ def make_hints(args: argparse.Namespace) -> list[Failure]:
             hint = make_hint(args.detector, source, args.size, options)
         except NotInstalledError:  # the next files would fare no better
             raise
-        except (ValueError, OSError) as error:
-            failures.append((source, str(error)))
+        except Exception as error:  # whatever a detector dislikes about one picture, the others get their hints
+            failures.append((source, str(error) or type(error).__name__))
             continue
         save_png(hint, place, {})
     print(

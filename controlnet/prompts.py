@@ -3,7 +3,7 @@
     (word)        1.1 times as much attention; ((word)) 1.21 times
     [word]        1 / 1.1 times
     (word:1.3)    1.3 times; any of them around several words, and inside each other
-    \\( \\) \\[ \\]   the bracket itself
+    \\( \\) \\[ \\]   the bracket itself; of two backslashes one is left, any other is left out
     BREAK         the rest begins a new chunk of 75 tokens
 
 A text encoder reads 77 tokens at once: start, 75 of the prompt, end. A chunk is one such reading, and the context of
@@ -24,7 +24,7 @@ from ldm.tokenizer import Tokenizer
 MORE = 1.1  # what a pair of brackets multiplies or divides by
 
 SYNTAX = re.compile(
-    r"""\\(?P<escaped>[()\[\]\\])
+    r"""\\(?P<escaped>[()\[\]\\]?)
     | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)     # the end of (word:1.3)
     | (?P<bracket>[()\[\]])
     | \s*\b(?P<new_chunk>BREAK)\b\s*

@@ -426,7 +426,8 @@ def is_file_name(out: Path) -> bool:
 
 def check_out(out: Path) -> None:
     """Raises ValueError for a place where no picture can be saved, before time is spent on it."""
-    if out.suffix.lower() in (".jpg", ".jpeg", ".webp") or (is_file_name(out) and out.is_dir()):
+    other_pictures = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    if out.suffix.lower() in other_pictures or (is_file_name(out) and out.is_dir()):
         raise ValueError(f'--out is "{out}", expected a folder or the name of a file ending in .png')
     there = out.parent if is_file_name(out) else out
     while not there.exists():  # the folders that are not there will be made

@@ -23,8 +23,8 @@ from .model import ControlNet
 class Control:
     """One ControlNet in use: its hint, and how strongly, where, when and in which branch its residuals are added.
 
-    Raises ValueError for another number of layer strengths than it has residuals, or a range outside 0 <= start < end
-    <= 1.
+    Raises ValueError for a hint of another shape, another number of layer strengths than it has residuals, or a range
+    outside 0 <= start < end <= 1.
     """
 
     net: ControlNet
@@ -37,6 +37,9 @@ class Control:
     mask: Tensor | None = None  # (1 or B, 1, H, W) in [0, 1]: where in the picture it acts; None: everywhere
 
     def __post_init__(self):
+        channels = self.net.config.hint_channels
+        if self.hint.ndim != 4 or self.hint.shape[1] != channels:
+            raise ValueError(f"a hint has the shape {tuple(self.hint.shape)}, expected (1, {channels}, H, W) in [0, 1]")
         expected = len(self.net.zero_convs) + 1
         if len(self.layers) not in (0, expected):
             raise ValueError(f"a control has {len(self.layers)} layer strengths, expected {expected} for this base")

@@ -43,7 +43,8 @@ def read_settings(path: str | Path, names: Iterable[str], lists: Iterable[str]) 
         raise ValueError(f'"{path}" was made by another version of infer.py, which did not know {", ".join(missing)}')
     strange = [name for name in lists if not isinstance(settings[name], list)]
     if strange or not isinstance(settings.get("files"), dict):
-        raise ValueError(f'"{path}" has another {[*strange, "files"][0]} than infer.py writes: give a PNG that it made')
+        name = [*strange, "files"][0]
+        raise ValueError(f'"{path}" tells its "{name}" in another way than infer.py does: give a PNG that it made')
     return settings
 
 

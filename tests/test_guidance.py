@@ -228,8 +228,10 @@ def test_a_part_of_the_steps_needs_the_timesteps():
         ({"start": -0.1}, "acts from -0.1 to 1.0"),
         ({"end": 1.5}, "acts from 0.0 to 1.5"),
         ({"layers": [1.0] * 12}, "12 layer strengths, expected 13"),
+        ({"hint": torch.zeros(3, 64, 64)}, r"has the shape \(3, 64, 64\), expected \(1, 3, H, W\)"),
+        ({"hint": torch.zeros(1, 1, 64, 64)}, r"has the shape \(1, 1, 64, 64\), expected"),
     ],
 )
 def test_a_control_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Control(mini_control("sd1"), inputs("sd1")[3], **options)
+        Control(**{"net": mini_control("sd1"), "hint": inputs("sd1")[3], **options})

@@ -587,6 +587,7 @@ def test_strange_pictures_are_taken_as_a_person_expects(loaded_once):
         ("--device gpu", 'the device is "gpu", expected cpu, cuda, cuda:1 ... or mps'),
         ("--device cuda:99", 'there is no device "cuda:99" for this PyTorch, only cpu'),
         ("--out a.jpg", '--out is "a.jpg", expected a folder or the name of a file ending in .png'),
+        ("--out a.TIFF", '--out is "a.TIFF", expected a folder or'),
         ("--out text.png/a", '--out is "text.png/a", but "text.png" is a file, not a folder: give another'),
         (
             "--base {weights}/broken.safetensors",

@@ -330,6 +330,7 @@ def make_pictures(args, sd, controls, init, size, settings, device) -> None:
     from tqdm import tqdm
 
     from controlnet.generate import generate
+    from controlnet.guidance import acting_timesteps
     from controlnet.image_to_image import steps_done
     from controlnet.images import save_png
     from controlnet.png_text import png_texts
@@ -337,6 +338,9 @@ def make_pictures(args, sd, controls, init, size, settings, device) -> None:
 
     steps = len(timesteps_for(args.sampler, sd.schedule, args.steps))  # DDIM's are not always as many as asked for
     steps = steps_done(init.strength, steps) if init else steps
+    for name, control in zip(settings["hint"], controls, strict=True):
+        if not acting_timesteps(range(steps), control.start, control.end):
+            note(f'"{name}" acts in none of the {steps} steps, from {control.start} to {control.end} of them')
     with tqdm(total=args.count * steps, unit="step", disable=None) as bar:
         for i in range(args.count):
             seed = args.seed + i

@@ -97,7 +97,7 @@ def guided(
     negative: Tensor,
     cfg: float,
     controls: Sequence[Control] = (),
-    timesteps: Sequence[int] = (),
+    timesteps: Sequence[int] | None = None,
     batched: bool = True,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """-> denoise(x, t): the raw output, moved away from the negative prompt's by the factor `cfg`.
@@ -131,7 +131,7 @@ def guided(
 class Use:
     """A control with all that stays the same from step to step: hint features, masks, and the timesteps it acts at."""
 
-    def __init__(self, control: Control, timesteps: Sequence[int]):
+    def __init__(self, control: Control, timesteps: Sequence[int] | None):
         self.control = control
         self.features = control.net.hint_encoder(control.hint)  # (1 or B, C, h, w)
         levels = residual_levels(control.net.encoder.config)
@@ -141,7 +141,7 @@ class Use:
             self.masks = [masks[level] for level in levels]
         self.timesteps = None  # all
         if (control.start, control.end) != (0, 1):
-            if not timesteps:
+            if timesteps is None:
                 raise ValueError("a control acts in a part of the steps: pass the argument timesteps")
             self.timesteps = acting_timesteps(timesteps, control.start, control.end)
 

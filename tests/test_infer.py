@@ -449,6 +449,15 @@ def test_a_hint_of_another_shape_is_stretched_and_that_is_said(capsys):
     assert "stretched" not in capsys.readouterr().err
 
 
+def test_a_hint_that_acts_in_no_step_is_said(capsys):
+    photograph((64, 64)).save("photo.png")
+    for options, steps in {"--control-start 0.6 --control-end 0.9": 2, "--control-end 0.5 --strength 0": 0}.items():
+        assert run("--hint", "circle.png", "--init", "photo.png", "--strength", "1", *options.split()) == 0
+        assert f'"circle.png" acts in none of the {steps} steps, from 0' in capsys.readouterr().err
+    assert run("--hint", "circle.png", "--control-end", "0.5") == 0
+    assert "acts in none" not in capsys.readouterr().err
+
+
 def test_the_inpaint_hint_is_minus_one_where_the_mask_is_white(weights):
     photograph((64, 64)).save("photo.png")
     left_half((64, 64)).save("left.png")

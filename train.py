@@ -13,109 +13,8 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
 
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        default="fill50k",
-        metavar="NAME",
-        help="a folder of pairs (prompt.json, metadata.jsonl, or images/ hints/ captions/), or a world that draws "
-        "them: fill50k, people, shapes, edges (default: %(default)s: data/fill50k if the published set lies there)",
-    )
-    data.add_argument("--pictures", type=positive, metavar="N", help="use the first N (default: all; of a world 2000)")
-    data.add_argument("--size", type=size_argument, metavar="N|WxH", help="in pixels (default: the base's own)")
-    data.add_argument("--detect", metavar="NAME", help="make the hints from the pictures: canny, scribble, tile ...")
-    data.add_argument("--hint-channels", type=positive, default=3, metavar="N", help="(default: %(default)s)")
-    data.add_argument("--random-crop", action="store_true", help="another part of the picture each time (--no-cache)")
-    data.add_argument("--flip", action="store_true", help="mirror half of the pairs (--no-cache)")
-    data.add_argument(
-        "--held-out", type=count, metavar="N", help="pairs not to train on (default: 1 in 20, at most 32)"
-    )
-    data.add_argument("--prompt-dropout", type=float, default=0.5, help="share of empty prompts (default: %(default)s)")
-    data.add_argument("--bad-share", type=float, default=0.01, help="of the samples, skipped (default: %(default)s)")
-    data.add_argument("--cache", type=Path, metavar="DIR", help="of the latents, to share it (default: OUT/cache)")
-    data.add_argument("--no-cache", action="store_true", help="encode at each step; worlds are then endless")
-    data.add_argument("--workers", type=count, metavar="N", help="processes that read (default: 0, with CUDA 4)")
-
-    method = parser.add_argument_group("method")
-    method.add_argument("--base", default="tiny", help="the locked model: a file or a preset (default: %(default)s)")
-    method.add_argument("--prediction", choices=["eps", "v"], help="of an SD 2.x base whose file does not tell")
-    method.add_argument("--control", metavar="FILE", help="start from this ControlNet, not from a fresh copy")
-    method.add_argument(
-        "--architecture",
-        choices=["full", "lite", "gaussian"],
-        default="full",
-        help="lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
-    )
-    method.add_argument("--steps", type=positive, default=1500, help="optimiser steps (default: %(default)s)")
-    method.add_argument("--batch-size", type=positive, default=8, help="pictures at once (default: %(default)s)")
-    method.add_argument("--accumulate", type=positive, default=1, help="batches a step (default: %(default)s)")
-    method.add_argument("--lr", type=float, help="AdamW's rate (default: 1e-3 for tiny, 1e-5 for SD)")
-    method.add_argument("--warmup", type=count, default=100, help="steps up to the full rate (default: %(default)s)")
-    method.add_argument(
-        "--rate", choices=["constant", "cosine"], default="constant", help="after the warm-up; cosine ends at 0"
-    )
-    method.add_argument(
-        "--clip", type=float, default=1.0, help="largest norm of the gradients; the published trainer: inf (default: 1)"
-    )
-    method.add_argument("--eight-bit", action="store_true", help="AdamW's moments in 8 bits (needs bitsandbytes)")
-    method.add_argument("--ema", type=float, metavar="DECAY", help="save a moving average of the copy, of 0.999, say")
-    method.add_argument("--min-snr", type=float, metavar="GAMMA", help="weigh timesteps by min(SNR, GAMMA), usually 5")
-    method.add_argument("--sd-unlocked", action="store_true", help="train the base's decoder too")
-    method.add_argument("--only-mid-control", action="store_true", help="control the middle block alone")
-    method.add_argument("--seed", type=int, default=0)
-
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    machine.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the computation")
-    machine.add_argument("--checkpointing", action="store_true", help="less memory for activations, more time")
-    machine.add_argument("--deterministic", action="store_true", help="the same bits each time on CUDA too, slower")
-    machine.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
-    machine.add_argument("--dry-run", action="store_true", help="print the plan and the memory it needs, train nothing")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, default=Path("runs/control"), help="the run's folder (default: %(default)s)")
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    run.add_argument("--save-dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of control.safetensors")
-    run.add_argument("--save-every", type=positive, default=250, help="steps (default: %(default)s)")
-    run.add_argument("--keep", type=positive, default=2, help="states, the newest ones (default: %(default)s)")
-    run.add_argument(
-        "--check-every", type=positive, default=50, help="steps, for the held-out loss (default: %(default)s)"
-    )
-    run.add_argument("--sample-every", type=positive, default=250, help="steps (default: %(default)s)")
-    run.add_argument("--sample-count", type=count, default=8, help="pictures in a grid (default: %(default)s)")
-    run.add_argument("--tensorboard", action="store_true", help="log there too (needs tensorboard)")
-    return parser
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is less than 0")
-    return value
-
-
-def size_argument(text: str) -> str:
-    """512 or 512x768, width first: kept as it is typed, for settings.json."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(f'it is "{text}", expected pixels like 512, or width x height like 512x768')
-    return text
+from controlnet.train_options import make_parser, settled
 
 
 def train(args: argparse.Namespace) -> int:
@@ -126,13 +25,11 @@ def train(args: argparse.Namespace) -> int:
 
     from controlnet.devices import PRECISIONS, borrowed, peak_memory
     from controlnet.distributed import join_processes
-    from controlnet.model import ControlNet, start_as_gaussian
     from controlnet.objective import ControlLoss, only_middle, zero_conv_norms
     from controlnet.run_state import Position, Progress, RunFolder, StopSignals
     from controlnet.training import Optimisation, constant_rate, cosine_rate
     from controlnet.training_data import DataSettings, TrainingData
     from ldm import StableDiffusion
-    from ldm.config import ControlConfig
     from ldm.unet import set_checkpointing
 
     run = RunFolder(args.out)
@@ -146,23 +43,14 @@ def train(args: argparse.Namespace) -> int:
     # --- the locked base, in half precision where the computation is, and the trainable copy in fp32
     torch.manual_seed(args.seed)
     sd = StableDiffusion.load(args.base, device, dtype, args.prediction)
-    sd.to(memory_format=torch.channels_last)  # the faster layout for convolutions, and for what a copy inherits
-    if args.control:
-        control = ControlNet.load(args.control, sd.unet, dtype=torch.float32)
-    else:
-        kind = "lite" if args.architecture == "lite" else "full"
-        control = ControlNet.from_unet(sd.unet, ControlConfig(args.hint_channels, architecture=kind))
-    if args.architecture == "gaussian":
-        start_as_gaussian(control)
-    if control.config.hint_channels != args.hint_channels:
-        raise ValueError(f"{args.control} reads hints of {control.config.hint_channels} channels: say --hint-channels")
-    control.to(memory_format=torch.channels_last)
+    control = new_control(sd, args)
+    for model in (sd, control):
+        model.to(memory_format=torch.channels_last)  # the faster layout for convolutions
+        set_checkpointing(model, args.checkpointing)
     if args.only_mid_control:
         only_middle(control)
     if args.sd_unlocked:
         sd.unet.decoder.float().requires_grad_(True)
-    set_checkpointing(sd.unet, args.checkpointing)
-    set_checkpointing(control, args.checkpointing)
 
     # --- the loss as a module, and its optimiser
     loss = ControlLoss(sd.unet, control, sd.schedule, args.min_snr)
@@ -186,8 +74,8 @@ def train(args: argparse.Namespace) -> int:
     start = run.load(**parts) if args.resume else 0
 
     # --- pictures become latents, once; then the autoencoder and the text encoder leave the device
-    settings = DataSettings(**{name: getattr(args, name) for name in DataSettings.__dataclass_fields__})
-    data = TrainingData(settings, sd, processes, None if args.no_cache else args.cache or args.out / "cache")
+    cache = None if args.no_cache else args.cache or args.out / "cache"
+    data = TrainingData(DataSettings.from_args(args), sd, processes, cache)
     batches = data.batches(position.seen)
     if not args.no_cache:
         sd.vae.cpu()
@@ -196,26 +84,28 @@ def train(args: argparse.Namespace) -> int:
         run.begin(start, vars(args), data.fingerprint)
 
     def save(step: int) -> None:
-        run.save(step, args.keep, **parts)
         shown.save(run.control, PRECISIONS[args.save_dtype])
         if args.sd_unlocked:
             sd.save(run.base, PRECISIONS[args.save_dtype])
+        run.save(step, args.keep, **parts)  # the last: a run that is killed before it comes here does the steps again
 
+    if start >= args.steps and processes.first:
+        print(f"all steps are done, {start} by now: to go on give more of them as --steps")
+        save(start)
     bar = tqdm(range(start, args.steps), "train", args.steps, initial=start, mininterval=1, disable=not processes.first)
     progress = Progress(run, bar, args.tensorboard) if processes.first else None
     with StopSignals() as stop, bar:
         for step in bar:
             # --- one step: the loss of a few batches. Noise, timestep and dropped prompts are each sample's own
-            began = time.perf_counter()
-            total = 0.0
+            began, total = time.perf_counter(), 0.0
             for part in range(args.accumulate):
                 with processes.averaging(joined, last=part == args.accumulate - 1):
                     z0, noise, t, context, hint = data.inputs(next(batches))
                     with optimisation.autocast():
                         value = joined(z0, noise, t, context, hint) / args.accumulate
                     optimisation.backward(value)
-                total += value.item()
-            values = {"step": step + 1, "loss": processes.mean(total), "lr": optimisation.current_lr}
+                total += value.detach()
+            values = {"step": step + 1, "loss": processes.mean(float(total)), "lr": optimisation.current_lr}
             values["gradient"] = optimisation.step()
             if args.ema:
                 parts["average"].update_parameters(control)
@@ -250,69 +140,38 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def dry_run(args: argparse.Namespace) -> int:
-    """Prints what would be trained and in how much memory. Of the base's file the header is read, if it is needed."""
-    from controlnet.memory import Plan, described, predict
-    from controlnet.training_data import DataSettings, open_settings, picture_size
-    from ldm.checkpoint import open_checkpoint
-    from ldm.config import PRESETS
-    from ldm.recognise import recognise
-    from ldm.stable_diffusion import find
+def new_control(sd, args: argparse.Namespace):
+    """The ControlNet to train on the base `sd`: a copy of its encoder, one of the paper's ablations, or --control."""
+    import torch
 
-    known = args.base in PRESETS  # then the file may come later
-    config = PRESETS[args.base] if known else recognise(open_checkpoint(find(args.base)[0]), args.prediction).config
-    size = picture_size(args.size, config)
-    settings = DataSettings(**{name: getattr(args, name) for name in DataSettings.__dataclass_fields__})
-    pairs = len(open_settings(settings, size).train)
-    plan = Plan(
-        size,
-        args.batch_size,
-        args.precision,
-        args.checkpointing,
-        not args.no_cache,
-        args.hint_channels,
-        args.sd_unlocked,
-        args.only_mid_control,
-        args.eight_bit,
-        bool(args.ema),
-        args.architecture == "lite",
-    )
-    memory, samples = predict(config, plan), args.steps * args.batch_size * args.accumulate
-    print(f"{config.name}: {memory.trained / 1e6:.1f} million parameters are trained, in {args.precision}")
-    print(f"{pairs} pairs of {size[1]}x{size[0]} pixels, {samples} samples seen ({samples / pairs:.1f} epochs)")
-    print(f"{args.steps} optimiser steps of {args.accumulate} x {args.batch_size}, a process")
-    print(described(memory))
-    return 0
+    from controlnet.model import ControlNet, start_as_gaussian
+    from ldm.config import ControlConfig
 
-
-def checked(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
-    """The settings as they count: with --resume, what is not given is as it was. Raises ValueError for contradictions,
-    and rather than write over another run."""
-    from controlnet.devices import optional
-    from controlnet.run_state import RunFolder
-
-    run = RunFolder(args.out)
-    if args.tensorboard:
-        optional("tensorboard", "--tensorboard")
-    if args.ema and args.sd_unlocked:
-        raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
-    if args.control and args.architecture != "full":
-        raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
-    if args.resume:
-        parser = make_parser()
-        parser.set_defaults(**run.written()["settings"])
-        args = parser.parse_args(argv)
-        run.check_same(vars(args))
-    elif not args.dry_run:
-        run.check_new()
-    return args
+    if args.control:
+        control = ControlNet.load(args.control, sd.unet, dtype=torch.float32)
+        if control.config.hint_channels != args.hint_channels:
+            raise ValueError(
+                f"{args.control} reads hints of {control.config.hint_channels} channels: say --hint-channels"
+            )
+        return control
+    kind = "lite" if args.architecture == "lite" else "full"
+    control = ControlNet.from_unet(sd.unet, ControlConfig(args.hint_channels, architecture=kind))
+    if args.architecture == "gaussian":
+        start_as_gaussian(control)
+    return control
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    parser = make_parser(__doc__)
+    args = parser.parse_args(argv)
     try:
-        args = checked(args, argv)
-        return dry_run(args) if args.dry_run else train(args)
+        args = settled(parser, args, argv)
+        if not args.dry_run:
+            return train(args)
+        from controlnet.dry_run import described
+
+        print(described(args))
+        return 0
     except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
         sentence = in_a_sentence(error, args)
         if args.debug or sentence is None:

@@ -8,9 +8,9 @@ Shapes: B batch, C channels, H W pixels, h = H/8, w = W/8. Pictures are uint8 ar
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ldm.stable_diffusion import StableDiffusion
 
 from .folders import BadSample, Entry, check_same_shape, list_folder, read_hint, read_picture
-from .hints import detect
+from .hints import detect, find_detector, parse_options
 from .images import Size, resized, to_hints, to_images
 from .worlds import WORLDS, Sample
 
@@ -135,6 +135,7 @@ class FolderSource:
         self.name, self.entries, self.transform = name, entries, transform
         self.hint_channels, self.detect = hint_channels, detect
         self.hints_are_files = detect is None
+        self.make_hint = None if detect is None else photograph_detector(detect)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -143,18 +144,18 @@ class FolderSource:
         """Raises BadSample."""
         entry = self.entries[index]
         image = read_picture(entry.image)
-        if self.detect is None:
+        if self.make_hint is None:
             hint = read_hint(entry.hint, self.hint_channels)
             check_same_shape(image, hint, entry)
             image, hint = self.transform(image, hint, generator)
         else:  # on the picture as the model sees it: edges are a pixel wide at its size
             image, _ = self.transform(image, image, generator)
-            hint = detect(self.detect, image)
+            hint = self.make_hint(image)
         return Sample(image, hint, entry.caption)
 
     def hint(self, index: int) -> np.ndarray:
         """The hint of `sample` without randomness. Raises BadSample."""
-        if self.detect is not None:
+        if self.make_hint is not None:
             return self.sample(index).hint
         hint = read_hint(self.entries[index].hint, self.hint_channels)
         return self.transform(hint, hint)[1]
@@ -163,6 +164,14 @@ class FolderSource:
         """By names, sizes and times of the files: reading all of them would take as long as an epoch."""
         files = [(str(e.image), *stat(e.image), str(e.hint), *stat(e.hint), e.caption) for e in self.entries]
         return {"folder": digest(repr(files).encode()), "detect": self.detect, "hint channels": self.hint_channels}
+
+
+def photograph_detector(text: str) -> Callable[[np.ndarray], np.ndarray]:
+    """ "canny" or "canny:low=50": picture -> hint, both uint8 (H, W, 3). Raises ValueError for what makes none."""
+    name, _, options = text.partition(":")
+    if not find_detector(name).works_on_photographs:
+        raise ValueError(f'"{name}" makes no hints from pictures, but from files of its own: take another --detect')
+    return partial(detect, name, **parse_options(name, options.split(",") if options else []))
 
 
 def stat(path: Path | None) -> tuple[int, int]:
@@ -213,6 +222,8 @@ def open_sources(
         return Sources(train, WorldSource(data, size, count, held_out=True), [])
     if not folder.exists() and "/" not in data:
         raise ValueError(f'there is no folder "{data}", and the worlds are {", ".join(WORLDS)}: give one of them')
+    if detect and hint_channels != 3:
+        raise ValueError(f"--detect makes hints of 3 channels, and --hint-channels is {hint_channels}: leave out one")
     listing = list_folder(folder, need_hints=detect is None)
     train, rest = split(listing.entries, held_out)
     fixed = Transform(transform.size)

@@ -82,7 +82,10 @@ def prepare(folder: Path, wanted: dict) -> None:
     """Makes the folder, or sees that what is in it was made from the same. Raises ValueError if it was not."""
     card = folder / "cache.json"
     if card.exists():
-        found = json.loads(card.read_text())
+        try:
+            found = dict(json.loads(card.read_text()))
+        except ValueError as error:
+            raise ValueError(f'"{card}" is damaged ({error}): remove the folder, and it is computed again') from error
         differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
         if differing:
             what = ", ".join(f"{key} was {found.get(key)} and is {wanted.get(key)}" for key in differing)

@@ -156,7 +156,7 @@ def encoding_peak(sd: StableDiffusion, plan: Plan) -> int:
     return counter.most
 
 
-def described(memory: Memory) -> str:
+def table(memory: Memory) -> str:
     """A line for each item, in GB (10^9 bytes)."""
     items = {
         "locked base": memory.base,

@@ -1,7 +1,7 @@
 """What a ControlNet in training can do by now, on held-out pairs: their loss, and grids of what it makes of hints."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,13 @@ from .objective import ControlLoss
 from .worlds import Sample
 
 
-def good_samples(source: Source) -> list[Sample]:
+def good_samples(source: Source) -> Iterator[Sample]:
     """All samples of a source but the bad ones."""
-    samples = []
     for index in range(len(source)):
         try:
-            samples.append(source.sample(index))
+            yield source.sample(index)
         except BadSample as error:
             print(f"skipped: {error}")
-    return samples
 
 
 class HeldOutLoss:

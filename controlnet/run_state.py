@@ -123,13 +123,20 @@ class RunFolder:
             raise ValueError(
                 f"there is no run to resume in {self.path}, expected {self.settings_file}: leave out --resume"
             )
-        return json.loads(self.settings_file.read_text())
+        try:
+            written = json.loads(self.settings_file.read_text())
+            return {"settings": dict(written["settings"]), "data": dict(written["data"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.settings_file} is damaged ({error!r}): start another run, with --control "
+                f"{self.control} to go on from what was learned"
+            ) from error
 
     def check_same(self, settings: dict) -> None:
         """Raises ValueError if the run in this folder was started with something else of what must not change."""
         before = self.written()["settings"]
         for name in FIXED:
-            if settings[name] != before[name]:
+            if name in before and settings[name] != before[name]:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(
                     f"the run in {self.path} was started with {flag} {before[name]}, not {settings[name]}: "

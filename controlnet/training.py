@@ -81,14 +81,15 @@ class Optimisation:
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if norm.isfinite():
+        finite = bool(norm.isfinite())
+        if finite:
             self.skipped_in_a_row = 0
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise FloatingPointError(not_finite(self.names, self.parameters))
-        if norm.isfinite() or self.scaler.is_enabled():  # the scaler knows of the overflow and skips on its own
+        if finite or self.scaler.is_enabled():  # the scaler knows of the overflow and skips on its own
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,9 @@
 """The data of one run, put together: batches from any position on, and what is shown of the held-out pairs."""
 
+import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -39,6 +41,10 @@ class DataSettings:
     accumulate: int
     sample_count: int
     seed: int
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "DataSettings":
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 def picture_size(size: str | None, config: Config) -> Size:
@@ -108,13 +114,13 @@ class TrainingData:
         return CachedPairs(cache, self.draws, Order(len(cache), self.settings.seed))
 
     def shown(self) -> tuple[HeldOutLoss | None, Preview | None]:
-        held_out, count = good_samples(self.sources.held_out), self.settings.sample_count
+        held_out, count = list(good_samples(self.sources.held_out)), self.settings.sample_count
         if held_out:
             loss = HeldOutLoss(self.sd, held_out, self.draws, self.no_prompt, self.settings.batch_size)
             return loss, Preview(self.sd, held_out[:count]) if count else None
         print("nothing is held out: there is no held-out loss, and the grids show pictures that are trained on")
-        trained_on = [self.sources.train.sample(i) for i in range(min(count, len(self.sources.train)))]
-        return None, Preview(self.sd, trained_on) if count else None
+        trained_on = list(islice(good_samples(self.sources.train), count))
+        return None, Preview(self.sd, trained_on) if trained_on else None
 
     @property
     def samples_a_step(self) -> int:

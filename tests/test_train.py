@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from small import SMALL, small_control, small_sd
 
 import train
-from controlnet.data import split
+from controlnet.data import FolderSource, Transform, split
 from controlnet.folders import list_folder
+from controlnet.hints import detect as detector
 from controlnet.model import ControlNet
 from controlnet.objective import control_loss
 
@@ -126,7 +127,7 @@ def test_only_the_newest_states_are_kept(base, tmp_path, cache):
 
 @pytest.mark.parametrize("how", [["--ema", "0.9", "--accumulate", "2"], ["--precision", "fp16"], ["--no-cache"]])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
-    how = [*how, "--held-out", "0", "--save-every", "1"]
+    how = [*how, "--held-out", "0", "--save-every", "1", "--pictures", "4", "--cache", str(tmp_path / "latents")]
     assert run(base, tmp_path / "whole", "--steps", "2", *how) == 0
     assert run(base, tmp_path / "parts", "--steps", "1", *how) == 0
     assert resume(tmp_path / "parts", "--steps", "2") == 0
@@ -153,9 +154,9 @@ def logged(out):
 
 
 def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache):
-    killed, how = tmp_path / "killed", ["--steps", "16", *cache]
-    kill_at(start(base, killed, *how), killed, step=random.randint(1, 6))
-    kill_at(start(base, killed, "--resume", *how), killed, step=random.randint(7, 12))
+    killed, how = tmp_path / "killed", ["--steps", "12", *cache]
+    kill_at(start(base, killed, *how), killed, step=random.randint(1, 4))
+    kill_at(start(base, killed, "--resume", *how), killed, step=random.randint(5, 9))
     assert resume(killed, *how) == 0
     assert run(base, tmp_path / "whole", *how) == 0
     assert_same_run(tmp_path / "whole", killed)
@@ -190,6 +191,26 @@ def test_a_run_can_be_resumed_at_another_rate(base, tmp_path, cache):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_finished_run_is_said_to_be_and_its_control_is_written_again(base, tmp_path, cache, capsys):
+    assert run(base, tmp_path, "--steps", "1", *cache) == 0
+    before = control_of(tmp_path)
+    (tmp_path / "control.safetensors").unlink()
+    assert resume(tmp_path) == 0
+    assert "all steps are done" in capsys.readouterr().out
+    assert_equal(control_of(tmp_path), before)
+
+
+def test_damaged_settings_are_one_sentence(base, tmp_path, cache, capsys):
+    assert run(base, tmp_path, "--steps", "1", *cache) == 0
+    whole = (tmp_path / "settings.json").read_text()
+    capsys.readouterr()
+    for damaged in (whole[:50], "[]", "{}"):
+        (tmp_path / "settings.json").write_text(damaged)
+        assert resume(tmp_path, "--steps", "2") == 2
+        error = capsys.readouterr().err
+        assert "settings.json is damaged" in error and error.strip().count("\n") == 0
+
+
 def test_a_run_is_not_resumed_as_another(base, tmp_path, cache, capsys):
     assert run(base, tmp_path, "--steps", "2", *cache) == 0
     before = (tmp_path / "control.safetensors").read_bytes()
@@ -205,7 +226,7 @@ def test_a_run_is_not_resumed_as_another(base, tmp_path, cache, capsys):
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_takes_the_path_of_cuda_and_keeps_the_copy_in_fp32(base, tmp_path, precision):
-    assert run(base, tmp_path, "--steps", "2", "--precision", precision) == 0
+    assert run(base, tmp_path, "--steps", "2", "--precision", precision, "--pictures", "2", "--held-out", "1") == 0
     control = control_of(tmp_path)
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in control.values())
     assert all(control[key].abs().max() > 0 for key in control if ".zero_convs." in key)
@@ -342,6 +363,27 @@ def test_hints_are_made_from_the_pictures(base, tmp_path):
         assert set(np.unique(np.array(hint))) == {0, 255}
 
 
+def test_a_detector_is_one_for_pictures_and_has_options(base, tmp_path, capsys):
+    data = [*own_pairs(tmp_path / "pairs"), "--no-cache", "--steps", "1"]
+    for detect, words in (("depth", "no hints from pictures"), ("canny:lo=5", "no option"), ("none", "no detector")):
+        assert run(base, tmp_path / "out", *data, "--detect", detect) == 2
+        assert words in capsys.readouterr().err
+    assert run(base, tmp_path / "out", *data, "--detect", "canny", "--hint-channels", "1") == 2
+    assert "3 channels" in capsys.readouterr().err
+    source = FolderSource("x", list_folder(tmp_path / "pairs").entries, Transform((64, 64)), detect="canny:low=255")
+    assert not np.array_equal(source.hint(0), detector("canny", source.sample(0).image))
+    assert np.array_equal(source.hint(0), detector("canny", source.sample(0).image, low=255))
+
+
+def test_a_grid_of_pictures_that_are_trained_on_leaves_bad_ones_out(base, tmp_path):
+    data = own_pairs(tmp_path / "pairs", count=3)
+    (tmp_path / "pairs" / "pictures" / "target0.png").write_bytes(b"no picture")
+    few = ["--held-out", "0", "--sample-count", "3", "--bad-share", "0.5"]
+    assert run(base, tmp_path / "out", "--steps", "1", *data, *few) == 0
+    with Image.open(tmp_path / "out" / "samples" / "000001.png") as grid:
+        assert grid.size == (4 * 64, 2 * 64)
+
+
 def test_bad_samples_are_skipped_and_counted_up_to_a_share(base, tmp_path, capsys):
     data = own_pairs(tmp_path / "pairs", count=8)
     entries = (tmp_path / "pairs" / "prompt.json").read_text()
@@ -395,6 +437,24 @@ def test_a_bad_call_is_one_sentence(base, tmp_path, capsys, arguments, words):
     error = capsys.readouterr().err
     assert words in error and error.strip().count("\n") == 0
     assert not (tmp_path / "out" / "control.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--steps", "x"),
+        ("--seed", "-1"),
+        ("--lr", "0"),
+        ("--clip", "nan"),
+        ("--prompt-dropout", "2"),
+        ("--size", "64x"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused(capsys, option, value):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([option, value])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f'argument {option}: it is "{value}", expected' in error
 
 
 def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsys):

@@ -28,7 +28,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     small_sd().save(tmp_path / "base.safetensors")
     few = [
         "--pictures",
-        "300",
+        "16",
         "--held-out",
         "2",
         "--sample-count",

@@ -121,9 +121,9 @@ def small_training(precision="fp32", lr=1e-3):
 
     def loss(step):
         generator = torch.Generator().manual_seed(step)
-        z0, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
+        z0, noise = torch.randn(2, 2, 4, 4, 4, generator=generator)
         context = torch.randn(2, 5, SMALL.unet.context_width, generator=generator)
-        hint = torch.rand(2, 3, 64, 64, generator=generator)
+        hint = torch.rand(2, 3, 32, 32, generator=generator)
         return control_loss(unet, control, schedule, z0, noise, torch.tensor([600, 80]), context, hint)
 
     return control, optimise(control, lr, constant_rate(warmup=3), precision), loss

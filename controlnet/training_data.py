@@ -13,7 +13,19 @@ from torch.utils.data import DataLoader
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
-from .data import BadSamples, Batch, Draws, LivePairs, Order, Sources, Transform, WorldSource, open_sources, positions
+from .data import (
+    PUBLISHED_FILL50K,
+    BadSamples,
+    Batch,
+    Draws,
+    LivePairs,
+    Order,
+    Sources,
+    Transform,
+    WorldSource,
+    open_sources,
+    positions,
+)
 from .distributed import Processes
 from .generate import check_size
 from .images import Size
@@ -95,8 +107,10 @@ class TrainingData:
         shape = (sd.config.vae.latent_channels, *small)
         self.draws = Draws(shape, sd.schedule.config.timesteps, settings.prompt_dropout, settings.seed)
 
+        endless = folder is None and isinstance(train, WorldSource) and settings.pictures is None
+        if processes.first:
+            print(told(self.sources, endless))
         if folder is None:
-            endless = isinstance(train, WorldSource) and settings.pictures is None
             self.pairs = LivePairs(train, self.draws, Order(None if endless else len(train), settings.seed))
         else:
             self.pairs = self.cached_pairs(folder)
@@ -141,6 +155,16 @@ class TrainingData:
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """-> z0, noise, t, context and hint: see `loss_inputs`."""
         return loss_inputs(self.sd, batch, self.no_prompt, self.processes.device)
+
+
+def told(sources: Sources, endless: bool) -> str:
+    """A line about what is trained on."""
+    train, count = sources.train, "endless" if endless else len(sources.train)
+    line = f"training on {count} pairs of {train.name}, {len(sources.held_out)} held out"
+    if not isinstance(train, WorldSource):
+        return line
+    published = f" (the published set is not in {PUBLISHED_FILL50K})" if train.name == "fill50k" else ""
+    return f"{line}: a procedural world, drawn here{published}"
 
 
 def one_thread(worker: int) -> None:

@@ -89,8 +89,10 @@ def steps_of(out):
 # --------------------------------------------------------------------------------------------------- what is left
 
 
-def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path):
+def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, capsys):
     assert run(base, tmp_path, "--steps", "2", "--sample-count", "2") == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("training on 8 pairs of fill50k, 2 held out: a procedural world")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith("cache/")}
     want = {"control.safetensors", "state/000002.pt", "samples/000002.png", "log.jsonl", "settings.json"}
@@ -125,7 +127,9 @@ def test_only_the_newest_states_are_kept(base, tmp_path, cache):
 # ---------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("how", [["--ema", "0.9", "--accumulate", "2"], ["--precision", "fp16"], ["--no-cache"]])
+@pytest.mark.parametrize(
+    "how", [["--ema", "0.9", "--accumulate", "2"], ["--precision", "fp16", "--batch-size", "1"], ["--no-cache"]]
+)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
     how = [*how, "--held-out", "0", "--save-every", "1", "--pictures", "4", "--cache", str(tmp_path / "latents")]
     assert run(base, tmp_path / "whole", "--steps", "2", *how) == 0

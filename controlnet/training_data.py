@@ -1,6 +1,7 @@
 """The data of one run, put together: batches from any position on, and what is shown of the held-out pairs."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -146,7 +147,7 @@ class TrainingData:
         workers = self.settings.workers if self.settings.workers is not None else (4 if cuda else 0)
         order = positions(seen, self.settings.batch_size, self.processes.number, self.processes.count)
         loader = DataLoader(
-            self.pairs, batch_sampler=order, num_workers=workers, pin_memory=cuda, worker_init_fn=one_thread
+            self.pairs, batch_sampler=order, num_workers=workers, pin_memory=cuda, worker_init_fn=start_worker
         )
         for batch in loader:
             self.bad.add(batch.bad)
@@ -167,5 +168,6 @@ def told(sources: Sources, endless: bool) -> str:
     return f"{line}: a procedural world, drawn here{published}"
 
 
-def one_thread(worker: int) -> None:
+def start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    os.setpgrp()  # Ctrl-C goes to a whole process group, and it is for the process that trains: this one must read on

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from multiprocessing import active_children, current_process
 from pathlib import Path
 
 import numpy as np
@@ -166,19 +167,22 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_p
     assert_same_run(tmp_path / "whole", killed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkeypatch, number):
-    calls = []
+@pytest.mark.parametrize("number, workers", [(signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGTERM, "1")])
+def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkeypatch, number, workers):
+    """Also one that goes to the whole process group, as Ctrl-C in a terminal does."""
+    calls, how = [], [*cache, "--workers", workers]
 
     def loss(*args):
         calls.append(args)
         if len(calls) == 3:
-            os.kill(os.getpid(), number)
+            pids = [process.pid for process in (*active_children(), current_process())]
+            group = [str(pid) for pid in pids if os.getpgid(pid) == os.getpgrp()]
+            subprocess.run(["kill", f"-{number:d}", *group], check=True)
         return control_loss(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr("controlnet.objective.control_loss", loss)
-        assert run(base, tmp_path / "parts", "--steps", "5", "--save-every", "100", *cache) == 128 + number
+        assert run(base, tmp_path / "parts", "--steps", "5", "--save-every", "100", *how) == 128 + number
     assert "saved after step 3: go on with --resume --out" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000003.pt"]
     assert (tmp_path / "parts" / "control.safetensors").exists()

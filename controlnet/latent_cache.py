@@ -84,7 +84,7 @@ def prepare(folder: Path, wanted: dict) -> None:
     if card.exists():
         try:
             found = dict(json.loads(card.read_text()))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f'"{card}" is damaged ({error}): remove the folder, and it is computed again') from error
         differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
         if differing:

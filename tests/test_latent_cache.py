@@ -121,6 +121,10 @@ def test_a_damaged_file_is_named(sd, tmp_path):
     (tmp_path / "000000.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="000000.safetensors.*remove it"):
         LatentCache(tmp_path, source)
+    for card in ("{", "[1]"):
+        (tmp_path / "cache.json").write_text(card)
+        with pytest.raises(ValueError, match="cache.json.*remove the folder"):
+            prepare(tmp_path, {})
 
 
 def test_the_loss_gets_a_sample_of_the_posterior_and_no_prompt_where_it_is_dropped(sd, tmp_path):

@@ -16,11 +16,12 @@ import torch
 from reference import FIXTURES, MINI_SD1, MINI_SD2, fill, filled, filled_checkpoint, load_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldm.stable_diffusion
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoint import CheckpointError, open_checkpoint, save_checkpoint
+from ldm.checkpoint import CheckpointError, open_checkpoint, save_checkpoint, without_weights
 from ldm.config import SD15, SD21, SD21_BASE, TINY, ControlConfig
 from ldm.recognise import recognise
 from ldm.unet import UNet
@@ -274,6 +275,29 @@ def test_loading_needs_the_memory_of_the_parameters(large_file, dtype, copied):
     size, own, peak = map(int, result.stdout.split())
     assert abs(own - copied * size) < 0.15 * size
     assert peak < 1.15 * size
+
+
+class MetaOperations(TorchDispatchMode):
+    """The names of the operations whose result exists on the meta device only."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_meta:
+            self.names.add(str(function))
+        return result
+
+
+@pytest.mark.parametrize("config", MINIS.values(), ids=MINIS)
+def test_models_to_be_filled_compute_nothing(config):
+    """Most operations on the meta device import PyTorch's decompositions first: a second and more."""
+    with MetaOperations() as operations, without_weights():
+        ControlNet(StableDiffusion(config).unet)
+    cheap = {"aten.empty.memory_format", "aten.fill_.Scalar", "aten.zero_.default"}
+    assert operations.names <= cheap | {"aten.clone.default", "aten.detach.default"}
 
 
 # ------------------------------------------------------------------------------------------------------- recognition

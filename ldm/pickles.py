@@ -57,6 +57,7 @@ LEFTOVER_NAMES = {
     "numpy.ndarray",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
+    "torch.nn.modules.container.ParameterDict",  # in textual inversions
     "typing.Any",
     "_codecs.encode",
 }
@@ -301,14 +302,19 @@ def read_pickle(file: MappedFile) -> dict[str, Stored]:
 
 
 def tensors_by_name(values: object, file: MappedFile) -> dict[str, Stored]:
-    prefix = ""
-    if isinstance(values, dict) and "string_to_param" in values:  # a textual inversion: to be recognised as one
-        prefix, values = "string_to_param.", values["string_to_param"]
-    elif isinstance(values, dict):
-        values = values.get("state_dict", values)
+    if isinstance(values, dict):
+        values = values.get("state_dict", textual_inversion(values) or values)
     if not isinstance(values, dict):
         raise Damaged("it holds no tensors by name: save a model's state_dict")
-    return {f"{prefix}{key}": value.stored(file) for key, value in values.items() if isinstance(value, Cut)}
+    return {str(key): value.stored(file) for key, value in values.items() if isinstance(value, Cut)}
+
+
+def textual_inversion(values: dict) -> dict[str, object]:
+    """The tensors of one by names that it can be recognised by; {} for everything else."""
+    parts = {name: values.get(name) for name in ("string_to_param", "string_to_token")}
+    return {
+        f"{name}.{key}": value for name, part in parts.items() if isinstance(part, dict) for key, value in part.items()
+    }
 
 
 def read_zip(file: MappedFile) -> object:

@@ -34,6 +34,7 @@ CONTEXT_KEYS = {
 # What a file is that is not what was asked for, by a pattern in any of its keys; the first row that fits.
 LORA = "a LoRA: give the whole checkpoint that it was merged into"
 CONTROL = "a ControlNet: pass it as --control"
+TEXTUAL_INVERSION = "a textual inversion, which is no model: give the base"
 WHOLE_FOLDER = "give the folder that holds unet/, vae/ and text_encoder/"
 OTHER_FAMILY = "and only SD 1.x and 2.x are supported"
 KINDS = (
@@ -45,9 +46,10 @@ KINDS = (
     (r"(^|\.)label_emb\.", f"a model of the SDXL family, {OTHER_FAMILY}"),
     (r"(^|\.)joint_blocks\.", f"an SD 3 checkpoint, {OTHER_FAMILY}"),
     (r"(^|\.)double_blocks\.", f"a Flux checkpoint, {OTHER_FAMILY}"),
-    (r"^emb_params$|^string_to_param\.|^<[^>]*>$|^clip_[lg]$", "a textual inversion, which is no model: give the base"),
+    (r"^emb_params$|^string_to_(param|token)\.|^<.*>$|^clip_[lg]$", TEXTUAL_INVERSION),
     (r"^(control_model\.)?input_hint_block\.|^controlnet\.|^controlnet_cond_embedding\.", CONTROL),
     (r"^adapter\.|^body\.\d|^image_proj", "an adapter, which is neither a base nor a ControlNet"),
+    (r"^model\.diffusion_model\.", f"a diffusion model of another architecture, {OTHER_FAMILY}"),
     (r"^down_blocks\.", f"a UNet in diffusers' layout: {WHOLE_FOLDER}"),
     (r"^(input_blocks|output_blocks)\.", "a UNet alone: give the whole checkpoint"),
     (r"^(first_stage_model\.)?(en|de)coder\.(down|up|mid)", "an autoencoder alone: give the whole checkpoint"),
@@ -160,8 +162,9 @@ def not_a_base(checkpoint: Checkpoint) -> CheckpointError:
 
 def kind(checkpoint: Checkpoint) -> str:
     """What a file seems to be that is not what was expected."""
+    lines = "\n".join(checkpoint.tensors)  # one search a pattern, not one a key
     for pattern, what in KINDS:
-        if any(re.search(pattern, key) for key in checkpoint.tensors):
+        if re.search(pattern, lines, re.MULTILINE):
             return what
     keys = f"{counted(len(checkpoint.keys), 'key')}: {first_few(sorted(checkpoint.keys))}"
     if len(checkpoint.keys) <= 2 and all(
@@ -206,7 +209,7 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
     """
     forms = [form for form in CONTROL_FORMS if checkpoint.any_key(form[1] + form[2])]
     if not forms:
-        base = attempt(base_layout, checkpoint)
+        base = attempt(identify, checkpoint)
         raise CheckpointError(f'"{checkpoint.path}" holds no ControlNet: it is {BASE if base else kind(checkpoint)}')
     layout, prefix, hint_encoder = forms[0]
     described = described_config(checkpoint) or {}

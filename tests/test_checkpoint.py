@@ -390,10 +390,7 @@ def test_files_that_are_no_checkpoints(folder, tmp_path):
         ("down_blocks.0.resnets.0.conv1.weight", "it is a UNet in diffusers' layout"),
         ("controlnet_cond_embedding.conv_in.weight", "it is a ControlNet: pass it as --control"),
         ("encoder.weight", "something unknown (1 key: encoder.weight), expected keys of the original layout"),
-        (
-            "model.diffusion_model.x",
-            "something unknown (1 key: model.diffusion_model.x), expected keys of",
-        ),
+        ("model.diffusion_model.x", "it is a diffusion model of another architecture"),
     ],
 )
 def test_files_that_are_no_base(tmp_path, key, sentence):
@@ -401,9 +398,18 @@ def test_files_that_are_no_base(tmp_path, key, sentence):
     assert "is not a base model of SD 1.x or 2.x" in message and sentence in message
 
 
-def test_base_given_as_control(folder):
-    message = error_of(ControlNet.load, folder / "mini_sd1_checkpoint.safetensors", empty_unet(MINI_SD1))
+def test_base_given_as_control(tmp_path):
+    path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)})
+    message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
     assert message.endswith("holds no ControlNet: it is a base model without one: pass it as --base")
+
+
+def test_a_base_that_is_none_of_ours_is_not_recommended_as_one(tmp_path):
+    keys = {"model.diffusion_model.x": (1,), "first_stage_model.encoder.down.0.x": (1,)}
+    for key, what in (("cond_stage_model.x", "of another architecture"), ("conditioner.embedders.0.x", "an SDXL")):
+        path = file_of(tmp_path, {**keys, key: (1,)})
+        message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
+        assert what in message and "--base" not in message
 
 
 def test_unknown_sizes_and_metadata(folder, tmp_path):

@@ -260,7 +260,9 @@ def test_loras_of_all_kinds(tmp_path, key):
 
 def test_textual_inversions(tmp_path):
     path = tmp_path / "file.pt"
-    for values in ({"string_to_param": {"*": torch.zeros(2, 768)}}, {"<cat>": torch.zeros(768)}):
+    vectors = {"*": torch.zeros(2, 768)}
+    first_program = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict(vectors)}
+    for values in ({"string_to_param": vectors}, first_program, {"<cat>": torch.zeros(768)}):
         torch.save(values, path)
         assert "a textual inversion" in error_of(StableDiffusion.load, path)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from small import SMALL, small_control, small_sd
 
 from controlnet import ControlNet
+from ldm.checkpoint import open_checkpoint
 from ldm.mapped import Stored
 from tools import inspect
 from tools.checkpoints import save_whole
@@ -113,9 +114,22 @@ def test_numbers_that_are_not_finite_are_found(folder, tmp_path, capsys):
     assert "NaN or infinite in 2 tensors" in shown and "block 0 ?" in shown
 
 
-def facts_config(folder):
-    from ldm.checkpoint import open_checkpoint
+@pytest.mark.parametrize("name", ["base.safetensors", "control.safetensors"])
+def test_what_would_not_load_is_not_recommended(folder, tmp_path, capsys, name):
+    """Recognised by its metadata, but for inpainting (9 channels), or incomplete."""
+    whole = load_file(folder / name)
+    (first,) = (key for key in whole if key.endswith("input_blocks.0.0.weight"))
+    wide = {**whole, first: torch.zeros(16, 9, 3, 3)}
+    lacking = {key: value for key, value in whole.items() if not key.endswith("time_embed.0.bias")}
+    for tensors, problem in ((wide, "an inpainting model with 9 input channels"), (lacking, "1 key missing (")):
+        save_file(tensors, tmp_path / name, {"config": open_checkpoint(folder / name).metadata["config"]})
+        (found,) = facts(capsys, tmp_path / name)
+        assert problem in found["problem"] and found["goes_with"] is None
+        assert f'  not usable  "{tmp_path / name}" does not fit' in text(capsys, tmp_path / name)
+    assert facts(capsys, folder / name)[0]["problem"] is None
 
+
+def facts_config(folder):
     return open_checkpoint(folder / "control.safetensors").metadata["config"]
 
 

@@ -79,6 +79,7 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
     checkpoint = open_checkpoint(path)
     by_name = preset is not None and "config" not in checkpoint.metadata  # as `StableDiffusion.load` has it
     found = contents(checkpoint, preset.schedule.prediction if by_name else None)
+    problem = problem_of(checkpoint, found)
     size = sum(file.stat().st_size for file in {tensor.file.path for tensor in checkpoint.tensors.values()})
     facts = {
         "file": str(path),
@@ -88,7 +89,8 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
         "family": found.family,
         "base": base_facts(found.base, by_name) if found.base else None,
         "control": control_facts(checkpoint, found.control) if found.control else None,
-        "goes_with": goes_with(found),
+        "goes_with": None if problem else goes_with(found),
+        "problem": problem,
         "parameters": found.parameters,
         "dtypes": found.dtypes,
         "ema": found.ema,
@@ -101,6 +103,35 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
             for key, tensor in sorted(checkpoint.tensors.items())
         }
     return facts
+
+
+def problem_of(checkpoint, found) -> str | None:
+    """Why a base or a ControlNet does not load though it was recognised, by its keys and shapes."""
+    from controlnet import ControlNet
+    from ldm import StableDiffusion
+    from ldm.checkpoint import (
+        IGNORED_BESIDE_BASE,
+        IGNORED_BESIDE_CONTROL,
+        CheckpointError,
+        check_keys,
+        without_weights,
+    )
+    from ldm.unet import UNet
+    from tools.checkpoints import control_unet_config
+
+    try:
+        if found.base:
+            with without_weights():
+                base = StableDiffusion(found.base.config)
+            check_keys(checkpoint, base.parts(found.base.layout), IGNORED_BESIDE_BASE)
+        if found.control:
+            unet = control_unet_config(checkpoint, found.control)
+            with without_weights():
+                control = ControlNet(UNet(unet), found.control.config)
+            check_keys(checkpoint, [(control, found.control.key_map(unet))], IGNORED_BESIDE_CONTROL)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def base_facts(base, by_name: bool) -> Facts:
@@ -205,6 +236,8 @@ def lines_of(facts: Facts) -> list[str]:
     layouts = {"ldm": ", original layout", "diffusers": ", diffusers' layout", None: ""}
     rows = [("what", facts["kind"] + family + layouts[facts["layout"]])]
     rows += base_rows(facts["base"]) + control_rows(facts["control"])
+    if facts["problem"]:
+        rows.append(("not usable", facts["problem"]))
     if facts["goes_with"]:
         rows.append(("goes with", facts["goes_with"]))
     rows.append(("parameters", counts(facts["parameters"])))

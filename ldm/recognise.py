@@ -95,7 +95,7 @@ def identify(checkpoint: Checkpoint, prediction: str | None = None) -> Base:
     layout = base_layout(checkpoint)
     described = described_config(checkpoint)
     with description_errors(checkpoint):
-        if described is not None:
+        if described is not None and described.keys() != CONTROL_DESCRIPTION:
             # Beside a ControlNet in the same file, that is described too.
             own = {name: value for name, value in described.items() if name != "control"}
             config, source = Config.from_dict(own), "the metadata"
@@ -237,6 +237,9 @@ def control_by_shape(checkpoint: Checkpoint, layout: Layout, start: str) -> Cont
 
 
 # --------------------------------------------------------------------------------------------------- descriptions
+
+
+CONTROL_DESCRIPTION = {"unet", "control"}  # of a ControlNet alone, which may stand in a folder beside a base of others
 
 
 def described_config(checkpoint: Checkpoint) -> dict | None:

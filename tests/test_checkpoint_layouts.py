@@ -282,6 +282,17 @@ def test_a_folder_is_never_half_there_and_never_overwritten(sd, folder, tmp_path
 # -------------------------------------------------------------------------------------------------------- controls
 
 
+@pytest.mark.parametrize("described", [True, False], ids=["our base", "another program's"])
+def test_a_pipeline_holds_a_base_and_its_control(sd, control, folder, described):
+    """Both parts were saved by us, or the control alone."""
+    control.save(folder / "controlnet", layout="diffusers")
+    if not described:
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file(load_file(file), file)
+    assert_same(StableDiffusion.load(folder), sd)
+    assert_same(ControlNet.load(folder, sd.unet), control)
+
+
 def test_controls_in_diffusers_layout(sd, control, tmp_path):
     control.save(tmp_path / "control", layout="diffusers")
     assert_same(ControlNet.load(tmp_path / "control", sd.unet), control)

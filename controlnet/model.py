@@ -32,6 +32,7 @@ from ldm.blocks import Downsample
 from ldm.checkpoint import (
     IGNORED_BESIDE_CONTROL,
     Checkpoint,
+    CheckpointError,
     gather,
     load_parts,
     open_checkpoint,
@@ -189,13 +190,14 @@ class ControlNet(nn.Module):
 
         With `difference_to` (original layout only) the file holds the copy minus the encoder of that base, marked as
         other programs mark it: loaded with another base of the family, the ControlNet is transferred to it.
-        Raises CheckpointError for a folder that exists.
+        Raises CheckpointError for a folder that exists, and for an architecture that diffusers or a difference lacks.
         """
         unet = self.encoder.config
         metadata = {"config": json.dumps({"unet": asdict(unet), "control": asdict(self.config)})}
         if layout == "diffusers":
+            values = control_values(unet, self.config)
             tensors = gather(self, diffusers_control_map(unet, self.config), dtype)
-            save_control(path, control_values(unet, self.config), tensors, metadata)
+            save_control(path, values, tensors, metadata)
             return
         control, marks = self, {}
         if difference_to is not None:
@@ -209,8 +211,9 @@ class ControlNet(nn.Module):
         """Add `factor` times the encoder of `unet` to the copy, in fp32 at least.
 
         copy + (encoder of another base - encoder of its own) is a ControlNet for the other base (the paper's Figure 12,
-        made exact).
+        made exact). Raises CheckpointError if this is no copy of such an encoder.
         """
+        self.check_copied_from(unet)
         for own, other in zip(self.encoder.parameters(), unet.encoder.parameters(), strict=True):
             own.data = (own.float() + factor * other.to(own.device).float()).to(own.dtype)
 
@@ -218,11 +221,23 @@ class ControlNet(nn.Module):
     def transfer(self, source: UNet, target: UNet) -> None:
         """From the base `source`, whose encoder this was copied from, to `target`, another one of its family.
 
-        The copy moves by what distinguishes the encoders; between equal ones nothing changes.
+        The copy moves by what distinguishes the encoders; between equal ones nothing changes. Raises CheckpointError if
+        this is no copy of such an encoder.
         """
+        self.check_copied_from(source)
+        self.check_copied_from(target)
         encoders = (self.encoder, source.encoder, target.encoder)
         for own, old, new in zip(*(encoder.parameters() for encoder in encoders), strict=True):
             own.data = (own.float() + (new.float() - old.float()).to(own.device)).to(own.dtype)
+
+    def check_copied_from(self, unet: UNet) -> None:
+        """Raises CheckpointError if no copy of an encoder like that of `unet` is in here."""
+        if self.config.architecture == "lite":
+            raise CheckpointError(
+                "a ControlNet-lite has no copy of its base's encoder to move or subtract: use it as is"
+            )
+        if self.encoder.config != unet.config:
+            raise CheckpointError("the base is of another architecture than the ControlNet: give one of its family")
 
 
 def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:

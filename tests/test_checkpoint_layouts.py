@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -289,7 +290,9 @@ def test_a_pipeline_holds_a_base_and_its_control(sd, control, folder, described)
     if not described:
         file = folder / "unet" / "diffusion_pytorch_model.safetensors"
         save_file(load_file(file), file)
-    assert_same(StableDiffusion.load(folder), sd)
+    loaded = StableDiffusion.load(folder)
+    assert_same(loaded, sd)
+    assert loaded.config.name == ("small" if described else "diffusers")
     assert_same(ControlNet.load(folder, sd.unet), control)
 
 
@@ -349,6 +352,17 @@ def test_transfer_to_another_base(sd, control):
     expected = other.encoder.get_parameter(name) - sd.unet.encoder.get_parameter(name)
     assert torch.allclose(change, expected, atol=1e-6)
     assert torch.equal(moved.zero_convs[0].weight, control.zero_convs[0].weight)
+
+
+def test_what_is_no_copy_cannot_be_moved(sd, control, tmp_path):
+    lite = ControlNet.from_unet(sd.unet, ControlConfig(architecture="lite"))
+    path = tmp_path / "lite"
+    assert "a ControlNet-lite has no copy" in error_of(lite.save, path, difference_to=sd.unet)
+    assert "a ControlNet-lite has no copy" in error_of(lite.transfer, sd.unet, sd.unet)
+    assert "diffusers cannot describe" in error_of(lite.save, path, layout="diffusers")
+    assert not path.exists()
+    wide = UNet(replace(SMALL.unet, channels=32))
+    assert "another architecture" in error_of(control.transfer, sd.unet, wide)
 
 
 @pytest.mark.parametrize("style", ["sd1", "sd2"])

@@ -246,6 +246,8 @@ def test_what_cannot_be_converted(folder, tmp_path, capsys):
     save_file({"lora_unet_up.alpha": torch.zeros(1)}, tmp_path / "lora.safetensors")
     assert "a LoRA" in error(capsys, tmp_path / "lora.safetensors", "--out", out)
     assert "unknown architecture" in error(capsys, stripped(control, tmp_path), "--out", out)
+    assert "--ema does not go with a ControlNet" in error(capsys, control, "--ema", "--out", out)
+    assert "--base does not go with a base" in error(capsys, base, "--base", base, "--out", out)
     (tmp_path / "file").write_text("")
     assert "no folder that you may write to" in error(capsys, base, "--out", tmp_path / "file/out.safetensors")
     assert not out.exists()

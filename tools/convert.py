@@ -57,6 +57,7 @@ def convert(args: argparse.Namespace) -> None:
     check_output(args.out, args.force)
     check_differences(args)
     part = args.part or part_of(args.source)
+    check_options(args, part)
     if part == "base":
         convert_base(args)
     elif part == "control":
@@ -71,6 +72,19 @@ def check_differences(args: argparse.Namespace) -> None:
         raise ValueError("--difference needs the --base that the ControlNet was trained on")
     if args.difference and layout_of(args.out) != "ldm":
         raise ValueError("differences have no place in diffusers' layout: give --out a name that ends in .safetensors")
+
+
+def check_options(args: argparse.Namespace, part: str) -> None:
+    """Raises ValueError for an option about what is not written."""
+    of_bases = {"--ema": args.ema, "--prediction": args.prediction}
+    of_controls = {
+        "--difference": args.difference,
+        "--base": args.base,
+        "--global-average-pooling": args.global_average_pooling,
+    }
+    strangers = {"base": of_controls, "control": of_bases}.get(part, {})
+    for option in (option for option, value in strangers.items() if value):
+        raise ValueError(f"{option} does not go with a {'base' if part == 'base' else 'ControlNet'}: leave it out")
 
 
 def part_of(source: str) -> str:

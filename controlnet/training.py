@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import PRECISIONS, optional
+from .muon import Muon
 
 # So many steps in a row without finite gradients are a run that is lost. In fp16 the scale of the loss starts at 2^16
 # and is halved after each: some at the start are normal.
@@ -35,7 +36,8 @@ class Optimisation:
 
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`.
     `parameters` may come with their names, as from `named_parameters()`: errors then name the layer. `eight_bit` keeps
-    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes.
+    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes; `muon` takes Muon
+    in place of AdamW for the weights of hidden layers, which it knows by their names.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class Optimisation:
         precision: str = "fp32",
         clip: float = math.inf,
         eight_bit: bool = False,
+        muon: bool = False,
     ):
         named = [p if isinstance(p, tuple) else ("a parameter", p) for p in parameters]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.device, self.dtype, self.lr, self.clip = device, PRECISIONS[precision], lr, clip
-        if eight_bit:
+        if muon:
+            self.optimizer = Muon(named, lr)
+        elif eight_bit:
             adamw = optional("bitsandbytes.optim", "the 8-bit optimiser").AdamW8bit
             self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
         else:

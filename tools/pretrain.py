@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     )
     unet.add_argument("--unet-steps", type=int, default=4000, help="(default: %(default)s)")
     unet.add_argument("--unet-batch", type=int, default=32, help="(default: %(default)s)")
-    unet.add_argument("--unet-lr", type=float, default=1.5e-3, help="(default: %(default)s)")
+    unet.add_argument("--unet-lr", type=float, default=1e-3, help="(default: %(default)s)")
     return parser.parse_args()
 
 
@@ -227,13 +227,18 @@ def unit_scale(vae: AutoencoderKL, world: InTurn, count: int = 256) -> float:
 
 
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> StableDiffusion:
-    """UNet and text encoder together, on cached latents, 10 % of the prompts dropped; -> their moving average."""
+    """UNet and text encoder together, on cached latents, 10 % of the prompts dropped; -> their moving average.
+
+    From the same base and on the same pictures, 200 steps of Muon took the loss from 0.263 to 0.242, 200 of AdamW to
+    0.259; a step takes a third longer.
+    """
     sd.to(memory_format=torch.channels_last)
     pairs = LatentPairs(all_worlds(sd.config.resolution, args.seed), args.pictures, sd)
     trained = nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder}).requires_grad_(True)
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    rate = cosine_rate(100, args.unet_steps)
     optimisation = Optimisation(
-        trained.parameters(), args.unet_lr, cosine_rate(200, args.unet_steps), torch.device("cpu"), clip=1.0
+        trained.named_parameters(), args.unet_lr, rate, torch.device("cpu"), clip=1.0, muon=True
     )
     state = args.out / "unet.pt"
     parts = dict(trained=trained, average=average, optimisation=optimisation)

@@ -20,6 +20,7 @@ import html
 import math
 import re
 import unicodedata
+from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -108,6 +109,7 @@ class Tokenizer:
         return ids
 
 
+@cache  # read once, and shared by all tokenizers: none changes it
 def load_merges(count: int) -> tuple[dict[int, int], list[bytes], dict[tuple[int, int], int]]:
     """The id of each byte, the bytes of each id (a space ends a word), and the first `count` merges: pair of ids -> id.
 

@@ -246,7 +246,7 @@ def programs(marker):
     yield pickle.dumps({"a": Payload(range, 10**13)})
     yield b"\x80\x02]r\xff\xff\xff\x7f."  # a memo of two thousand million entries
     yield b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x."  # bytes without end
-    yield b"\x80\x02" + b"(" * 300_000 + b"t" * 300_000 + b"."  # deep tuples
+    yield b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b"."  # deep tuples
     yield b"\x80\x02}" + b"(" * 100_000 + b"t" * 100_000 + b"K\x01s."  # as a key: to be hashed
     yield b"\x80\x02K\x01."
     yield b"."

@@ -84,9 +84,9 @@ class ControlConfig:
 
     hint_channels: int = 3
     hint_widths: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)  # the channels along its hint encoder
-    # Only the mean of each residual over all positions is added, as for the shuffled hints of ControlNet 1.1. The network
-    # does no more: that such a control is left out of the negative prompt's branch (`Control.prompt_only`) is up to the
-    # caller. infer.py does so, and diffusers.
+    # Only the mean of each residual over all positions is added, as for the shuffled hints of ControlNet 1.1. Nothing
+    # more happens in the network: that such a control is left out of the negative prompt's branch of the guidance
+    # (`Control.prompt_only`) is up to the caller. infer.py does so, and diffusers.
     global_average_pooling: bool = False
     # "lite" has one convolution in place of each copied block: the paper's ablation, section 4.2.
     architecture: Literal["full", "lite"] = "full"

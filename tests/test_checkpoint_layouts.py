@@ -361,6 +361,9 @@ def test_what_is_no_copy_cannot_be_moved(sd, control, tmp_path):
     assert "a ControlNet-lite has no copy" in error_of(lite.transfer, sd.unet, sd.unet)
     assert "diffusers cannot describe" in error_of(lite.save, path, layout="diffusers")
     assert not path.exists()
+    lite.save(path)
+    rewrite(path, lambda tensors: {**tensors, "difference": torch.zeros(1)})  # a lie
+    assert "a ControlNet-lite has no copy" in error_of(ControlNet.load, path, sd.unet)
     wide = UNet(replace(SMALL.unet, channels=32))
     assert "another architecture" in error_of(control.transfer, sd.unet, wide)
 

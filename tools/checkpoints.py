@@ -10,7 +10,16 @@ import torch
 
 from controlnet import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoint import BASE_PARTS, IGNORED, Checkpoint, CheckpointError, gather, open_checkpoint, save_checkpoint
+from ldm.checkpoint import (
+    BASE_PARTS,
+    IGNORED,
+    Checkpoint,
+    CheckpointError,
+    gather,
+    open_checkpoint,
+    save_checkpoint,
+    without_weights,
+)
 from ldm.config import SD15, SD21, UNetConfig, dataclass_from_dict
 from ldm.diffusers_layout import unet_from_diffusers
 from ldm.key_maps import control_map
@@ -46,7 +55,7 @@ def load_control(
     found = recognise_control(checkpoint)
     if found.difference and base is None:
         raise CheckpointError(f'"{path}" holds the difference to a base: name the base to add with --base')
-    with torch.device("meta"):
+    with without_weights():
         unet = base if found.difference else UNet(control_unet_config(checkpoint, found))
     own = (key for key in checkpoint.tensors if key.startswith(found.prefix) and not key.startswith(BASE_PARTS))
     dtype = dtype or widest_dtype(checkpoint, own)

@@ -467,7 +467,8 @@ def test_the_inpaint_hint_is_minus_one_where_the_mask_is_white(weights):
     hint[..., :32] = -1
     net = ControlNet.load(weights / "tiny-fill50k.safetensors", sd.unet)
     (want,) = generate(sd, "", [Control(net, hint)], steps=2)
-    assert np.array_equal(pixels_of("out/0001.png"), np.asarray(want))
+    difference = pixels_of("out/0001.png").astype(int) - np.asarray(want).astype(int)
+    assert np.abs(difference).max() <= 1  # the two hints lie differently in memory, and so round differently
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -81,13 +81,14 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.LayerNorm(width)
         if config.family == "open_clip":
             self.text_projection = nn.Parameter(torch.empty(width, width))
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_scale = nn.Parameter(torch.empty(()))
 
         # CLIP's initialisation, for training from scratch: the default of 1 would drown what the blocks add.
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
         if config.family == "open_clip":
             nn.init.normal_(self.text_projection, std=width**-0.5)
+            nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
         """Ids (B, M), M at most `positions`, -> (B, M, D): the final norm of a late layer's output.

@@ -3,7 +3,6 @@
 Sizes are (height, width) in pixels, as in tensors; only Pillow's own calls have width first.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from ldm.files import new_file
 
 Size = tuple[int, int]
 
@@ -124,9 +125,5 @@ def save_png(image: Image.Image, path: str | Path, texts: dict[str, str]) -> Non
     info = PngInfo()
     for keyword, text in texts.items():
         info.add_text(keyword, text.encode("utf-8", "backslashreplace").decode("utf-8"))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with new_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

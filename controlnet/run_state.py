@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ldm.files import new_file
+
 # What a resumed run must share with the one that was stopped, by the names of train.py's flags. The rest may change:
 # more steps, another rate, another device.
 FIXED = (
@@ -47,29 +49,19 @@ PACKAGES = ("torch", "torchvision", "numpy", "safetensors")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written aside, then renamed: a crash never leaves half a file in its place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with new_file(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_state(path: Path, step: int, **parts) -> None:
-    """Writes `step` and the `state_dict` of each part to `path`, first under a temporary name: a crash never leaves
-    half a file in its place."""
-    temporary = path.with_suffix(".tmp")
+    """Writes `step` and the `state_dict` of each part to `path`. Raises OSError if that fails."""
     try:
-        with open(temporary, "wb") as file:
+        with new_file(path) as temporary, open(temporary, "wb") as file:
             torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, file)
             file.flush()
             os.fsync(file.fileno())  # the renaming must not reach the disk before the contents do
-        os.replace(temporary, path)
     except RuntimeError as error:  # PyTorch's way to say that a disk is full
         raise OSError(f"{path} could not be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_state(path: Path, **parts) -> int:

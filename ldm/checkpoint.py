@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .config import SD15, SD21
+from .files import new_file
 from .key_maps import KeyMap, Source, names_by_key
 from .mapped import CheckpointError, Damaged, MappedFile, Stored, parse_json, read_safetensors
 from .pickles import LEGACY_MAGIC, ZIP_MAGIC, Refused, read_pickle
@@ -435,17 +436,13 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], metadata: dict
     """Write safetensors under a temporary name in the same folder, then rename: `path` is never half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    try:
+    with new_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as for any new file; safetensors' own are readable by their owner alone
         # Other programs look for "format" before they read a file.
         save_file(tensors, temporary, {"format": "pt", **metadata})
         temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

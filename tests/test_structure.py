@@ -14,6 +14,7 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 # A file imports only from files above it.
 LDM_IN_READING_ORDER = [
     "config",
+    "files",
     "schedule",
     "attention",
     "blocks",

@@ -16,8 +16,14 @@ def ground_colour(image: np.ndarray) -> np.ndarray:
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
-    """Mask of what differs from the ground by more than 40 of 255, by Euclidean distance in RGB."""
-    return np.linalg.norm(image - ground_colour(image), axis=-1) > 40
+    """Mask of what differs from the ground by more than 40 of 255, by Euclidean distance in RGB.
+
+    Where nothing is twice as far from the ground, as in a circle of a colour near it, half of the largest distance
+    counts, leaving out the last hundredth; below 30 of 255 there is no figure at all, and the mask is empty.
+    """
+    distance = np.linalg.norm(image - ground_colour(image), axis=-1)  # (H, W)
+    largest = np.quantile(distance, 0.99)
+    return distance > (min(40, largest / 2) if largest >= 30 else np.inf)
 
 
 def keypoint_distance(mask: np.ndarray, keypoints: np.ndarray) -> float:

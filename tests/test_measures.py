@@ -66,8 +66,14 @@ def test_psnr_of_a_known_difference():
 
 
 def test_the_foreground_of_true_pictures_is_their_figures():
-    for world in (People(128), Shapes(128)):
+    for world in (Fill50k(128, colours=BASIC_COLOURS), People(128), Shapes(128)):
         assert np.mean([iou(foreground(s.image), s.mask) for s in map(world.__getitem__, range(40))]) > 0.9
+
+
+def test_the_foreground_is_found_where_its_colour_is_near_the_grounds_and_not_in_noise():
+    near = draw_circle(64, 30, 30, 20, "sky blue", "light blue")  # 40 of 255 apart
+    assert iou(foreground(near.image), near.mask) > 0.95
+    assert not foreground(np.random.default_rng(0).integers(120, 130, (64, 64, 3))).any()
 
 
 def test_key_points_of_true_pictures_lie_on_the_figure_and_other_peoples_do_not():

@@ -130,7 +130,7 @@ def report_control(
             picture(sd, sample.caption if prompted else "", i, [Control(control, to_hints([sample.hint]))], settings)
             for i, sample in enumerate(bar(samples))
         ]
-        masks = [figure(image, world) for image in pictures]
+        masks = [foreground(image) for image in pictures]
         line = f"{label} {prompts}: mean IoU {mean_iou(masks, samples):.3f} (mismatched {mean_iou(masks, others):.3f})"
         if samples[0].keypoints is not None:
             own, floor = (mean_distance(masks, people) for people in (samples, others))
@@ -139,11 +139,6 @@ def report_control(
             agreement = [colour_agreement(p, s.image, s.mask) for p, s in zip(pictures, samples, strict=True)]
             line += f", colours right on {np.mean(agreement):.0%} of the figure"
         print(line)
-
-
-def figure(image: np.ndarray, world: World) -> np.ndarray:
-    """The mask of what is drawn. A circle's picture has two colours, which are told apart even where they are near."""
-    return split_disc(image)[0] if isinstance(world, Fill50k) else foreground(image)
 
 
 def mean_iou(masks: list[np.ndarray], samples: list[Sample]) -> float:

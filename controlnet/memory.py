@@ -21,6 +21,7 @@ from ldm.unet import set_checkpointing
 from .devices import PRECISIONS
 from .images import Size
 from .model import ControlNet
+from .muon import Muon
 from .objective import ControlLoss, only_middle
 
 
@@ -36,7 +37,7 @@ class Plan:
     hint_channels: int = 3
     sd_unlocked: bool = False
     only_mid_control: bool = False
-    eight_bit: bool = False
+    optimizer: str = "adamw"
     ema: bool = False
     lite: bool = False
 
@@ -49,7 +50,7 @@ class Memory:
     encoders: int  # autoencoder and text encoder: none with cached latents, which let them leave the device
     copy: int  # the trained ControlNet, in fp32, and its moving average
     gradients: int
-    optimiser: int  # two moments of each trained parameter
+    optimiser: int  # the moments of each trained parameter
     activations: int  # what the fullest moment of a step holds beyond that, with everything short-lived
     encoding: int  # the peak of encoding a batch, which comes before and is over then
     trained: int  # parameters, a number and not bytes
@@ -116,11 +117,21 @@ def predict(config: Config, plan: Plan) -> Memory:
             encoders=0 if plan.cached else size_of(sd.vae) + size_of(sd.text_encoder),
             copy=size_of(control) * (2 if plan.ema else 1),
             gradients=gradients,
-            optimiser=2 * gradients // (4 if plan.eight_bit else 1),
+            optimiser=optimiser_size(loss, plan.optimizer),
             activations=max(step - gradients, 0),
             encoding=0 if plan.cached else encoding_peak(sd, plan),
             trained=sum(parameter.numel() for parameter in trained),
         )
+
+
+def optimiser_size(module: nn.Module, optimizer: str) -> int:
+    """Bytes for the moments of what is trained: AdamW has two, in 8 bits a quarter of that, and Muon one for what it
+    takes in AdamW's place."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    two = 2 * sum(parameter.nbytes for _, parameter in named)
+    if optimizer == "muon":
+        return two - sum(parameter.nbytes for parameter in Muon(named, lr=1.0).inner)
+    return two // 4 if optimizer == "adamw8bit" else two
 
 
 def make_fake(module: nn.Module) -> None:

@@ -38,7 +38,7 @@ FIXED = (
     "control",
     "architecture",
     "precision",
-    "eight_bit",
+    "optimizer",
     "ema",
     "sd_unlocked",
     "only_mid_control",

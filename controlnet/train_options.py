@@ -100,7 +100,12 @@ def add_method(method) -> None:
         "--accumulate", type=positive, default=1, metavar="N", help="batches a step (default: %(default)s)"
     )
     method.add_argument(
-        "--lr", type=positive_number, metavar="X", help="AdamW's rate (default: 1e-3 for tiny, 1e-5 for SD)"
+        "--optimizer",
+        choices=["adamw", "adamw8bit", "muon"],
+        help="adamw8bit needs bitsandbytes (default: muon for tiny, adamw for SD)",
+    )
+    method.add_argument(
+        "--lr", type=positive_number, metavar="X", help="the learning rate (default: 1e-3 for tiny, 1e-5 for SD)"
     )
     method.add_argument(
         "--warmup", type=count, default=100, metavar="N", help="steps up to the full rate (default: %(default)s)"
@@ -115,7 +120,6 @@ def add_method(method) -> None:
         metavar="X",
         help="largest norm of the gradients; the published trainer: inf (default: 1)",
     )
-    method.add_argument("--eight-bit", action="store_true", help="AdamW's moments in 8 bits (needs bitsandbytes)")
     method.add_argument("--ema", type=share, metavar="DECAY", help="save a moving average of the copy, of 0.999, say")
     method.add_argument(
         "--min-snr", type=positive_number, metavar="GAMMA", help="weigh timesteps by min(SNR, GAMMA), usually 5"

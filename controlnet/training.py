@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ldm.config import Config
+
 from .devices import PRECISIONS, optional
 from .muon import Muon
 
 # So many steps in a row without finite gradients are a run that is lost. In fp16 the scale of the loss starts at 2^16
 # and is halved after each: some at the start are normal.
 MOST_SKIPPED = 20
+
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 def constant_rate(warmup: int) -> Callable[[int], float]:
@@ -25,6 +29,16 @@ def cosine_rate(warmup: int, steps: int) -> Callable[[int], float]:
     return lambda step: min((step + 1) / max(warmup, 1), 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
 
 
+def default_lr(config: Config) -> float:
+    """The learning rate of a ControlNet when none is asked for: the paper's for SD, a hundred times more for `tiny`."""
+    return 1e-3 if config.name == "tiny" else 1e-5
+
+
+def default_optimizer(config: Config) -> str:
+    """The paper's AdamW for SD; Muon for `tiny`, which is to get there on a laptop."""
+    return "muon" if config.name == "tiny" else "adamw"
+
+
 class Optimisation:
     """AdamW on fp32 parameters with autocast around the forward pass and, for fp16, scaled losses.
 
@@ -35,9 +49,9 @@ class Optimisation:
         optimisation.step()
 
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`.
-    `parameters` may come with their names, as from `named_parameters()`: errors then name the layer. `eight_bit` keeps
-    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes; `muon` takes Muon
-    in place of AdamW for the weights of hidden layers, which it knows by their names.
+    `parameters` may come with their names, as from `named_parameters()`: errors then name the layer. `optimizer` is
+    one of OPTIMIZERS: "adamw8bit" keeps the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the
+    package bitsandbytes; "muon" takes Muon for the weights of hidden layers, which it knows by their names.
     """
 
     def __init__(
@@ -48,15 +62,14 @@ class Optimisation:
         device: torch.device,
         precision: str = "fp32",
         clip: float = math.inf,
-        eight_bit: bool = False,
-        muon: bool = False,
+        optimizer: str = "adamw",
     ):
         named = [p if isinstance(p, tuple) else ("a parameter", p) for p in parameters]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.device, self.dtype, self.lr, self.clip = device, PRECISIONS[precision], lr, clip
-        if muon:
+        if optimizer == "muon":
             self.optimizer = Muon(named, lr)
-        elif eight_bit:
+        elif optimizer == "adamw8bit":
             adamw = optional("bitsandbytes.optim", "the 8-bit optimiser").AdamW8bit
             self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
         else:

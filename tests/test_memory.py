@@ -65,8 +65,10 @@ def test_every_saving_saves():
     deep = replace(SMALL, unet=replace(TWO_LEVELS, blocks=3))
     plain = predict(deep, Plan(SIZE, batch_size=4))
     assert predict(deep, Plan(SIZE, batch_size=4, checkpointing=True)).activations < 0.9 * plain.activations
-    half = predict(deep, Plan(SIZE, batch_size=4, precision="fp16", eight_bit=True))
+    half = predict(deep, Plan(SIZE, batch_size=4, precision="fp16", optimizer="adamw8bit"))
     assert half.activations < 0.7 * plain.activations and half.optimiser * 4 == plain.optimiser
+    muon = predict(deep, Plan(SIZE, batch_size=4, optimizer="muon"))
+    assert 0.5 * plain.optimiser < muon.optimiser < 0.6 * plain.optimiser  # one moment, but for norms and biases
 
 
 def test_every_item_is_told_in_gigabytes():

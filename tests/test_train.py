@@ -432,7 +432,7 @@ BAD_CALLS = [
     (["--out", "/dev/null/run"], "another folder"),
     (["--control", "x.safetensors", "--architecture", "lite"], "leave out --architecture"),
     (["--cache", "/proc"], "empty or new folder as --cache"),
-    (["--eight-bit"], "pip install bitsandbytes"),
+    (["--optimizer", "adamw8bit"], "pip install bitsandbytes"),
     (["--tensorboard"], "pip install tensorboard"),
 ]
 

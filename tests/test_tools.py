@@ -14,7 +14,7 @@ from small import SMALL, small_control, small_sd
 
 from controlnet.colours import BASIC_COLOURS
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
-from tools import evaluate, pretrain, strip
+from tools import convergence, evaluate, pretrain, strip
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +29,7 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["evaluate", "pretrain", "strip"])
+@pytest.mark.parametrize("name", ["convergence", "evaluate", "pretrain", "strip"])
 def test_a_tool_is_also_a_script(name):
     done = subprocess.run([sys.executable, f"tools/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"python -m tools.{name}" in done.stdout
@@ -67,6 +67,26 @@ def test_the_strip_shows_hints_above_pictures_for_each_control(models, tmp_path,
     for i, name in enumerate(TINY_CONTROL_OF):
         hint = WORLDS[name](side, colours=BASIC_COLOURS, held_out=True)[0].hint
         assert np.array_equal(pixels[:side, i * side : (i + 1) * side], hint)
+
+
+def test_the_convergence_strip_has_a_column_for_each_step_between_hints_and_truths(tmp_path):
+    side, run, out = 32, tmp_path / "run", tmp_path / "strip.png"
+    (run / "samples").mkdir(parents=True)
+    for step in (5, 10, 100, 15):  # a row of a grid: hint, picture, truth, text; the value tells which
+        rows = [
+            np.hstack([np.full((side, side, 3), 10 * row + x + step, np.uint8) for x in range(4)]) for row in (1, 2)
+        ]
+        Image.fromarray(np.vstack(rows)).save(run / "samples" / f"{step:06d}.png")
+    (run / "log.jsonl").write_text('{"step": 5, "iou": 0.25}\n{"step": 6}\n')
+    assert convergence.main([str(run), "--rows", "2", "--columns", "3", "--out", str(out)]) == 0
+    pixels = np.asarray(Image.open(out))[convergence.CAPTION :: side, ::side, 0]
+    # of the steps 5, 10, 15 and 100 three, the pictures' value being 10 row + 1 + step, between step 5's 0 and 2
+    assert pixels.tolist() == [[15, 16, 26, 111, 17], [25, 26, 36, 121, 27]]
+
+
+def test_a_folder_without_grids_is_no_run(tmp_path, capsys):
+    assert convergence.main([str(tmp_path)]) == 2
+    assert "has no grids" in capsys.readouterr().err
 
 
 def shrink(monkeypatch):

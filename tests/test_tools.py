@@ -96,7 +96,7 @@ def shrink(monkeypatch):
 
 def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
     shrink(monkeypatch)
-    steps = ["--vae-steps", "4", "--decoder-steps", "2", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
+    steps = ["--vae-steps", "4", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
 
     def run(out):
         monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / out), *steps])
@@ -111,7 +111,7 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pretrain, "save_state", save_and_stop)
-    for _ in range(5):  # two saves of the autoencoder, one of its decoder, two of the UNet
+    for _ in range(4):  # two saves of the autoencoder, two of the UNet
         with pytest.raises(KeyboardInterrupt):
             run("parts")
     monkeypatch.setattr(pretrain, "save_state", stopping)
@@ -122,15 +122,14 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
 def test_a_finished_base_goes_on_learning_with_the_same_latents(models, tmp_path, monkeypatch):
     shrink(monkeypatch)
     base = models / "tiny.safetensors"
-    steps = ["--decoder-steps", "1", "--unet-steps", "1", "--unet-batch", "2", "--pictures", "4"]
+    steps = ["--unet-steps", "1", "--unet-batch", "2", "--pictures", "4"]
     monkeypatch.setattr(sys, "argv", ["pretrain", "--start", str(base), "--out", str(tmp_path), *steps])
     pretrain.main()
     before, after = load_file(base), load_file(tmp_path / "tiny.safetensors")
     changed = {key for key in before if not torch.equal(before[key].half(), after[key])}
-    for part in ("first_stage_model.decoder.", "model.diffusion_model.", "cond_stage_model."):
+    for part in ("model.diffusion_model.", "cond_stage_model."):
         assert any(key.startswith(part) for key in changed)
-    still = ("first_stage_model.encoder.", "first_stage_model.quant_conv.", "first_stage_model.post_quant_conv.")
-    assert not any(key.startswith(still) for key in changed)
+    assert not any(key.startswith("first_stage_model.") for key in changed)
 
 
 def test_latents_get_unit_deviation():

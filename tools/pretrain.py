@@ -11,7 +11,6 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # for `python tools/pretrain.py`; out of this folder, whose inspect.py is not Python's own
@@ -51,10 +50,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     sd = StableDiffusion.load(args.start) if args.start else fresh_base(train_vae(TINY, args), args)
-    if args.decoder_steps:
-        sd.vae = train_decoder(sd.vae, args)
-    if args.unet_steps:
-        sd = train_unet(sd, args)
+    sd = train_unet(sd, args)
     sd.save(args.out / "tiny.safetensors", torch.float16)
     log(args.out, f"wrote {args.out / 'tiny.safetensors'}")
 
@@ -71,12 +67,8 @@ def parse_args() -> argparse.Namespace:
         help="bf16 is twice as fast on CPUs with matrix units (AMX), and many times slower on others (default: fp32)",
     )
     vae = parser.add_argument_group("autoencoder")
-    vae.add_argument("--vae-steps", type=int, default=5000, help="(default: %(default)s)")
+    vae.add_argument("--vae-steps", type=int, default=3600, help="(default: %(default)s)")
     vae.add_argument("--vae-lr", type=float, default=2e-3, help="(default: %(default)s)")
-    vae.add_argument(
-        "--decoder-steps", type=int, default=0, help="then, for the decoder alone, on whole pictures (default: 0)"
-    )
-    vae.add_argument("--decoder-lr", type=float, default=7e-4, help="(default: %(default)s)")
     unet = parser.add_argument_group("UNet and text encoder")
     unet.add_argument(
         "--pictures", type=int, default=30000, help="how many they see, as cached latents (default: %(default)s)"
@@ -102,36 +94,18 @@ def log(out: Path, line: str) -> None:
 
 
 def train_vae(config: Config, args: argparse.Namespace) -> AutoencoderKL:
-    """On crops that grow to whole pictures; -> the moving average."""
-    return fit_vae("vae", fresh_vae(config.vae), growing_crops, args.vae_steps, args.vae_lr, args)
-
-
-def train_decoder(vae: AutoencoderKL, args: argparse.Namespace) -> AutoencoderKL:
-    """The decoder alone, on whole pictures: the latents stay what UNet and ControlNets know; -> the moving average."""
-    vae.requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-    return fit_vae("decoder", vae, whole_pictures, args.decoder_steps, args.decoder_lr, args)
-
-
-def fit_vae(
-    name: str,
-    vae: AutoencoderKL,
-    batch_of: Callable[[InTurn, int, float, torch.Generator], Tensor],
-    steps: int,
-    lr: float,
-    args: argparse.Namespace,
-) -> AutoencoderKL:
-    """Trains what requires gradients, with L1 + L2 + a small KL (for latents without gaps); -> the moving average."""
+    """With L1 + L2 + a small KL (for latents without gaps), on crops that grow; -> the moving average."""
+    vae = fresh_vae(config.vae)
     world = all_worlds(TINY.resolution, args.seed)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimisation = optimise(vae, lr, steps, args.precision)
-    state = args.out / f"{name}.pt"
+    optimisation = optimise(vae, args.vae_lr, args.vae_steps, args.precision)
+    state = args.out / "vae.pt"
     parts = dict(vae=vae, average=average, optimisation=optimisation)
     start = load_state(state, **parts) if state.exists() else 0
 
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10):
+    for step in tqdm(range(start, args.vae_steps), "vae", args.vae_steps, initial=start, mininterval=10):
         generator = seeded(args.seed, 1, step)
-        images = batch_of(world, step, step / steps, generator)
+        images = growing_crops(world, step, step / args.vae_steps, generator)
         with optimisation.autocast():
             posterior = vae.posterior(images)
             noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -141,19 +115,17 @@ def fit_vae(
         optimisation.step()
         average.update_parameters(vae)
 
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.vae_steps:
             save_state(state, step + 1, **parts)
-            report = vae_report(average.module, args.out / f"{name}-{step + 1:06d}.png")
-            log(args.out, f"{name} step {step + 1} loss {loss.item():.4f} {report}")
+            report = vae_report(average.module, args.out / f"vae-{step + 1:06d}.png")
+            log(args.out, f"vae step {step + 1} loss {loss.item():.4f} {report}")
     return average.module
 
 
 def optimise(module: nn.Module, lr: float, steps: int, precision: str) -> Optimisation:
-    """Muon on what requires gradients: a third slower a step than AdamW, and it takes a fifth of the steps."""
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return Optimisation(
-        trained, lr, cosine_rate(100, steps), torch.device("cpu"), precision, clip=1.0, optimizer="muon"
-    )
+    """Muon: a third slower a step than AdamW, and it takes a fifth of the steps."""
+    rate = cosine_rate(100, steps)
+    return Optimisation(module.named_parameters(), lr, rate, torch.device("cpu"), precision, clip=1.0, optimizer="muon")
 
 
 def fresh_vae(config: VAEConfig) -> AutoencoderKL:
@@ -179,12 +151,6 @@ def growing_crops(world: InTurn, step: int, progress: float, generator: torch.Ge
     samples = [world[step * drawn + i] for i in range(drawn)] * (count // drawn)
     crops = [crop_at_object(sample, side, generator) for sample in samples]
     return to_images(crops).contiguous(memory_format=torch.channels_last)
-
-
-def whole_pictures(world: InTurn, step: int, progress: float, generator: torch.Generator) -> Tensor:
-    """(4, 3, H, W) in [-1, 1]."""
-    images = to_images(world[step * 4 + i].image for i in range(4))
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def crop_at_object(sample: Sample, side: int, generator: torch.Generator) -> np.ndarray:
@@ -239,7 +205,6 @@ def unit_scale(vae: AutoencoderKL, world: InTurn, count: int = 256) -> float:
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> StableDiffusion:
     """UNet and text encoder together, on cached latents, 10 % of the prompts dropped; -> their moving average."""
     sd.to(memory_format=torch.channels_last)
-    pairs = LatentPairs(all_worlds(sd.config.resolution, args.seed), args.pictures, sd)
     trained = nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder}).requires_grad_(True)
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimisation = optimise(trained, args.unet_lr, args.unet_steps, args.precision)
@@ -247,6 +212,8 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> StableDiffusion
     parts = dict(trained=trained, average=average, optimisation=optimisation)
     start = load_state(state, **parts) if state.exists() else 0
 
+    if start < args.unet_steps:
+        pairs = LatentPairs(all_worlds(sd.config.resolution, args.seed), args.pictures, sd)
     bar = tqdm(range(start, args.unet_steps), initial=start, total=args.unet_steps, desc="unet", mininterval=10)
     mean_loss = 1.0
     for step in bar:

@@ -217,7 +217,7 @@ def scheduler_values(config: ScheduleConfig) -> dict:
         "beta_schedule": "scaled_linear",
         "trained_betas": None,
         "clip_sample": False,
-        "set_alpha_to_one": False,
+        "set_alpha_to_one": config.zero_terminal_snr,  # whether the last step goes to the data: as in samplers.py
         "steps_offset": 1,
         "prediction_type": PREDICTIONS[config.prediction],
         "rescale_betas_zero_snr": config.zero_terminal_snr,

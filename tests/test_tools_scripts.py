@@ -32,7 +32,7 @@ def test_help_comes_without_torch(tmp_path):
     """It names every option, the program and an example."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for name in ("inspect", "convert", "transfer", "add_control", "merge", "download"):
+    for name in ("inspect", "convert", "transfer", "add_control", "merge", "download", "bench"):
         command = [sys.executable, str(TOOLS / f"{name}.py"), "--help"]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ EACH = {
 RECORDED = (
     *("prompt", "negative", "size", "seed", "init", "strength", "mask"),
     *("base", "prediction", "clip_skip", "long_prompts"),
-    *("steps", "sampler", "cfg", "eta", "device", "dtype", "low_memory"),
+    *("steps", "sampler", "cfg", "eta", "reuse", "device", "dtype", "low_memory"),
 )
 
 
@@ -185,6 +185,14 @@ def add_sampling(group) -> None:
         default=0.0,
         metavar="X",
         help="noise that ddim adds, from 0 to 1, which is as much as ddpm (default: %(default)s)",
+    )
+    add(
+        "--reuse",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="compute the ControlNets and all but two blocks of the UNet at every Nth step only, which is faster but "
+        "approximate: 2 is a good choice (default: %(default)s, exact)",
     )
 
 
@@ -360,6 +368,7 @@ def make_pictures(args, sd, controls, init, size, settings, device) -> None:
                 clip_skip=args.clip_skip,
                 long_prompts=args.long_prompts,
                 low_memory=device if args.low_memory else None,
+                reuse=args.reuse,
             )
             path = picture_path(args.out, i, args.count)
             if path.exists():

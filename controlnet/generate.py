@@ -76,6 +76,7 @@ def generate(
     clip_skip: int = 1,
     long_prompts: bool = False,
     low_memory: torch.device | str | None = None,
+    reuse: int = 1,
 ) -> list[Image.Image]:
     """`count` pictures of `size`; without it, of the hints' size, or fitted to `init`, or square.
 
@@ -88,9 +89,12 @@ def generate(
     while it is used, the branches of the guidance are evaluated one after the other, and pictures are encoded and
     decoded in strips. The picture is the same to rounding.
 
+    `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (see reuse.py): faster,
+    and another picture, though at 2 a similar one.
+
     Raises ValueError for a size the model cannot make, hints of other sizes, a negative `cfg`, a seed outside
-    0..2^63 - 1, or what `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip, weights of words),
-    FloatingPointError with the layer's name for a result that is not finite.
+    0..2^63 - 1, a `reuse` below 1, or what `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip,
+    weights of words), FloatingPointError with the layer's name for a result that is not finite.
     """
     height, width = size = picture_size(sd.config, controls, size, init)
     check_seeds(seed, count)
@@ -109,7 +113,7 @@ def generate(
 
     shape = (1, sd.config.unet.latent_channels, height // sd.config.vae.downscale, width // sd.config.vae.downscale)
     with on_device(low_memory, sd.unet, *(control.net for control in controls)):
-        denoise = make_denoise(sd, *contexts, cfg, controls, timesteps[skip:], batched=low_memory is None)
+        denoise = make_denoise(sd, *contexts, cfg, controls, timesteps[skip:], low_memory is None, reuse)
         latents = []
         for i in range(count):
             noise = noise_of(seed + i)
@@ -195,11 +199,12 @@ def make_denoise(
     controls: Sequence[Control],
     timesteps: Sequence[int],
     batched: bool,
+    reuse: int,
 ) -> Denoise:
     """The guided UNet for one picture's fp32 latents: it computes in the base's own dtype."""
     like = next(sd.unet.parameters())
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
-    denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched)
+    denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, reuse)
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
     return lambda x, t: finite(lambda: denoise(x.to(like.dtype), t), networks)

@@ -6,8 +6,9 @@ A control has one strength for each of its residuals: the skips in the encoder's
 `guess_layers`, `resolution_layers` and `middle_layer` are the strengths of the paper and of the released code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ldm.config import UNetConfig
 from ldm.unet import UNet
 
 from .model import ControlNet
+from .reuse import Reusing, check_reuse, in_full
 
 
 @dataclass(frozen=True)
@@ -99,30 +101,41 @@ def guided(
     controls: Sequence[Control] = (),
     timesteps: Sequence[int] | None = None,
     batched: bool = True,
+    reuse: int = 1,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """-> denoise(x, t): the raw output, moved away from the negative prompt's by the factor `cfg`.
 
     output = negative + cfg (prompt - negative); at cfg 1 the negative prompt has no effect and is not computed. The
     guidance acts on the raw output, whether that is eps or v. Both branches are one batch of twice the size, or two
-    evaluations if not `batched`: equal results, less memory. `timesteps` are those of the sampling, in its order; only
-    controls with a `start` or an `end` need them, and then all of t is the same. Raises ValueError if they are missing.
+    evaluations if not `batched`: equal results, less memory. With `reuse` N only every Nth step is computed in full,
+    and each at which other controls begin to act: an approximation, see reuse.py. `timesteps` are those of the
+    sampling, in its order; only `reuse` and controls with a `start` or an `end` need them, and then all of t is the
+    same. Raises ValueError if they are missing, or for a `reuse` below 1.
     """
+    check_reuse(reuse)
     # A hint does not change from step to step: encoded once. Nor do the prompt's keys and values in the transformers,
     # but they are 0.4 % of the UNet's arithmetic in SD at 512x512: keeping them would not pay.
     uses = [Use(control, timesteps) for control in controls]
+    if reuse == 1:
+        of_both = of_negative = of_prompt = in_full(unet)
+    else:
+        spans = constant_spans(uses, timesteps)
+        of_both, of_negative, of_prompt = (Reusing(unet, spans, reuse) for _ in range(3))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        acting = [use for use in uses if use.acts(t)]
+        acting = [use for use in uses if use.acts(int(t[0]))]
+        in_negative = [use for use in acting if not use.control.prompt_only]
         if cfg == 1:
-            return unet(x, t, prompt, total([use.residuals(x, t, prompt) for use in acting]))
+            return of_prompt(x, t, prompt, lambda: total(use.residuals(x, t, prompt) for use in acting))
         if batched:
             x, t, context = x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, prompt])  # (2 B, ...)
-            residuals = total([use.residuals_of_both(x, t, context) for use in acting])
-            negative_output, prompt_output = unet(x, t, context, residuals).chunk(2)
+            output = of_both(x, t, context, lambda: total(use.residuals_of_both(x, t, context) for use in acting))
+            negative_output, prompt_output = output.chunk(2)
         else:
-            in_negative = [use.residuals(x, t, negative) for use in acting if not use.control.prompt_only]
-            negative_output = unet(x, t, negative, total(in_negative))
-            prompt_output = unet(x, t, prompt, total([use.residuals(x, t, prompt) for use in acting]))
+            negative_output = of_negative(
+                x, t, negative, lambda: total(use.residuals(x, t, negative) for use in in_negative)
+            )
+            prompt_output = of_prompt(x, t, prompt, lambda: total(use.residuals(x, t, prompt) for use in acting))
         return negative_output + cfg * (prompt_output - negative_output)
 
     return denoise
@@ -145,8 +158,8 @@ class Use:
                 raise ValueError("a control acts in a part of the steps: pass the argument timesteps")
             self.timesteps = acting_timesteps(timesteps, control.start, control.end)
 
-    def acts(self, t: Tensor) -> bool:
-        return self.timesteps is None or int(t[0]) in self.timesteps
+    def acts(self, timestep: int) -> bool:
+        return self.timesteps is None or timestep in self.timesteps
 
     def residuals(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
         residuals = self.control.net.residuals(x, t, context, fill_batch(self.features, len(x)))
@@ -169,13 +182,20 @@ def acting_timesteps(timesteps: Sequence[int], start: float, end: float) -> set[
     return {t for i, t in enumerate(timesteps) if start <= i / n and (i + 1) / n <= end}
 
 
+def constant_spans(uses: Sequence[Use], timesteps: Sequence[int] | None) -> list[list[int]]:
+    """The timesteps, cut where other controls begin to act. Raises ValueError without timesteps."""
+    if timesteps is None:
+        raise ValueError("features are reused from step to step: pass the argument timesteps")
+    return [list(span) for _, span in groupby(timesteps, lambda timestep: [use.acts(timestep) for use in uses])]
+
+
 def shrunk(mask: Tensor, size: tuple[int, int], last: int) -> list[Tensor]:
     """A mask (B, 1, H, W) as the mean over the area of each position, at the levels 0, of `size`, to `last`."""
     sizes = [tuple(-(-side // 2**level) for side in size) for level in range(last + 1)]  # halved and rounded up
     return [F.interpolate(mask, size, mode="area") for size in sizes]
 
 
-def total(residuals: Sequence[list[Tensor]]) -> list[Tensor] | None:
+def total(residuals: Iterable[list[Tensor]]) -> list[Tensor] | None:
     """The sum of all controls' residuals, layer by layer (section 3.4 of the paper); None without controls."""
     return [sum(layer[1:], layer[0]) for layer in zip(*residuals, strict=True)] or None
 

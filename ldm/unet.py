@@ -119,6 +119,14 @@ class Encoded:
     time: Tensor  # (B, T)
 
 
+def add_control(encoded: Encoded, control: Sequence[Tensor] | None) -> Encoded:
+    """With a ControlNet's residuals added, one for each skip and the middle's last."""
+    if control is None:
+        return encoded
+    skips = [skip + residual for skip, residual in zip(encoded.skips, control[:-1], strict=True)]
+    return Encoded(skips, encoded.middle + control[-1], encoded.time)
+
+
 class UNetEncoder(Checkpointed):
     """The half of the UNet that a ControlNet copies: time embedding, blocks and middle."""
 
@@ -164,9 +172,17 @@ class UNetDecoder(Checkpointed):
         self.conv_out = nn.Conv2d(width, config.latent_channels, 3, padding=1)
 
     def forward(self, middle: Tensor, skips: Sequence[Tensor], time: Tensor, context: Tensor) -> Tensor:
-        x = middle
-        for block, skip in zip(self.blocks, reversed(skips), strict=True):
+        return self.output(self.up(self.blocks, middle, skips, time, context))
+
+    def up(
+        self, blocks: Sequence[nn.Module], x: Tensor, skips: Sequence[Tensor], time: Tensor, context: Tensor
+    ) -> Tensor:
+        """x through some of the blocks in turn, with a skip for each, in the encoder's order."""
+        for block, skip in zip(blocks, reversed(skips), strict=True):
             x = self.run(block, torch.cat([x, skip], dim=1), time, context)
+        return x
+
+    def output(self, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -187,8 +203,5 @@ class UNet(nn.Module):
 
     def decode(self, encoded: Encoded, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
         """The second half of `forward`, for callers that run the encoder on their own (without gradients, or once)."""
-        skips, middle = encoded.skips, encoded.middle
-        if control is not None:
-            skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
-            middle = middle + control[-1]
-        return self.decoder(middle, skips, encoded.time, context)
+        encoded = add_control(encoded, control)
+        return self.decoder(encoded.middle, encoded.skips, encoded.time, context)

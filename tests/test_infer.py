@@ -136,6 +136,7 @@ def test_the_picture_carries_everything_used(weights):
         "sampler": "ddim",
         "cfg": 3.0,
         "eta": 0.5,
+        "reuse": 1,
         "device": "cpu",
         "dtype": "bf16",
         "low_memory": False,
@@ -187,6 +188,7 @@ def test_the_options_decide_over_the_picture(loaded_once):
             "--eta 1",
             "--control-scale 0",
             "--steps 3",
+            "--reuse 2",
             "--dtype bf16",
         ]
     ):
@@ -270,7 +272,7 @@ EVERYTHING = (
     "--prompt|(größer:1.3), a: b|--negative|[blurry]|--hint|photo.png|--detect|canny|--control|fill50k"
     "|--hint|circle.png|--control|fill50k|--control-scale|0.8|--control-scale|0.5|--control-layers|1,1,1,0.5,1,1,1|--control-end|0.6"
     "|--control-mode|guess|--control-mode|balanced|--control-mask|left.png|--init|photo.png|--strength|0.7|--mask"
-    "|left.png|--sampler|ddpm|--steps|5|--cfg|3|--seed|7|--size|96x64|--long-prompts|--low-memory"
+    "|left.png|--sampler|ddpm|--steps|5|--reuse|2|--cfg|3|--seed|7|--size|96x64|--long-prompts|--low-memory"
 )
 
 
@@ -636,6 +638,7 @@ def control_of_another_base(path):
         "--size 64y64",
         "--size -64",
         "--count 0",
+        "--reuse 0",
         "--dtype int8",
         "--pormpt a",
         "--neg a",

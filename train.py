@@ -27,7 +27,7 @@ def train(args: argparse.Namespace) -> int:
     from controlnet.distributed import join_processes
     from controlnet.objective import ControlLoss, only_middle, zero_conv_norms
     from controlnet.run_state import Position, Progress, RunFolder, StopSignals
-    from controlnet.training import Optimisation, constant_rate, cosine_rate, default_lr, default_optimizer
+    from controlnet.training import Optimisation, constant_rate, cosine_rate
     from controlnet.training_data import DataSettings, TrainingData
     from ldm import StableDiffusion
     from ldm.unet import set_checkpointing
@@ -58,10 +58,8 @@ def train(args: argparse.Namespace) -> int:
         loss.compile()
     joined = processes.joined(loss)
     trained = [(name, parameter) for name, parameter in loss.named_parameters() if parameter.requires_grad]
-    lr = args.lr or default_lr(sd.config)
-    optimizer = args.optimizer or default_optimizer(sd.config)
     rate = cosine_rate(args.warmup, args.steps) if args.rate == "cosine" else constant_rate(args.warmup)
-    optimisation = Optimisation(trained, lr, rate, device, args.precision, args.clip, optimizer)
+    optimisation = Optimisation(trained, args.lr, rate, device, args.precision, args.clip, args.optimizer)
 
     # --- where the run stands: a step depends on nothing but this and the settings
     position = Position()

@@ -8,7 +8,6 @@ from ldm.recognise import recognise
 from ldm.stable_diffusion import find
 
 from .memory import Plan, predict, table
-from .training import default_optimizer
 from .training_data import DataSettings, open_settings, picture_size
 
 
@@ -27,7 +26,7 @@ def described(args: argparse.Namespace) -> str:
         hint_channels=args.hint_channels,
         sd_unlocked=args.sd_unlocked,
         only_mid_control=args.only_mid_control,
-        optimizer=args.optimizer or default_optimizer(config),
+        optimizer=args.optimizer,
         ema=args.ema is not None,
         lite=args.architecture == "lite",
     )

@@ -3,7 +3,29 @@
 import argparse
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings, by the names of their options, that depend on the base where nobody gives them."""
+
+    optimizer: str
+    lr: float
+    rate: str
+    batch_size: int
+    steps: int
+
+
+# The authors' own for SD (docs/train.md), and for the small base what converges within minutes.
+PAPER = Recipe("adamw", lr=1e-5, rate="constant", batch_size=4, steps=10000)
+LAPTOP = Recipe("muon", lr=1e-3, rate="cosine", batch_size=16, steps=1000)
+
+
+def by_base(name: str) -> str:
+    """For --help: the default of an option that is part of the recipes."""
+    return f"(default: {getattr(LAPTOP, name)} for tiny, {getattr(PAPER, name)} for SD)"
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -24,9 +46,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def settled(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
     """The settings as they count: with --resume, what is not given is as it was.
 
-    Raises ValueError for contradictions, and rather than write over another run.
+    Raises ValueError for contradictions, for a base that is none, and rather than write over another run.
     """
-    from .devices import optional  # both need PyTorch
+    from .devices import optional  # these need PyTorch
+    from .dry_run import config_of
     from .run_state import RunFolder
 
     run = RunFolder(args.out)
@@ -42,6 +65,10 @@ def settled(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: lis
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
     if args.control and args.architecture != "full":
         raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
+    recipe = LAPTOP if config_of(args.base, args.prediction).name == "tiny" else PAPER
+    for name, value in asdict(recipe).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -90,28 +117,22 @@ def add_method(method) -> None:
         default="full",
         help="lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
     )
-    method.add_argument(
-        "--steps", type=positive, default=1500, metavar="N", help="optimiser steps (default: %(default)s)"
-    )
-    method.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help="pictures at once (default: %(default)s)"
-    )
+    method.add_argument("--steps", type=positive, metavar="N", help=f"optimiser steps {by_base('steps')}")
+    method.add_argument("--batch-size", type=positive, metavar="N", help=f"pictures at once {by_base('batch_size')}")
     method.add_argument(
         "--accumulate", type=positive, default=1, metavar="N", help="batches a step (default: %(default)s)"
     )
     method.add_argument(
         "--optimizer",
         choices=["adamw", "adamw8bit", "muon"],
-        help="adamw8bit needs bitsandbytes (default: muon for tiny, adamw for SD)",
+        help=f"adamw8bit needs bitsandbytes {by_base('optimizer')}",
     )
-    method.add_argument(
-        "--lr", type=positive_number, metavar="X", help="the learning rate (default: 1e-3 for tiny, 1e-5 for SD)"
-    )
+    method.add_argument("--lr", type=positive_number, metavar="X", help=f"the learning rate {by_base('lr')}")
     method.add_argument(
         "--warmup", type=count, default=100, metavar="N", help="steps up to the full rate (default: %(default)s)"
     )
     method.add_argument(
-        "--rate", choices=["constant", "cosine"], default="constant", help="after the warm-up; cosine ends at 0"
+        "--rate", choices=["constant", "cosine"], help=f"after the warm-up; cosine ends at 0 {by_base('rate')}"
     )
     method.add_argument(
         "--clip",

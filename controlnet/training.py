@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ldm.config import Config
-
 from .devices import PRECISIONS, optional
 from .muon import Muon
 
@@ -27,16 +25,6 @@ def constant_rate(warmup: int) -> Callable[[int], float]:
 def cosine_rate(warmup: int, steps: int) -> Callable[[int], float]:
     """Linear warm-up, then half a cosine from 1 down to 0 at `steps`."""
     return lambda step: min((step + 1) / max(warmup, 1), 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
-
-
-def default_lr(config: Config) -> float:
-    """The learning rate of a ControlNet when none is asked for: the paper's for SD, a hundred times more for `tiny`."""
-    return 1e-3 if config.name == "tiny" else 1e-5
-
-
-def default_optimizer(config: Config) -> str:
-    """The paper's AdamW for SD; Muon for `tiny`, which is to get there on a laptop."""
-    return "muon" if config.name == "tiny" else "adamw"
 
 
 class Optimisation:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing import active_children, current_process
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from small import SMALL, small_control, small_sd
 
 import train
+from controlnet import train_options
 from controlnet.data import FolderSource, Transform, split
 from controlnet.folders import list_folder
 from controlnet.hints import detect as detector
@@ -85,6 +87,21 @@ def steps_of(out):
     """What log.jsonl says, without what depends on the machine."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_gb")} for line in lines]
+
+
+# ----------------------------------------------------------------------------------------------------- what is asked
+
+
+@pytest.mark.parametrize("name, recipe", [("small", train_options.PAPER), ("tiny", train_options.LAPTOP)])
+def test_what_nobody_gives_depends_on_the_base(tmp_path, name, recipe):
+    sd = small_sd()
+    sd.config = replace(sd.config, name=name)
+    sd.save(tmp_path / "base.safetensors")
+    parser = train_options.make_parser("")
+    argv = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out"), "--lr", "0.5"]
+    args = train_options.settled(parser, parser.parse_args(argv), argv)
+    given = (args.optimizer, args.rate, args.batch_size, args.steps)
+    assert given == (recipe.optimizer, recipe.rate, recipe.batch_size, recipe.steps) and args.lr == 0.5
 
 
 # --------------------------------------------------------------------------------------------------- what is left

@@ -19,7 +19,6 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -27,6 +26,8 @@ from typing import TYPE_CHECKING
 
 if not __package__:  # for `python tools/bench.py`; out of this folder, whose inspect.py is not Python's own
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dataclasses import dataclass
 
 from tools.cli import DTYPES, add_debug, new_parser, note, run
 

@@ -60,7 +60,7 @@ def test_a_key_step_is_exact_to_the_bit(controlled):
 
 
 @torch.no_grad()
-def test_between_key_steps_the_line_through_the_last_two_is_followed():
+def test_between_key_steps_the_line_through_the_last_two_is_followed_half_the_way():
     """What enters the last block of the decoder: deep features beside the first skip."""
     unet, (_, _, context, hint), net = mini_unet("sd1"), inputs("sd1"), mini_control("sd1")
     steps, evaluate, last = way(), Reusing(unet, [TIMESTEPS], every=2), unet.decoder.blocks[-1]
@@ -75,7 +75,7 @@ def test_between_key_steps_the_line_through_the_last_two_is_followed():
     deep = [arguments[0][:, :-width] for arguments in exact]
     for i, wanted_deep, wanted_residual in [
         (1, deep[0], residuals[0][0]),  # only one key step before it
-        (3, 1.5 * deep[2] - 0.5 * deep[0], 1.5 * residuals[2][0] - 0.5 * residuals[0][0]),
+        (3, 1.25 * deep[2] - 0.25 * deep[0], 1.25 * residuals[2][0] - 0.25 * residuals[0][0]),
     ]:
         features, time, _ = got[i]
         skip = unet.encoder.blocks[0](steps[i][0], time, context) + wanted_residual
@@ -98,7 +98,7 @@ def test_half_precision_reuses_too(dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reuse, full", [(1, 5), (2, 3), (3, 2), (9, 1)])
+@pytest.mark.parametrize("reuse, full", [(2, 3), (3, 2)])
 def test_only_every_nth_step_computes_the_control_and_the_deep_blocks(reuse, full):
     unet, net = mini_unet("sd1"), mini_control("sd1")
     denoise = denoiser([control()], reuse)

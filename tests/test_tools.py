@@ -63,7 +63,7 @@ def test_the_strip_shows_hints_above_pictures_for_each_control(models, tmp_path,
     strip.main()
     side = SMALL.resolution
     pixels = np.asarray(Image.open(path))
-    assert pixels.shape == (2 * side, 3 * side, 3)
+    assert pixels.shape == (2 * side + strip.CAPTION, 3 * side, 3)
     for i, name in enumerate(TINY_CONTROL_OF):
         hint = WORLDS[name](side, colours=BASIC_COLOURS, held_out=True)[0].hint
         assert np.array_equal(pixels[:side, i * side : (i + 1) * side], hint)

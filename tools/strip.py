@@ -1,4 +1,4 @@
-"""Makes the README's strip of pictures with the small models: hints above, what they steer below.
+"""Makes the README's strip of pictures with the small models: hints, what they steer, and the prompts.
 
 python -m tools.strip --out assets/strip.png
 """
@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from controlnet import ControlNet
 from controlnet.colours import BASIC_COLOURS
-from controlnet.generate import generate
-from controlnet.guidance import Control
-from controlnet.images import save_png, to_hints
+from controlnet.images import save_png
+from controlnet.preview import picture_for, written
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Sample
 from ldm import StableDiffusion
 from ldm.stable_diffusion import WEIGHTS
+
+CAPTION = 64  # pixels below each column
 
 
 def main() -> None:
@@ -45,10 +46,9 @@ def main() -> None:
 
 
 def column(sd: StableDiffusion, control: ControlNet, sample: Sample) -> np.ndarray:
-    """uint8 (2 H, W, 3): a hint and the picture for it and its caption, which is printed."""
-    print(sample.caption)
-    (picture,) = generate(sd, sample.caption, [Control(control, to_hints([sample.hint]))], seed=0)
-    return np.vstack([sample.hint, np.asarray(picture)])
+    """uint8 (2 H + CAPTION, W, 3): a hint, the picture for it and its caption, and the caption."""
+    caption = written([sample.caption], (CAPTION, sample.hint.shape[1]))
+    return np.vstack([sample.hint, picture_for(sd, control, sample, seed=0), caption])
 
 
 if __name__ == "__main__":

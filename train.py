@@ -29,6 +29,7 @@ def train(args: argparse.Namespace) -> int:
     from controlnet.run_state import Position, Progress, RunFolder, StopSignals
     from controlnet.training import Optimisation, constant_rate, cosine_rate
     from controlnet.training_data import DataSettings, TrainingData
+    from controlnet.worlds import EXAMPLE_OF
     from ldm import StableDiffusion
     from ldm.unet import set_checkpointing
 
@@ -134,8 +135,8 @@ def train(args: argparse.Namespace) -> int:
         return 128 + stop.received
     if processes.first:
         print(f"the ControlNet is {run.control}: try it with")
-        base = run.base if args.sd_unlocked else args.base
-        print(f"python infer.py --base {base} --hint circle.png --control {run.control}")
+        base, hint = run.base if args.sd_unlocked else args.base, EXAMPLE_OF.get(args.data, "HINT.png")
+        print(f"python infer.py --base {base} --hint {hint} --control {run.control}")
     return 0
 
 

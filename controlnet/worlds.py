@@ -249,7 +249,8 @@ class Edges(InTurn):
 
 WORLDS = {world.name: world for world in (Fill50k, People, Shapes, Edges)}
 
-# World -> the small ControlNet in weights/ that learned its hints.
+# World -> the hint in assets/ that is like its own, and the small ControlNet in weights/ that learned them.
+EXAMPLE_OF = {"fill50k": "circle.png", "people": "pose.png", "shapes": "canny.png", "edges": "canny.png"}
 TINY_CONTROL_OF = {"fill50k": "tiny-fill50k", "people": "tiny-pose", "edges": "tiny-canny"}
 
 

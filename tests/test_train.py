@@ -109,8 +109,9 @@ def test_what_nobody_gives_depends_on_the_base(tmp_path, name, recipe):
 
 def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, capsys):
     assert run(base, tmp_path, "--steps", "2", "--sample-count", "2") == 0
-    said = capsys.readouterr().out.splitlines()[0]
-    assert said.startswith("training on 8 pairs of fill50k, 2 held out: a procedural world")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("training on 8 pairs of fill50k, 2 held out: a procedural world")
+    assert said[-1].endswith(f"--hint circle.png --control {tmp_path / 'control.safetensors'}")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith("cache/")}
     want = {"control.safetensors", "state/000002.pt", "samples/000002.png", "log.jsonl", "settings.json"}

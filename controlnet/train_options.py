@@ -16,11 +16,12 @@ class Recipe:
     rate: str
     batch_size: int
     steps: int
+    sample_every: int
 
 
 # The authors' own for SD (docs/train.md), and for the small base what converges within minutes.
-PAPER = Recipe("adamw", lr=1e-5, rate="constant", batch_size=4, steps=10000)
-LAPTOP = Recipe("muon", lr=1e-3, rate="cosine", batch_size=16, steps=1000)
+PAPER = Recipe("adamw", lr=1e-5, rate="constant", batch_size=4, steps=10000, sample_every=250)
+LAPTOP = Recipe("muon", lr=1e-3, rate="cosine", batch_size=16, steps=1000, sample_every=50)
 
 
 def by_base(name: str) -> str:
@@ -183,9 +184,8 @@ def add_run(run) -> None:
     run.add_argument(
         "--sample-every",
         type=positive,
-        default=250,
         metavar="N",
-        help="steps, for a grid of pictures (default: %(default)s)",
+        help=f"steps, for a grid of pictures {by_base('sample_every')}",
     )
     run.add_argument(
         "--sample-count", type=count, default=8, metavar="N", help="pictures in a grid (default: %(default)s)"

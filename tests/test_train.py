@@ -100,8 +100,9 @@ def test_what_nobody_gives_depends_on_the_base(tmp_path, name, recipe):
     parser = train_options.make_parser("")
     argv = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out"), "--lr", "0.5"]
     args = train_options.settled(parser, parser.parse_args(argv), argv)
-    given = (args.optimizer, args.rate, args.batch_size, args.steps)
-    assert given == (recipe.optimizer, recipe.rate, recipe.batch_size, recipe.steps) and args.lr == 0.5
+    given = (args.optimizer, args.rate, args.batch_size, args.steps, args.sample_every)
+    assert given == (recipe.optimizer, recipe.rate, recipe.batch_size, recipe.steps, recipe.sample_every)
+    assert args.lr == 0.5
 
 
 # --------------------------------------------------------------------------------------------------- what is left

@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     unet.add_argument(
         "--pictures", type=int, default=30000, help="how many they see, as cached latents (default: %(default)s)"
     )
-    unet.add_argument("--unet-steps", type=int, default=4500, help="(default: %(default)s)")
+    unet.add_argument("--unet-steps", type=int, default=3600, help="(default: %(default)s)")
     unet.add_argument("--unet-batch", type=int, default=64, help="(default: %(default)s)")
     unet.add_argument("--unet-lr", type=float, default=1.5e-3, help="(default: %(default)s)")
     return parser.parse_args()

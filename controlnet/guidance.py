@@ -123,7 +123,7 @@ def guided(
         of_both, of_negative, of_prompt = (Reusing(unet, spans, reuse) for _ in range(3))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        acting = [use for use in uses if use.acts(int(t[0]))]
+        acting = [use for use in uses if use.acts(t[0])]
         in_negative = [use for use in acting if not use.control.prompt_only]
         if cfg == 1:
             return of_prompt(x, t, prompt, lambda: total(use.residuals(x, t, prompt) for use in acting))
@@ -158,8 +158,8 @@ class Use:
                 raise ValueError("a control acts in a part of the steps: pass the argument timesteps")
             self.timesteps = acting_timesteps(timesteps, control.start, control.end)
 
-    def acts(self, timestep: int) -> bool:
-        return self.timesteps is None or timestep in self.timesteps
+    def acts(self, timestep: Tensor | int) -> bool:
+        return self.timesteps is None or int(timestep) in self.timesteps  # on CUDA int waits for the device
 
     def residuals(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
         residuals = self.control.net.residuals(x, t, context, fill_batch(self.features, len(x)))

@@ -29,6 +29,7 @@ if not __package__:  # for `python tools/bench.py`; out of this folder, whose in
 
 from dataclasses import dataclass
 
+from controlnet.train_options import positive
 from tools.cli import DTYPES, add_debug, new_parser, note, run
 
 if TYPE_CHECKING:  # these import PyTorch, which --help does without
@@ -70,13 +71,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_debug(parser)
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def bench(args: argparse.Namespace) -> int:

@@ -302,6 +302,7 @@ def load_parts(
     neither wanted nor in `IGNORED` nor beginning with any of `ignored`.
     """
     check_keys(checkpoint, parts, ignored)
+    device = torch.device(device)
     broken = []
     for module, key_map in parts:
         wanted = module.state_dict()
@@ -312,9 +313,12 @@ def load_parts(
             if source is None or source.key not in checkpoint.tensors:
                 state[name] = torch.zeros(like.shape, dtype=dtype, device=device)
                 continue
-            state[name] = checkpoint.tensor(source, dtype, torch.device(device)).reshape(like.shape)
-            if not is_finite(state[name]):
+            tensor = checkpoint.tensor(source, dtype, device)
+            if not is_finite(tensor):
                 broken.append(source.key)
+            if checkpoint.tensors[source.key].serves_as(dtype, device):
+                tensor = checkpoint.tensor(source, dtype, device)  # the pages just read leave with the view before
+            state[name] = tensor.reshape(like.shape)
         module.load_state_dict(state, assign=True)
     if broken:
         warnings.warn(

@@ -1,12 +1,13 @@
 """Tensors that stay in their file until they are needed, and the safetensors format.
 
 A checkpoint is opened by finding out where in the file each tensor stands; nothing else is read. A tensor is then a
-view of the file, which the operating system maps into memory page by page. Whoever changes it changes a private copy
-of that page, never the file.
+view of its part of the file, which the operating system maps into memory page by page, and leaves it with the tensor.
+Whoever changes it changes a private copy of that page, never the file.
 """
 
 import json
 import math
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,12 @@ class MappedFile:
     def size(self) -> int:
         return self.path.stat().st_size
 
-    @cached_property
-    def memory(self) -> torch.UntypedStorage:
-        return torch.UntypedStorage.from_file(str(self.path), False, self.size)
+    def map(self, start: int, count: int) -> torch.UntypedStorage:
+        """Bytes of the file as memory, in pages that no other call's memory has. Mappings begin where pages do."""
+        begin = start - start % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), start + count - begin, access=mmap.ACCESS_COPY, offset=begin)
+        return torch.frombuffer(pages, dtype=torch.uint8, count=count, offset=start - begin).untyped_storage()
 
     def read(self, start: int, count: int) -> bytes:
         with open(self.path, "rb") as file:
@@ -52,23 +56,20 @@ class Stored:
         return math.prod(self.shape)
 
     def view(self) -> Tensor:
-        """The tensor in the file: it costs no memory before it is read."""
-        return self._in(self.file)
+        """The tensor in the file: it costs no memory before it is read, and none any more when it is gone."""
+        if self.numel == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        memory = self.file.map(self.start, extent(self.shape, self.strides) * self.dtype.itemsize)
+        return torch.empty(0, dtype=self.dtype).set_(memory, 0, self.shape, self.strides)
+
+    def serves_as(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `load` gives a view."""
+        return self.dtype == dtype and device.type == "cpu"
 
     def load(self, dtype: torch.dtype, device: torch.device, rows: slice = slice(None)) -> Tensor:
         """Some rows, or all: a view where dtype and device allow it, else a converted copy."""
-        if self.dtype == dtype and device.type == "cpu":
-            return self.view() if rows == slice(None) else self.view()[rows]
-        # Pages that were read stay with the process as long as the file is mapped, so a tensor that is converted is
-        # read through a mapping of its own: a whole file never stands in memory twice.
-        tensor = self._in(MappedFile(self.file.path))
-        return (tensor if rows == slice(None) else tensor[rows]).to(device, dtype)
-
-    def _in(self, file: MappedFile) -> Tensor:
-        if self.numel == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        memory = file.memory[self.start : self.start + extent(self.shape, self.strides) * self.dtype.itemsize]
-        return torch.empty(0, dtype=self.dtype).set_(memory, 0, self.shape, self.strides)
+        tensor = self.view() if rows == slice(None) else self.view()[rows]
+        return tensor.to(device, dtype)
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

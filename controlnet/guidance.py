@@ -163,7 +163,9 @@ class Use:
 
     def residuals(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
         residuals = self.control.net.residuals(x, t, context, fill_batch(self.features, len(x)))
-        residuals = [strength * r for strength, r in zip(self.strengths, residuals, strict=True)]
+        residuals = [
+            r if strength == 1 else strength * r for strength, r in zip(self.strengths, residuals, strict=True)
+        ]
         if self.control.mask is None:
             return residuals
         return [fill_batch(mask, len(x)) * r for mask, r in zip(self.masks, residuals, strict=True)]
@@ -201,5 +203,5 @@ def total(residuals: Iterable[list[Tensor]]) -> list[Tensor] | None:
 
 
 def fill_batch(features: Tensor, count: int) -> Tensor:
-    """(1 or B, C, h, w) -> (count, C, h, w)."""
-    return features.repeat(count // len(features), 1, 1, 1)
+    """(1 or B, C, h, w) -> (1 or count, C, h, w): what is one for all is left to broadcasting."""
+    return features if len(features) == 1 else features.repeat(count // len(features), 1, 1, 1)

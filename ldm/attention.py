@@ -28,7 +28,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = self.q(x), self.k(context), self.v(context)
         q, k, v = (rearrange(y, "b n (heads c) -> b heads n c", heads=self.heads) for y in (q, k, v))
-        if self.fp32_logits:
+        if self.fp32_logits and q.dtype != torch.float32:
             with torch.autocast(x.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
         else:

@@ -23,7 +23,8 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,) -> (B, T): the sinusoidal embedding through a two-layer perceptron."""
+    """Timesteps (B,) -> (B, T): the sinusoidal embedding through a two-layer perceptron. The SiLU at its end is what
+    every residual block begins with: the same for all of them, so it is here."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -32,8 +33,13 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding = sinusoidal_embedding(t, self.channels).to(self.linear1.weight.dtype)
-        return self.linear2(F.silu(self.linear1(embedding)))
+        embedding = sinusoidal_embedding(t, self.channels).to(self.linear1.bias.dtype)
+        return F.silu(self.linear2(F.silu(self.linear1(embedding))))
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)), with one new map and not two where no gradients are asked for: they would need the other."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):
@@ -52,10 +58,11 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time(F.silu(time))[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.shortcut(x) + y
+        y = self.conv1(norm_silu(self.norm1, x))
+        y += self.time(time)[:, :, None, None]
+        y = self.conv2(norm_silu(self.norm2, y))
+        y += self.shortcut(x)
+        return y
 
 
 class Downsample(nn.Module):

@@ -27,12 +27,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import SpatialTransformer
-from .blocks import Downsample, ResBlock, TimeEmbedding, Upsample
+from .blocks import Downsample, ResBlock, TimeEmbedding, Upsample, norm_silu
 from .config import UNetConfig
 
 
@@ -183,7 +182,7 @@ class UNetDecoder(Checkpointed):
         return x
 
     def output(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class UNet(nn.Module):

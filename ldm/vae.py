@@ -5,6 +5,7 @@ epsilon 1e-6. The numbering of the levels goes from fine to coarse in the encode
 in the released files, so the decoder runs its levels backwards.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .blocks import Upsample
+from .blocks import Upsample, norm_silu
 from .config import VAEConfig
 
 
@@ -43,9 +44,10 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.shortcut(x) + y
+        # Nested, so that no map has a name that holds it any longer than the next layer needs it.
+        y = self.conv2(norm_silu(self.norm2, self.conv1(norm_silu(self.norm1, x))))
+        y += self.shortcut(x)
+        return y
 
 
 class AttentionBlock(nn.Module):
@@ -89,17 +91,16 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution and the way to the next (none at the last)."""
+    """The residual blocks of one resolution and the way to the next (none at the last), for their owner to run one by
+    one: whoever called all of them at once would hold on to the first one's input."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, resample: nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
         self.resample = resample
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.resample(x)
+    def steps(self) -> Iterator[nn.Module]:
+        return iter((*self.blocks, self.resample))
 
 
 class Encoder(nn.Module):
@@ -120,8 +121,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.levels:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+            for step in level.steps():
+                x = step(x)
+        return self.conv_out(norm_silu(self.norm_out, self.middle(x)))
 
 
 class Decoder(nn.Module):
@@ -142,8 +144,9 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(self.conv_in(x))
         for level in reversed(self.levels):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            for step in level.steps():
+                x = step(x)
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class AutoencoderKL(nn.Module):

@@ -279,7 +279,7 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
     """Everything that can be wrong and is quick to see is checked before the weights are read."""
     # Imported here, because it takes seconds: --help does not need it.
     from controlnet import inputs
-    from controlnet.devices import PRECISIONS, pick_device
+    from controlnet.devices import PRECISIONS, keep_freed_memory, pick_device
     from controlnet.generate import default_cfg
     from ldm import StableDiffusion
     from ldm.stable_diffusion import find
@@ -301,6 +301,7 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
         used |= steering.files()
     settings["files"] = inputs.fingerprints(used, recorded.get("files", {}))
 
+    keep_freed_memory(device, large=False)
     sd = StableDiffusion.load(args.base, "cpu" if args.low_memory else device, dtype, args.prediction)
     note_cut_prompts(sd.tokenizer, args)
     controls = inputs.load_controls(steerings, sd.unet)

@@ -23,7 +23,7 @@ def train(args: argparse.Namespace) -> int:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from tqdm import tqdm
 
-    from controlnet.devices import PRECISIONS, borrowed, peak_memory
+    from controlnet.devices import PRECISIONS, borrowed, keep_freed_memory, peak_memory
     from controlnet.distributed import join_processes
     from controlnet.objective import ControlLoss, only_middle, zero_conv_norms
     from controlnet.run_state import Position, Progress, RunFolder, StopSignals
@@ -36,6 +36,7 @@ def train(args: argparse.Namespace) -> int:
     run = RunFolder(args.out)
     processes = join_processes(args.device)
     device, dtype = processes.device, PRECISIONS[args.precision]
+    keep_freed_memory(device, large=True)
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses

@@ -282,6 +282,7 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
     from controlnet.devices import PRECISIONS, keep_freed_memory, pick_device
     from controlnet.generate import default_cfg
     from ldm import StableDiffusion
+    from ldm.packed import pack
     from ldm.stable_diffusion import find
 
     base, _ = find(args.base)
@@ -305,6 +306,8 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
     sd = StableDiffusion.load(args.base, "cpu" if args.low_memory else device, dtype, args.prediction)
     note_cut_prompts(sd.tokenizer, args)
     controls = inputs.load_controls(steerings, sd.unet)
+    if not args.low_memory:
+        pack(sd.unet, sd.vae, *(control.net for control in controls))
     if args.save_hint:
         save_hints([control.hint for control in controls], picture_path(args.out, 0, args.count))
     make_pictures(args, sd, controls, init, size, settings, device)

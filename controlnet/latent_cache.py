@@ -41,7 +41,7 @@ SHARD = 256
 @torch.no_grad()
 def encoded(sd: StableDiffusion, images: Tensor, captions: list[str]) -> Latents:
     """Images (B, 3, H, W) in [-1, 1] and captions -> moments (B, 4, h, w) and text states (B, 77, D), on its device."""
-    posterior = sd.vae.posterior(images.to(sd.vae.quant_conv.weight))
+    posterior = sd.vae.posterior(images.to(sd.vae.quant_conv.bias))
     return Latents(posterior.mean, posterior.logvar, sd.encode_text(captions))
 
 

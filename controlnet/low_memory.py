@@ -28,7 +28,7 @@ def posterior_of(vae: AutoencoderKL, image: Image.Image, in_strips: bool) -> Pos
     images = to_images([np.array(image)])
 
     def encode(vae: AutoencoderKL) -> Tensor:
-        like = vae.quant_conv.weight
+        like = vae.quant_conv.bias
         posterior = posterior_in_strips(vae, images.to(like)) if in_strips else vae.posterior(images.to(like))
         return torch.stack([posterior.mean, posterior.logvar]).float()
 
@@ -39,7 +39,7 @@ def decode(vae: AutoencoderKL, latents: Tensor, in_strips: bool) -> Tensor:
     """Scaled latents (1, 4, h, w) -> images (1, 3, H, W), around [-1, 1] but not clipped to it."""
 
     def decode(vae: AutoencoderKL) -> Tensor:
-        x = latents.to(vae.post_quant_conv.weight)
+        x = latents.to(vae.post_quant_conv.bias)
         return decode_in_strips(vae, x) if in_strips else vae.decode(x)
 
     return in_fp32_if_needed(vae, decode)
@@ -50,6 +50,6 @@ def in_fp32_if_needed(vae: AutoencoderKL, compute: Callable[[AutoencoderKL], Ten
     result = compute(vae)
     if result.isfinite().all():
         return result
-    if vae.quant_conv.weight.dtype != torch.float32:
+    if vae.quant_conv.bias.dtype != torch.float32:
         vae = copy.deepcopy(vae).float()
     return finite(lambda: compute(vae), {"vae": vae})

@@ -245,8 +245,9 @@ def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:
 
     ControlNet 1.0 was trained with the decoder unlocked for some of the files (its repository, issue 46).
     """
-    sources = unet_map(unet.config).sources(unet.state_dict())
-    for name, parameter in unet.named_parameters():
+    parameters = dict(unet.named_parameters())  # those that are packed are no parameters any more
+    sources = unet_map(unet.config).sources(parameters)
+    for name, parameter in parameters.items():
         key = sources[name].key
         if name.startswith("decoder.") and parameter.ndim == 1 and key in checkpoint.tensors and not parameter.is_meta:
             if checkpoint.shape(key) != parameter.shape:

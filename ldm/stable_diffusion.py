@@ -146,7 +146,7 @@ class StableDiffusion(nn.Module):
 
         A sample of the posterior, its noise drawn on the CPU from `generator`; without `sample` the mean.
         """
-        like = self.vae.quant_conv.weight
+        like = self.vae.quant_conv.bias
         if not sample:
             return self.vae.encode(images.to(like))
         height, width = (side // self.config.vae.downscale for side in images.shape[-2:])
@@ -155,7 +155,7 @@ class StableDiffusion(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> images (B, 3, H, W), around [-1, 1] but not clipped to it."""
-        return self.vae.decode(latents.to(self.vae.post_quant_conv.weight))
+        return self.vae.decode(latents.to(self.vae.post_quant_conv.bias))
 
 
 def find(path_or_preset: str | Path) -> tuple[Path, Config | None]:

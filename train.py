@@ -31,6 +31,7 @@ def train(args: argparse.Namespace) -> int:
     from controlnet.training_data import DataSettings, TrainingData
     from controlnet.worlds import EXAMPLE_OF
     from ldm import StableDiffusion
+    from ldm.packed import pack
     from ldm.unet import set_checkpointing
 
     run = RunFolder(args.out)
@@ -53,6 +54,8 @@ def train(args: argparse.Namespace) -> int:
         only_middle(control)
     if args.sd_unlocked:
         sd.unet.decoder.float().requires_grad_(True)
+    if not args.compile:  # which does as much on its own
+        pack(sd.unet.encoder, sd.vae, sd.text_encoder)  # not the decoder: gradients come back through it
 
     # --- the loss as a module, and its optimiser
     loss = ControlLoss(sd.unet, control, sd.schedule, args.min_snr)

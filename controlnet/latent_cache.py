@@ -63,11 +63,11 @@ def loss_inputs(
 def fingerprint(sd: StableDiffusion, source: Source, size: Size) -> dict:
     """What the contents of a cache depend on."""
     modules = (sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder)
-    parameters = [p for module in modules for p in module.parameters()]
+    weights = [tensor for module in modules for tensor in module.state_dict().values()]
     return {
         "format": FORMAT,
-        "base": digest(repr(sd.config.text).encode(), *(raw_bytes(p) for p in parameters)),
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
+        "base": digest(repr(sd.config.text).encode(), *(raw_bytes(tensor) for tensor in weights)),
+        "dtype": str(weights[0].dtype).removeprefix("torch."),
         "size": list(size),
         "samples": len(source),
         **source.fingerprint(),

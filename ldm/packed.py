@@ -31,7 +31,8 @@ class Packed(nn.Module):
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        raise ValueError("packed weights cannot be saved: load the model again and save that")
+        destination[f"{prefix}weight"] = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class PackedConv(Packed):
@@ -89,7 +90,7 @@ class ChannelsLastNorm(nn.GroupNorm):
 
 
 def pack(*networks: nn.Module) -> None:
-    """Replaces the layers of networks that are only to be run: no gradients, no saving.
+    """Replaces the layers of networks that are only to be run and saved: they pass on no gradients.
 
     Nothing happens to layers that are not in fp32 or not on a CPU, or where PyTorch comes without oneDNN.
     """

@@ -50,12 +50,24 @@ def test_strides_paddings_and_layers_without_a_bias():
         torch.testing.assert_close(network(x), plain)
 
 
-def test_what_is_packed_can_be_neither_saved_nor_moved_nor_converted():
+@torch.no_grad()
+def test_what_is_packed_is_saved_as_it_was(tmp_path):
+    """To the bit, before its weights are brought into blocks and after."""
+    sd = small_sd()
+    sd.save(tmp_path / "plain.safetensors")
+    pack(sd)
+    sd.save(tmp_path / "unused.safetensors")
+    sd.unet(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), sd.encode_text(["a", "b"]))
+    sd.decode(sd.encode(torch.rand(1, 3, 64, 64)))
+    sd.save(tmp_path / "used.safetensors")
+    for name in ("unused", "used"):
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+def test_what_is_packed_can_be_neither_moved_nor_converted():
     network = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
     pack(network)
     network.cpu().float()
-    with pytest.raises(ValueError, match="cannot be saved"):
-        network.state_dict()
     for change in (lambda: network.half(), lambda: network.to("meta")):
         with pytest.raises(ValueError, match="neither leave the CPU nor change their type"):
             change()

@@ -316,7 +316,8 @@ def load_parts(
             tensor = checkpoint.tensor(source, dtype, device)
             if not is_finite(tensor):
                 broken.append(source.key)
-            if checkpoint.tensors[source.key].serves_as(dtype, device):
+            stored = checkpoint.tensors[source.key]
+            if stored.is_large and stored.dtype == dtype and device.type == "cpu":
                 tensor = checkpoint.tensor(source, dtype, device)  # the pages just read leave with the view before
             state[name] = tensor.reshape(like.shape)
         module.load_state_dict(state, assign=True)

@@ -1,13 +1,14 @@
 """Tensors that stay in their file until they are needed, and the safetensors format.
 
 A checkpoint is opened by finding out where in the file each tensor stands; nothing else is read. A tensor is then a
-view of its part of the file, which the operating system maps into memory page by page, and leaves it with the tensor.
-Whoever changes it changes a private copy of that page, never the file.
+view of its part of the file, which the operating system maps into memory page by page. Whoever changes it changes a
+private copy of that page, never the file. The pages of a large tensor leave memory with it; small ones share theirs.
 """
 
 import json
 import math
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ class CheckpointError(ValueError):
     """A file that cannot be used: one sentence with what was found, what was expected and what to do."""
 
 
+LARGE = 2**20  # bytes
+
+
 @dataclass(frozen=True)
 class MappedFile:
     path: Path
@@ -27,6 +31,14 @@ class MappedFile:
     @cached_property
     def size(self) -> int:
         return self.path.stat().st_size
+
+    @cached_property
+    def whole(self) -> torch.UntypedStorage:
+        return self.map(0, self.size)
+
+    def share(self, start: int, count: int) -> torch.UntypedStorage:
+        """Bytes of the file as memory, in pages that stay as long as any memory from this call."""
+        return self.whole[start : start + count]
 
     def map(self, start: int, count: int) -> torch.UntypedStorage:
         """Bytes of the file as memory, in pages that no other call's memory has. Mappings begin where pages do."""
@@ -56,20 +68,26 @@ class Stored:
         return math.prod(self.shape)
 
     def view(self) -> Tensor:
-        """The tensor in the file: it costs no memory before it is read, and none any more when it is gone."""
+        """The tensor in the file: it costs no memory before it is read."""
+        return self._in(self.file.map if self.is_large else self.file.share)
+
+    def _in(self, memory: Callable[[int, int], torch.UntypedStorage]) -> Tensor:
         if self.numel == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        memory = self.file.map(self.start, extent(self.shape, self.strides) * self.dtype.itemsize)
-        return torch.empty(0, dtype=self.dtype).set_(memory, 0, self.shape, self.strides)
+        storage = memory(self.start, extent(self.shape, self.strides) * self.dtype.itemsize)
+        return torch.empty(0, dtype=self.dtype).set_(storage, 0, self.shape, self.strides)
 
-    def serves_as(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether `load` gives a view."""
-        return self.dtype == dtype and device.type == "cpu"
+    @property
+    def is_large(self) -> bool:
+        """Whether each view has pages of its own: to make that takes as long as to read some 100 kB."""
+        return self.numel * self.dtype.itemsize >= LARGE
 
     def load(self, dtype: torch.dtype, device: torch.device, rows: slice = slice(None)) -> Tensor:
         """Some rows, or all: a view where dtype and device allow it, else a converted copy."""
-        tensor = self.view() if rows == slice(None) else self.view()[rows]
-        return tensor.to(device, dtype)
+        if self.dtype == dtype and device.type == "cpu":
+            return self.view() if rows == slice(None) else self.view()[rows]
+        tensor = self._in(self.file.map)  # its pages leave as soon as it is converted: nothing stands in memory twice
+        return (tensor if rows == slice(None) else tensor[rows]).to(device, dtype)
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

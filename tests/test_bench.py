@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import small_control, small_sd
 
+from ldm.packed import pack
 from tools import bench, bench_ours
 from tools.bench import Row, Took
 from tools.bench_processes import Case, Measurement, Setup, Worker, as_numpy, counted, in_turns
@@ -77,6 +78,29 @@ def test_the_encoded_step_does_less_and_training_trains(setup):
     cached, uncached = bench_ours.training_cached(setup), bench_ours.training_uncached(setup)
     assert counted(cached) < counted(uncached)
     assert outputs(cached)["loss"] > outputs(cached)["loss"]
+
+
+def test_packed_weights_count_as_much_as_plain_ones(setup):
+    sd = small_sd()
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 77, 16)
+    with torch.no_grad():
+        plain = counted(lambda: sd.unet(x, t, context))
+        pack(sd.unet)
+        assert counted(lambda: sd.unet(x, t, context)) == plain > 1e6
+
+
+def test_reuse_is_beside_pictures_in_full(setup, monkeypatch):
+    """One picture of each world with the models that ship, in two steps, of which the second is approximate."""
+    monkeypatch.setattr(bench_ours, "SAMPLES", 1)
+    case = Case(size=128, steps=2, cfg=2.5, batch_size=1)
+    setup = Setup(case, setup.folder, "cpu", "fp32", 1)
+    full, reused = (
+        outputs(task(setup))["pictures"] for task in (bench_ours.sampling_in_full, bench_ours.sampling_with_reuse)
+    )
+    assert full.shape == (3, 128, 128, 3)
+    assert 10 < bench.decibels(reused, full) < 60
+    assert bench.decibels(full, full) == math.inf
+    assert bench.decibels(full * 0, full * 0 + 255) == 0
 
 
 def test_filled_weights_show_every_input():

@@ -3,7 +3,6 @@
 Shapes: B batch, H W pixels, h = H/8, w = W/8.
 """
 
-import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +12,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlnet import ControlNet
+from controlnet.colours import BASIC_COLOURS
 from controlnet.data import Batch, Draw, Picture
-from controlnet.devices import PRECISIONS
+from controlnet.devices import PRECISIONS, keep_freed_memory
 from controlnet.generate import generate
 from controlnet.guidance import Control
+from controlnet.images import to_hints
 from controlnet.latent_cache import encoded, loss_inputs
 from controlnet.objective import ControlLoss
 from controlnet.training import Optimisation, constant_rate
+from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from ldm import StableDiffusion
 from ldm.config import SD15
+from ldm.packed import pack
 from ldm.stable_diffusion import WEIGHTS
 from ldm.unet import set_checkpointing
 from ldm.vae import AutoencoderKL
@@ -30,6 +33,7 @@ from tools.bench_processes import Outputs, Setup, Work
 PROMPT, NEGATIVE = "red circle with blue background", "green"
 SEED = 0
 LEARNING_RATE = 1e-5
+SAMPLES = 4  # of each world
 SMALL_SIDE = 64  # pixels that every base can make: enough to see whether a model is loaded right
 
 
@@ -107,14 +111,46 @@ def load(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
     return sd, ControlNet.load(setup.folder / "control.safetensors", sd.unet).requires_grad_(False)
 
 
+def sampling_in_full(setup: Setup) -> Work:
+    return sampling_of_worlds(setup, reuse=1)
+
+
+def sampling_with_reuse(setup: Setup) -> Work:
+    return sampling_of_worlds(setup, reuse=2)
+
+
+def sampling_of_worlds(setup: Setup, reuse: int) -> Work:
+    """Held-out samples of each world with the small models of `weights/`: approximations are judged by pictures that
+    mean something."""
+    keep_freed_memory(torch.device(setup.device), large=False)
+    sd = StableDiffusion.load("tiny", setup.device, PRECISIONS[setup.precision])
+    settings = dict(steps=setup.case.steps, cfg=setup.case.cfg, reuse=reuse)
+    asked = []  # captions, with their controls
+    for world, name in TINY_CONTROL_OF.items():
+        net = ControlNet.load(WEIGHTS / f"{name}.safetensors", sd.unet).requires_grad_(False)
+        samples = WORLDS[world](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
+        asked += [(samples[i].caption, Control(net, to_hints([samples[i].hint]))) for i in range(SAMPLES)]
+    pack(sd.unet, sd.vae, *(control.net for _, control in asked))
+
+    def work() -> Outputs:
+        made = [generate(sd, caption, [control], **settings)[0] for caption, control in asked]
+        return lambda: {"pictures": torch.stack([pixels(picture) for picture in made])}
+
+    return work
+
+
 def load_vae(setup: Setup) -> AutoencoderKL:
-    """A copy: what is loaded is a view of the file, and the whole file would count as this process's memory."""
-    return copy.deepcopy(load(setup)[0].vae)
+    keep_freed_memory(torch.device(setup.device), large=False)
+    vae = load(setup)[0].vae
+    pack(vae)
+    return vae
 
 
 def sampling(setup: Setup) -> Work:
     """A prompt and a hint to a picture, as infer.py does it with the models loaded."""
+    keep_freed_memory(torch.device(setup.device), large=False)
     sd, control = load(setup)
+    pack(sd.unet, sd.vae, control)
     return lambda: picture(sd, control, setup.case.size, setup.case.steps, setup.case.cfg)
 
 
@@ -136,7 +172,7 @@ def picture(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg
 
 def vae_encode(setup: Setup) -> Work:
     vae = load_vae(setup)
-    images = inputs(setup.case.size, 1).images.to(vae.quant_conv.weight)
+    images = inputs(setup.case.size, 1).images.to(vae.quant_conv.bias)
 
     @torch.no_grad()
     def work() -> Outputs:
@@ -148,7 +184,7 @@ def vae_encode(setup: Setup) -> Work:
 
 def vae_decode(setup: Setup) -> Work:
     vae = load_vae(setup)
-    latents = inputs(setup.case.size, 1).noise.to(vae.quant_conv.weight)
+    latents = inputs(setup.case.size, 1).noise.to(vae.quant_conv.bias)
 
     @torch.no_grad()
     def work() -> Outputs:
@@ -168,11 +204,13 @@ def training_uncached(setup: Setup) -> Work:
 
 def training(setup: Setup, cached: bool) -> Work:
     """One step of train.py from the batch to the changed weights; cached, pictures and prompts are encoded by then."""
+    keep_freed_memory(torch.device(setup.device), large=True)
     sd, _ = load(setup)
     control = ControlNet.load(setup.folder / "control.safetensors", sd.unet, dtype=torch.float32)
     for model in (sd, control):
         model.to(memory_format=torch.channels_last)
         set_checkpointing(model, setup.case.checkpointing)
+    pack(sd.unet.encoder, sd.vae, sd.text_encoder)
     device = torch.device(setup.device)
     loss = ControlLoss(sd.unet, control, sd.schedule)
     rate = constant_rate(0)

@@ -2,13 +2,12 @@
 
 A checkpoint is opened by finding out where in the file each tensor stands; nothing else is read. A tensor is then a
 view of its part of the file, which the operating system maps into memory page by page. Whoever changes it changes a
-private copy of that page, never the file. The pages of a large tensor leave memory with it; small ones share theirs.
+private copy of that page, never the file. The pages leave memory with their tensor. Small tensors are simply read.
 """
 
 import json
 import math
 import mmap
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ class CheckpointError(ValueError):
     """A file that cannot be used: one sentence with what was found, what was expected and what to do."""
 
 
-LARGE = 2**20  # bytes
+LARGE = 2**17  # bytes
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,11 @@ class MappedFile:
     def size(self) -> int:
         return self.path.stat().st_size
 
-    @cached_property
-    def whole(self) -> torch.UntypedStorage:
-        return self.map(0, self.size)
-
-    def share(self, start: int, count: int) -> torch.UntypedStorage:
-        """Bytes of the file as memory, in pages that stay as long as any memory from this call."""
-        return self.whole[start : start + count]
-
     def map(self, start: int, count: int) -> torch.UntypedStorage:
-        """Bytes of the file as memory, in pages that no other call's memory has. Mappings begin where pages do."""
-        begin = start - start % mmap.ALLOCATIONGRANULARITY
+        """Bytes of the file as memory: if they are many, as pages that are there once they are read."""
+        if count < LARGE:
+            return torch.frombuffer(bytearray(self.read(start, count)), dtype=torch.uint8).untyped_storage()
+        begin = start - start % mmap.ALLOCATIONGRANULARITY  # a mapping begins where a page does
         with open(self.path, "rb") as file:
             pages = mmap.mmap(file.fileno(), start + count - begin, access=mmap.ACCESS_COPY, offset=begin)
         return torch.frombuffer(pages, dtype=torch.uint8, count=count, offset=start - begin).untyped_storage()
@@ -69,25 +62,20 @@ class Stored:
 
     def view(self) -> Tensor:
         """The tensor in the file: it costs no memory before it is read."""
-        return self._in(self.file.map if self.is_large else self.file.share)
-
-    def _in(self, memory: Callable[[int, int], torch.UntypedStorage]) -> Tensor:
         if self.numel == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        storage = memory(self.start, extent(self.shape, self.strides) * self.dtype.itemsize)
-        return torch.empty(0, dtype=self.dtype).set_(storage, 0, self.shape, self.strides)
+        memory = self.file.map(self.start, extent(self.shape, self.strides) * self.dtype.itemsize)
+        return torch.empty(0, dtype=self.dtype).set_(memory, 0, self.shape, self.strides)
 
     @property
     def is_large(self) -> bool:
-        """Whether each view has pages of its own: to make that takes as long as to read some 100 kB."""
+        """Whether it is mapped: that takes as long as to read some 100 kB."""
         return self.numel * self.dtype.itemsize >= LARGE
 
     def load(self, dtype: torch.dtype, device: torch.device, rows: slice = slice(None)) -> Tensor:
         """Some rows, or all: a view where dtype and device allow it, else a converted copy."""
-        if self.dtype == dtype and device.type == "cpu":
-            return self.view() if rows == slice(None) else self.view()[rows]
-        tensor = self._in(self.file.map)  # its pages leave as soon as it is converted: nothing stands in memory twice
-        return (tensor if rows == slice(None) else tensor[rows]).to(device, dtype)
+        tensor = self.view() if rows == slice(None) else self.view()[rows]
+        return tensor.to(device, dtype)
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -5,6 +5,7 @@ import torch
 from minis import mini_vae, relative, stored
 from torch import nn
 
+from controlnet.memory import StorageCounter
 from ldm.vae import AutoencoderKL, Posterior
 
 TOLERANCE = 2e-5
@@ -76,3 +77,19 @@ def test_a_block_alone_is_the_published_one(theirs):
     g = stored("probes")
     block = mini_vae().get_submodule(PROBES[theirs])
     assert relative(block(g[f"{theirs}/in"]), g[f"vae/{theirs}/out"]) < 1e-5
+
+
+@torch.no_grad()
+def test_three_maps_are_held_at_once():
+    """Of a layer's input, the activated input and the output, the largest are of full resolution; the decoder's first
+    block there has twice the channels. What is more shows that something outlives its use."""
+    vae = mini_vae()
+    images = torch.rand(1, 3, 64, 64)
+    with StorageCounter() as counter:
+        latents = vae.encode(images)
+    full = vae.config.channels * 64 * 64 * 4  # bytes of a map of the first level
+    assert 3 * full <= counter.most < 3.3 * full
+    with StorageCounter() as counter:
+        vae.decode(latents)
+    wide = vae.config.multipliers[1] / vae.config.multipliers[0]
+    assert counter.most < (2 * wide + 1.3) * full

@@ -98,7 +98,8 @@ class Checkpoint:
         return self.tensors[key].shape
 
     def tensor(self, source: Source, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A view of the mapped file where dtype and device allow it, which costs no memory of its own; else a copy."""
+        """A view of the file where dtype and device allow it, which if it is large costs no memory of its own; else a
+        copy."""
         rows = slice(None) if source.rows is None else slice(*source.rows)
         return self.tensors[source.key].load(dtype, device, rows)
 
@@ -317,7 +318,7 @@ def load_parts(
             if not is_finite(tensor):
                 broken.append(source.key)
             stored = checkpoint.tensors[source.key]
-            if stored.is_large and stored.dtype == dtype and device.type == "cpu":
+            if stored.is_mapped and stored.dtype == dtype and device.type == "cpu":
                 tensor = checkpoint.tensor(source, dtype, device)  # the pages just read leave with the view before
             state[name] = tensor.reshape(like.shape)
         module.load_state_dict(state, assign=True)

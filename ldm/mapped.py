@@ -7,7 +7,7 @@ private copy of that page, never the file. The pages leave memory with their ten
 
 import json
 import math
-import mmap
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ class CheckpointError(ValueError):
     """A file that cannot be used: one sentence with what was found, what was expected and what to do."""
 
 
-LARGE = 2**17  # bytes
+LARGE = 2**17  # bytes: to map a tensor takes as long as to read so many
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,21 @@ class MappedFile:
     def size(self) -> int:
         return self.path.stat().st_size
 
-    def map(self, start: int, count: int) -> torch.UntypedStorage:
-        """Bytes of the file as memory: if they are many, as pages that are there once they are read."""
+    @cached_property
+    def whole(self) -> torch.UntypedStorage:
+        return self.map_until(self.size)
+
+    def map_until(self, end: int) -> torch.UntypedStorage:
+        return torch.UntypedStorage.from_file(str(self.path), False, end)
+
+    def memory(self, start: int, count: int) -> torch.UntypedStorage:
+        """Bytes of the file: if they are many, as pages that come into memory when they are used."""
         if count < LARGE:
             return torch.frombuffer(bytearray(self.read(start, count)), dtype=torch.uint8).untyped_storage()
-        begin = start - start % mmap.ALLOCATIONGRANULARITY  # a mapping begins where a page does
-        with open(self.path, "rb") as file:
-            pages = mmap.mmap(file.fileno(), start + count - begin, access=mmap.ACCESS_COPY, offset=begin)
-        return torch.frombuffer(pages, dtype=torch.uint8, count=count, offset=start - begin).untyped_storage()
+        # Windows charges each mapping in full, so there is one for all. Python's own mmap would map no more than is
+        # wanted, but keeps the file open for each tensor, and systems allow a program as few as 256 open files.
+        mapped = self.whole if sys.platform == "win32" else self.map_until(start + count)
+        return mapped[start : start + count]
 
     def read(self, start: int, count: int) -> bytes:
         with open(self.path, "rb") as file:
@@ -60,17 +67,21 @@ class Stored:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def view(self) -> Tensor:
-        """The tensor in the file: it costs no memory before it is read."""
-        if self.numel == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        memory = self.file.map(self.start, extent(self.shape, self.strides) * self.dtype.itemsize)
-        return torch.empty(0, dtype=self.dtype).set_(memory, 0, self.shape, self.strides)
+    @property
+    def size(self) -> int:
+        """In bytes, from the first to the last number."""
+        return extent(self.shape, self.strides) * self.dtype.itemsize if self.numel else 0
 
     @property
-    def is_large(self) -> bool:
-        """Whether it is mapped: that takes as long as to read some 100 kB."""
-        return self.numel * self.dtype.itemsize >= LARGE
+    def is_mapped(self) -> bool:
+        return self.size >= LARGE
+
+    def view(self) -> Tensor:
+        """The tensor in the file: if it is large, it costs no memory before it is used."""
+        if self.numel == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        memory = self.file.memory(self.start, self.size)
+        return torch.empty(0, dtype=self.dtype).set_(memory, 0, self.shape, self.strides)
 
     def load(self, dtype: torch.dtype, device: torch.device, rows: slice = slice(None)) -> Tensor:
         """Some rows, or all: a view where dtype and device allow it, else a converted copy."""

@@ -37,7 +37,6 @@ def train(args: argparse.Namespace) -> int:
     run = RunFolder(args.out)
     processes = join_processes(args.device)
     device, dtype = processes.device, PRECISIONS[args.precision]
-    keep_freed_memory(device, large=True)
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
@@ -54,8 +53,9 @@ def train(args: argparse.Namespace) -> int:
         only_middle(control)
     if args.sd_unlocked:
         sd.unet.decoder.float().requires_grad_(True)
-    if not args.compile:  # which does as much on its own
-        pack(sd.unet.encoder, sd.vae, sd.text_encoder)  # not the decoder: gradients come back through it
+    pack(sd.vae, sd.text_encoder)
+    if not args.compile:  # torch.compile cannot look into packed weights
+        pack(sd.unet.encoder)  # not the decoder, which gradients come back through
 
     # --- the loss as a module, and its optimiser
     loss = ControlLoss(sd.unet, control, sd.schedule, args.min_snr)
@@ -84,6 +84,7 @@ def train(args: argparse.Namespace) -> int:
     if not args.no_cache:
         sd.vae.cpu()
         sd.text_encoder.cpu()
+    keep_freed_memory(device, large=True)  # not before: the autoencoder's maps would leave holes
     if processes.first:
         run.begin(start, vars(args), data.fingerprint)
 

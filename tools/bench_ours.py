@@ -204,7 +204,6 @@ def training_uncached(setup: Setup) -> Work:
 
 def training(setup: Setup, cached: bool) -> Work:
     """One step of train.py from the batch to the changed weights; cached, pictures and prompts are encoded by then."""
-    keep_freed_memory(torch.device(setup.device), large=True)
     sd, _ = load(setup)
     control = ControlNet.load(setup.folder / "control.safetensors", sd.unet, dtype=torch.float32)
     for model in (sd, control):
@@ -227,6 +226,7 @@ def training(setup: Setup, cached: bool) -> Work:
         if setup.device != "cpu":
             sd.vae.cpu()
             sd.text_encoder.cpu()
+    keep_freed_memory(device, large=True)
     batch = Batch(content, x.hints, draw, bad=nothing - 1)
 
     def work() -> Outputs:

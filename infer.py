@@ -306,7 +306,7 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
     sd = StableDiffusion.load(args.base, "cpu" if args.low_memory else device, dtype, args.prediction)
     note_cut_prompts(sd.tokenizer, args)
     controls = inputs.load_controls(steerings, sd.unet)
-    if not args.low_memory:
+    if not args.low_memory:  # which moves networks about, and needs plain weights for its strips
         pack(sd.unet, sd.vae, *(control.net for control in controls))
     if args.save_hint:
         save_hints([control.hint for control in controls], picture_path(args.out, 0, args.count))

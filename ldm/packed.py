@@ -30,6 +30,9 @@ class Packed(nn.Module):
             raise ValueError("packed weights can neither leave the CPU nor change their type: load the model again")
         return super()._apply(fn, recurse)
 
+    def __deepcopy__(self, memo):
+        raise ValueError("packed weights cannot be copied, as into a ControlNet to train: copy before you pack")
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[f"{prefix}weight"] = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -92,7 +95,9 @@ class ChannelsLastNorm(nn.GroupNorm):
 def pack(*networks: nn.Module) -> None:
     """Replaces the layers of networks that are only to be run and saved: they pass on no gradients.
 
-    Nothing happens to layers that are not in fp32 or not on a CPU, or where PyTorch comes without oneDNN.
+    It comes last: a ControlNet is copied from a base, or loaded as a difference to one, before that base is packed. The
+    autoencoder in strips (`low_memory` of `generate`) needs plain weights. Nothing happens to layers that are not in
+    fp32 or not on a CPU, or where PyTorch comes without oneDNN.
     """
     if not torch.backends.mkldnn.is_available():
         return

@@ -115,7 +115,7 @@ class Encoded:
 
     skips: list[Tensor]  # one a block, (B, C, h, w) each as in the table above
     middle: Tensor  # (B, C, h, w)
-    time: Tensor  # (B, T)
+    time: Tensor  # (B, T), activated
 
 
 def add_control(encoded: Encoded, control: Sequence[Tensor] | None) -> Encoded:
@@ -145,7 +145,8 @@ class UNetEncoder(Checkpointed):
         self.middle = MiddleBlock(config)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, hint_features: Tensor | None = None) -> Encoded:
-        """x (B, 4, h, w), t (B,), context (B, M, D); a ControlNet's copy adds `hint_features` after block 0."""
+        """x (B, 4, h, w), t (B,), context (B, M, D); a ControlNet's copy adds `hint_features`, (1 or B,
+        C, h, w), after block 0."""
         time = self.time_embedding(t)
         skips = []
         for i, block in enumerate(self.blocks):

@@ -229,10 +229,12 @@ def counted(work: Work) -> int:
             sdpa_backward_flop_count(y, q, k, v)
         ),
     }
-    packed = dict.fromkeys(  # ours, see ldm/packed.py: each output is a sum over all but the first side of the weight
-        (torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._linear_pointwise),
-        lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * math.prod(weight[1:]),
-    )
+    packed = {}
+    if torch.backends.mkldnn.is_available():  # see ldm/packed.py
+        packed = dict.fromkeys(  # each output is a sum over all but the first side of the weight
+            (torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._linear_pointwise),
+            lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * math.prod(weight[1:]),
+        )
     with FlopCounterMode(display=False, custom_mapping=attention | packed) as counter:
         work()
     return counter.get_total_flops()

@@ -136,7 +136,7 @@ class ControlNet(nn.Module):
         return self.residuals(x, t, context, self.hint_encoder(hint))
 
     def residuals(self, x: Tensor, t: Tensor, context: Tensor, features: Tensor) -> list[Tensor]:
-        """`forward` from the hint encoder's `features` (1 or B, C, h, w), which are the same at every step of sampling."""
+        """`forward` from the hint encoder's `features`, (1 or B, C, h, w), which stay the same from step to step."""
         encoded = self.encoder(x, t, context, hint_features=features)
         residuals = [conv(skip) for conv, skip in zip(self.zero_convs, encoded.skips, strict=True)]
         residuals.append(self.middle_zero_conv(encoded.middle))

@@ -23,8 +23,7 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,) -> (B, T): the sinusoidal embedding through a two-layer perceptron. The SiLU at its end is what
-    every residual block begins with: the same for all of them, so it is here."""
+    """Timesteps (B,) -> (B, T): the sinusoidal embedding through a two-layer perceptron."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -34,7 +33,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         embedding = sinusoidal_embedding(t, self.channels).to(self.linear1.bias.dtype)
-        return F.silu(self.linear2(F.silu(self.linear1(embedding))))
+        return self.linear2(F.silu(self.linear1(embedding)))
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         y = self.conv1(norm_silu(self.norm1, x))
-        y += self.time(time)[:, :, None, None]
+        y += self.time(F.silu(time))[:, :, None, None]
         y = self.conv2(norm_silu(self.norm2, y))
         y += self.shortcut(x)
         return y

@@ -115,7 +115,7 @@ class Encoded:
 
     skips: list[Tensor]  # one a block, (B, C, h, w) each as in the table above
     middle: Tensor  # (B, C, h, w)
-    time: Tensor  # (B, T), activated
+    time: Tensor  # (B, T)
 
 
 def add_control(encoded: Encoded, control: Sequence[Tensor] | None) -> Encoded:

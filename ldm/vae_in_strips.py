@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .vae import AutoencoderKL, Level, Posterior, ResBlock
+from .blocks import Upsample
+from .vae import AutoencoderKL, Downsample, Posterior, ResBlock
 
 ROWS = 32  # of a layer's output at a time
 
@@ -25,7 +26,8 @@ def decode_in_strips(vae: AutoencoderKL, latents: Tensor, rows: int = ROWS) -> T
     decoder = vae.decoder
     x = decoder.middle(decoder.conv_in(vae.post_quant_conv(latents / vae.config.scale)))
     for level in reversed(decoder.levels):
-        x = through(level, x, upsample, rows)
+        for step in level.steps():
+            x = one_step(step, x, rows)
     return conv3x3(decoder.conv_out, x, activation(decoder.norm_out, x), rows)
 
 
@@ -34,17 +36,24 @@ def posterior_in_strips(vae: AutoencoderKL, images: Tensor, rows: int = ROWS) ->
     encoder = vae.encoder
     x = conv3x3(encoder.conv_in, images, lambda strip: strip, rows)
     for level in encoder.levels:
-        x = through(level, x, downsample, rows)
+        for step in level.steps():
+            x = one_step(step, x, rows)
     x = encoder.middle(x)
     moments = vae.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(x))))
     mean, logvar = moments.chunk(2, dim=1)
     return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
 
-def through(level: Level, x: Tensor, resample: Callable[[nn.Conv2d, Tensor, int], Tensor], rows: int) -> Tensor:
-    for block in level.blocks:
-        x = res_block(block, x, rows)
-    return x if isinstance(level.resample, nn.Identity) else resample(level.resample.conv, x, rows)
+def one_step(step: nn.Module, x: Tensor, rows: int) -> Tensor:
+    """One of `Level.steps`."""
+    match step:
+        case ResBlock():
+            return res_block(step, x, rows)
+        case Upsample():
+            return upsample(step.conv, x, rows)
+        case Downsample():
+            return downsample(step.conv, x, rows)
+    return x
 
 
 def res_block(block: ResBlock, x: Tensor, rows: int) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from minis import mini_vae, relative, stored
 
+from controlnet.memory import StorageCounter
 from ldm.vae_in_strips import activation, decode_in_strips, posterior_in_strips
 
 TOLERANCE = 2e-6  # of the relative error; a step of 8 bits is 4e-3 of a picture's range
@@ -56,6 +57,21 @@ def test_no_layer_is_computed_from_more_than_a_strip(monkeypatch):
     latents = torch.randn(1, 4, 32, 8, generator=torch.Generator().manual_seed(0))
     assert decode_in_strips(mini_vae(), latents, rows=16).shape == (1, 3, 256, 64)
     assert max(heights) == 18
+
+
+@torch.no_grad()
+def test_two_maps_are_held_at_once():
+    """A layer's input and its output; beside them no more than strips of two rows."""
+    vae = mini_vae()
+    images = torch.rand(1, 3, 128, 128)
+    full = vae.config.channels * 128 * 128 * 4  # bytes of a map of the first level
+    with StorageCounter() as counter:
+        latents = posterior_in_strips(vae, images, rows=2).mean
+    assert 2 * full <= counter.most < 2.5 * full
+    with StorageCounter() as counter:
+        decode_in_strips(vae, latents, rows=2)
+    wide = vae.config.multipliers[1] / vae.config.multipliers[0]
+    assert counter.most < (wide + 1.5) * full
 
 
 @torch.no_grad()

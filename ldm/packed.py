@@ -13,16 +13,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .blocks import Upsample
+
 LARGE = 128 * 128  # positions of a map
 
 
 class Packed(nn.Module):
-    """A layer without gradients, whose weight is packed when it is first used: for the shape that comes in then. Other
+    """A module without gradients, whose weight is packed when it is first used: for the shape that comes in then. Other
     shapes are computed as well, but may be slower."""
-
-    def __init__(self, layer: nn.Conv2d | nn.Linear):
-        super().__init__()
-        self.weight, self.bias = layer.weight.detach(), layer.bias
 
     def _apply(self, fn, recurse=True):
         moved = fn(torch.zeros(1))
@@ -33,12 +31,18 @@ class Packed(nn.Module):
     def __deepcopy__(self, memo):
         raise ValueError("packed weights cannot be copied, as into a ControlNet to train: copy before you pack")
 
+
+class PackedLayer(Packed):
+    def __init__(self, layer: nn.Conv2d | nn.Linear):
+        super().__init__()
+        self.weight, self.bias = layer.weight.detach(), layer.bias
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[f"{prefix}weight"] = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-class PackedConv(Packed):
+class PackedConv(PackedLayer):
     """nn.Conv2d, with channels last inside and outside: (B, C_in, h, w) -> (B, C_out, h', w')."""
 
     def __init__(self, conv: nn.Conv2d):
@@ -53,13 +57,43 @@ class PackedConv(Packed):
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, "none", [], "")
 
 
-class PackedLinear(Packed):
+class PackedLinear(PackedLayer):
     """nn.Linear: (..., C_in) -> (..., C_out)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.weight.is_mkldnn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), x.numel() // x.shape[-1])
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+# By the rows of a kernel of 4 (first index) and of 3: which of the 3 meet the same position of a map that was doubled.
+FOLDED = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
+
+
+class PackedUpsample(Packed):
+    """blocks.Upsample: (B, C, h, w) -> (B, C, 2 h, 2 w).
+
+    On a map whose positions are doubled a 3x3 kernel meets 2x2 different values. So the weights that meet the same one
+    are added beforehand, and the map need not be doubled: what is left is a transposed convolution with a 4x4 kernel
+    and stride 2, with 16 products where there were 36. The plain weights stay, to be saved: sums cannot be undone.
+    """
+
+    GEOMETRY = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, padding of the output, stride, dilation, groups
+
+    def __init__(self, upsample: Upsample):
+        super().__init__()
+        self.conv = upsample.conv
+        self.folded: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.folded is None:
+            rows = torch.tensor(FOLDED, dtype=torch.float32)
+            plain = torch.einsum("ki, lj, ocij -> cokl", rows, rows, self.conv.weight).contiguous()
+            self.folded = torch.ops.mkldnn._reorder_convolution_transpose_weight(plain, *self.GEOMETRY, x.shape)
+        return torch.ops.mkldnn._convolution_transpose_pointwise(
+            x, self.folded, self.conv.bias, *self.GEOMETRY, "none", [], ""
+        )
 
 
 class ChannelsLastNorm(nn.GroupNorm):
@@ -101,11 +135,16 @@ def pack(*networks: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         return
-    kinds = {nn.Conv2d: PackedConv, nn.Linear: PackedLinear, nn.GroupNorm: ChannelsLastNorm}
+    kinds = {
+        nn.Conv2d: PackedConv,
+        nn.Linear: PackedLinear,
+        nn.GroupNorm: ChannelsLastNorm,
+        Upsample: PackedUpsample,
+    }
     for network in networks:
         for name, child in network.named_children():
             kind = kinds.get(type(child))
             if kind is None:
                 pack(child)
-            elif child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
+            elif all(p.device.type == "cpu" and p.dtype == torch.float32 for p in child.parameters()):
                 setattr(network, name, kind(child))

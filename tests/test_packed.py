@@ -10,13 +10,16 @@ from torch import nn
 
 from controlnet import ControlNet
 from controlnet.guidance import Control, guided
-from ldm.packed import Packed, pack
+from ldm.blocks import Upsample
+from ldm.packed import Packed, PackedUpsample, pack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch comes without oneDNN")
 
 
-def layers(*networks):
-    return [layer for network in networks for layer in network.modules() if not list(layer.children())]
+def plain_layers(*networks):
+    """Those that compute, which are all but what packed layers keep to be saved."""
+    children = [child for network in networks for child in network.children() if not isinstance(network, Packed)]
+    return [n for n in networks if isinstance(n, nn.Conv2d | nn.Linear)] + (plain_layers(*children) if children else [])
 
 
 @torch.no_grad()
@@ -25,7 +28,7 @@ def test_a_guided_step_and_the_autoencoder_give_the_same():
     sd, other = small_sd(), small_sd()
     net, other_net = small_control(sd), small_control(other)
     pack(other.unet, other.vae, other_net)
-    assert not any(isinstance(layer, nn.Conv2d | nn.Linear) for layer in layers(other.unet, other.vae, other_net))
+    assert not plain_layers(other.unet, other.vae, other_net)
     for count, height, width in [(1, 8, 8), (3, 8, 16), (1, 16, 8)]:
         x, hint = torch.randn(count, 4, height, width), torch.rand(1, 3, 8 * height, 8 * width)
         t, (prompt, negative) = torch.full((count,), 500), torch.randn(2, count, 77, 16)
@@ -57,6 +60,19 @@ def test_strides_paddings_and_layers_without_a_bias():
 
 
 @torch.no_grad()
+def test_upsampling_without_doubling_the_map_is_the_same():
+    """At every position: the edges, where padding takes part, are where another folding would show."""
+    torch.manual_seed(0)
+    upsample = Upsample(6)
+    network = nn.Sequential(upsample)
+    pack(network)
+    assert isinstance(network[0], PackedUpsample)
+    for shape in [(1, 6, 1, 1), (1, 6, 4, 4), (3, 6, 5, 2), (2, 6, 1, 7)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(network(x), upsample(x), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_what_is_packed_is_saved_as_it_was(tmp_path):
     """To the bit, before its weights are brought into blocks and after."""
     sd = small_sd()
@@ -73,14 +89,15 @@ def test_what_is_packed_is_saved_as_it_was(tmp_path):
 
 
 def test_what_is_packed_can_be_neither_moved_nor_converted():
-    network = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
-    pack(network)
-    network.cpu().float()
-    with pytest.raises(ValueError, match="copy before you pack"):
-        copy.deepcopy(network)
-    for change in (lambda: network.half(), lambda: network.to("meta")):
-        with pytest.raises(ValueError, match="neither leave the CPU nor change their type"):
-            change()
+    for layer in (nn.Linear(4, 4), nn.Conv2d(4, 4, 3), Upsample(4)):
+        network = nn.Sequential(layer)
+        pack(network)
+        network.cpu().float()
+        with pytest.raises(ValueError, match="copy before you pack"):
+            copy.deepcopy(network)
+        for change in (lambda n=network: n.half(), lambda n=network: n.to("meta")):
+            with pytest.raises(ValueError, match="neither leave the CPU nor change their type"):
+                change()
 
 
 def test_other_types_and_devices_are_left_alone():

@@ -235,6 +235,9 @@ def counted(work: Work) -> int:
             (torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._linear_pointwise),
             lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * math.prod(weight[1:]),
         )
+        packed[torch.ops.mkldnn._convolution_transpose_pointwise] = (  # of a kernel of 4 with stride 2: 2x2 for each
+            lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * x[1] * 2 * 2
+        )
     with FlopCounterMode(display=False, custom_mapping=attention | packed) as counter:
         work()
     return counter.get_total_flops()

@@ -16,6 +16,10 @@ class Attention(nn.Module):
     SD 2.1's logits leave the range of fp16.
     """
 
+    attend = staticmethod(
+        F.scaled_dot_product_attention
+    )  # (B, heads, N, c), twice (B, heads, M, c) -> (B, heads, N, c)
+
     def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool = False):
         super().__init__()
         self.heads = heads
@@ -30,9 +34,9 @@ class Attention(nn.Module):
         q, k, v = (rearrange(y, "b n (heads c) -> b heads n c", heads=self.heads) for y in (q, k, v))
         if self.fp32_logits and q.dtype != torch.float32:
             with torch.autocast(x.device.type, enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+                y = self.attend(q.float(), k.float(), v.float()).to(v.dtype)
         else:
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = self.attend(q, k, v)
         return self.out(rearrange(y, "b heads n c -> b n (heads c)"))
 
 

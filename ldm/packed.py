@@ -10,10 +10,13 @@ Shapes: B batch, C channels, G groups, S strips, h w positions.
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .attention import Attention
 from .blocks import Upsample
+from .vae import AttentionBlock
 
 LARGE = 128 * 128  # positions of a map
 
@@ -63,7 +66,7 @@ class PackedLinear(PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.weight.is_mkldnn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), x.numel() // x.shape[-1])
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return multiply(x, self.weight, self.bias)
 
 
 # By the rows of a kernel of 4 (first index) and of 3: which of the 3 meet the same position of a map that was doubled.
@@ -94,6 +97,32 @@ class PackedUpsample(Packed):
         return torch.ops.mkldnn._convolution_transpose_pointwise(
             x, self.folded, self.conv.bias, *self.GEOMETRY, "none", [], ""
         )
+
+
+QUERIES = 256  # at a time: their logits stay in the processor's cache
+MANY = 1024  # tokens, from which on the products take longer than their calls
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """F.scaled_dot_product_attention (B, heads, N, c), twice (B, heads, M, c) -> (B, heads, N, c) by oneDNN.
+
+    PyTorch's own kernel takes its products from MKL, which on some processors uses half the width of their vectors.
+    """
+    if min(q.shape[2], k.shape[2]) < MANY:
+        return F.scaled_dot_product_attention(q, k, v)
+    y = torch.empty_like(q)
+    for sample in zip(q, k, v, y, strict=True):
+        for queries, keys, values, out in zip(*sample, strict=True):  # (N, c), (M, c), (M, c), (N, c)
+            keys, values = (keys / math.sqrt(keys.shape[1])).contiguous(), values.t().contiguous()
+            for some, out_of_some in zip(queries.split(QUERIES), out.split(QUERIES), strict=True):
+                weights = multiply(some, keys).softmax(dim=-1)  # (some, M)
+                out_of_some.copy_(multiply(weights, values))
+    return y
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear by oneDNN: (..., C_in), (C_out, C_in) -> (..., C_out). The weight is contiguous or packed."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class ChannelsLastNorm(nn.GroupNorm):
@@ -142,9 +171,15 @@ def pack(*networks: nn.Module) -> None:
         Upsample: PackedUpsample,
     }
     for network in networks:
+        if isinstance(network, Attention | AttentionBlock) and can_be_packed(network):
+            network.attend = attend
         for name, child in network.named_children():
             kind = kinds.get(type(child))
             if kind is None:
                 pack(child)
-            elif all(p.device.type == "cpu" and p.dtype == torch.float32 for p in child.parameters()):
+            elif can_be_packed(child):
                 setattr(network, name, kind(child))
+
+
+def can_be_packed(layer: nn.Module) -> bool:
+    return all(p.device.type == "cpu" and p.dtype == torch.float32 for p in layer.parameters())

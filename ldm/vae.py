@@ -53,6 +53,8 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention of one head over all positions, with a residual connection."""
 
+    attend = staticmethod(F.scaled_dot_product_attention)  # of q, k, v (B, 1, h w, C); packed.py has another
+
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
@@ -64,7 +66,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         q, k, v = (rearrange(z, "b c h w -> b 1 (h w) c") for z in (self.q(y), self.k(y), self.v(y)))
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = self.attend(q, k, v)
         return x + self.out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from minis import MINIS, every_fourth, inputs, mini_control, mini_unet, relative, stored
 from small import SMALL
 from torch import nn
@@ -253,13 +252,13 @@ def attention_with_huge_logits(fp32_logits):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_are_computed_in_fp32_inside_autocast(dtype, monkeypatch):
     seen = []
-    original = F.scaled_dot_product_attention
+    original = Attention.attend
 
     def spy(q, k, v):
         seen.append((q.dtype, k.dtype, torch.is_autocast_enabled("cpu"), (q @ k.mT).abs().max()))
         return original(q, k, v)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(Attention, "attend", staticmethod(spy))
     attention = attention_with_huge_logits(fp32_logits=True)
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype):

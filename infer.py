@@ -302,7 +302,8 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
         used |= steering.files()
     settings["files"] = inputs.fingerprints(used, recorded.get("files", {}))
 
-    keep_freed_memory(device, large=False)
+    if not args.low_memory:
+        keep_freed_memory(device, large=False)
     sd = StableDiffusion.load(args.base, "cpu" if args.low_memory else device, dtype, args.prediction)
     note_cut_prompts(sd.tokenizer, args)
     controls = inputs.load_controls(steerings, sd.unet)

@@ -20,7 +20,9 @@ from tools.bench_processes import Case, Measurement, Setup, Worker, as_numpy, co
 TASKS = {
     "sampling": "sampling",
     "vae_encode": "vae_encode",
+    "vae_encode_in_strips": "vae_encode",
     "vae_decode": "vae_decode",
+    "vae_decode_in_strips": "vae_decode",
     "training_cached": "training",
     "training_uncached": "training",
     "loading": "loading",

@@ -171,7 +171,9 @@ def rows(setup: "Setup", sections: Sequence[str], rounds: int) -> Iterator[Row]:
     working = [
         ("sampling", f"a picture of {side}, {case.steps} steps", ours.sampling, theirs and theirs.sampling),
         ("vae", f"VAE, encoding {side}", ours.vae_encode, theirs and theirs.vae_encode),
+        ("vae", "the same in strips (--low-memory)", ours.vae_encode_in_strips, theirs and theirs.vae_encode),
         ("vae", f"VAE, decoding {side}", ours.vae_decode, theirs and theirs.vae_decode),
+        ("vae", "the same in strips (--low-memory)", ours.vae_decode_in_strips, theirs and theirs.vae_decode),
         ("training", f"{step}, encoded before", ours.training_cached, theirs and theirs.training),
         ("training", f"{step}, encoded in it", ours.training_uncached, theirs and theirs.training),
     ]

@@ -3,6 +3,7 @@
 Shapes: B batch, H W pixels, h = H/8, w = W/8.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from ldm.packed import pack
 from ldm.stable_diffusion import WEIGHTS
 from ldm.unet import set_checkpointing
 from ldm.vae import AutoencoderKL
+from ldm.vae_in_strips import decode_in_strips, posterior_in_strips
 from tools.bench_processes import Outputs, Setup, Work
 
 PROMPT, NEGATIVE = "red circle with blue background", "green"
@@ -106,8 +108,12 @@ def pixels(picture: Image.Image) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ the tasks
 
 
+def load_base(setup: Setup) -> StableDiffusion:
+    return StableDiffusion.load(setup.folder / "base.safetensors", setup.device, PRECISIONS[setup.precision])
+
+
 def load(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
-    sd = StableDiffusion.load(setup.folder / "base.safetensors", setup.device, PRECISIONS[setup.precision])
+    sd = load_base(setup)
     return sd, ControlNet.load(setup.folder / "control.safetensors", sd.unet).requires_grad_(False)
 
 
@@ -139,13 +145,6 @@ def sampling_of_worlds(setup: Setup, reuse: int) -> Work:
     return work
 
 
-def load_vae(setup: Setup) -> AutoencoderKL:
-    keep_freed_memory(torch.device(setup.device), large=False)
-    vae = load(setup)[0].vae
-    pack(vae)
-    return vae
-
-
 def sampling(setup: Setup) -> Work:
     """A prompt and a hint to a picture, as infer.py does it with the models loaded."""
     keep_freed_memory(torch.device(setup.device), large=False)
@@ -171,24 +170,48 @@ def picture(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg
 
 
 def vae_encode(setup: Setup) -> Work:
-    vae = load_vae(setup)
+    return encoding(setup, packed_vae(setup), AutoencoderKL.encode)
+
+
+def vae_encode_in_strips(setup: Setup) -> Work:
+    def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+        return vae.config.scale * posterior_in_strips(vae, images).mean
+
+    return encoding(setup, load_base(setup).vae, encode)
+
+
+def vae_decode(setup: Setup) -> Work:
+    return decoding(setup, packed_vae(setup), AutoencoderKL.decode)
+
+
+def vae_decode_in_strips(setup: Setup) -> Work:
+    return decoding(setup, load_base(setup).vae, decode_in_strips)
+
+
+def packed_vae(setup: Setup) -> AutoencoderKL:
+    keep_freed_memory(torch.device(setup.device), large=False)
+    vae = load_base(setup).vae
+    pack(vae)
+    return vae
+
+
+def encoding(setup: Setup, vae: AutoencoderKL, encode: Callable[[AutoencoderKL, Tensor], Tensor]) -> Work:
     images = inputs(setup.case.size, 1).images.to(vae.quant_conv.bias)
 
     @torch.no_grad()
     def work() -> Outputs:
-        latents = vae.encode(images)
+        latents = encode(vae, images)
         return lambda: {"latents": latents}
 
     return work
 
 
-def vae_decode(setup: Setup) -> Work:
-    vae = load_vae(setup)
-    latents = inputs(setup.case.size, 1).noise.to(vae.quant_conv.bias)
+def decoding(setup: Setup, vae: AutoencoderKL, decode: Callable[[AutoencoderKL, Tensor], Tensor]) -> Work:
+    latents = inputs(setup.case.size, 1).noise.to(vae.post_quant_conv.bias)
 
     @torch.no_grad()
     def work() -> Outputs:
-        images = vae.decode(latents)
+        images = decode(vae, latents)
         return lambda: {"images": images}
 
     return work

@@ -43,7 +43,7 @@ from ldm.config import ControlConfig
 from ldm.diffusers_layout import control_values, save_control
 from ldm.key_maps import Layout, control_map, diffusers_control_map, unet_map
 from ldm.recognise import recognise_control
-from ldm.unet import Encoded, UNet, UNetEncoder
+from ldm.unet import Checkpointed, Encoded, UNet, UNetEncoder
 
 
 def zero_conv(c_in: int, c_out: int, kernel: int = 1) -> nn.Conv2d:
@@ -54,7 +54,7 @@ def zero_conv(c_in: int, c_out: int, kernel: int = 1) -> nn.Conv2d:
     return conv
 
 
-class HintEncoder(nn.Module):
+class HintEncoder(Checkpointed):
     """c_f = E(c_i) (Eq. 4): a hint (B, 3, H, W) in [0, 1] -> features (B, C, h, w) at the latents' resolution."""
 
     def __init__(self, config: ControlConfig, c_out: int):
@@ -71,7 +71,9 @@ class HintEncoder(nn.Module):
         self.convs.append(zero_conv(widths[-1], c_out, kernel=3))
 
     def forward(self, hint: Tensor) -> Tensor:
-        x = hint
+        return self.run(self.encode, hint)
+
+    def encode(self, x: Tensor) -> Tensor:
         for conv in self.convs[:-1]:
             x = F.silu(conv(x))
         return self.convs[-1](x)

@@ -23,7 +23,7 @@ The decoder mirrors it: twelve blocks, each of which first takes the last skip t
 Shapes: B batch, C channels, h w positions, M prompt tokens, D context width, T width of the time embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,20 +89,21 @@ class MiddleBlock(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A stack of blocks that can trade time for memory: see `set_checkpointing`."""
+    """What can trade time for memory: see `set_checkpointing`."""
 
     checkpointing = False
 
-    def run(self, block: nn.Module, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, time, context, use_reentrant=False)
-        return block(x, time, context)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
     """Gradient checkpointing for every encoder and decoder inside `model` (a UNet, a ControlNet).
 
-    Each block then keeps only its input and is run again in the backward pass (Chen et al., arXiv 1604.06174).
+    Each block, and a ControlNet's hint encoder as a whole, then keeps only its input and is run again in the backward
+    pass (Chen et al., arXiv 1604.06174).
     """
     for module in model.modules():
         if isinstance(module, Checkpointed):

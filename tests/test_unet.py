@@ -219,7 +219,8 @@ def test_checkpointing_runs_the_blocks_of_a_control_again_and_changes_no_bit():
         nn.init.normal_(conv.weight, std=0.1)
     x, t, context, hint = small_batch()
     noise = x.flip(0)
-    locked, trained = runs_of_blocks(unet.encoder), runs_of_blocks(control.encoder, unet.decoder)
+    locked, trained, hints = runs_of_blocks(unet.encoder), runs_of_blocks(control.encoder, unet.decoder), []
+    control.hint_encoder.convs[0].register_forward_pre_hook(lambda *_: hints.append(1))
 
     def loss():
         return control_loss(unet, control, Schedule(SMALL.schedule), x, noise, t, context, hint)
@@ -227,12 +228,13 @@ def test_checkpointing_runs_the_blocks_of_a_control_again_and_changes_no_bit():
     plain = loss_and_gradients(control, loss)
     set_checkpointing(unet, True)
     set_checkpointing(control, True)
-    locked.clear()
-    trained.clear()
+    for runs in (locked, trained, hints):
+        runs.clear()
     checkpointed = loss_and_gradients(control, loss)
     assert_bit_equal(checkpointed, plain)
     assert all(gradient.norm() > 0 for name, gradient in plain[1].items() if name.startswith("encoder.blocks"))
     assert len(trained) == 2 * (len(control.encoder.blocks) + len(unet.decoder.blocks))
+    assert len(hints) == 2
     assert len(locked) == len(unet.encoder.blocks)  # nothing is trained there: no second run
 
 

@@ -77,13 +77,14 @@ def train(args: argparse.Namespace) -> int:
         shown = parts["average"].module
     start = run.load(**parts) if args.resume else 0
 
-    # --- pictures become latents, once; then the autoencoder and the text encoder leave the device
+    # --- pictures become latents, once; then previews alone need the autoencoder and the text encoder
     cache = None if args.no_cache else args.cache or args.out / "cache"
     data = TrainingData(DataSettings.from_args(args), sd, processes, cache)
     batches = data.batches(position.seen)
-    if not args.no_cache:
-        sd.vae.cpu()
-        sd.text_encoder.cpu()
+    if not args.no_cache:  # loaded anew they wait for that in their file, as far as it has the precision, not in memory
+        waiting = StableDiffusion.load(args.base, "cpu", dtype, args.prediction)
+        sd.vae, sd.text_encoder = waiting.vae, waiting.text_encoder
+        del waiting
     keep_freed_memory(device, large=True)  # not before: the autoencoder's maps would leave holes
     if processes.first:
         run.begin(start, vars(args), data.fingerprint)

@@ -246,9 +246,9 @@ def training(setup: Setup, cached: bool) -> Work:
         no_prompt = sd.encode_text([""])
     if cached:
         content = encoded(sd, *content)
-        if setup.device != "cpu":
-            sd.vae.cpu()
-            sd.text_encoder.cpu()
+        waiting = load_base(setup)
+        sd.vae, sd.text_encoder = waiting.vae.cpu(), waiting.text_encoder.cpu()
+        del waiting
     keep_freed_memory(device, large=True)
     batch = Batch(content, x.hints, draw, bad=nothing - 1)
 

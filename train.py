@@ -31,6 +31,7 @@ def train(args: argparse.Namespace) -> int:
     from controlnet.training_data import DataSettings, TrainingData
     from controlnet.worlds import EXAMPLE_OF
     from ldm import StableDiffusion
+    from ldm.onednn import quicken
     from ldm.packed import pack
     from ldm.unet import set_checkpointing
 
@@ -54,8 +55,10 @@ def train(args: argparse.Namespace) -> int:
     if args.sd_unlocked:
         sd.unet.decoder.float().requires_grad_(True)
     pack(sd.vae, sd.text_encoder)
-    if not args.compile:  # torch.compile cannot look into packed weights
+    if not args.compile:  # torch.compile cannot look into what follows
         pack(sd.unet.encoder)  # not the decoder, which gradients come back through
+        if (device.type, args.precision) == ("cpu", "fp32"):
+            quicken(sd.unet.decoder, control)
 
     # --- the loss as a module, and its optimiser
     loss = ControlLoss(sd.unet, control, sd.schedule, args.min_snr)

@@ -10,12 +10,12 @@ Shapes: B batch, C channels, G groups, S strips, h w positions.
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import Attention
 from .blocks import Upsample
+from .onednn import attend, mkl_is_slow, multiply
 from .vae import AttentionBlock
 
 LARGE = 128 * 128  # positions of a map
@@ -99,32 +99,6 @@ class PackedUpsample(Packed):
         )
 
 
-QUERIES = 256  # at a time: their logits stay in the processor's cache
-MANY = 1024  # tokens, from which on the products take longer than their calls
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """F.scaled_dot_product_attention (B, heads, N, c), twice (B, heads, M, c) -> (B, heads, N, c) by oneDNN.
-
-    PyTorch's own kernel takes its products from MKL, which on some processors uses half the width of their vectors.
-    """
-    if min(q.shape[2], k.shape[2]) < MANY:
-        return F.scaled_dot_product_attention(q, k, v)
-    y = torch.empty_like(q)
-    for sample in zip(q, k, v, y, strict=True):
-        for queries, keys, values, out in zip(*sample, strict=True):  # (N, c), (M, c), (M, c), (N, c)
-            keys, values = (keys / math.sqrt(keys.shape[1])).contiguous(), values.t().contiguous()
-            for some, out_of_some in zip(queries.split(QUERIES), out.split(QUERIES), strict=True):
-                weights = multiply(some, keys).softmax(dim=-1)  # (some, M)
-                out_of_some.copy_(multiply(weights, values))
-    return y
-
-
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear by oneDNN: (..., C_in), (C_out, C_in) -> (..., C_out). The weight is contiguous or packed."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 class ChannelsLastNorm(nn.GroupNorm):
     """nn.GroupNorm (B, C, h, w) -> the same, for channels last.
 
@@ -171,7 +145,7 @@ def pack(*networks: nn.Module) -> None:
         Upsample: PackedUpsample,
     }
     for network in networks:
-        if isinstance(network, Attention | AttentionBlock) and can_be_packed(network):
+        if isinstance(network, Attention | AttentionBlock) and can_be_packed(network) and mkl_is_slow():
             network.attend = attend
         for name, child in network.named_children():
             kind = kinds.get(type(child))

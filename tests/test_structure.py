@@ -32,6 +32,7 @@ LDM_IN_READING_ORDER = [
     "diffusers_layout",
     "recognise",
     "stable_diffusion",
+    "onednn",
     "packed",
     "__init__",
 ]

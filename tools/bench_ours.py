@@ -25,6 +25,7 @@ from controlnet.training import Optimisation, constant_rate
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from ldm import StableDiffusion
 from ldm.config import SD15
+from ldm.onednn import quicken
 from ldm.packed import pack
 from ldm.stable_diffusion import WEIGHTS
 from ldm.unet import set_checkpointing
@@ -234,6 +235,8 @@ def training(setup: Setup, cached: bool) -> Work:
         set_checkpointing(model, setup.case.checkpointing)
     pack(sd.unet.encoder, sd.vae, sd.text_encoder)
     device = torch.device(setup.device)
+    if (device.type, setup.precision) == ("cpu", "fp32"):
+        quicken(sd.unet.decoder, control)
     loss = ControlLoss(sd.unet, control, sd.schedule)
     rate = constant_rate(0)
     optimisation = Optimisation(control.named_parameters(), LEARNING_RATE, rate, device, setup.precision, clip=1.0)

@@ -14,7 +14,7 @@ from ldm.blocks import Upsample
 from ldm.packed import pack
 from tools import bench, bench_ours
 from tools.bench import Row, Took
-from tools.bench_processes import Case, Measurement, Setup, Worker, as_numpy, counted, in_turns
+from tools.bench_processes import Anew, Case, Measurement, Setup, Worker, as_numpy, counted, in_turns
 
 # The tasks by their names here and there.
 TASKS = {
@@ -141,6 +141,15 @@ def test_sides_are_measured_in_turns_and_their_medians_taken():
     assert asked == ["ours", "theirs"] * 3
     row = bench.row("x", sides, [math.nan, math.nan])
     assert (row.ours.seconds, row.theirs.seconds, row.difference) == (2, 5, None)
+
+
+def test_a_side_that_is_alone_is_warm_and_counted(setup):
+    """Its process is new in each round; the arithmetic is that of one that stays."""
+    alone, staying = (bench.working_row("x", [bench_ours.vae_decode], setup, 2, alone) for alone in (True, False))
+    assert 0 < alone.ours.gemm_share < 2 and 0 < staying.ours.gemm_share < 2
+    cold, warm = Anew(bench_ours.vae_decode, setup), Anew(bench_ours.vae_decode, setup, warm=True)
+    cold.measure(), warm.measure()
+    assert cold.operations == 0 and warm.operations == counted(bench_ours.vae_decode(setup)) > 1e6
 
 
 def test_differences_that_are_none_and_that_cannot_be_told():

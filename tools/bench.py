@@ -6,11 +6,12 @@
     python -m tools.bench --only sampling vae --rounds 9
 
 Prints a table to paste. Both sides work in turns, each in a process of its own, as its users run it: ours with packed
-weights and kept memory on a CPU, as infer.py and train.py do. Times are medians of the rounds after a warm-up. Memory
-is the peak above what Python and its packages need, weights included; on CUDA what is allocated there. Outputs are
-compared in every round, but for --reuse, which is approximate: where they differ by more than rounding (in fp32 1e-4 of
-their norm) the exit status is 1. The share of the GEMM peak is each side's own arithmetic in matrix products,
-convolutions and attention, by the time it took, over the rate of a large matrix product in the same rounds.
+weights and kept memory on a CPU, as infer.py and train.py do. Training at 512x512 is with gradient checkpointing on
+both sides, as each does it, and needs 16 GB. Times are medians of the rounds after a warm-up. Memory is the peak above
+what Python and its packages need, weights included; on CUDA what is allocated there. Outputs are compared in every
+round, but for --reuse, which is approximate: where they differ by more than rounding (in fp32 1e-4 of their norm) the
+exit status is 1. The share of the GEMM peak is each side's own arithmetic in matrix products, convolutions and
+attention, by the time it took, over the rate of a large matrix product in the same rounds.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def bench(args: argparse.Namespace) -> int:
     cases = {
         "tiny": Case(size=128, steps=20, cfg=2.5, batch_size=8),
         "sd15-256": Case(size=256, steps=2, cfg=7.5, batch_size=1),
-        "sd15-512": Case(size=512, steps=2, cfg=7.5, batch_size=1, checkpointing=True),
+        "sd15-512": Case(size=512, steps=2, cfg=7.5, batch_size=4, checkpointing=True, trains_alone=True),
     }
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -179,7 +180,8 @@ def rows(setup: "Setup", sections: Sequence[str], rounds: int) -> Iterator[Row]:
     ]
     for section, what, our_task, their_task in working:
         if section in sections:
-            yield working_row(what, [our_task, their_task] if their_task else [our_task], setup, rounds)
+            tasks = [our_task, their_task] if their_task else [our_task]
+            yield working_row(what, tasks, setup, rounds, alone=section == "training" and case.trains_alone)
     if "loading" in sections:
         tasks = [ours.loading, theirs.loading] if theirs else [ours.loading]
         yield starting_row("loading base and ControlNet", [Anew(task, setup) for task in tasks], rounds)
@@ -200,19 +202,23 @@ def peers() -> ModuleType | None:
     return bench_peers
 
 
-def working_row(what: str, tasks: Sequence["Task"], setup: "Setup", rounds: int) -> Row:
-    """Of tasks whose processes stay, with a matrix product in each round to see what the machine can do then."""
-    from tools.bench_processes import MatrixProduct, Worker, in_turns
+def working_row(what: str, tasks: Sequence["Task"], setup: "Setup", rounds: int, alone: bool) -> Row:
+    """Of tasks whose processes stay, or with the machine's memory for each `alone`; with a matrix product in each round
+    to see what the machine can do then."""
+    from tools.bench_processes import Anew, MatrixProduct, Worker, in_turns
 
     with ExitStack() as stack:
-        workers, counts = [], []
-        for task in tasks:  # one after the other: loading takes memory
-            workers.append(stack.enter_context(closing(Worker(task, setup))))
-            counts.append(workers[-1].count())
+        if alone:
+            workers = [Anew(task, setup, warm=True) for task in tasks]
+        else:
+            workers = []
+            for task in tasks:  # one after the other: loading takes memory
+                workers.append(stack.enter_context(closing(Worker(task, setup))))
+                workers[-1].warm_up()
         product = MatrixProduct(setup)
         *sides, products = in_turns([*workers, product], rounds)
     peak = product.operations / min(measurement.seconds for measurement in products)
-    shares = [count / median_seconds(side) / peak for count, side in zip(counts, sides, strict=True)]
+    shares = [worker.operations / median_seconds(side) / peak for worker, side in zip(workers, sides, strict=True)]
     return row(what, sides, shares)
 
 

@@ -36,6 +36,7 @@ class Case:
     cfg: float
     batch_size: int  # of training
     checkpointing: bool = False  # gradients', as each program's own option does it
+    trains_alone: bool = False  # where memory is short for both sides' processes: each measurement has a new one
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Worker:
     def __init__(self, task: Task, setup: Setup):
         context = multiprocessing.get_context("spawn")  # a fork would have this process's memory
         self.name = f"{task.__module__}.{task.__name__}"
+        self.operations = 0
         self.connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, task, setup), daemon=True)
         self.process.start()
@@ -86,9 +88,9 @@ class Worker:
     def measure(self) -> Measurement:
         return self.ask("measure")
 
-    def count(self) -> int:
-        """Does the work once, as a warm-up, and -> its multiplications and additions."""
-        return self.ask("count")
+    def warm_up(self) -> None:
+        """Does the work once, and counts its multiplications and additions."""
+        self.operations = self.ask("count")
 
     def ask(self, command: str):
         """Raises ValueError if the process is gone."""
@@ -108,14 +110,18 @@ class Worker:
 
 
 class Anew:
-    """A task that gets a new process for each measurement."""
+    """A task that gets a new process for each measurement, warm or not."""
 
-    def __init__(self, task: Task, setup: Setup):
-        self.task, self.setup = task, setup
+    def __init__(self, task: Task, setup: Setup, warm: bool = False):
+        self.task, self.setup, self.warm = task, setup, warm
+        self.operations = 0
 
     def measure(self) -> Measurement:
         worker = Worker(self.task, self.setup)
         try:
+            if self.warm:
+                worker.warm_up()
+                self.operations = worker.operations
             return worker.measure()
         finally:
             worker.close()

@@ -214,11 +214,12 @@ def working_row(what: str, tasks: Sequence["Task"], setup: "Setup", rounds: int,
             workers = []
             for task in tasks:  # one after the other: loading takes memory
                 workers.append(stack.enter_context(closing(Worker(task, setup))))
-                workers[-1].warm_up()
+                workers[-1].measure()  # the warm-up
         product = MatrixProduct(setup)
         *sides, products = in_turns([*workers, product], rounds)
+        counts = [worker.count() for worker in workers]
     peak = product.operations / min(measurement.seconds for measurement in products)
-    shares = [worker.operations / median_seconds(side) / peak for worker, side in zip(workers, sides, strict=True)]
+    shares = [count / median_seconds(side) / peak for count, side in zip(counts, sides, strict=True)]
     return row(what, sides, shares)
 
 

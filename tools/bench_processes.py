@@ -79,7 +79,6 @@ class Worker:
     def __init__(self, task: Task, setup: Setup):
         context = multiprocessing.get_context("spawn")  # a fork would have this process's memory
         self.name = f"{task.__module__}.{task.__name__}"
-        self.operations = 0
         self.connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, task, setup), daemon=True)
         self.process.start()
@@ -88,9 +87,10 @@ class Worker:
     def measure(self) -> Measurement:
         return self.ask("measure")
 
-    def warm_up(self) -> None:
-        """Does the work once, and counts its multiplications and additions."""
-        self.operations = self.ask("count")
+    def count(self) -> int:
+        """Does the work once more -> its multiplications and additions. What counts them holds on to memory, so this
+        comes after all measurements."""
+        return self.ask("count")
 
     def ask(self, command: str):
         """Raises ValueError if the process is gone."""
@@ -110,7 +110,7 @@ class Worker:
 
 
 class Anew:
-    """A task that gets a new process for each measurement, warm or not."""
+    """A task that gets a new process for each measurement: cold, or warmed up there and counted."""
 
     def __init__(self, task: Task, setup: Setup, warm: bool = False):
         self.task, self.setup, self.warm = task, setup, warm
@@ -119,12 +119,17 @@ class Anew:
     def measure(self) -> Measurement:
         worker = Worker(self.task, self.setup)
         try:
-            if self.warm:
-                worker.warm_up()
-                self.operations = worker.operations
-            return worker.measure()
+            if not self.warm:
+                return worker.measure()
+            worker.measure()
+            measurement = worker.measure()
+            self.operations = worker.count()
+            return measurement
         finally:
             worker.close()
+
+    def count(self) -> int:
+        return self.operations
 
 
 class Program:

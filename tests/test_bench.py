@@ -149,7 +149,9 @@ def test_a_side_that_is_alone_is_warm_and_counted(setup):
     assert 0 < alone.ours.gemm_share < 2 and 0 < staying.ours.gemm_share < 2
     cold, warm = Anew(bench_ours.vae_decode, setup), Anew(bench_ours.vae_decode, setup, warm=True)
     cold.measure(), warm.measure()
-    assert cold.count() == 0 and warm.count() == counted(bench_ours.vae_decode(setup)) > 1e6
+    work = bench_ours.vae_decode(setup)
+    work()  # the first one packs weights, which is arithmetic, too
+    assert cold.count() == 0 and warm.count() == counted(work) > 1e6
 
 
 def test_differences_that_are_none_and_that_cannot_be_told():

@@ -16,9 +16,8 @@ class Attention(nn.Module):
     SD 2.1's logits leave the range of fp16.
     """
 
-    attend = staticmethod(
-        F.scaled_dot_product_attention
-    )  # (B, heads, N, c), twice (B, heads, M, c) -> (B, heads, N, c)
+    # Of q (B, heads, N, c), k and v (B, heads, M, c); packed.py has another.
+    attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool = False):
         super().__init__()

@@ -53,7 +53,8 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention of one head over all positions, with a residual connection."""
 
-    attend = staticmethod(F.scaled_dot_product_attention)  # of q, k, v (B, 1, h w, C); packed.py has another
+    # Of q, k and v (B, 1, h w, C); packed.py has another.
+    attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, groups: int):
         super().__init__()

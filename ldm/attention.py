@@ -16,7 +16,7 @@ class Attention(nn.Module):
     SD 2.1's logits leave the range of fp16.
     """
 
-    # Of q (B, heads, N, c), k and v (B, heads, M, c); packed.py has another.
+    # Of q (B, heads, N, c), k and v (B, heads, M, c); packed.py puts another here.
     attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool = False):

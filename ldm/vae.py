@@ -53,7 +53,7 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention of one head over all positions, with a residual connection."""
 
-    # Of q, k and v (B, 1, h w, C); packed.py has another.
+    # Of q, k and v (B, 1, h w, C); packed.py puts another here.
     attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, groups: int):

@@ -278,11 +278,11 @@ def retyped(parser: argparse.ArgumentParser, name: str, value):
 def infer(args: argparse.Namespace, recorded: dict) -> None:
     """Everything that can be wrong and is quick to see is checked before the weights are read."""
     # Imported here, because it takes seconds: --help does not need it.
-    from controlnet import inputs
-    from controlnet.devices import PRECISIONS, keep_freed_memory, pick_device
-    from controlnet.generate import default_cfg
+    from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device
+    from controlnet.inference import inputs
+    from controlnet.inference.generate import default_cfg
     from ldm import StableDiffusion
-    from ldm.packed import pack
+    from ldm.fast.packed import pack
     from ldm.stable_diffusion import find
 
     base, _ = find(args.base)
@@ -316,10 +316,10 @@ def infer(args: argparse.Namespace, recorded: dict) -> None:
 
 def read_pictures(args: argparse.Namespace, config) -> tuple:
     """The size, the `Init` or None, and a `Steering` for each hint, whose ControlNet is not loaded yet."""
-    from controlnet.generate import check_size, default_size
-    from controlnet.image_to_image import Init
-    from controlnet.images import read_image, read_mask
-    from controlnet.inputs import Steering, note_stretch
+    from controlnet.common.images import read_image, read_mask
+    from controlnet.inference.generate import check_size, default_size
+    from controlnet.inference.image_to_image import Init
+    from controlnet.inference.inputs import Steering, note_stretch
 
     image = read_image(args.init) if args.init else None
     mask = read_mask(args.mask) if args.mask else None
@@ -342,11 +342,11 @@ def make_pictures(args, sd, controls, init, size, settings, device) -> None:
     """Each is saved as soon as it is there."""
     from tqdm import tqdm
 
-    from controlnet.generate import generate
+    from controlnet.common.images import save_png
     from controlnet.guidance import acting_timesteps
-    from controlnet.image_to_image import steps_done
-    from controlnet.images import save_png
-    from controlnet.png_text import png_texts
+    from controlnet.inference.generate import generate
+    from controlnet.inference.image_to_image import steps_done
+    from controlnet.inference.png_text import png_texts
     from ldm.samplers import timesteps_for
 
     steps = len(timesteps_for(args.sampler, sd.schedule, args.steps))  # DDIM's are not always as many as asked for
@@ -423,7 +423,7 @@ def find_hint(name: str) -> Path:
 
 def note_cut_prompts(tokenizer, args: argparse.Namespace) -> None:
     """What the text encoder does not read has no effect, which is said."""
-    from controlnet.prompts import cut_texts
+    from controlnet.inference.prompts import cut_texts
 
     for prompt in () if args.long_prompts else (args.prompt, args.negative):
         for text in cut_texts(tokenizer, prompt):
@@ -467,7 +467,7 @@ def save_hints(hints: list, picture: Path) -> None:
     """0001-hint.png for 0001.png, with more than one hint 0001-hint-1.png and so on."""
     from PIL import Image
 
-    from controlnet.images import save_png, to_uint8
+    from controlnet.common.images import save_png, to_uint8
 
     for i, hint in enumerate(hints):
         path = picture.with_name(f"{picture.stem}-hint{f'-{i + 1}' if len(hints) > 1 else ''}.png")
@@ -480,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: note(f"infer.py: {message}")
     try:
         if args.again is not None:
-            from controlnet.png_text import read_settings
+            from controlnet.inference.png_text import read_settings
 
             recorded = read_settings(args.again, RECORDED, EACH)
             args = parse_args(argv, recorded)
@@ -499,7 +499,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def in_a_sentence(error: Exception) -> str | None:
     """What a user can do something about; None for errors of our own."""
-    from controlnet.devices import out_of_memory
+    from controlnet.common.devices import out_of_memory
 
     if out_of_memory(error):
         return "out of memory: add --low-memory, --dtype fp16 or a smaller --size"

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-from controlnet.train_options import make_parser, settled
+from controlnet.training.options import make_parser, settled
 
 
 def train(args: argparse.Namespace) -> int:
@@ -23,16 +23,16 @@ def train(args: argparse.Namespace) -> int:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from tqdm import tqdm
 
-    from controlnet.devices import PRECISIONS, borrowed, keep_freed_memory, peak_memory
-    from controlnet.distributed import join_processes
+    from controlnet.common.devices import PRECISIONS, borrowed, keep_freed_memory, peak_memory
     from controlnet.objective import ControlLoss, only_middle, zero_conv_norms
-    from controlnet.run_state import Position, Progress, RunFolder, StopSignals
-    from controlnet.training import Optimisation, constant_rate, cosine_rate
-    from controlnet.training_data import DataSettings, TrainingData
+    from controlnet.training.distributed import join_processes
+    from controlnet.training.optimisation import Optimisation, constant_rate, cosine_rate
+    from controlnet.training.run_state import Position, Progress, RunFolder, StopSignals
+    from controlnet.training.training_data import DataSettings, TrainingData
     from controlnet.worlds import EXAMPLE_OF
     from ldm import StableDiffusion
-    from ldm.onednn import quicken
-    from ldm.packed import pack
+    from ldm.fast.onednn import quicken
+    from ldm.fast.packed import pack
     from ldm.unet import set_checkpointing
 
     run = RunFolder(args.out)
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         args = settled(parser, args, argv)
         if not args.dry_run:
             return train(args)
-        from controlnet.dry_run import described
+        from controlnet.training.dry_run import described
 
         print(described(args))
         return 0
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def in_a_sentence(error: Exception, args: argparse.Namespace) -> str | None:
     """What a user can do something about; None for errors of our own."""
-    from controlnet.devices import out_of_memory
+    from controlnet.common.devices import out_of_memory
 
     if out_of_memory(error):
         return (

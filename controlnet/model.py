@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.blocks import Downsample
-from ldm.checkpoint import (
+from ldm.checkpoints.checkpoint import (
     IGNORED_BESIDE_CONTROL,
     Checkpoint,
     CheckpointError,
@@ -39,10 +39,10 @@ from ldm.checkpoint import (
     save_checkpoint,
     without_weights,
 )
+from ldm.checkpoints.diffusers_layout import control_values, save_control
+from ldm.checkpoints.key_maps import Layout, control_map, diffusers_control_map, unet_map
+from ldm.checkpoints.recognise import recognise_control
 from ldm.config import ControlConfig
-from ldm.diffusers_layout import control_values, save_control
-from ldm.key_maps import Layout, control_map, diffusers_control_map, unet_map
-from ldm.recognise import recognise_control
 from ldm.unet import Checkpointed, Encoded, UNet, UNetEncoder
 
 

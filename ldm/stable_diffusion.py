@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import (
+from ldm.checkpoints.checkpoint import (
     IGNORED_BESIDE_BASE,
     Checkpoint,
     CheckpointError,
@@ -20,10 +20,11 @@ from .checkpoint import (
     save_checkpoint,
     without_weights,
 )
+from ldm.checkpoints.diffusers_layout import save_pipeline
+from ldm.checkpoints.key_maps import KeyMap, Layout, base_maps
+from ldm.checkpoints.recognise import base_layout, described_config, recognise
+
 from .config import PRESETS, Config
-from .diffusers_layout import save_pipeline
-from .key_maps import KeyMap, Layout, base_maps
-from .recognise import base_layout, described_config, recognise
 from .schedule import Schedule
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from controlnet.model import ControlNet
 from ldm import StableDiffusion, samplers
 from ldm.blocks import sinusoidal_embedding
-from ldm.checkpoint import open_checkpoint
+from ldm.checkpoints.checkpoint import open_checkpoint
+from ldm.checkpoints.key_maps import base_maps, control_map, diffusers_control_map
 from ldm.config import SD15, SD21, Config, ControlConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.key_maps import base_maps, control_map, diffusers_control_map
 from ldm.samplers import ddim_sigma, ddim_timesteps, dpmpp_step, sample_ddim
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer

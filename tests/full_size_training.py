@@ -18,10 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from controlnet import ControlNet  # noqa: E402
-from controlnet.latent_cache import encoded  # noqa: E402
-from controlnet.memory import Plan, predict  # noqa: E402
 from controlnet.objective import ControlLoss  # noqa: E402
-from controlnet.training import Optimisation, constant_rate  # noqa: E402
+from controlnet.training.latent_cache import encoded  # noqa: E402
+from controlnet.training.memory import Plan, predict  # noqa: E402
+from controlnet.training.optimisation import Optimisation, constant_rate  # noqa: E402
 from ldm import StableDiffusion  # noqa: E402
 from ldm.config import SD15  # noqa: E402
 from ldm.unet import set_checkpointing  # noqa: E402

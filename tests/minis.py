@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from controlnet.model import ControlNet
-from ldm.key_maps import KeyMap, control_map, unet_map, vae_map
+from ldm.checkpoints.key_maps import KeyMap, control_map, unet_map, vae_map
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoint import CheckpointError, open_checkpoint
+from ldm.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from ldm.checkpoints.recognise import contents
 from ldm.config import Config, ControlConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.recognise import contents
 from ldm.unet import UNet
 
 MUTATIONS = 300  # of each file

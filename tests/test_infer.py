@@ -17,17 +17,17 @@ from small import small_control, small_sd
 
 import infer
 import ldm.stable_diffusion
-from controlnet.generate import default_size, generate, make_hint
+from controlnet.common.images import read_image, read_mask, resized, save_png, to_hints
 from controlnet.guidance import Control
 from controlnet.hints import detect
-from controlnet.image_to_image import Init
-from controlnet.images import read_image, read_mask, resized, save_png, to_hints
+from controlnet.inference.generate import default_size, generate, make_hint
+from controlnet.inference.image_to_image import Init
+from controlnet.inference.png_text import A1111_SAMPLERS, fingerprint
 from controlnet.model import ControlNet
-from controlnet.png_text import A1111_SAMPLERS, fingerprint
-from controlnet.worlds import draw_circle
+from controlnet.worlds.fill50k import draw_circle
 from ldm import StableDiffusion
 from ldm.config import SD15, ControlConfig
-from ldm.packed import pack
+from ldm.fast.packed import pack
 from ldm.samplers import SAMPLERS
 from ldm.unet import UNet
 

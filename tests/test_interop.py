@@ -16,7 +16,7 @@ from small import small_control, small_sd
 from controlnet.guidance import Control, guided
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoint import open_checkpoint
+from ldm.checkpoints.checkpoint import open_checkpoint
 from ldm.config import ControlConfig
 from ldm.samplers import ddim_timesteps, sample_ddim
 

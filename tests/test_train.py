@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from small import SMALL, small_control, small_sd
 
 import train
-from controlnet import train_options
-from controlnet.data import FolderSource, Transform, split
-from controlnet.folders import list_folder
 from controlnet.hints import detect as detector
 from controlnet.model import ControlNet
 from controlnet.objective import control_loss
+from controlnet.training import options as train_options
+from controlnet.training.data import FolderSource, Transform, split
+from controlnet.training.folders import list_folder
 
 ROOT = Path(__file__).parent.parent
 

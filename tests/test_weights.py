@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from controlnet import ControlNet
-from controlnet.colours import BASIC_COLOURS
-from controlnet.measures import colour_agreement, foreground, iou
-from controlnet.preview import picture_for
+from controlnet.training.preview import picture_for
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
+from controlnet.worlds.colours import BASIC_COLOURS
+from controlnet.worlds.measures import colour_agreement, foreground, iou
 from ldm import StableDiffusion
 from ldm.stable_diffusion import WEIGHTS
 

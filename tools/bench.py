@@ -31,7 +31,7 @@ if not __package__:  # for `python tools/bench.py`; out of this folder, whose in
 
 from dataclasses import dataclass
 
-from controlnet.train_options import positive
+from controlnet.training.options import positive
 from tools.cli import DTYPES, add_debug, new_parser, note, run
 
 if TYPE_CHECKING:  # these import PyTorch, which --help does without
@@ -79,7 +79,7 @@ def bench(args: argparse.Namespace) -> int:
     os.environ.update(QUIET)
     import torch  # these take seconds: --help does not need them
 
-    from controlnet.devices import pick_device
+    from controlnet.common.devices import pick_device
     from tools.bench_processes import Case, Setup
 
     cases = {

@@ -13,24 +13,24 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlnet import ControlNet
-from controlnet.colours import BASIC_COLOURS
-from controlnet.data import Batch, Draw, Picture
-from controlnet.devices import PRECISIONS, keep_freed_memory
-from controlnet.generate import generate
+from controlnet.common.devices import PRECISIONS, keep_freed_memory
+from controlnet.common.images import to_hints
 from controlnet.guidance import Control
-from controlnet.images import to_hints
-from controlnet.latent_cache import encoded, loss_inputs
+from controlnet.inference.generate import generate
 from controlnet.objective import ControlLoss
-from controlnet.training import Optimisation, constant_rate
+from controlnet.training.data import Batch, Draw, Picture
+from controlnet.training.latent_cache import encoded, loss_inputs
+from controlnet.training.optimisation import Optimisation, constant_rate
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
+from controlnet.worlds.colours import BASIC_COLOURS
 from ldm import StableDiffusion
 from ldm.config import SD15
-from ldm.onednn import quicken
-from ldm.packed import pack
+from ldm.fast.onednn import quicken
+from ldm.fast.packed import pack
+from ldm.fast.tiled_vae import decode_in_strips, posterior_in_strips
 from ldm.stable_diffusion import WEIGHTS
 from ldm.unet import set_checkpointing
 from ldm.vae import AutoencoderKL
-from ldm.vae_in_strips import decode_in_strips, posterior_in_strips
 from tools.bench_processes import Outputs, Setup, Work
 
 PROMPT, NEGATIVE = "red circle with blue background", "green"

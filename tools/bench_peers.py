@@ -15,7 +15,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from controlnet.devices import PRECISIONS
+from controlnet.common.devices import PRECISIONS
 from tools.bench_ours import LEARNING_RATE, NEGATIVE, PROMPT, SMALL_SIDE, first_noise, inputs, pixels, read_all
 from tools.bench_processes import Outputs, Setup, Work
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from controlnet.devices import PRECISIONS
+from controlnet.common.devices import PRECISIONS
 
 Outputs = Callable[[], dict[str, Tensor]]
 Work = Callable[[], Outputs]

@@ -40,7 +40,7 @@ def check(args: argparse.Namespace) -> tuple[int, list[str]]:
     """-> (how many are good, a sentence for each that is not)"""
     from tqdm import tqdm
 
-    from controlnet.folders import list_folder
+    from controlnet.training.folders import list_folder
 
     listing = list_folder(args.folder, need_hints=not args.no_hints)
     with ThreadPoolExecutor() as pool:
@@ -51,7 +51,7 @@ def check(args: argparse.Namespace) -> tuple[int, list[str]]:
 
 
 def problems_of(entry, hint_channels: int) -> Iterator[str]:
-    from controlnet.folders import BadSample, check_same_shape, read_hint, read_picture
+    from controlnet.training.folders import BadSample, check_same_shape, read_hint, read_picture
 
     try:
         image = read_picture(entry.image)

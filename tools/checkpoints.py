@@ -10,7 +10,7 @@ import torch
 
 from controlnet import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoint import (
+from ldm.checkpoints.checkpoint import (
     BASE_PARTS,
     IGNORED,
     Checkpoint,
@@ -20,10 +20,10 @@ from ldm.checkpoint import (
     save_checkpoint,
     without_weights,
 )
+from ldm.checkpoints.diffusers_layout import unet_from_diffusers
+from ldm.checkpoints.key_maps import control_map
+from ldm.checkpoints.recognise import Control, check_config, described_config, description_errors, recognise_control
 from ldm.config import SD15, SD21, UNetConfig, dataclass_from_dict
-from ldm.diffusers_layout import unet_from_diffusers
-from ldm.key_maps import control_map
-from ldm.recognise import Control, check_config, described_config, description_errors, recognise_control
 from ldm.stable_diffusion import find
 from ldm.unet import UNet
 from tools.cli import DTYPES, note

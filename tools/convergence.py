@@ -15,9 +15,9 @@ import json
 import numpy as np
 from PIL import Image
 
-from controlnet.images import save_png
-from controlnet.preview import written
-from controlnet.run_state import RunFolder
+from controlnet.common.images import save_png
+from controlnet.training.preview import written
+from controlnet.training.run_state import RunFolder
 from tools.cli import add_debug, new_parser, run
 
 CAPTION = 20  # pixels above each column

@@ -89,8 +89,8 @@ def check_options(args: argparse.Namespace, part: str) -> None:
 
 def part_of(source: str) -> str:
     """ "base" or "control". Raises ValueError for a file that has both, CheckpointError for one that has none."""
-    from ldm.checkpoint import CheckpointError, open_checkpoint
-    from ldm.recognise import base_layout, recognise_control
+    from ldm.checkpoints.checkpoint import CheckpointError, open_checkpoint
+    from ldm.checkpoints.recognise import base_layout, recognise_control
     from ldm.stable_diffusion import find
 
     checkpoint = open_checkpoint(find(source)[0])

@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.colours import BASIC_COLOURS, COLOURS
-from controlnet.generate import generate
+from controlnet.common.images import to_hints, to_images
 from controlnet.guidance import Control
-from controlnet.images import to_hints, to_images
-from controlnet.measures import (
+from controlnet.inference.generate import generate
+from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Shapes, World
+from controlnet.worlds.colours import BASIC_COLOURS, COLOURS
+from controlnet.worlds.measures import (
     colour_agreement,
     foreground,
     iou,
@@ -31,7 +32,6 @@ from controlnet.measures import (
     same_colour,
     split_disc,
 )
-from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Shapes, World
 from ldm import StableDiffusion
 from ldm.stable_diffusion import WEIGHTS
 

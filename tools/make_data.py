@@ -38,8 +38,8 @@ def make(args: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from controlnet.images import save_png
-    from controlnet.run_state import write_text
+    from controlnet.common.images import save_png
+    from controlnet.training.run_state import write_text
     from controlnet.worlds import WORLDS
 
     if args.world not in WORLDS:

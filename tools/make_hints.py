@@ -92,7 +92,7 @@ def make_hints(args: argparse.Namespace) -> list[Failure]:
     # Imported here, because it takes seconds: --help does not need it.
     from tqdm import tqdm
 
-    from controlnet.images import save_png
+    from controlnet.common.images import save_png
 
     failures = []
     for place, source in tqdm(missing.items(), unit="hint", disable=None):
@@ -111,7 +111,7 @@ def make_hints(args: argparse.Namespace) -> list[Failure]:
 
 
 def make_hint(name: str, source: Path, size: int | None, options: dict) -> Image.Image:
-    from controlnet.images import fitted_size, resized
+    from controlnet.common.images import fitted_size, resized
 
     def fit(image: Image.Image) -> Image.Image:
         return resized(image, fitted_size(image, size, 64))

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from controlnet.data import LatentPairs, drop_prompts, seeded
-from controlnet.generate import generate
-from controlnet.images import save_png, to_images, to_picture
-from controlnet.measures import pooled_psnr, psnr
+from controlnet.common.images import save_png, to_images, to_picture
+from controlnet.inference.generate import generate
 from controlnet.objective import base_loss
-from controlnet.run_state import load_state, save_state
-from controlnet.training import Optimisation, cosine_rate
+from controlnet.training.data import LatentPairs, drop_prompts, seeded
+from controlnet.training.optimisation import Optimisation, cosine_rate
+from controlnet.training.run_state import load_state, save_state
 from controlnet.worlds import Fill50k, InTurn, People, Sample, Shapes
+from controlnet.worlds.measures import pooled_psnr, psnr
 from ldm.attention import SpatialTransformer
 from ldm.blocks import ResBlock
 from ldm.config import TINY, Config, VAEConfig

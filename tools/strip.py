@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.colours import BASIC_COLOURS
-from controlnet.images import save_png
-from controlnet.preview import picture_for, written
+from controlnet.common.images import save_png
+from controlnet.training.preview import picture_for, written
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Sample
+from controlnet.worlds.colours import BASIC_COLOURS
 from ldm import StableDiffusion
 from ldm.stable_diffusion import WEIGHTS
 

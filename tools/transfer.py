@@ -41,8 +41,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def transfer(args: argparse.Namespace) -> None:
     check_output(args.out, args.force)
-    from ldm.checkpoint import open_checkpoint
-    from ldm.recognise import recognise_control
+    from ldm.checkpoints.checkpoint import open_checkpoint
+    from ldm.checkpoints.recognise import recognise_control
     from tools.checkpoints import load_base, load_control, torch_dtype
 
     checkpoint = open_checkpoint(args.control)
@@ -71,7 +71,7 @@ def base_in(checkpoint) -> str:
 
 def check_family(control, unet, control_name: str, base_name: str) -> None:
     """Raises ValueError for a base whose encoder is not of the copy's architecture."""
-    from ldm.checkpoint import made_for
+    from ldm.checkpoints.checkpoint import made_for
 
     own, other = control.encoder.config, unet.config
     if own != other:

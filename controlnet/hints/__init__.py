@@ -50,7 +50,7 @@ POSES = (".json",)
 
 def read_photograph(path: str | Path) -> np.ndarray:
     """uint8 RGB (H, W, 3). Raises ValueError if the file is no picture."""
-    from ..images import read_image  # here, because it imports torch
+    from controlnet.common.images import read_image  # here, because it imports torch
 
     return np.asarray(read_image(path))
 

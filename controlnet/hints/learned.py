@@ -58,7 +58,7 @@ def package():
 
 @cache
 def annotator(detector_class: type, device: str):
-    from ..devices import pick_device  # here, because it imports torch
+    from controlnet.common.devices import pick_device  # here, because it imports torch
 
     picked = pick_device(None if device == "auto" else device)
     return loaded(lambda: detector_class.from_pretrained(ANNOTATORS)).to(picked)

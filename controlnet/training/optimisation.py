@@ -1,0 +1,131 @@
+"""One optimiser step: precision, accumulation, clipping, learning rate. The same code on a CPU and on CUDA."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from controlnet.common.devices import PRECISIONS, optional
+
+from .muon import Muon
+
+# So many steps in a row without finite gradients are a run that is lost. In fp16 the scale of the loss starts at 2^16
+# and is halved after each: some at the start are normal.
+MOST_SKIPPED = 20
+
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+
+
+def constant_rate(warmup: int) -> Callable[[int], float]:
+    """Linear warm-up over the first steps, then 1: a factor to the learning rate as a function of the step."""
+    return lambda step: min((step + 1) / max(warmup, 1), 1.0)
+
+
+def cosine_rate(warmup: int, steps: int) -> Callable[[int], float]:
+    """Linear warm-up, then half a cosine from 1 down to 0 at `steps`."""
+    return lambda step: min((step + 1) / max(warmup, 1), 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
+
+
+class Optimisation:
+    """AdamW on fp32 parameters with autocast around the forward pass and, for fp16, scaled losses.
+
+        for batch in micro_batches:
+            with optimisation.autocast():
+                loss = ...
+            optimisation.backward(loss / len(micro_batches))
+        optimisation.step()
+
+    Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`.
+    `parameters` may come with their names, as from `named_parameters()`: errors then name the layer. `optimizer` is
+    one of OPTIMIZERS: "adamw8bit" keeps the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the
+    package bitsandbytes; "muon" takes Muon for the weights of hidden layers, which it knows by their names.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        rate: Callable[[int], float],
+        device: torch.device,
+        precision: str = "fp32",
+        clip: float = math.inf,
+        optimizer: str = "adamw",
+    ):
+        named = [p if isinstance(p, tuple) else ("a parameter", p) for p in parameters]
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self.device, self.dtype, self.lr, self.clip = device, PRECISIONS[precision], lr, clip
+        if optimizer == "muon":
+            self.optimizer = Muon(named, lr)
+        elif optimizer == "adamw8bit":
+            adamw = optional("bitsandbytes.optim", "the 8-bit optimiser").AdamW8bit
+            self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2, fused=True)
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
+        # Disabled, every call on it passes through, so the loop has no branches for precision.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.skipped = self.skipped_in_a_row = 0
+
+    @property
+    def current_lr(self) -> float:
+        """What the next step will use."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> float:
+        """Updates the parameters and returns the gradients' norm before clipping.
+
+        Where that norm is not finite the parameters stay as they are and the step is counted in `skipped`; in fp16 the
+        scale of the loss is halved. Raises FloatingPointError, with the layer's name, for MOST_SKIPPED in a row.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        finite = bool(norm.isfinite())
+        if finite:
+            self.skipped_in_a_row = 0
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row == MOST_SKIPPED:
+                raise FloatingPointError(not_finite(self.names, self.parameters))
+        if finite or self.scaler.is_enabled():  # the scaler knows of the overflow and skips on its own
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that a first step was skipped
+            self.rate.step()
+        return norm.item()
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Everything but the learning rate, which stays what this run asks for."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.rate.base_lrs = [self.lr]
+        (group,) = self.optimizer.param_groups
+        group["initial_lr"], group["lr"] = self.lr, self.lr * self.rate.lr_lambdas[0](self.rate.last_epoch)
+
+    def _parts(self) -> dict:
+        return {"optimizer": self.optimizer, "rate": self.rate, "scaler": self.scaler}
+
+
+def not_finite(names: list[str], parameters: list[nn.Parameter]) -> str:
+    """What to say of their gradients: bad values spread from the end of the network to its beginning, so the last layer
+    that has any is the cause."""
+    known = [(name, p.grad) for name, p in zip(names, parameters, strict=True) if p.grad is not None]
+    bad = [name for name, gradient in known if not gradient.isfinite().all()]
+    where = "those of all layers, so the loss is not" if len(bad) == len(known) else f"the last layer is {bad[-1]}"
+    return (
+        f"the gradients of {MOST_SKIPPED} steps in a row are not finite numbers ({where}): "
+        "resume from the last save with a lower --lr"
+    )

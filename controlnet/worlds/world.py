@@ -1,0 +1,114 @@
+"""What the synthetic datasets share: the sample, the dataset, a canvas to draw on, and colours that are told apart."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from controlnet.hints.canny import canny
+
+from .colours import COLOURS
+
+SUPERSAMPLING = 4
+EDGE_THRESHOLDS = (50, 100)  # of Canny: half the usual, so that neighbours of 25 levels of gray are told apart
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its hint, both uint8 (H, W, 3), and the truth that a world knows of it, a folder does not:
+
+    `mask` bool (H, W): where the object is. `keypoints` float (18, 2), x and y in pixels, in the order of COCO-18: of
+    people only.
+    """
+
+    image: np.ndarray
+    hint: np.ndarray
+    caption: str
+    mask: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
+
+
+class World:
+    """What the worlds share: the side of their pictures in pixels, the colours they use, and their random numbers."""
+
+    name: str
+
+    def __init__(
+        self, size: int = 128, seed: int = 0, colours: tuple[str, ...] = tuple(COLOURS), held_out: bool = False
+    ):
+        self.size, self.seed, self.colours = size, seed, colours
+        self.stream = zlib.crc32(f"{self.name} held out".encode() if held_out else self.name.encode())
+
+    def rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.stream, self.seed, index])
+
+
+class InTurn:
+    """Several worlds in turn: of n worlds, sample i is sample i // n of world i % n."""
+
+    def __init__(self, worlds: Sequence[World]):
+        self.worlds, self.size = worlds, worlds[0].size
+
+    def __getitem__(self, index: int) -> Sample:
+        turn, world = divmod(index, len(self.worlds))
+        return self.worlds[world][turn]
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+
+
+class Canvas:
+    """A picture of flat colours under construction, four times too large; coordinates are parts of its side."""
+
+    def __init__(self, size: int, ground: str):
+        self.side = size * SUPERSAMPLING
+        self.image = Image.new("RGB", (self.side, self.side), COLOURS[ground])
+        self.mask = Image.new("L", (self.side, self.side))
+        self.layers = ((ImageDraw.Draw(self.image), None), (ImageDraw.Draw(self.mask), 255))
+
+    def polygon(self, corners: np.ndarray, colour: tuple[int, int, int]) -> None:
+        points = [tuple(corner) for corner in corners * self.side]
+        for draw, fill in self.layers:
+            draw.polygon(points, fill=fill or colour)
+
+    def disc(self, centre: np.ndarray, radius: float, colour: tuple[int, int, int]) -> None:
+        box = [*((centre - radius) * self.side), *((centre + radius) * self.side)]
+        for draw, fill in self.layers:
+            draw.ellipse(box, fill=fill or colour)
+
+    def limb(self, joints: tuple[np.ndarray, ...], width: float, colour: tuple[int, int, int]) -> None:
+        """A line with round corners and ends."""
+        points = [tuple(joint * self.side) for joint in joints]
+        for draw, fill in self.layers:
+            draw.line(points, fill=fill or colour, width=round(width * self.side))
+        for joint in joints:
+            self.disc(joint, width / 2, colour)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """-> image uint8 (H, W, 3), smooth at its edges, and mask bool (H, W): what was drawn on."""
+        return np.array(self.image.reduce(SUPERSAMPLING)), np.array(self.mask.reduce(SUPERSAMPLING)) > 127
+
+
+def edges(image: np.ndarray) -> np.ndarray:
+    """The Canny edges of uint8 (H, W, 3) as a hint of that shape."""
+    return canny(image, *EDGE_THRESHOLDS)[..., None].repeat(3, axis=2)
+
+
+def told_apart(rng: np.random.Generator, names: tuple[str, ...], count: int) -> list[str]:
+    """`count` colours that can be told from each other by eye and, by 30 levels of gray, by an edge detector."""
+    while True:
+        chosen = [str(name) for name in rng.choice(names, size=count, replace=False)]
+        pairs = [(COLOURS[a], COLOURS[b]) for a, b in combinations(chosen, 2)]
+        if all(distance(a, b) >= 80 and abs(luma(a) - luma(b)) >= 30 for a, b in pairs):
+            return chosen
+
+
+def distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+    return float(np.linalg.norm(np.subtract(a, b)))
+
+
+def luma(colour: tuple[int, int, int]) -> float:
+    return float(np.dot(colour, (0.299, 0.587, 0.114)))

@@ -1,0 +1,465 @@
+"""Hints from photographs and poses, against OpenCV's stored numbers, direct computations and symmetries."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from controlnet.hints import DETECTORS, NotInstalledError, detect, detect_file, inpaint, options_of, parse_options
+from controlnet.hints.canny import canny, connected, to_gray
+from controlnet.hints.filters import fetched, pyramid_up, smooth_noise
+from controlnet.hints.learned import annotator, segmenter
+from controlnet.hints.openpose import read_pose
+from controlnet.hints.pose import COLOURS, LIMBS, draw_pose
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "hints"
+LEARNED = ("hed", "mlsd", "midas", "openpose", "lineart", "sam")
+
+
+@pytest.fixture(scope="module")
+def opencv():
+    with np.load(FIXTURES / "opencv.npz") as stored:
+        return dict(stored)
+
+
+def photograph(name="cat"):
+    return np.asarray(Image.open(FIXTURES / f"{name}.webp").convert("RGB"))
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------- canny
+
+
+@pytest.mark.parametrize("kind, cases", [("canny", 78), ("colour canny", 39)])
+def test_canny_is_opencvs_to_the_bit(opencv, kind, cases):
+    """On noise of all sizes and three photographs, at several thresholds; of gray pictures and of colours."""
+    keys = [key for key in opencv if key.startswith(f"{kind}/")]
+    assert len(keys) == cases and {key.split("/")[1] for key in keys} >= {"cat", "coffee", "rocket", "two values"}
+    for key in keys:
+        _, name, low, high = key.split("/")
+        picture = opencv.get(f"picture/{name}")
+        picture = photograph(name) if picture is None else picture
+        edges = canny(picture, float(low), float(high), colour=kind == "colour canny")
+        assert edges.dtype == np.uint8 and edges.shape == picture.shape[:2] and set(np.unique(edges)) <= {0, 255}
+        assert np.array_equal(np.packbits(edges > 0), opencv[key]), key
+
+
+def test_the_detector_hands_its_options_on():
+    image = photograph()
+    for options in ({}, {"low": 20.0}, {"high": 90.0}, {"low": 20.0, "high": 60.0, "colour": True}):
+        assert np.array_equal(detect("canny", image, **options)[..., 1], canny(image, **options))
+    assert len({detect("canny", image, high=high).sum() for high in (100.0, 200.0, 400.0)}) == 3
+
+
+def test_colours_of_equal_lightness_have_an_edge_only_in_colour():
+    image = np.zeros((20, 20, 3), dtype=np.uint8)
+    image[:, :10], image[:, 10:] = (255, 0, 0), (0, 130, 0)
+    assert np.ptp(to_gray(image)) <= 1
+    assert not detect("canny", image).any()
+    assert detect("canny", image, colour=True)[:, 9:11].any(axis=1).all()
+
+
+def test_gray_is_opencvs_to_the_bit(opencv):
+    assert np.array_equal(to_gray(opencv["gray/colours"]), opencv["gray/values"])
+    assert np.array_equal(detect("gray", opencv["gray/colours"])[..., 2], opencv["gray/values"])
+
+
+def test_a_chain_of_candidates_is_followed_to_its_end():
+    """A spiral of one pixel's width, from a seed in its middle."""
+    spiral = np.zeros((41, 41), dtype=bool)
+    y, x, step = 20, 20, (0, 1)
+    for length in range(2, 40, 2):
+        for _ in range(2):
+            for _ in range(length):
+                spiral[y, x] = True
+                y, x = y + step[0], x + step[1]
+            step = (step[1], -step[0])
+    spiral[20, 21] = False  # so that the first pixel is cut off from the rest
+    seeds = np.zeros_like(spiral)
+    seeds[20, 22] = True
+    reached = connected(spiral, seeds)
+    assert reached.sum() == spiral.sum() - 1 and not reached[20, 20]
+    assert not connected(spiral, np.zeros_like(spiral)).any()
+
+
+# ---------------------------------------------------------------------------------------------------- pose
+
+
+def person(scale=1.0):
+    """The person of the stored picture, (18, 3), at `scale` times 512 pixels."""
+    with np.load(FIXTURES / "opencv.npz") as stored:
+        points = stored["pose/keypoints"] * scale
+    return np.concatenate([points, np.ones((18, 1))], axis=1)
+
+
+def test_a_pose_is_drawn_like_the_published_ones(opencv):
+    """OpenCV's shapes have whole pixels, ours soft edges: beyond these nothing differs, nor any colour."""
+    published, drawn = opencv["pose/picture"], draw_pose(opencv["pose/keypoints"], (512, 512))
+    lit = published.max(axis=2) > 0
+    clearly = drawn.max(axis=2) > 80
+    assert (lit & clearly).sum() / (lit | clearly).sum() > 0.85
+    assert abs(drawn.sum() / published.sum() - 1) < 0.03
+    for i, (x, y) in enumerate(opencv["pose/keypoints"].astype(int)):
+        assert np.array_equal(drawn[y, x], published[y, x]), f"joint {i}"
+    middles = np.array([opencv["pose/keypoints"][list(limb)].mean(axis=0) for limb in LIMBS[:13]]).astype(int)
+    assert np.array_equal(drawn[middles[:, 1], middles[:, 0]], published[middles[:, 1], middles[:, 0]])
+
+
+def test_limbs_join_all_joints_and_no_two_have_a_colour():
+    reached = {0}
+    for _ in LIMBS:
+        reached |= {b for a, b in LIMBS if a in reached} | {a for a, b in LIMBS if b in reached}
+    assert reached == set(range(18)) and len(LIMBS) == 17
+    assert len({tuple(colour) for colour in COLOURS}) == 18
+
+
+def test_a_small_pose_is_a_large_one_averaged():
+    """Lines of two pixels' width have the brightness they should: no joint falls between pixels."""
+    small = draw_pose(person(0.25), (128, 128)).astype(float)
+    large = draw_pose(person(4.0), (2048, 2048)).reshape(128, 16, 128, 16, 3).mean(axis=(1, 3))
+    assert np.abs(small - large).mean() < 0.3
+    assert abs(small.sum() / large.sum() - 1) < 0.08
+
+
+@pytest.mark.parametrize("missing", [np.nan, 0.0])
+def test_a_missing_keypoint_takes_its_limbs_along(missing):
+    whole, lacking = person(), person()
+    lacking[3] = (lacking[3, 0], lacking[3, 1], missing)  # the right elbow
+    difference = np.abs(draw_pose(whole, (512, 512)).astype(int) - draw_pose(lacking, (512, 512))).max(axis=2)
+    for a, b in ((2, 3), (3, 4)):
+        x, y = (whole[a, :2] + whole[b, :2]) // 2
+        assert difference[int(y), int(x)] > 50
+    left, top = whole[[2, 3, 4], :2].min(axis=0) - 6
+    right, bottom = whole[[2, 3, 4], :2].max(axis=0) + 6
+    rows, columns = np.nonzero(difference)
+    assert rows.min() > top and rows.max() < bottom and columns.min() > left and columns.max() < right
+    without = person()[:, :2]
+    without[3] = np.nan
+    assert np.array_equal(draw_pose(without, (512, 512)), draw_pose(lacking, (512, 512)))
+
+
+def test_people_beside_each_other_are_drawn_as_alone():
+    first, second = person(0.25), person(0.25) + (128, 0, 0)
+    both = draw_pose(np.stack([first, second]), (128, 256))
+    assert np.array_equal(both, draw_pose(first, (128, 256)) + draw_pose(second, (128, 256)))
+    assert not draw_pose(np.zeros((0, 18, 3)), (64, 64)).any()
+
+
+def test_a_pose_that_leaves_the_picture_is_cut_off():
+    moved = person(0.25) + (70, -20, 0)
+    assert np.array_equal(draw_pose(moved, (128, 128)), draw_pose(moved, (128, 256))[:, :128])
+    assert not draw_pose(person() + (1e6, 0, 0), (64, 64)).any()
+
+
+def test_keypoints_of_another_shape_are_refused():
+    for shape in ((17, 3), (18, 4), (25, 3), (18,), (1, 1, 18, 3)):
+        with pytest.raises(ValueError, match="keypoints have the shape"):
+            draw_pose(np.ones(shape), (64, 64))
+
+
+# ---------------------------------------------------------------------------------------------------- OpenPose's files
+
+
+def pose_file(folder, people, **canvas):
+    path = folder / "pose.json"
+    path.write_text(json.dumps({"people": [{"pose_keypoints_2d": numbers} for numbers in people], **canvas}))
+    return path
+
+
+CANVAS = {"canvas_width": 512, "canvas_height": 512}
+
+
+def test_both_orders_of_openpose_draw_the_same_person(tmp_path):
+    coco = person()
+    body_25 = np.full((25, 3), 7.0)  # the feet and the middle of the hips are nobody's
+    names_25 = "0 1 2 3 4 5 6 7 9 10 11 12 13 14 15 16 17 18"  # OpenPose's documentation, "Keypoint Ordering"
+    body_25[[int(i) for i in names_25.split()]] = coco
+    expected = draw_pose(coco, (512, 512))
+    for keypoints in (coco, body_25):
+        path = pose_file(tmp_path, [keypoints.ravel().tolist(), [], None], **CANVAS)
+        assert np.array_equal(detect_file("pose", path), expected)
+
+
+def test_the_canvas_is_the_files_or_the_callers(tmp_path):
+    numbers = person().ravel().tolist()
+    assert detect_file("pose", pose_file(tmp_path, [numbers], canvas_width=640, canvas_height=480)).shape[:2] == (
+        480,
+        640,
+    )
+    with pytest.raises(ValueError, match="at most 16384 pixels"):
+        detect_file("pose", pose_file(tmp_path, [numbers], canvas_width=640, canvas_height=48000))
+    bare = pose_file(tmp_path, [numbers])
+    with pytest.raises(ValueError, match="no canvas_width"):
+        detect_file("pose", bare)
+    assert np.array_equal(detect_file("pose", bare, height=512, width=512), draw_pose(person(), (512, 512)))
+
+
+def test_coordinates_may_be_parts_of_the_canvas_and_frames_a_list(tmp_path):
+    parts = person() / (512, 512, 1)
+    path = pose_file(tmp_path, [parts.ravel().tolist()], **CANVAS)
+    path.write_text(f"[{path.read_text()}]")
+    assert np.array_equal(detect_file("pose", path), draw_pose(person(), (512, 512)))
+
+
+def test_null_is_a_missing_keypoint(tmp_path):
+    numbers, lacking = person().ravel().tolist(), person()
+    numbers[9:12] = [None, None, None]
+    lacking[3] = np.nan
+    path = pose_file(tmp_path, [numbers], **CANVAS)
+    assert np.array_equal(detect_file("pose", path), draw_pose(lacking, (512, 512)))
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("{", "not readable as a pose"),
+        ("3", "not readable as a pose"),
+        ("{}", "it has no 'people'"),
+        ('{"people": [{}]}', "it has no 'pose_keypoints_2d'"),
+        ('{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}', "3 numbers, expected 54"),
+        ('{"people": [{"pose_keypoints_2d": ["a"]}]}', "not readable as a pose"),
+        ("[{}, {}]", "not readable as a pose"),
+        ('{"people": [], "canvas_width": Infinity}', "not readable as a pose"),
+    ],
+)
+def test_what_is_no_pose_is_refused_in_a_sentence(tmp_path, text, sentence):
+    (tmp_path / "pose.json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        read_pose(tmp_path / "pose.json")
+    with pytest.raises(ValueError, match="does not exist"):
+        read_pose(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- filters
+
+
+def test_scribble_and_threshold_take_the_darkest_channel():
+    strokes = np.array([[(126, 255, 255), (127, 200, 255), (128, 128, 255), (255, 255, 0)]], dtype=np.uint8)
+    assert detect("scribble", strokes)[0, :, 1].tolist() == [255, 0, 0, 255]
+    assert detect("threshold", strokes)[0, :, 1].tolist() == [0, 0, 255, 0]
+    assert detect("scribble", strokes, threshold=128)[0, :, 0].tolist() == [255, 255, 0, 255]
+    assert detect("threshold", strokes, threshold=128)[0, :, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_invert_is_the_negative():
+    image = noise(5, 7)
+    assert np.array_equal(detect("invert", image).astype(int) + image, np.full((5, 7, 3), 255))
+
+
+def test_blur_is_gaussian():
+    image, sigma = photograph("coffee"), 4.0
+    taps = np.exp(-0.5 * (np.arange(-20, 21) / sigma) ** 2)
+    kernel = taps / taps.sum()
+    padded = np.pad(image.astype(float), ((20, 20), (20, 20), (0, 0)), mode="edge")
+    rows = sum(w * padded[i : i + image.shape[0]] for i, w in enumerate(kernel))
+    exact = sum(w * rows[:, i : i + image.shape[1]] for i, w in enumerate(kernel))
+    assert np.abs(detect("blur", image, sigma=sigma) - exact).mean() < 0.7
+    assert np.abs(detect("blur", image, sigma=2.0) - exact).mean() > 3
+    assert np.array_equal(detect("blur", image, sigma=0.0), image)
+
+
+def test_tile_is_the_published_one_to_the_bit(opencv):
+    assert np.array_equal(detect("tile", photograph("cat")[:64, :80]), opencv["tile/cat"])
+
+
+def test_a_step_up_the_pyramid_is_opencvs_to_the_bit(opencv):
+    for name in ("noise 1x1", "noise 3x5", "noise 33x47"):
+        assert np.array_equal(pyramid_up(opencv[f"picture/{name}"]), opencv[f"pyramid_up/{name}"])
+
+
+def test_tile_keeps_size_and_place_of_any_picture():
+    ramp = np.arange(100, 233, dtype=np.uint8)[None, :, None].repeat(61, axis=0).repeat(3, axis=2)  # 61x133
+    tiled = detect("tile", ramp).astype(int)
+    assert tiled.shape == ramp.shape
+    assert np.abs(tiled - 3.5 - ramp)[:, 16:-16].max() <= 0.5  # a straight line stays one, but at its ends
+    assert detect("tile", noise(3, 2)).shape == (3, 2, 3)
+
+
+def test_shuffle_moves_colours_and_invents_none():
+    image = photograph()
+    shuffled = detect("shuffle", image)
+    assert shuffled.shape == image.shape and np.abs(shuffled.astype(int) - image).mean() > 20
+    assert np.all(shuffled.max(axis=(0, 1)) <= image.max(axis=(0, 1)))
+    assert np.all(shuffled.min(axis=(0, 1)) >= image.min(axis=(0, 1)))
+    flat = np.full((40, 30, 3), (10, 20, 30), dtype=np.uint8)
+    assert np.array_equal(detect("shuffle", flat), flat)
+
+
+def test_shuffle_repeats_with_its_seed_and_differs_between_pictures():
+    """The warp is seen in a picture of its own coordinates."""
+    image = photograph()
+    assert np.array_equal(detect("shuffle", image, seed=1), detect("shuffle", image, seed=1))
+    assert not np.array_equal(detect("shuffle", image, seed=1), detect("shuffle", image, seed=2))
+    columns, rows = np.meshgrid(np.arange(160, dtype=np.uint8), np.arange(160, dtype=np.uint8))
+    places = np.stack([columns, rows, rows], axis=2)
+    others = np.stack([columns, rows, columns], axis=2)
+    assert not np.array_equal(detect("shuffle", places)[..., :2], detect("shuffle", others)[..., :2])
+
+
+def test_shuffles_noise_is_smooth_and_reaches_everywhere():
+    for cell in (16, 64):
+        field = smooth_noise(np.random.default_rng(0), 100, 140, cell)
+        assert field.shape == (100, 140) and field.min() == 0 and field.max() == 1
+        assert np.abs(np.diff(field, axis=1)).max() < 3 / cell  # at most three times from 0 to 1 in a cell
+        turns = np.diff(np.sign(np.diff(field[50]))) != 0
+        assert (140 / cell) / 4 < turns.sum() + 1 < 140 / cell + 2  # about one hill or valley for each cell
+
+
+def test_pixels_are_fetched_from_between_pixels():
+    image = noise(6, 8)
+    columns, rows = np.meshgrid(np.arange(8.0), np.arange(6.0))
+    assert np.array_equal(fetched(image, columns, rows), image)
+    assert np.array_equal(fetched(image, columns[:, ::-1], rows), image[:, ::-1])
+    between = fetched(image, columns[:, :-1] + 0.25, rows[:, :-1])
+    exact = 0.75 * image[:, :-1] + 0.25 * image[:, 1:].astype(float)
+    assert np.abs(between - exact).max() <= 0.5
+
+
+def test_inpaint_has_minus_one_in_its_hole_alone():
+    image, mask = noise(4, 6), np.zeros((4, 6), dtype=np.uint8)
+    mask[1, 2:5] = (127, 128, 255)
+    hint = inpaint(image, mask)
+    assert hint.dtype == np.float32 and np.array_equal(hint[1, 3:5], np.full((2, 3), -1))
+    hint[1, 3:5] = image[1, 3:5] / np.float32(255)
+    assert np.array_equal(hint, image / np.float32(255))
+    assert np.array_equal(inpaint(image, mask > 127), inpaint(image, mask))
+    with pytest.raises(ValueError, match="resize the mask"):
+        inpaint(image, mask[:, 1:])
+
+
+# ---------------------------------------------------------------------------------------------------- by name
+
+
+OF_PHOTOGRAPHS = ("canny", "scribble", "threshold", "gray", "invert", "blur", "tile", "shuffle")
+
+
+def test_every_detector_is_known_here():
+    assert DETECTORS.keys() == {*OF_PHOTOGRAPHS, "pose", "depth", "normal", "segmentation", *LEARNED}
+
+
+@pytest.mark.parametrize("name", OF_PHOTOGRAPHS)
+def test_a_photograph_becomes_a_hint_of_its_size(name, tmp_path):
+    Image.fromarray(photograph("coffee")).save(tmp_path / "photo.png")
+    hint = detect_file(name, tmp_path / "photo.png")
+    assert hint.dtype == np.uint8 and hint.shape == (129, 193, 3) and hint.std() > 1
+    assert np.array_equal(hint, detect(name, photograph("coffee")))
+
+
+def test_hints_are_listed_without_torch():
+    code = "import sys; from controlnet.hints import DETECTORS; sys.exit('torch' in sys.modules or not DETECTORS)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=FIXTURES.parents[2]).returncode == 0
+
+
+def test_options_are_read_as_their_defaults_are():
+    assert options_of("canny") == {"low": 100.0, "high": 200.0, "colour": False} and options_of("invert") == {}
+    assert parse_options("canny", ["low=50"]) == {"low": 50.0}
+    assert parse_options("shuffle", ["seed=3", "cell=64"]) == {"seed": 3, "cell": 64}
+    assert parse_options("depth", ["distance=true"]) == {"distance": True}
+    for name, text, sentence in (
+        ("canny", "hi=3", 'canny has no option "hi=3", expected low=100.0, high=200.0, colour=False'),
+        ("canny", "low", "canny has no option"),
+        ("gray", "low=3", "expected none"),
+        ("canny", "low=much", "expected a number"),
+        ("canny", "low=inf", "expected a number"),
+        ("shuffle", "seed=1.5", "expected a whole number"),
+        ("depth", "distance=1", "expected true or false"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            parse_options(name, [text])
+
+
+def test_what_a_detector_cannot_work_with_is_refused_in_a_sentence():
+    image = noise(8, 8)
+    for call, sentence in (
+        (lambda: detect("cany", image), "there is no detector"),
+        (lambda: detect("canny", image, hi=3), 'has no option "hi"'),
+        (lambda: detect("canny", image[..., 0]), "uint8 \\(H, W, 3\\), found uint8 \\(8, 8\\)"),
+        (lambda: detect("canny", image / 255), "found float64"),
+        (lambda: detect("canny", "cat.png"), "found str"),
+        (lambda: detect("tile", image, factor=3), "factor is 3"),
+        (lambda: detect("blur", image, sigma=-1.0), "sigma is -1"),
+        (lambda: detect("shuffle", image, cell=0), "cell is 0"),
+        (lambda: detect("shuffle", image, seed=-1), "seed -1"),
+        (lambda: detect_file("canny", "no such file"), "does not exist"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
+
+
+def test_a_photograph_is_fitted_before_it_is_looked_at_and_a_pose_after(tmp_path):
+    def half(image):
+        return image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+
+    Image.fromarray(photograph()).save(tmp_path / "photo.png")
+    small = np.asarray(half(Image.fromarray(photograph())))
+    assert np.array_equal(detect_file("canny", tmp_path / "photo.png", half), detect("canny", small))
+    path = pose_file(tmp_path, [person().ravel().tolist()], **CANVAS)
+    drawn = half(Image.fromarray(draw_pose(person(), (512, 512))))
+    assert np.array_equal(detect_file("pose", path, half), np.asarray(drawn))
+
+
+# ---------------------------------------------------------------------------------------------------- learned
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_without_its_package_a_learned_detector_says_how_to_get_it(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "controlnet_aux", None)
+    segmenter.cache_clear()
+    with pytest.raises(NotInstalledError, match="pip install controlnet_aux"):
+        detect(name, noise(64, 64))
+
+
+class Network:
+    """As controlnet_aux's detectors: it rounds sizes to multiples of 64 and gives back a picture."""
+
+    loads = 0
+
+    @classmethod
+    def from_pretrained(cls, repository, **where):
+        cls.loads += 1
+        return cls()
+
+    def to(self, device):
+        self.device = device
+        return self
+
+    def __call__(self, image, detect_resolution, image_resolution, output_type, **options):
+        assert output_type == "pil" and detect_resolution == image_resolution == min(image.size)
+        self.options = options
+        return Image.new("L", (192, 128), 200)
+
+
+def test_a_learned_detector_is_loaded_once_and_its_hint_has_the_pictures_size(monkeypatch):
+    names = ("HEDdetector", "MLSDdetector", "MidasDetector", "OpenposeDetector", "LineartDetector", "SamDetector")
+    classes = {name: type(name, (Network,), {}) for name in names}
+    monkeypatch.setitem(sys.modules, "controlnet_aux", SimpleNamespace(**classes))
+    segmenter.cache_clear()
+    for name, network in zip(LEARNED, classes.values(), strict=True):
+        for _ in range(2):
+            hint = detect(name, photograph("coffee"))
+            assert hint.shape == (129, 193, 3) and hint.dtype == np.uint8 and (hint == 200).all()
+        assert network.loads == 1
+    with pytest.raises(ValueError, match="nowhere"):
+        detect("hed", photograph("coffee"), device="nowhere")
+    detect("openpose", photograph("coffee"), hands=True)
+    assert annotator(classes["OpenposeDetector"], "auto").options == {"include_hand": True, "include_face": False}
+
+
+@pytest.mark.parametrize("kind", [OSError, ModuleNotFoundError])
+def test_weights_and_packages_that_cannot_be_had_are_a_sentence(kind, monkeypatch):
+    class Offline(Network):
+        @classmethod
+        def from_pretrained(cls, repository, **where):
+            raise kind("no connection\nand much more")
+
+    monkeypatch.setitem(sys.modules, "controlnet_aux", SimpleNamespace(HEDdetector=Offline))
+    with pytest.raises(NotInstalledError, match="could not load the detector: no connection$"):
+        detect("hed", noise(64, 64))

@@ -1,0 +1,295 @@
+"""One call from prompt and hints to pictures: what decides over a picture, and what does not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from small import SMALL, small_control, small_sd
+
+from controlnet.common.images import fitted_size, read_image, resized, save_png, to_picture
+from controlnet.guidance import Control
+from controlnet.inference.generate import default_cfg, default_size, generate, make_hint, size_multiple
+from ldm.config import SD15, SD21, TINY
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_sd()
+
+
+@pytest.fixture(scope="module")
+def net(sd):
+    return small_control(sd)
+
+
+def hint(seed=0, size=(64, 64)):
+    """Four fields of black or white in each channel."""
+    fields = torch.randint(0, 2, (1, 3, 2, 2), generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(fields.float(), size)
+
+
+def arrays(sd, prompt="a circle", controls=(), **options):
+    """`generate` in two steps, as arrays (count, H, W, 3)."""
+    return np.stack([np.asarray(picture) for picture in generate(sd, prompt, controls, **{"steps": 2, **options})])
+
+
+def differ(a, b):
+    return np.abs(a.astype(int) - b).max() > 3  # clearly, not by a rounding
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"sampler": "ddpm"}, {"sampler": "dpm++"}], ids=str)
+def test_a_picture_follows_from_its_seed_alone(sd, options):
+    pictures = arrays(sd, count=3, seed=5, **options)
+    assert pictures.shape == (3, 64, 64, 3) and pictures.dtype == np.uint8 and pictures.std() > 10
+    assert differ(pictures[0], pictures[1])
+    torch.randn(7)  # the global generator has no part in it
+    assert np.array_equal(arrays(sd, count=1, seed=7, **options)[0], pictures[2])
+
+
+def test_stochastic_samplers_draw_new_noise_in_every_step(sd):
+    assert differ(arrays(sd, eta=1.0), arrays(sd, eta=0.0))
+
+
+def test_prompt_negative_and_guidance_change_the_picture(sd):
+    plain = arrays(sd)
+    assert differ(arrays(sd, "a square"), plain)
+    assert differ(arrays(sd, negative="a square"), plain)
+    assert differ(arrays(sd, cfg=1.0), plain)
+    assert np.array_equal(arrays(sd, cfg=1.0, negative="a square"), arrays(sd, cfg=1.0))
+    assert np.array_equal(arrays(sd, cfg=default_cfg(SMALL)), plain)
+
+
+def test_the_default_guidance_depends_on_the_base():
+    assert [default_cfg(config) for config in (SD15, SD21, TINY)] == [7.5, 7.5, 2.5]
+
+
+def test_every_step_is_reported(sd):
+    steps = []
+    arrays(sd, count=2, steps=3, on_step=lambda i, x, x0: steps.append((i, tuple(x.shape), x.dtype)))
+    assert [i for i, _, _ in steps] == [0, 1, 2, 0, 1, 2]
+    assert steps[0][1:] == ((1, 4, 8, 8), torch.float32)
+
+
+def test_no_gradients_and_no_changed_arguments():
+    sd = small_sd()
+    net = small_control(sd).requires_grad_(True)
+    control, gradients = Control(net, hint()), []
+    for part in (net.hint_encoder, sd.vae.decoder):
+        part.requires_grad_(True).register_forward_hook(lambda _, x, y: gradients.append(y.requires_grad))
+    before = control.hint.clone()
+    arrays(sd, controls=[control])
+    assert gradients == [False, False]
+    assert torch.equal(control.hint, before)
+
+
+def test_half_precision_is_near_full_precision_and_latents_stay_fp32():
+    half = small_sd().to(torch.bfloat16)
+    control = Control(small_control(half).to(torch.bfloat16), hint())
+    dtypes = set()
+    picture = arrays(half, controls=[control], on_step=lambda i, x, x0: dtypes.add(x.dtype))
+    full = small_sd()
+    exact = arrays(full, controls=[replace(control, net=small_control(full))])
+    assert dtypes == {torch.float32}
+    assert np.abs(picture.astype(int) - exact).mean() < 8
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+
+
+def test_a_control_of_scale_0_is_none(sd, net):
+    assert np.array_equal(arrays(sd, controls=[Control(net, hint(), 0.0)]), arrays(sd))
+
+
+def test_control_hint_and_scale_change_the_picture(sd, net):
+    picture = arrays(sd, controls=[Control(net, hint())])
+    assert differ(picture, arrays(sd))
+    assert differ(picture, arrays(sd, controls=[Control(net, hint(1))]))
+    assert differ(picture, arrays(sd, controls=[Control(net, hint(), 0.5)]))
+
+
+def test_controls_add_up(sd, net):
+    one, half = Control(net, hint()), Control(net, hint(), 0.5)
+    difference = np.abs(arrays(sd, controls=[half, half]).astype(int) - arrays(sd, controls=[one]))
+    assert difference.max() <= 1
+    assert differ(arrays(sd, controls=[one, Control(net, hint(1))]), arrays(sd, controls=[one]))
+
+
+# ------------------------------------------------------------------------------------------------------------ sizes
+
+
+def test_the_size_is_the_hints_or_the_models_or_the_one_asked_for(sd, net):
+    wide = Control(net, hint(size=(32, 96)))
+    assert arrays(sd, controls=[wide]).shape[1:3] == (32, 96)
+    assert arrays(sd).shape[1:3] == (64, 64)
+    assert arrays(sd, size=(96, 32)).shape[1:3] == (96, 32)
+
+
+def test_the_multiple_of_a_size_is_what_the_networks_halve():
+    assert [size_multiple(config) for config in (SD15, SD21, TINY, SMALL)] == [64, 64, 32, 32]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"size": (64, 100)},
+            "the picture's size is 100x64 (width x height), expected multiples of 32 up to 16384: take 96x64",
+        ),
+        (
+            {"size": (0, 64)},
+            "the picture's size is 64x0 (width x height), expected multiples of 32 up to 16384: take 64x32",
+        ),
+        ({"size": (64, 10**40)}, f"the picture's size is {10**40}x64 (width x height), expected multiples of 32 up to"),
+        ({"cfg": -1.0}, "the guidance (cfg) is -1.0, expected 0 (the negative prompt alone), 1 "),
+        ({"cfg": float("nan")}, "the guidance (cfg) is nan, "),
+        ({"count": 2**64}, f"the number of pictures is {2**64}, more than there are seeds"),
+        ({"seed": -1}, f"the seed is -1, expected 0 to {2**63 - 1}: "),
+        ({"seed": 2**63 - 1, "count": 2}, f"the seed is {2**63 - 1}, expected 0 to {2**63 - 2}: "),
+        ({"sampler": "euler"}, 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
+        ({"steps": 0}, "the number of steps is 0, expected 1..1000"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_cannot_be_made_is_said_in_a_sentence(sd, options, message):
+    with pytest.raises(ValueError) as caught:
+        arrays(sd, **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_hint_of_another_size_is_refused(sd, net):
+    with pytest.raises(ValueError, match=r"a hint is 96x64 .* expected the picture's 64x64"):
+        arrays(sd, controls=[Control(net, hint()), Control(net, hint(size=(64, 96)))])
+
+
+def test_a_picture_that_is_not_finite_is_refused():
+    broken = small_sd()
+    broken.unet.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(
+        FloatingPointError,
+        match="^unet.decoder.conv_out, computed in float32, gives values that are not finite: take a lower guidance",
+    ):
+        arrays(broken)
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def test_values_are_cut_off_as_in_the_published_demos():
+    y = torch.linspace(-1.2, 1.2, 3 * 1000).reshape(3, 10, 100)
+    want = (y.numpy().transpose(1, 2, 0) * 127.5 + 127.5).clip(0, 255).astype(np.uint8)
+    picture = to_picture(y)
+    assert picture.mode == "RGB" and picture.size == (100, 10)
+    assert np.array_equal(np.asarray(picture), want)
+    assert want.min() == 0 and want.max() == 255
+
+
+@pytest.mark.parametrize(
+    "size, resolution, multiple, want",
+    [
+        ((100, 100), 512, 64, (512, 512)),
+        ((480, 640), 512, 64, (512, 704)),  # 682.7
+        ((1000, 1500), 512, 64, (512, 768)),
+        ((600, 675), 512, 64, (512, 576)),  # 576
+        ((512, 544), 512, 64, (512, 512)),  # 8.5 multiples: to even, as numpy's round
+        ((512, 512), 128, 32, (128, 128)),
+        ((900, 300), 128, 32, (384, 128)),
+    ],
+)
+def test_the_short_side_is_the_resolution_and_each_side_a_multiple(size, resolution, multiple, want):
+    assert fitted_size(Image.new("RGB", size[::-1]), resolution, multiple) == want
+
+
+def test_a_strip_of_a_picture_is_not_fitted():
+    assert fitted_size(Image.new("RGB", (1600, 100)), 128, 32) == (128, 2048)
+    with pytest.raises(ValueError, match="1601x100 .* expected at most 16 times as long as wide"):
+        fitted_size(Image.new("RGB", (1601, 100)), 128, 32)
+
+
+def test_the_default_size_is_the_resolution_in_the_hints_shape():
+    assert default_size(SD21) == (768, 768)
+    assert default_size(SD15, Image.new("RGB", (640, 480))) == (512, 704)
+
+
+def test_pictures_shrink_by_area_and_grow_by_lanczos():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    mean = pixels.reshape(32, 2, 64, 2, 3).mean(axis=(1, 3))
+    assert np.abs(np.asarray(resized(image, (32, 64))) - mean).max() <= 1
+    edge = Image.fromarray(np.repeat(np.array([[64, 192]], np.uint8), 8, axis=1)[..., None].repeat(3, axis=2))
+    assert resized(edge, (2, 64)) == edge.resize((64, 2), Image.Resampling.LANCZOS)
+    assert resized(image, (64, 128)).tobytes() == image.tobytes()
+
+
+def test_a_hint_is_between_0_and_1_in_rgb():
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, :, 0] = 255
+    pixels[:, :48, 1] = 51
+    tensor = make_hint(Image.fromarray(pixels), (64, 96))
+    assert tensor.shape == (1, 3, 64, 96) and tensor.dtype == torch.float32
+    assert torch.equal(tensor[0, :, 0, 0], torch.tensor([1.0, 0.2, 0.0]))
+    assert torch.equal(tensor[0, :, 0, 95], torch.tensor([1.0, 0.0, 0.0]))
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return np.asarray(read_image(path))
+
+
+def test_transparent_parts_are_white(tmp_path):
+    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    for name, picture in {"rgba.png": image, "palette.png": image.quantize(4), "la.png": image.convert("LA")}.items():
+        pixels = saved(picture, tmp_path / name)
+        assert pixels.shape == (1, 2, 3) and (pixels[0, 1] == 255).all() and (pixels[0, 0] < 255).any(), name
+    image.putpixel((0, 0), (200, 0, 0, 51))  # a fifth of it
+    assert saved(image, tmp_path / "half.png")[0, 0].tolist() == [244, 204, 204]
+
+
+def test_16_bits_are_not_clipped(tmp_path):
+    depth = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    assert saved(depth, tmp_path / "depth.png")[0, :, 1].tolist() == [0, 100, 255]
+
+
+def test_a_picture_is_upright_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert saved(Image.new("RGB", (8, 4)), tmp_path / "turned.png", exif=exif).shape == (8, 4, 3)
+
+
+def test_files_that_are_no_pictures_are_refused(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    for name, what in {
+        "text.png": "is not readable as a picture",
+        "cut.png": "is not readable as a picture",
+        "float.tiff": "has 32 bits a channel",
+        "none.png": "does not exist: give the path of a picture",
+        ".": "is a folder",
+    }.items():
+        with pytest.raises(ValueError, match=what) as caught:
+            read_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_picture_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "picture.png"
+    save_png(Image.new("RGB", (4, 4), "red"), path, {"note": "größer – 大"})
+    assert Image.open(path).text == {"note": "größer – 大"}
+
+    def fail(self, file, **options):
+        file.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="no space left"):
+        save_png(Image.new("RGB", (4, 4)), path, {})
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["picture.png"]

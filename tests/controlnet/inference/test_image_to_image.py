@@ -1,0 +1,199 @@
+"""Image-to-image and inpainting in one call: how much is kept, where, and what low memory and bad numbers do."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import small_control, small_sd
+from test_generate import arrays, differ, hint
+
+from controlnet.common.images import resized, to_images, to_picture
+from controlnet.guidance import Control
+from controlnet.inference.generate import generate
+from controlnet.inference.image_to_image import Init
+from ldm.samplers import timesteps_for
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_sd()
+
+
+def photo(size=(64, 64), seed=3):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def left_half(size=(64, 64)):
+    """White, so made anew."""
+    pixels = np.zeros(size, np.uint8)
+    pixels[:, : size[1] // 2] = 255
+    return Image.fromarray(pixels)
+
+
+# ------------------------------------------------------------------------------------------------------ image to image
+
+
+def test_strength_0_is_the_picture_through_the_autoencoder(sd):
+    (posterior_noise,) = draws(0, 2)[1:]
+    posterior = sd.vae.posterior(to_images([np.array(photo())]))
+    want = to_picture(sd.decode(sd.config.vae.scale * posterior.sample(posterior_noise))[0])
+    assert np.array_equal(arrays(sd, init=Init(photo(), strength=0))[0], np.asarray(want))
+
+
+def draws(seed, count, shape=(1, 4, 8, 8)):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def test_strength_1_is_text_to_image_of_the_pictures_size(sd):
+    assert np.array_equal(arrays(sd, init=Init(photo((32, 96)), 1.0), size=(32, 96)), arrays(sd, size=(32, 96)))
+
+
+def test_more_strength_keeps_less_of_the_picture(sd):
+    kept = [arrays(sd, init=Init(photo(), strength), steps=10) for strength in (0, 0.1, 0.5, 0.9)]
+    distances = [np.abs(picture.astype(int) - kept[0]).mean() for picture in kept]
+    assert distances[0] == 0 and distances == sorted(distances) and len(set(distances)) == 4
+
+
+@pytest.mark.parametrize("strength, done", [(0.5, 5), (0.7, 7), (0.29, 2), (0.95, 9), (1.0, 10)])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_the_last_steps_are_done_from_as_much_noise(sd, sampler, strength, done, monkeypatch):
+    steps, begun = [], []
+    plain = sd.schedule.q_sample
+    monkeypatch.setattr(sd.schedule, "q_sample", lambda x0, t, n: begun.append(t.tolist()) or plain(x0, t, n))
+    generate(sd, "a", init=Init(photo(), strength), steps=10, sampler=sampler, on_step=lambda i, x, x0: steps.append(i))
+    assert len(steps) == done
+    timesteps = timesteps_for(sampler, sd.schedule, 10)
+    assert begun == ([[timesteps[-done]]] if strength < 1 else [])
+
+
+def test_the_start_noise_and_the_posteriors_are_one_pictures_alone(sd):
+    pictures = arrays(sd, init=Init(photo(), 0.6), count=2, seed=4)
+    assert np.array_equal(arrays(sd, init=Init(photo(), 0.6), seed=5)[0], pictures[1])
+    assert differ(*pictures)
+
+
+def test_the_size_is_fitted_to_the_picture(sd):
+    assert arrays(sd, init=Init(photo((100, 200)))).shape[1:3] == (64, 128)
+    assert arrays(sd, init=Init(photo((100, 200))), size=(96, 32)).shape[1:3] == (96, 32)
+
+
+def test_a_control_acts_in_its_part_of_the_steps_that_are_done(sd):
+    """Of ten steps five are done; a control of their second half acts in the last two or three, not in none."""
+    acting = []
+    net = small_control(sd)
+    net.middle_zero_conv.register_forward_hook(lambda *_: acting.append(1))
+    arrays(sd, controls=[Control(net, hint(), start=0.6)], init=Init(photo(), 0.5), steps=10)
+    assert len(acting) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ inpainting
+
+
+def test_what_is_black_in_the_mask_keeps_every_bit(sd):
+    picture = arrays(sd, init=Init(photo(), 1.0, left_half()))[0]
+    assert np.array_equal(picture[:, 32:], np.asarray(photo())[:, 32:])
+    assert differ(picture[:, :32], np.asarray(photo())[:, :32])
+
+
+def test_what_is_made_anew_knows_the_rest(sd):
+    """The known part enters every step: with another photograph on the right the left is another."""
+    one, other = (arrays(sd, init=Init(photo(seed=seed), 1.0, left_half()))[0] for seed in (3, 4))
+    assert differ(one[:, :32], other[:, :32])
+    assert differ(one[:, :32], arrays(sd)[0][:, :32])
+
+
+def test_a_white_mask_is_image_to_image(sd):
+    white = Image.new("L", (64, 64), 255)
+    for strength in (0.5, 1.0):
+        masked, plain = (arrays(sd, init=Init(photo(), strength, mask)) for mask in (white, None))
+        assert np.array_equal(masked, plain)
+
+
+def test_a_gray_mask_blends(sd):
+    gray = Image.new("L", (64, 64), 128)
+    picture = arrays(sd, init=Init(photo(), 1.0, gray))[0].astype(int)
+    assert 0 < np.abs(picture - np.asarray(photo())).mean() < 70
+
+
+def test_mask_and_picture_are_resized_alike(sd):
+    init = Init(photo((100, 200)), 1.0, left_half((100, 200)))
+    picture = arrays(sd, init=init)[0]
+    assert np.array_equal(picture[:, 66:], np.asarray(resized(photo((100, 200)), (64, 128)))[:, 66:])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"strength": 1.5}, "the strength is 1.5, expected 0 .* to 1"),
+        ({"strength": -0.1}, "the strength is -0.1"),
+        ({"mask": left_half((64, 32))}, "the mask is 32x64 .* expected the picture's 64x64"),
+    ],
+)
+def test_an_init_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Init(photo(), **options)
+
+
+# ------------------------------------------------------------------------------------------------------ low memory
+
+
+def test_low_memory_makes_the_same_picture(sd):
+    controls = [Control(small_control(sd), hint(), prompt_only=True)]
+    for options in ({}, {"init": Init(photo(), 0.7, left_half())}):
+        plain, low = (arrays(sd, controls=controls, low_memory=device, **options) for device in (None, "cpu"))
+        assert np.abs(plain.astype(int) - low).max() <= 1
+
+
+def test_each_network_is_on_the_device_only_while_it_is_used(sd, monkeypatch):
+    moves = []
+    names = {id(sd.text_encoder): "text", id(sd.vae): "vae", id(sd.unet): "unet"}
+    control = Control(small_control(sd), hint())
+    names[id(control.net)] = "control"
+    plain = torch.nn.Module.to
+
+    def to(module, *args):
+        if id(module) in names:
+            moves.append((names[id(module)], str(args[0])))
+        return plain(module, "cpu")
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    arrays(sd, controls=[control], low_memory="cuda", init=Init(photo()))
+    used = [["vae"], ["text"], ["unet", "control"], ["vae"]]
+    assert moves == [(name, device) for group in used for device in ("cuda", "cpu") for name in group]
+
+
+def test_an_autoencoder_whose_halves_overflow_is_computed_in_fp32():
+    half, full = small_sd(), small_sd()
+    for sd in (half, full):
+        sd.vae.decoder.conv_in.weight *= 5e3
+        sd.vae.decoder.norm_out.weight *= 0.1
+    half.vae.half()
+    assert not half.vae.decode(draws(0, 1)[0].half()).isfinite().all()
+    assert np.abs(arrays(half).astype(int) - arrays(full)).max() <= 2
+    assert half.vae.quant_conv.weight.dtype == torch.float16  # the caller's stays as it was
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "unet.encoder.blocks.2.conv.conv",
+        "unet.decoder.conv_out",
+        "vae.decoder.conv_in",
+        "text_encoder.blocks.0.mlp.contract",
+    ],
+)
+def test_values_that_are_not_finite_stop_with_the_layers_name(layer):
+    sd = small_sd()
+    network, _, name = layer.partition(".")
+    getattr(sd, network).get_submodule(name).bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"^{layer}, computed in float32, gives values that are not finite"):
+        arrays(sd)
+
+
+def test_the_control_that_is_not_finite_is_named(sd):
+    controls = [Control(small_control(sd), hint()) for _ in range(2)]
+    controls[1].net.zero_convs[1].weight[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="^control 2.zero_convs.1, computed in float32, gives values that"):
+        arrays(sd, controls=controls)

@@ -1,0 +1,148 @@
+"""Prompts as typed: brackets, weights, BREAK, chunks, what is cut, and the contexts they give."""
+
+import json
+
+import pytest
+import torch
+from einops import rearrange
+from minis import filled, relative, stored
+from reference import FIXTURES, MINI_SD1
+from small import small_sd
+
+from controlnet.inference.prompts import chunks_of, cut_texts, encode_prompts, parse
+from ldm.checkpoints.key_maps import text_map
+from ldm.config import SD15, SD21
+from ldm.text_encoder import TextEncoder
+from ldm.tokenizer import Tokenizer
+
+
+def read(prompt):
+    return [[(piece.text, pytest.approx(piece.weight)) for piece in part] for part in parse(prompt)]
+
+
+@pytest.mark.parametrize(
+    "prompt, want",
+    [
+        ("", [[]]),
+        ("a red circle", [[("a red circle", 1)]]),
+        ("a (red) circle", [[("a ", 1), ("red", 1.1), (" circle", 1)]]),
+        ("a ((red)) [circle]", [[("a ", 1), ("red", 1.21), (" ", 1), ("circle", 1 / 1.1)]]),
+        ("(red:1.3)", [[("red", 1.3)]]),
+        ("(red: .5 )(blue:+2)(green:-1)", [[("red", 0.5), ("blue", 2), ("green", -1)]]),
+        ("(a (red:1.5) circle:2)", [[("a ", 2), ("red", 3), (" circle", 2)]]),
+        ("[(a)]", [[("a", 1)]]),
+        (r"smile \(:3\) \[x\] a\\b", [[(r"smile (:3) [x] a\b", 1)]]),
+        (r"a\n (b\c:2)" + "\\", [[("an ", 1), ("bc", 2), ("", 1)]]),
+        ("a) b] c:1.2) d", [[("a) b] c:1.2) d", 1)]]),  # never opened
+        ("(a [b", [[("a ", 1.1), ("b", 1)]]),  # never closed
+        ("(a:b) 10:30", [[("a:b", 1.1), (" 10:30", 1)]]),
+        ("a BREAK b", [[("a", 1)], [("b", 1)]]),
+        ("(a BREAK b:2) BREAKFAST break", [[("a", 2)], [("b", 2), (" BREAKFAST break", 1)]]),
+        ("BREAK BREAK", [[], [], []]),
+        ("größe, Bär\nB (大:1.2)", [[("größe, Bär\nB ", 1), ("大", 1.2)]]),
+    ],
+)
+def test_what_is_typed_is_read_as_in_a1111(prompt, want):
+    assert read(prompt) == want
+
+
+def ids_of(tokenizer, prompt, long=False):
+    return [chunk.ids for chunk in chunks_of(tokenizer, prompt, long)]
+
+
+@pytest.mark.parametrize("config", [SD15, SD21], ids=lambda config: config.name)
+def test_a_plain_prompt_has_the_tokenizers_ids(config):
+    tokenizer = Tokenizer(config.text)
+    for prompt in ["", "a red circle", "a " * 100 + "castle"]:
+        (ids,) = ids_of(tokenizer, prompt)
+        assert tokenizer.framed(ids) == tokenizer([prompt])[0].tolist()
+
+
+def test_weights_stand_with_the_tokens_of_their_words():
+    (chunk,) = chunks_of(Tokenizer(SD15.text), "a (photograph of:1.5) uncommonness [now]", long=False)
+    assert chunk.ids == Tokenizer(SD15.text).encode("a photograph of uncommonness now")
+    assert chunk.weights == pytest.approx([1, 1.5, 1.5, *[1] * (len(chunk.ids) - 4), 1 / 1.1])
+
+
+def test_long_prompts_go_on_in_chunks_and_others_are_cut_and_said():
+    tokenizer = Tokenizer(SD15.text)
+    words = ["red", "blue"] * 80
+    ids = tokenizer.encode(" ".join(words))
+    assert ids_of(tokenizer, " ".join(words), long=True) == [ids[:75], ids[75:150], ids[150:]]
+    assert ids_of(tokenizer, " ".join(words)) == [ids[:75]]
+    assert cut_texts(tokenizer, " ".join(words)) == [" ".join(words[75:])]
+    assert cut_texts(tokenizer, " ".join(words[:75])) == []
+    parted = f"(red BREAK {'a ' * 75} castle) BREAK"
+    assert [len(part) for part in ids_of(tokenizer, parted)] == [1, 75, 0]
+    assert [len(part) for part in ids_of(tokenizer, parted, long=True)] == [1, 75, 1, 0]
+    assert cut_texts(tokenizer, parted) == ["castle"]
+
+
+# ------------------------------------------------------------------------------------------------------------ contexts
+
+
+class TextOnly:
+    """What `encode_prompts` needs of a base, with the miniature's text encoder."""
+
+    def __init__(self):
+        self.tokenizer = Tokenizer(MINI_SD1.text)
+        encoder = TextEncoder(MINI_SD1.text)
+        self.text_encoder = filled(encoder, text_map(encoder.config)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("clip_skip, key", [(1, "last"), (2, "clip_skip_2")])
+def test_a_long_prompt_has_the_published_context(clip_skip, key):
+    """Filled up with empty chunks to the three of the longest."""
+    texts = json.loads((FIXTURES / "tokens.json").read_text())["prompts"]
+    want = stored("sd1_longtext")
+    found = encode_prompts(TextOnly(), [texts[4], texts[30], "a " * 160], clip_skip, long=True)
+    assert found.shape == (3, 231, 64)
+    for context, name in zip(found, ("short", "long"), strict=False):
+        assert relative(context[None], want[f"{name}/context_{key}"]) < 2e-5
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_sd()
+
+
+def test_a_plain_prompt_has_the_models_own_context(sd):
+    for prompt in ("", "a circle", r"a \(circle\)"):
+        assert torch.equal(encode_prompts(sd, [prompt]), sd.encode_text([prompt.replace("\\", "")]))
+
+
+def test_a_weight_multiplies_its_tokens_and_keeps_the_chunks_mean():
+    model = TextOnly()
+    model.text_encoder.final_norm.bias += 0.1  # a mean as the released models have it
+    plain = model.text_encoder(model.tokenizer(["a red circle"]))[0]
+    factors = torch.ones(77, 1)
+    factors[2] = 1.4  # after start and "a"
+    want = plain * factors * plain.mean() / (plain * factors).mean()
+    (got,) = encode_prompts(model, ["a (red:1.4) circle"])
+    torch.testing.assert_close(got, want)
+    assert relative(got, plain) > 1e-2 and relative(got, plain * factors) > 1e-4
+
+
+def test_a_mean_of_nothing_is_not_brought_back(sd):
+    """The small text encoder's last norm leaves none."""
+    plain, factors = sd.encode_text(["circle"])[0], torch.ones(77, 1)
+    factors[1 : 1 + len(sd.tokenizer.encode("circle"))] = 1.4
+    torch.testing.assert_close(encode_prompts(sd, ["(circle:1.4)"])[0], plain * factors)
+
+
+def test_each_chunk_is_weighted_on_its_own():
+    """As if the others were not there."""
+    (both,) = encode_prompts(TextOnly(), ["a (red:1.4) BREAK [circle]"])
+    halves = [encode_prompts(TextOnly(), [text])[0] for text in ("a (red:1.4)", "[circle]")]
+    torch.testing.assert_close(both, torch.cat(halves))
+
+
+def test_prompts_of_several_chunks_fill_the_others_up_with_empty_ones(sd):
+    contexts = encode_prompts(sd, ["a BREAK b", "c"])
+    assert contexts.shape == (2, 154, 16)
+    torch.testing.assert_close(contexts[1], rearrange(sd.encode_text(["c", ""]), "chunks m d -> (chunks m) d"))
+
+
+def test_a_layer_that_does_not_exist_is_refused(sd):
+    with pytest.raises(ValueError, match="clip_skip is 2"):
+        encode_prompts(sd, ["a"], clip_skip=2)

@@ -1,0 +1,219 @@
+"""The training loss against the published code's numbers, and where its gradients go."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from minis import MINIS, inputs, mini_unet, new_mini_control, relative, stored
+from small import SMALL
+
+from controlnet.model import ControlNet
+from controlnet.objective import ControlLoss, base_loss, control_loss, min_snr_weights, only_middle, zero_conv_norms
+from controlnet.training.optimisation import Optimisation, constant_rate
+from ldm.checkpoints.key_maps import control_map, unet_map
+from ldm.schedule import Schedule
+from ldm.unet import UNet
+
+CPU = torch.device("cpu")
+
+
+def published_training(style, unlocked=True):
+    """The miniature's loss, with a decoder that learns too or does not, and what its published inputs give."""
+    g, (_, _, context, hint) = stored("inputs"), inputs(style)
+    unet, control = copy.deepcopy(mini_unet(style)), new_mini_control(style)
+    unet.decoder.requires_grad_(unlocked)
+    loss = ControlLoss(unet, control, Schedule(MINIS[style].schedule))
+    return loss, lambda: loss(g["train/z0"], g["train/noise"], g["train/t"], context, hint)
+
+
+def published_gradients(loss):
+    """Of all parameters that have one, by their keys in the original layout."""
+    maps = {"control": control_map(loss.unet.config, loss.control.config), "unet": unet_map(loss.unet.config)}
+    gradients = {}
+    for part, key_map in maps.items():
+        parameters = dict(getattr(loss, part).named_parameters())
+        sources = key_map.sources(parameters)
+        gradients |= {sources[name].key: p.grad for name, p in parameters.items() if p.grad is not None}
+    return gradients
+
+
+@pytest.mark.parametrize("how", ["", "only_mid/"])
+@pytest.mark.parametrize("style", MINIS)
+def test_loss_and_gradients_are_the_published_ones(style, how):
+    """Of the control and of the decoder. With the middle alone the 12 other zero convolutions have no gradient."""
+    g, (loss, compute) = stored("training"), published_training(style)
+    if how:
+        only_middle(loss.control)
+    value = compute()
+    value.backward()
+    assert value.item() == pytest.approx(g[f"{style}/{how}loss"].item(), rel=1e-5)
+
+    gradients, norms = published_gradients(loss), g[f"{style}/{how}gradnorms"].tolist()
+    assert len(gradients) == 340 - 24 * bool(how) + 388
+    for key, want in zip(sorted(gradients), norms, strict=True):
+        # Some are nothing but rounding: a bias in front of a norm of one channel a group.
+        assert gradients[key].norm().item() == pytest.approx(want, rel=1e-3, abs=5e-8), key
+
+    whole = [name for name in g if name.startswith(f"{style}/grad/") and not how]
+    assert len(whole) == (0 if how else 5)
+    for name in whole:
+        assert relative(gradients[name.removeprefix(f"{style}/grad/")], g[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("how", ["locked", "unlocked"])
+@pytest.mark.parametrize("style", MINIS)
+def test_losses_along_adamw_steps_are_the_published_ones(style, how):
+    loss, compute = published_training(style, how == "unlocked")
+    trained = [p for p in loss.parameters() if p.requires_grad]
+    optimisation = Optimisation(trained, 1e-4, constant_rate(warmup=0), CPU, clip=float("inf"))
+    losses = []
+    for _ in range(4):
+        value = compute()
+        optimisation.backward(value)
+        optimisation.step()
+        losses.append(value.item())
+    assert losses == pytest.approx(stored("training")[f"{style}/adamw_{how}"].tolist(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------ on a small random base, from zero
+
+
+def small_unet():
+    torch.manual_seed(0)
+    return UNet(SMALL.unet).requires_grad_(False)
+
+
+def small_batch():
+    """z0, noise, t, context and hint of two pictures."""
+    generator = torch.Generator().manual_seed(1)
+    z0, noise = torch.randn(2, 2, 4, 16, 16, generator=generator)
+    context = torch.randn(2, 5, SMALL.unet.context_width, generator=generator)
+    return z0, noise, torch.tensor([600, 80]), context, torch.rand(2, 3, 128, 128, generator=generator)
+
+
+def small_loss(unet, control):
+    return control_loss(unet, control, Schedule(SMALL.schedule), *small_batch())
+
+
+def test_the_loss_is_the_mean_squared_error_to_the_schedules_target():
+    unet, schedule = small_unet(), Schedule(SMALL.schedule)
+    z0, noise, t, context, _ = small_batch()
+    output = unet(schedule.q_sample(z0, t, noise), t, context)
+    want = F.mse_loss(output, schedule.target(z0, t, noise))
+    assert torch.equal(base_loss(unet, schedule, z0, noise, t, context), want)
+
+
+def test_the_loss_of_a_fresh_control_is_the_bases():
+    unet, (z0, noise, t, context, _) = small_unet(), small_batch()
+    want = base_loss(unet, Schedule(SMALL.schedule), z0, noise, t, context)
+    assert torch.equal(small_loss(unet, ControlNet.from_unet(unet)), want)
+
+
+def names_with_gradient(control):
+    """The parameters whose gradient is not exactly zero."""
+    return {name for name, parameter in control.named_parameters() if torch.count_nonzero(parameter.grad) > 0}
+
+
+def test_gradients_reach_a_fresh_control_from_its_end():
+    """A zero convolution lets nothing through to what lies before it until its own first step."""
+    unet = small_unet()
+    control = ControlNet.from_unet(unet)
+    optimisation = Optimisation(control.parameters(), 1e-3, constant_rate(warmup=0), CPU)
+    everything = {name for name, _ in control.named_parameters()}
+    output_zero_convs = {name for name in everything if "zero_conv" in name}
+    trunk = {name for name in everything if name.startswith("encoder.")}
+    last_of_hint_encoder = {f"hint_encoder.convs.{len(control.hint_encoder.convs) - 1}.{p}" for p in ("weight", "bias")}
+
+    reached = []
+    for _ in range(3):
+        optimisation.backward(small_loss(unet, control))
+        reached.append(names_with_gradient(control))
+        optimisation.step()
+    assert len(output_zero_convs) == 2 * (len(control.encoder.blocks) + 1)
+    assert reached[0] == output_zero_convs
+    assert reached[1] == output_zero_convs | trunk | last_of_hint_encoder
+    assert reached[2] == everything
+
+
+def test_a_step_changes_the_control_alone():
+    unet = small_unet()
+    control = ControlNet.from_unet(unet)
+    optimisation = Optimisation(control.parameters(), 1e-3, constant_rate(warmup=0), CPU)
+    unet_before, control_before = copy.deepcopy(unet.state_dict()), copy.deepcopy(control.state_dict())
+    for _ in range(2):
+        optimisation.backward(small_loss(unet, control))
+        assert all(parameter.grad is None for parameter in unet.parameters())
+        optimisation.step()
+    assert all(torch.equal(value, unet_before[key]) for key, value in unet.state_dict().items())
+    assert not torch.equal(control.zero_convs[0].weight, control_before["zero_convs.0.weight"])
+    assert not torch.equal(control.encoder.blocks[0].conv.weight, control_before["encoder.blocks.0.conv.weight"])
+
+
+def test_the_locked_encoder_keeps_no_activations_and_the_decoder_does(monkeypatch):
+    """Even with a base that is not locked, which would otherwise remember everything."""
+    unet = small_unet().requires_grad_(True)
+    seen = []
+
+    def spy(encoded, context, control):
+        output = UNet.decode(unet, encoded, context, control)
+        seen.append((encoded, control, output))
+        return output
+
+    monkeypatch.setattr(unet, "decode", spy)
+    small_loss(unet, ControlNet.from_unet(unet)).backward()
+    ((encoded, residuals, output),) = seen
+    assert not any(features.requires_grad for features in (*encoded.skips, encoded.middle, encoded.time))
+    assert all(residual.grad_fn is not None for residual in residuals)
+    assert output.grad_fn is not None
+    assert all(parameter.grad is None for parameter in unet.encoder.parameters())
+
+
+def test_only_the_middle_learns_and_the_other_residuals_stay_zero():
+    unet = small_unet()
+    control = ControlNet.from_unet(unet)
+    only_middle(control)
+    loss = ControlLoss(unet, control, Schedule(SMALL.schedule))
+    optimisation = Optimisation([p for p in loss.parameters() if p.requires_grad], 1e-3, constant_rate(0), CPU)
+    for _ in range(2):
+        optimisation.backward(loss(*small_batch()))
+        optimisation.step()
+    *skips, middle = zero_conv_norms(control)
+    assert skips == [0] * len(control.zero_convs) and middle > 0
+    optimisation.backward(loss(*small_batch()))
+    assert all(p.grad is not None for p in control.encoder.parameters())
+
+
+def test_the_norms_are_those_of_weight_and_bias():
+    control = ControlNet.from_unet(small_unet())
+    torch.nn.init.constant_(control.zero_convs[1].bias, 3.0)
+    torch.nn.init.constant_(control.middle_zero_conv.weight, 1.0)
+    width = len(control.zero_convs[1].bias)
+    want = [0.0] * (len(control.zero_convs) + 1)
+    want[1], want[-1] = 3 * width**0.5, len(control.middle_zero_conv.bias)
+    assert zero_conv_norms(control) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_min_snr_caps_what_the_error_of_x0_counts(prediction):
+    """Hang et al., Eq. 8: whatever the network predicts, the error of its x0 weighs min(SNR, gamma)."""
+    schedule = Schedule(replace(SMALL.schedule, prediction=prediction, zero_terminal_snr=False))
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, error = torch.randn(3, 4, 4, 8, 8, generator=generator, dtype=torch.float64)
+    t = torch.tensor([10, 200, 600, 950])
+    x = schedule.q_sample(x0, t, noise)
+    target = schedule.target(x0, t, noise)
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+    ours = min_snr_weights(schedule, t, 5.0) * error.square().mean(dim=(1, 2, 3))
+    x0_error = schedule.to_x0(x, t, target + error) - schedule.to_x0(x, t, target)
+    torch.testing.assert_close(ours, snr.clamp(max=5) * x0_error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=0)
+
+
+def test_the_weighted_loss_is_the_weighted_mean_of_each_pictures():
+    unet, schedule = small_unet(), Schedule(SMALL.schedule)
+    control, batch = ControlNet.from_unet(unet), small_batch()
+    weights = min_snr_weights(schedule, batch[2], 5.0)
+    each = [control_loss(unet, control, schedule, *(part[i : i + 1] for part in batch)) for i in range(2)]
+    want = sum(w * loss for w, loss in zip(weights, each, strict=True)) / 2
+    torch.testing.assert_close(ControlLoss(unet, control, schedule, min_snr=5.0)(*batch), want)

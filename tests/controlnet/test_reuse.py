@@ -1,0 +1,208 @@
+"""Sampling with features of earlier steps: what is computed when, what it gives, and that nothing leaks."""
+
+import copy
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from minis import inputs, mini_control, mini_unet, relative, stored
+from PIL import Image
+from small import small_control, small_sd
+
+from controlnet.guidance import Control, guided
+from controlnet.inference.generate import generate
+from controlnet.inference.image_to_image import Init
+from controlnet.reuse import Reusing
+
+TIMESTEPS = [901, 701, 501, 301, 101]
+
+
+def control(**options):
+    return Control(mini_control("sd1"), inputs("sd1")[3], **options)
+
+
+def denoiser(controls, reuse, cfg=3, **options):
+    _, _, context, _ = inputs("sd1")
+    negative = stored("inputs")["sd1/uncond"]
+    return guided(mini_unet("sd1"), context, negative, cfg, controls, TIMESTEPS, reuse=reuse, **options)
+
+
+def way(seed=0):
+    """x and t of a sampling, each x another one."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(2, 4, 16, 24, generator=generator), torch.full((2,), t)) for t in TIMESTEPS]
+
+
+@contextmanager
+def recorded(module):
+    """The inputs of each call."""
+    calls = []
+    handle = module.register_forward_hook(lambda module, arguments, output: calls.append(arguments))
+    yield calls
+    handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------ a branch
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("controlled", [True, False])
+def test_a_key_step_is_exact_to_the_bit(controlled):
+    _, _, context, hint = inputs("sd1")
+    unet, net = mini_unet("sd1"), mini_control("sd1")
+    evaluate = Reusing(unet, [TIMESTEPS], every=2)
+    for i, (x, t) in enumerate(way()):
+        residuals = net(x, t, context, hint) if controlled else None
+        got, want = evaluate(x, t, context, lambda: residuals), unet(x, t, context, residuals)  # noqa: B023
+        assert torch.equal(got, want) == (i % 2 == 0)
+
+
+@torch.no_grad()
+def test_between_key_steps_the_line_through_the_last_two_is_followed_half_the_way():
+    """What enters the last block of the decoder: deep features beside the first skip."""
+    unet, (_, _, context, hint), net = mini_unet("sd1"), inputs("sd1"), mini_control("sd1")
+    steps, evaluate, last = way(), Reusing(unet, [TIMESTEPS], every=2), unet.decoder.blocks[-1]
+    residuals = [net(x, t, context, hint) for x, t in steps]
+    with recorded(last) as exact:
+        for (x, t), control in zip(steps, residuals, strict=True):
+            unet(x, t, context, control)
+    with recorded(last) as got:
+        for (x, t), control in zip(steps, residuals, strict=True):
+            evaluate(x, t, context, lambda: control)  # noqa: B023
+    width = unet.encoder.skip_widths[0]
+    deep = [arguments[0][:, :-width] for arguments in exact]
+    for i, wanted_deep, wanted_residual in [
+        (1, deep[0], residuals[0][0]),  # only one key step before it
+        (3, 1.25 * deep[2] - 0.25 * deep[0], 1.25 * residuals[2][0] - 0.25 * residuals[0][0]),
+    ]:
+        features, time, _ = got[i]
+        skip = unet.encoder.blocks[0](steps[i][0], time, context) + wanted_residual
+        assert relative(features, torch.cat([wanted_deep, skip], dim=1)) < 1e-5
+        assert torch.equal(time, unet.encoder.time_embedding(steps[i][1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_reuses_too(dtype):
+    context, half = inputs("sd1")[2], copy.deepcopy(mini_unet("sd1")).to(dtype)
+    full, evaluate = (Reusing(unet, [TIMESTEPS], every=2) for unet in (mini_unet("sd1"), half))
+    for x, t in way():
+        output = evaluate(x.to(dtype), t, context.to(dtype), lambda: None)
+        assert output.dtype == dtype
+        assert relative(output.float(), full(x, t, context, lambda: None)) < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reuse, full", [(2, 3), (3, 2)])
+def test_only_every_nth_step_computes_the_control_and_the_deep_blocks(reuse, full):
+    unet, net = mini_unet("sd1"), mini_control("sd1")
+    denoise = denoiser([control()], reuse)
+    saved = (unet.encoder.blocks[1], unet.decoder.blocks[-2], net.encoder.blocks[0])
+    with recorded(saved[0]) as second, recorded(saved[1]) as last_but_one, recorded(saved[2]) as control_first:
+        for x, t in way():
+            denoise(x, t)
+    assert [len(calls) for calls in (second, last_but_one, control_first)] == [full] * 3
+
+
+MODES = {
+    "two controls": [control(), control(scale=0.5)],
+    "no control": [],
+    "prompt only": [control(), control(scale=0.5, prompt_only=True)],
+    "mask": [control(mask=torch.linspace(0, 1, 192).expand(1, 1, 128, 192))],
+    "ranges": [control(start=0.2), control(end=0.6, prompt_only=True)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODES)
+def test_key_steps_are_exact_in_every_mode_and_two_evaluations_give_what_one_batch_gives(name):
+    exact, batched = denoiser(MODES[name], 1), denoiser(MODES[name], 2)
+    apart = denoiser(MODES[name], 2, batched=False)
+    key_steps = [0, 1, 3] if name == "ranges" else [0, 2, 4]
+    for i, (x, t) in enumerate(way()):
+        output = batched(x, t)
+        assert torch.equal(output, exact(x, t)) == (i in key_steps)
+        assert relative(apart(x, t), output) < 1e-5
+
+
+@torch.no_grad()
+def test_without_guidance_there_is_one_branch():
+    exact, approximate = (denoiser([control()], reuse, cfg=1) for reuse in (1, 2))
+    assert [torch.equal(approximate(x, t), exact(x, t)) for x, t in way()] == [True, False] * 2 + [True]
+
+
+@torch.no_grad()
+def test_features_of_other_controls_are_not_followed():
+    """At index 1 of five the control begins: a key step, after which the features of index 0 have no part."""
+    late, steps = [control(start=0.2)], way()
+    whole, part = denoiser(late, 2), denoiser(late, 2)
+    for i, (x, t) in enumerate(steps):
+        output = whole(x, t)
+        if i >= 1:
+            assert torch.equal(part(x, t), output)
+
+
+@torch.no_grad()
+def test_a_second_picture_is_as_if_it_were_the_first():
+    used, fresh = denoiser([control()], 2), denoiser([control()], 2)
+    for x, t in way(seed=1):
+        used(x, t)
+    for x, t in way():
+        assert torch.equal(used(x, t), fresh(x, t))
+
+
+def test_reuse_needs_the_timesteps_and_a_distance():
+    unet, (_, _, context, _) = mini_unet("sd1"), inputs("sd1")
+    with pytest.raises(ValueError, match="features are reused from step to step: pass the argument timesteps"):
+        guided(unet, context, context, 2.0, reuse=2)
+    with pytest.raises(ValueError, match="reuse is 0, expected 1"):
+        guided(unet, context, context, 2.0, timesteps=TIMESTEPS, reuse=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_sd()
+
+
+@pytest.fixture(scope="module")
+def small(sd):
+    return Control(small_control(sd), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+
+
+def arrays(sd, controls=(), **options):
+    """`generate` in five steps, as arrays (count, H, W, 3)."""
+    pictures = generate(sd, "a circle", controls, **{"steps": 5, "sampler": "ddim", **options})
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def test_a_picture_is_exact_unless_asked_otherwise(sd, small):
+    exact = arrays(sd, [small])
+    assert np.array_equal(arrays(sd, [small], reuse=1), exact)
+    assert not np.array_equal(arrays(sd, [small], reuse=2), exact)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_no_features_pass_from_one_picture_or_call_to_the_next(sd, small, sampler):
+    controls = [small, replace(small, start=0.3, scale=0.5)]
+    pictures = arrays(sd, controls, sampler=sampler, reuse=2, count=2, seed=3)
+    assert np.array_equal(arrays(sd, controls, sampler=sampler, reuse=2, seed=4)[0], pictures[1])
+
+
+def test_image_to_image_counts_the_steps_that_are_done(sd, small):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    with recorded(small.net.encoder.middle) as calls:
+        arrays(sd, [small], reuse=2, init=Init(photo, strength=0.6))
+    assert len(calls) == 2  # three steps of five
+
+
+def test_with_little_memory_the_picture_is_the_same_to_rounding(sd, small):
+    plain, low = (arrays(sd, [small], reuse=2, low_memory=device).astype(int) for device in (None, "cpu"))
+    assert np.abs(plain - low).max() <= 1

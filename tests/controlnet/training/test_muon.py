@@ -1,0 +1,68 @@
+"""Muon: orthogonal steps for hidden weights, AdamW for the rest."""
+
+import pytest
+import torch
+from small import small_sd
+from torch import nn
+
+from controlnet.training.muon import Muon, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8)])
+def test_singular_values_come_near_one_and_the_directions_stay(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = u.T @ orthogonal(matrix) @ vh.T  # diagonal if the directions are the matrix's
+    assert (kept - kept.diag().diag()).abs().max() < 1e-4
+    assert kept.diag().min() > 0.6 and kept.diag().max() < 1.3
+
+
+def test_all_but_hidden_weights_are_adamws():
+    sd = small_sd()
+    named = dict(sd.unet.named_parameters()) | dict(sd.text_encoder.named_parameters())
+    muon = Muon(named.items(), 1e-3)
+    inner = {name for name, p in named.items() if p in muon.inner}
+    assert "encoder.middle.res1.conv1.weight" in inner and "encoder.middle.res1.norm1.weight" not in inner
+    assert not any("embedding" in name or name.startswith(("decoder.conv_out", "encoder.conv_in")) for name in inner)
+
+
+def test_what_is_not_hidden_moves_as_torch_moves_it():
+    torch.manual_seed(0)
+    ours, theirs = nn.LayerNorm(6), nn.LayerNorm(6)
+    muon = Muon(ours.named_parameters(), 1e-2)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=1e-2)
+    for _ in range(5):
+        x = torch.randn(4, 6)
+        for layer, optimizer in ((ours, muon), (theirs, adamw)):
+            optimizer.zero_grad()
+            layer(x).pow(3).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.bias, theirs.bias)
+
+
+def test_a_step_has_the_size_of_adamws_whatever_the_gradients():
+    layers = nn.ModuleList([nn.Linear(32, 64, bias=False), nn.Conv2d(8, 16, 3, bias=False)])
+    muon = Muon(layers.named_parameters(), 1e-2, weight_decay=0)
+    for scale in (1e-4, 1e4):
+        before = [p.detach().clone() for p in layers.parameters()]
+        for parameter in layers.parameters():
+            parameter.grad = scale * torch.randn_like(parameter)
+        muon.state.clear()
+        muon.step()
+        for old, new in zip(before, layers.parameters(), strict=True):
+            assert (new - old).pow(2).mean().sqrt().item() == pytest.approx(1e-2 * 0.2, rel=0.3)
+
+
+def test_it_solves_a_linear_problem():
+    torch.manual_seed(0)
+    layer, x, truth = nn.Linear(8, 8, bias=False), torch.randn(64, 8), torch.randn(8, 8)
+    muon = Muon(layer.named_parameters(), 0.05, weight_decay=0)
+    losses = []
+    for _ in range(200):
+        loss = (layer(x) - x @ truth).pow(2).mean()
+        muon.zero_grad()
+        loss.backward()
+        muon.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]

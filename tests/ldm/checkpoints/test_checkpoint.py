@@ -1,0 +1,569 @@
+"""Files: what is loaded is what was saved, in the memory it needs, and every file that does not fit says why."""
+
+import copy
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from reference import FIXTURES, MINI_SD1, MINI_SD2, fill, filled, filled_checkpoint, load_manifest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ldm.stable_diffusion
+from controlnet.model import ControlNet
+from ldm import StableDiffusion
+from ldm.checkpoints.checkpoint import CheckpointError, open_checkpoint, save_checkpoint, without_weights
+from ldm.checkpoints.recognise import recognise
+from ldm.config import SD15, SD21, SD21_BASE, TINY, ControlConfig
+from ldm.unet import UNet
+
+ROOT = Path(__file__).parents[3]
+MINIS = {"mini_sd1": MINI_SD1, "mini_sd2": MINI_SD2}
+CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The miniatures' files, base and control."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name in MINIS:
+        for part in ("checkpoint", "control_only"):
+            manifest = load_manifest(f"{name}_{part}")
+            filled_checkpoint(manifest, folder / f"{name}_{part}.safetensors")
+    return folder
+
+
+def load_mini(folder, name="mini_sd1", **arguments):
+    return StableDiffusion.from_checkpoint(
+        open_checkpoint(folder / f"{name}_checkpoint.safetensors"), MINIS[name], **arguments
+    )
+
+
+def load_changed(folder, tmp_path, change, name="mini_sd1"):
+    """A miniature's file after `change` was done to its tensors."""
+    tensors = load_file(folder / f"{name}_checkpoint.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "changed.safetensors")
+    return StableDiffusion.from_checkpoint(open_checkpoint(tmp_path / "changed.safetensors"), MINIS[name])
+
+
+def relative(got, want):
+    assert got.shape == want.shape
+    return ((got - want).norm() / want.norm()).item()
+
+
+def assert_same(model, expected):
+    """Bit by bit."""
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[key], value) for key, value in wanted.items())
+
+
+def empty_unet(config):
+    with without_weights():
+        return UNet(config.unet)
+
+
+def error_of(function, *arguments, **keywords):
+    """The message of the CheckpointError that is raised: one sentence, on one line."""
+    with pytest.raises(CheckpointError) as caught:
+        function(*arguments, **keywords)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_loading_puts_every_value_in_its_place(folder, name):
+    model = load_mini(folder, name)
+    unet, text = model.unet, model.text_encoder
+    prefix = "model.diffusion_model."
+    assert torch.equal(
+        unet.encoder.blocks[3].conv.conv.weight, fill(prefix + "input_blocks.3.0.op.weight", (32, 32, 3, 3))
+    )
+    key = prefix + "output_blocks.8.2.conv.weight"
+    assert torch.equal(unet.decoder.blocks[8].upsample.conv.weight, fill(key, (64, 64, 3, 3)))
+    key = "first_stage_model.decoder.up.3.block.2.conv2.bias"
+    assert torch.equal(model.vae.decoder.levels[3].blocks[2].conv2.bias, fill(key, (128,)))
+    attention = text.blocks[2].attention
+    if name == "mini_sd1":
+        key = "cond_stage_model.transformer.text_model.encoder.layers.2.self_attn.v_proj.weight"
+        assert torch.equal(attention.v.weight, fill(key, (64, 64)))
+    else:
+        fused = fill("cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight", (288, 96))
+        assert torch.equal(torch.cat([attention.q.weight, attention.k.weight, attention.v.weight]), fused)
+        assert torch.equal(text.logit_scale, fill("cond_stage_model.model.logit_scale", ()))
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_a_loaded_model_computes_the_numbers_of_the_published_code(folder, name):
+    """Tensors of equal shape in each other's place would pass every other test."""
+    model, style = load_mini(folder, name), name.removeprefix("mini_")
+    control = ControlNet.load(folder / f"{name}_control_only.safetensors", model.unet)
+    g = load_file(FIXTURES / "forward.safetensors")
+    x, t, context = (g[f"{style}/{key}"] for key in ("x", "t", "context"))
+    with torch.no_grad():
+        assert relative(model.unet(x, t, context), g[f"{style}/eps_nocontrol"]) < 2e-5
+        residuals = control(x, t, context, g["sd1/hint"])
+        assert relative(model.unet(x, t, context, residuals), g[f"{style}/eps_control"]) < 2e-5
+        assert relative(model.encode(g["vae/image"], sample=False), 0.18215 * g["vae/mean"]) < 2e-5
+        assert relative(model.decode(g["vae/decode_in_scaled"]), g["vae/decode_out"]) < 2e-5
+        text = load_file(FIXTURES / f"{style}_text.safetensors")
+        want = text["last_hidden_state" if style == "sd1" else "penultimate"]
+        assert relative(model.text_encoder(text["ids"]), want) < 2e-5
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_saving_gives_back_the_same_file(folder, tmp_path, name):
+    original = load_file(folder / f"{name}_checkpoint.safetensors")
+    model = load_mini(folder, name)
+    model.save(tmp_path / "saved.safetensors")
+    saved = load_file(tmp_path / "saved.safetensors")
+    buffers = {key for key in original if "." not in key or key.endswith("position_ids")}
+    assert saved.keys() == original.keys() - buffers
+    assert all(torch.equal(saved[key], original[key]) and saved[key].dtype == torch.float32 for key in saved)
+
+    again = StableDiffusion.load(tmp_path / "saved.safetensors")  # now the file says what it is
+    assert again.config == MINIS[name]
+    assert_same(again, model)
+    again.save(tmp_path / "again.safetensors")
+    twice = load_file(tmp_path / "again.safetensors")
+    assert twice.keys() == saved.keys()
+    assert all(torch.equal(twice[key], value) for key, value in saved.items())
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_control_round_trip(folder, tmp_path, name):
+    original = load_file(folder / f"{name}_control_only.safetensors")
+    control = ControlNet.load(folder / f"{name}_control_only.safetensors", load_mini(folder, name).unet)
+    assert torch.equal(control.hint_encoder.convs[7].weight, original["control_model.input_hint_block.14.weight"])
+    assert torch.equal(control.zero_convs[11].weight, original["control_model.zero_convs.11.0.weight"])
+    assert all(parameter.requires_grad for parameter in control.parameters())
+    control.save(tmp_path / "control.safetensors")
+    saved = load_file(tmp_path / "control.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[key], original[key]) for key in saved)
+
+
+def test_control_keeps_its_own_configuration(tmp_path):
+    unet = UNet(TINY.unet)
+    config = ControlConfig(hint_channels=1, hint_widths=(4, 4, 8, 8, 16, 16, 32))
+    ControlNet.from_unet(unet, config).save(tmp_path / "control.safetensors")
+    assert ControlNet.load(tmp_path / "control.safetensors", unet).config == config
+    with safe_open(tmp_path / "control.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["config"])["unet"]["channels"] == TINY.unet.channels
+
+
+def test_control_without_its_prefix_and_beside_its_base(folder, tmp_path):
+    unet = load_mini(folder).unet
+    tensors = load_file(folder / "mini_sd1_control_only.safetensors")
+    bare = {key.removeprefix("control_model."): value for key, value in tensors.items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    whole = {**load_file(folder / "mini_sd1_checkpoint.safetensors"), **tensors, "logvar": torch.zeros(1000)}
+    save_file(whole, tmp_path / "whole.safetensors")
+    expected = ControlNet.load(folder / "mini_sd1_control_only.safetensors", unet)
+    for name in ("bare", "whole"):
+        assert_same(ControlNet.load(tmp_path / f"{name}.safetensors", unet), expected)
+    # The same file also serves as the base.
+    StableDiffusion.from_checkpoint(open_checkpoint(tmp_path / "whole.safetensors"), MINI_SD1)
+
+
+def test_a_fresh_model_of_any_depth_survives_a_round_trip(tmp_path):
+    model = StableDiffusion(TINY)
+    model.save(tmp_path / "tiny.safetensors")
+    again = StableDiffusion.load(tmp_path / "tiny.safetensors")
+    assert again.config == TINY
+    assert_same(again, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_disk_and_in_memory(folder, tmp_path, dtype):
+    model = load_mini(folder)
+    model.save(tmp_path / "half.safetensors", dtype=dtype)
+    assert {value.dtype for value in load_file(tmp_path / "half.safetensors").values()} == {dtype}
+    for wanted in (torch.float32, dtype):
+        again = StableDiffusion.load(tmp_path / "half.safetensors", dtype=wanted)
+        assert {value.dtype for value in again.parameters()} == {wanted}
+        assert_same(again, copy.deepcopy(model).to(dtype).to(wanted))
+    control = ControlNet.load(folder / "mini_sd1_control_only.safetensors", again.unet)
+    assert {value.dtype for value in control.parameters()} == {dtype}
+
+
+def test_extras_of_released_files_are_passed_over(folder, tmp_path):
+    def change(tensors):
+        tensors["model_ema.decay"] = torch.tensor(0.9999)
+        tensors["model_ema.diffusion_modelinput_blocks00weight"] = torch.zeros(1)
+        tensors["logvar"] = torch.zeros(1000)
+        key = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+        tensors[key] = tensors[key].float()
+        del tensors["betas"]
+
+    load_changed(folder, tmp_path, change)
+
+
+def test_loaded_models_are_locked(folder):
+    model = load_mini(folder)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+MEASURE = """
+import resource
+import sys
+import torch
+from ldm.checkpoints.checkpoint import load_parts, open_checkpoint
+from ldm.config import UNetConfig
+from ldm.key_maps import unet_map
+from ldm.unet import UNet
+
+def memory(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # no file is kept open for each tensor
+config = UNetConfig(channels=64)
+checkpoint, dtype = open_checkpoint(sys.argv[1]), getattr(torch, sys.argv[2])
+with torch.device("meta"):
+    unet = UNet(config)
+torch.ones(1000).half().sum()
+before, own_before = memory("VmRSS"), memory("RssAnon")
+load_parts(checkpoint, [(unet, unet_map(config))], (), dtype)
+own = memory("RssAnon") - own_before
+for parameter in unet.parameters():
+    parameter.detach().view(-1)[::64].sum()  # touches every page
+print(sum(p.numel() * p.element_size() for p in unet.parameters()), own, memory("VmHWM") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_file(tmp_path_factory):
+    """A UNet of 34 million parameters in fp32."""
+    from ldm.checkpoints.key_maps import unet_map
+    from ldm.config import UNetConfig
+
+    config = UNetConfig(channels=64)
+    with without_weights():
+        state = UNet(config).state_dict()
+    sources = unet_map(config).sources(state)
+    path = tmp_path_factory.mktemp("large") / "unet.safetensors"
+    save_file({sources[name].key: torch.full(value.shape, 0.5) for name, value in state.items()}, path)
+    yield path
+    path.unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype, copied", [("float32", 0.0), ("float16", 1.0)])
+def test_loading_needs_the_memory_of_the_parameters(large_file, dtype, copied):
+    """Nothing is copied where the file has the wanted dtype; else one tensor at a time."""
+    command = [sys.executable, "-c", MEASURE, str(large_file), dtype]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    size, own, peak = map(int, result.stdout.split())
+    assert abs(own - copied * size) < 0.15 * size
+    assert peak < 1.15 * size
+
+
+class MetaOperations(TorchDispatchMode):
+    """The names of the operations whose result exists on the meta device only."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_meta:
+            self.names.add(str(function))
+        return result
+
+
+@pytest.mark.parametrize("config", MINIS.values(), ids=MINIS)
+def test_models_to_be_filled_compute_nothing(config):
+    """Most operations on the meta device import PyTorch's decompositions first: a second and more."""
+    with MetaOperations() as operations, without_weights():
+        ControlNet(StableDiffusion(config).unet)
+    cheap = {"aten.empty.memory_format", "aten.fill_.Scalar", "aten.zero_.default"}
+    assert operations.names <= cheap | {"aten.clone.default", "aten.detach.default"}
+
+
+# ------------------------------------------------------------------------------------------------------- recognition
+
+
+def file_of(tmp_path, shapes, metadata=None, name="file"):
+    """A file with zeros of these shapes. Its dtype is small: only the header is read."""
+    path = tmp_path / f"{name}.safetensors"
+    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()}, path, metadata)
+    return path
+
+
+def test_families_are_recognised_by_the_context(tmp_path):
+    sd1 = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (320, 768)}, name="sd1"))
+    assert recognise(sd1).config == SD15
+    assert recognise(sd1, "v").config.schedule.prediction == "v"
+    sd2 = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (320, 1024)}, name="sd2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert recognise(sd2, "eps").config == SD21_BASE
+        assert recognise(sd2, "v").config == SD21
+    with pytest.warns(UserWarning, match="assuming v: say --prediction eps"):
+        assert recognise(sd2).config == SD21
+
+
+def test_metadata_come_first_and_the_argument_before_them(tmp_path):
+    metadata = {"config": json.dumps(TINY.to_dict())}
+    checkpoint = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (48, 128)}, metadata))
+    assert recognise(checkpoint).config == TINY
+    assert recognise(checkpoint, "x0").config == replace(TINY, schedule=replace(TINY.schedule, prediction="x0"))
+
+
+def test_presets_are_found_in_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(ldm.stable_diffusion, "WEIGHTS", tmp_path)
+    find = ldm.stable_diffusion.find
+    for preset, name in {
+        "sd15": "v1-5-pruned.safetensors",
+        "sd21": "v2-1_768-ema-pruned.safetensors",
+        "sd21-base": "v2-1_512-ema-pruned.safetensors",
+        "tiny": "tiny.safetensors",
+    }.items():
+        message = error_of(find, preset)
+        assert f"{preset}.safetensors" in message and ("download" in message or "tools.pretrain" in message)
+        (tmp_path / name).touch()
+        assert find(preset) == (tmp_path / name, ldm.stable_diffusion.PRESETS[preset])
+    (tmp_path / "v1-5-pruned-emaonly.safetensors").touch()
+    assert find("sd15")[0].name == "v1-5-pruned-emaonly.safetensors"
+    # The published name of SD 2.1 base is as good as the preset's: it settles eps or v.
+    assert find(tmp_path / "v2-1_512-ema-pruned.safetensors")[1] == SD21_BASE
+    assert find(tmp_path / "other.safetensors") == (tmp_path / "other.safetensors", None)
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_files_that_are_no_checkpoints(folder, tmp_path):
+    data = (folder / "mini_sd1_control_only.safetensors").read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265146304\n"
+    contents = {
+        "truncated": (data[:-1], "incomplete or damaged, download or copy it again"),
+        "cut in the header": (data[: 8 + header // 2], "incomplete or damaged, download or copy it again"),
+        "empty": (b"", "the file of 0 bytes is incomplete"),
+        "zip": (b"PK\x03\x04" + bytes(1000), "damaged, download or copy it again (it is no complete zip archive"),
+        "pickle": (pickle.dumps({"a": 1}), "a pickle that PyTorch did not write"),
+        "pointer": (pointer, "git lfs pull"),
+        "page": (b"<!DOCTYPE html><html>" + b" " * 1000, "it is a web page"),
+        "text": (
+            b"hello " * 100,
+            "it is another kind of file, expected a .safetensors, .ckpt, .pth or .bin checkpoint",
+        ),
+    }
+    for name, (content, sentence) in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        message = error_of(open_checkpoint, path)
+        assert str(path) in message and sentence in message, name
+    assert 'none.safetensors" does not exist' in error_of(open_checkpoint, tmp_path / "none.safetensors")
+    assert "is a folder" in error_of(StableDiffusion.load, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, sentence",
+    [
+        ("control_model.input_hint_block.0.weight", "it is a ControlNet: pass it as --control"),
+        ("input_hint_block.0.weight", "it is a ControlNet: pass it as --control"),
+        ("conditioner.embedders.0.transformer.x", "it is an SDXL checkpoint"),
+        ("model.diffusion_model.joint_blocks.0.x", "it is an SD 3 checkpoint"),
+        ("lora_unet_down_blocks_0.weight", "it is a LoRA"),
+        ("down_blocks.0.resnets.0.conv1.weight", "it is a UNet in diffusers' layout"),
+        ("controlnet_cond_embedding.conv_in.weight", "it is a ControlNet: pass it as --control"),
+        ("encoder.weight", "something unknown (1 key: encoder.weight), expected keys of the original layout"),
+        ("model.diffusion_model.x", "it is a diffusion model of another architecture"),
+    ],
+)
+def test_files_that_are_no_base(tmp_path, key, sentence):
+    message = error_of(StableDiffusion.load, file_of(tmp_path, {key: (1,)}))
+    assert "is not a base model of SD 1.x or 2.x" in message and sentence in message
+
+
+def test_base_given_as_control(tmp_path):
+    path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)})
+    message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
+    assert message.endswith("holds no ControlNet: it is a base model without one: pass it as --base")
+
+
+def test_a_base_that_is_none_of_ours_is_not_recommended_as_one(tmp_path):
+    keys = {"model.diffusion_model.x": (1,), "first_stage_model.encoder.down.0.x": (1,)}
+    for key, what in (("cond_stage_model.x", "of another architecture"), ("conditioner.embedders.0.x", "an SDXL")):
+        path = file_of(tmp_path, {**keys, key: (1,)})
+        message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
+        assert what in message and "--base" not in message
+
+
+def test_unknown_sizes_and_metadata(folder, tmp_path):
+    message = error_of(StableDiffusion.load, folder / "mini_sd1_checkpoint.safetensors")
+    assert (
+        "a context of width 64 and no architecture in its metadata: expected 768 (SD 1.x) or 1024 (SD 2.x)" in message
+    )
+    for config in ('{"name": "x", "unet": {"channels": 3, "depth": 3}}', json.dumps(UNBUILDABLE)):
+        path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)}, {"config": config})
+        assert "in a way that this version does not know" in error_of(StableDiffusion.load, path)
+    config = '{"unet": {"channels": 3}, "control": {"depth": 3}}'
+    path = file_of(tmp_path, {"control_model.input_hint_block.0.weight": (1,)}, {"config": config})
+    assert "in a way that this version does not know" in error_of(ControlNet.load, path, empty_unet(TINY))
+
+
+UNBUILDABLE = TINY.to_dict() | {"schedule": {"timesteps": 10**10}}
+
+
+@pytest.mark.parametrize(
+    "config", ['{"colour": 1}', "no json", "[1]", '{"unet": {"block_out_channels": [320]}}', "[" * 9999]
+)
+def test_metadata_of_other_programs_are_passed_over(tmp_path, config):
+    """ "config" is a common name."""
+    path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)}, {"config": config})
+    assert recognise(open_checkpoint(path)).config == SD15
+
+
+def test_missing_unexpected_and_misshapen_keys_are_named(folder, tmp_path):
+    prefix = "model.diffusion_model."
+
+    def change(tensors):
+        for i in range(5):
+            tensors[f"extra.{i}"] = torch.zeros(1)
+        del tensors[prefix + "out.2.bias"]
+        tensors[prefix + "out.0.bias"] = torch.zeros(31)
+
+    message = error_of(load_changed, folder, tmp_path, change)
+    assert "does not fit, it is damaged, or made for another architecture: " in message
+    assert f"1 key missing ({prefix}out.2.bias)" in message
+    assert "5 keys unexpected (extra.0, extra.1, extra.2, ...)" in message
+    assert f"1 key misshapen ({prefix}out.0.bias is [31], expected [32])" in message
+
+
+def test_fused_tensors_are_checked_whole(folder, tmp_path):
+    key = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias"
+    message = error_of(load_changed, folder, tmp_path, lambda t: t.update({key: torch.zeros(192)}), "mini_sd2")
+    assert f"{key} is [192], expected [288]" in message
+
+
+def test_only_what_is_known_to_be_useless_is_passed_over(folder, tmp_path):
+    extras = ("betas2", "cond_stage_model.position_ids", "model_ema")
+    message = error_of(load_changed, folder, tmp_path, lambda t: t.update({key: torch.zeros(1) for key in extras}))
+    assert "3 keys unexpected (betas2, cond_stage_model.position_ids, model_ema)" in message
+    tensors = load_file(folder / "mini_sd1_control_only.safetensors")
+    save_file({**tensors, "control_model.extra": torch.zeros(1)}, tmp_path / "control.safetensors")
+    message = error_of(ControlNet.load, tmp_path / "control.safetensors", empty_unet(MINI_SD1))
+    assert "1 key unexpected (control_model.extra)" in message
+
+
+def test_likely_causes(folder, tmp_path):
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    message = error_of(load_changed, folder, tmp_path, lambda t: t.update({first: torch.zeros(32, 9, 3, 3)}))
+    assert "it is an inpainting model with 9 input channels, expected a text-to-image model with 4" in message
+    for prefix, part in (("first_stage_model.", "autoencoder"), ("cond_stage_model.", "text encoder")):
+
+        def change(tensors, prefix=prefix):
+            for key in [key for key in tensors if key.startswith(prefix)]:
+                del tensors[key]
+
+        message = error_of(load_changed, folder, tmp_path, change)
+        assert f"it has no {part} (or another one), expected a whole checkpoint" in message
+    message = error_of(
+        StableDiffusion.from_checkpoint, open_checkpoint(folder / "mini_sd2_checkpoint.safetensors"), MINI_SD1
+    )
+    assert "it is a model (context width 96), expected a model (context width 64)" in message
+
+
+@pytest.mark.parametrize("name, other", [("sd15", SD21), ("sd21", SD15)])
+def test_controls_of_the_other_family(tmp_path, name, other):
+    path = file_of(tmp_path, load_manifest(f"ldm_control_{name}_control_only"))
+    message = error_of(ControlNet.load, path, empty_unet(other))
+    families = ["SD 1.x (context width 768)", "SD 2.x (context width 1024)"]
+    found, expected = families if name == "sd15" else reversed(families)
+    assert f"does not fit, it is {found}, expected {expected}: " in message
+    assert re.search(r"\d+ keys misshapen", message)
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.safetensors"
+    save_checkpoint(path, {"a": torch.ones(1)}, {})
+
+    def fail(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ldm.checkpoints.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(path, {"a": torch.zeros(1)}, {})
+    assert torch.equal(load_file(path)["a"], torch.ones(1))
+    assert [file.name for file in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+def test_saved_files_have_the_permissions_of_any_new_file(tmp_path):
+    save_checkpoint(tmp_path / "file.safetensors", {"a": torch.ones(1)}, {})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "file.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_model_can_be_saved_over_the_file_it_was_loaded_from(folder, tmp_path):
+    path = tmp_path / "model.safetensors"
+    load_mini(folder).save(path)
+    model = StableDiffusion.load(path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save(path, dtype=torch.float16)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------- under one roof
+
+
+def test_encode_and_decode(folder):
+    model = load_mini(folder)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean = model.encode(images, sample=False)
+    assert torch.equal(mean, 0.18215 * model.vae.posterior(images).mean)
+    assert mean.shape == (2, 4, 8, 12)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(7))
+    sample = model.encode(images, torch.Generator().manual_seed(7))
+    assert torch.equal(sample, 0.18215 * model.vae.posterior(images).sample(noise))
+    assert model.decode(mean).shape == images.shape
+
+
+def test_encode_text(folder):
+    model = load_mini(folder, "mini_sd2")
+    prompts = ["a red circle", ""]
+    context = model.encode_text(prompts)
+    assert context.shape == (2, 77, 96)
+    assert torch.equal(context, model.text_encoder(model.tokenizer(prompts)))
+
+
+def test_half_precision_takes_any_dtype(folder):
+    model = load_mini(folder, dtype=torch.bfloat16)
+    assert model.encode(torch.zeros(1, 3, 32, 32), sample=False).dtype == torch.bfloat16
+    assert model.decode(torch.zeros(1, 4, 4, 4)).dtype == torch.bfloat16
+
+
+def test_the_filled_files_are_complete(folder):
+    """The fixture itself: every key of the manifest is in the file, the fill depends on the key alone."""
+    manifest = load_manifest("mini_sd1_control_only")
+    tensors = load_file(folder / "mini_sd1_control_only.safetensors")
+    assert {key: tuple(value.shape) for key, value in tensors.items()} == manifest
+    assert all(torch.equal(tensors[key], value) for key, value in filled(manifest).items())

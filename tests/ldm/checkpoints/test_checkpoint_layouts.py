@@ -1,0 +1,425 @@
+"""Layouts in which models are published: each loads to the same numbers, or says what is wrong with it."""
+
+import json
+import re
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from minis import inputs, mini_control, mini_unet, relative, stored
+from safetensors.torch import load_file, save_file
+from small import SMALL, small_control, small_sd
+
+from controlnet.model import ControlNet
+from ldm import StableDiffusion
+from ldm.checkpoints.checkpoint import CheckpointError, load_parts, open_checkpoint
+from ldm.checkpoints.key_maps import base_maps
+from ldm.checkpoints.recognise import contents, recognise
+from ldm.config import SD15, SD20_BASE, SD21, SD21_BASE, TINY, ControlConfig
+from ldm.unet import UNet
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_sd()
+
+
+@pytest.fixture(scope="module")
+def control(sd):
+    return small_control(sd)
+
+
+@pytest.fixture
+def base(sd, tmp_path):
+    """The path of a base in the original layout."""
+    sd.save(tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
+@pytest.fixture
+def folder(sd, tmp_path):
+    """The path of a base in diffusers' layout."""
+    sd.save(tmp_path / "folder", layout="diffusers")
+    return tmp_path / "folder"
+
+
+def assert_same(model, expected):
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[key], value) for key, value in wanted.items())
+
+
+def error_of(function, *arguments, **keywords):
+    with pytest.raises(CheckpointError) as caught:
+        function(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rewrite(path, change, target=None):
+    """The tensors of a safetensors file changed, its metadata kept."""
+    checkpoint = open_checkpoint(path)
+    tensors = {key: value.clone() for key, value in load_file(path).items()}
+    tensors = change(tensors) or tensors
+    save_file(tensors, target or path, checkpoint.metadata)
+
+
+# --------------------------------------------------------------------------------------------------------- pickles
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_pickles(sd, control, base, tmp_path, new, wrapped, dtype):
+    control.save(tmp_path / "control.safetensors", dtype)
+    tensors = load_file(tmp_path / "control.safetensors")
+    values = {"state_dict": tensors, "epoch": 3, "optimizer_states": [{"state": {0: torch.ones(3)}}]}
+    torch.save(values if wrapped else tensors, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
+    assert_same(ControlNet.load(tmp_path / "c.pth", sd.unet), control.to(dtype).float())
+
+
+def test_pickled_tensors_may_be_views_and_parameters(tmp_path):
+    whole = torch.arange(24.0).view(4, 6)
+    values = {"turned": whole.t(), "part": whole[1:3, 2:], "one": torch.tensor(3.0), "none": torch.zeros(0, 3)}
+    values["parameter"] = torch.nn.Parameter(whole)
+    torch.save(values, tmp_path / "file.ckpt")
+    tensors = open_checkpoint(tmp_path / "file.ckpt").tensors
+    assert tensors.keys() == values.keys()
+    assert all(torch.equal(tensors[key].view(), value) for key, value in values.items())
+
+
+def test_what_trainers_leave_beside_the_weights_is_dropped(tmp_path):
+    """The published SD 1.4 names a callback of Lightning's; it need not be installed to read the weights."""
+    import pickle
+    import zipfile
+
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "file.ckpt")
+    with zipfile.ZipFile(tmp_path / "file.ckpt") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in records if name.endswith("data.pkl"))
+    callback = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+    extra = b"X\x09\x00\x00\x00callbacks}" + callback + pickle.dumps(0, 2)[2:-1] + b"ss."
+    records[name] = records[name][:-1] + extra
+    with zipfile.ZipFile(tmp_path / "file.ckpt", "w") as archive:
+        for record, data in records.items():
+            archive.writestr(record, data)
+    assert torch.equal(open_checkpoint(tmp_path / "file.ckpt").tensors["a"].view(), torch.ones(2))
+
+
+# ------------------------------------------------------------------------------------------------- base: one file
+
+
+def test_the_moving_average_is_a_choice(sd, base):
+    def change(tensors):
+        for key in list(tensors):
+            if key.startswith("model."):
+                tensors["model_ema." + key.removeprefix("model.").replace(".", "")] = tensors[key] + 1
+        tensors["model_ema.decay"] = torch.tensor(0.9999)
+
+    rewrite(base, change)
+    assert_same(StableDiffusion.load(base), sd)
+    averaged = StableDiffusion.load(base, ema=True)
+    assert torch.equal(averaged.unet.decoder.conv_out.bias, sd.unet.decoder.conv_out.bias + 1)
+    assert_same(averaged.vae, sd.vae)
+    assert contents(open_checkpoint(base)).ema
+    sd.save(base)
+    assert "no (complete) moving average" in error_of(StableDiffusion.load, base, ema=True)
+
+
+def test_text_models_without_their_outer_level(sd, base):
+    rewrite(base, lambda tensors: {key.replace("text_model.", ""): value for key, value in tensors.items()})
+    assert_same(StableDiffusion.load(base), sd)
+
+
+def test_unused_layers_of_sd2_may_be_missing(tmp_path):
+    """Files that went through diffusers lack them. Zeros stand in: the prompt's states are the same."""
+    from dataclasses import replace
+
+    config = replace(SMALL, text=replace(SMALL.text, family="open_clip", layers=2))
+    model = StableDiffusion(config)
+    model.save(tmp_path / "base.safetensors")
+    rewrite(
+        tmp_path / "base.safetensors",
+        lambda tensors: {k: v for k, v in tensors.items() if not re.search(r"resblocks\.1\.|projection|logit", k)},
+    )
+    model.save(tmp_path / "folder", layout="diffusers")
+    with torch.no_grad():
+        for path in (tmp_path / "base.safetensors", tmp_path / "folder"):
+            again = StableDiffusion.load(path)
+            assert torch.equal(again.encode_text(["a dog"]), model.encode_text(["a dog"]))
+            assert not again.text_encoder.blocks[1].mlp.expand.weight.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(base, value):
+    key = "first_stage_model.decoder.conv_out.bias"
+    rewrite(base, lambda tensors: tensors[key].__setitem__(1, value))
+    with pytest.warns(UserWarning, match=f"NaN or infinite numbers in 1 tensor, the first in {key}"):
+        StableDiffusion.load(base)
+
+
+def test_integers_are_no_weights(base):
+    key = "first_stage_model.decoder.conv_out.bias"
+    rewrite(base, lambda tensors: tensors.update({key: tensors[key].to(torch.int8)}))
+    assert f"not of a floating-point type ({key} is torch.int8)" in error_of(StableDiffusion.load, base)
+
+
+def test_who_says_eps_or_v(tmp_path):
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    tensors = {key: torch.zeros(320, 1024, dtype=torch.uint8)}
+    for metadata, prediction, config, source in (
+        ({}, None, SD21, "assumed"),
+        ({}, "eps", SD21_BASE, "the caller"),
+        ({"modelspec.prediction_type": "epsilon"}, None, SD21_BASE, "modelspec"),
+        ({"modelspec.prediction_type": "epsilon"}, "v", SD21, "the caller"),
+        ({"config": json.dumps(SD20_BASE.to_dict())}, None, SD20_BASE, "the metadata"),
+    ):
+        save_file(tensors, tmp_path / "file.safetensors", metadata)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = recognise(open_checkpoint(tmp_path / "file.safetensors"), prediction)
+        assert found.config == config and source in found.prediction_source
+        assert bool(caught) == (source == "assumed")
+
+
+# ------------------------------------------------------------------------------------------------- base: a folder
+
+
+def test_folders_say_what_they_are(sd, folder):
+    assert StableDiffusion.load(folder).config == SMALL  # by our metadata
+    # Our 1x1 convolutions of the autoencoder's attention are linear layers there.
+    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert vae["encoder.mid_block.attentions.0.to_q.weight"].shape == (SMALL.vae.widths[-1],) * 2
+    rewrite_folder(folder / "unet")
+    found = recognise(open_checkpoint(folder))
+    assert found.config.unet == SMALL.unet and found.config.schedule == SMALL.schedule
+    assert found.prediction_source == "the scheduler's configuration"
+    assert_same(StableDiffusion.load(folder), sd)
+    assert recognise(open_checkpoint(folder), "x0").config.schedule.prediction == "x0"
+
+
+def rewrite_folder(component, names=lambda key: key):
+    """Without our metadata, as diffusers writes it."""
+    path = next(component.glob("*.safetensors"))
+    save_file({names(key): value.clone() for key, value in load_file(path).items()}, path, {"format": "pt"})
+
+
+OLD_NAMES = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_old_names_in_the_autoencoder(sd, folder, convolutions):
+    def change(tensors):
+        for key in [key for key in tensors if "attentions.0.to_" in key]:
+            name = re.sub(r"to_[qkv]\.|to_out\.0\.", lambda match: OLD_NAMES[match.group()], key)
+            value = tensors.pop(key)
+            tensors[name] = value[..., None, None] if convolutions and value.ndim == 2 else value
+
+    rewrite(folder / "vae" / "diffusion_pytorch_model.safetensors", change)
+    assert_same(StableDiffusion.load(folder), sd)
+
+
+def test_variants_shards_and_pickles(sd, folder):
+    unet, vae, text = (folder / name for name in ("unet", "vae", "text_encoder"))
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    tensors, names = load_file(weights), ("a.safetensors", "b.safetensors")
+    places = {key: names[i % 2] for i, key in enumerate(tensors)}
+    for name in names:
+        save_file({key: value for key, value in tensors.items() if places[key] == name}, unet / name)
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    weights.unlink()
+    (vae / weights.name).rename(vae / "diffusion_pytorch_model.fp16.safetensors")
+    torch.save(load_file(text / "model.safetensors"), text / "pytorch_model.bin")
+    (text / "model.safetensors").unlink()
+    assert_same(StableDiffusion.load(folder), sd)
+
+    outside = {"weight_map": {"a": "../unet/a.safetensors"}}
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(outside))
+    assert "does not say which tensor is in which file" in error_of(StableDiffusion.load, folder)
+
+
+def test_folders_that_lack_something(folder, tmp_path):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "vae.safetensors")
+    assert "holds no weights" in error_of(StableDiffusion.load, folder)
+    (folder / "vae" / "config.json").unlink()
+    (folder / "vae").rmdir()
+    assert "has no vae/, expected unet/, vae/ and text_encoder/" in error_of(StableDiffusion.load, folder)
+    assert "a UNet in diffusers' layout: give the folder" in error_of(StableDiffusion.load, folder / "unet")
+    assert "an autoencoder alone" in error_of(StableDiffusion.load, tmp_path / "vae.safetensors")
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without unet/" in error_of(StableDiffusion.load, tmp_path / "empty")
+    assert "give one of its files (vae.safetensors)" in error_of(StableDiffusion.load, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["unet.x.lora_A.weight", "lora_te_x.lora_up.weight", "down_blocks.0.lora.down.weight"])
+def test_loras_of_all_kinds(tmp_path, key):
+    save_file({key: torch.zeros(4, 4)}, tmp_path / "file.safetensors")
+    assert "it is a LoRA" in error_of(StableDiffusion.load, tmp_path / "file.safetensors")
+    assert "it is a LoRA" in error_of(ControlNet.load, tmp_path / "file.safetensors", UNet(SMALL.unet))
+
+
+def test_textual_inversions(tmp_path):
+    path = tmp_path / "file.pt"
+    vectors = {"*": torch.zeros(2, 768)}
+    first_program = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict(vectors)}
+    for values in ({"string_to_param": vectors}, first_program, {"<cat>": torch.zeros(768)}):
+        torch.save(values, path)
+        assert "a textual inversion" in error_of(StableDiffusion.load, path)
+
+
+def test_a_folder_is_never_half_there_and_never_overwritten(sd, folder, tmp_path, monkeypatch):
+    assert "exists: give the name of a new folder" in error_of(sd.save, folder, layout="diffusers")
+
+    def fail(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ldm.checkpoints.diffusers_layout.write_tokenizer", fail)
+    with pytest.raises(OSError, match="no space left"):
+        sd.save(tmp_path / "new", layout="diffusers")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# -------------------------------------------------------------------------------------------------------- controls
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["our base", "another program's"])
+def test_a_pipeline_holds_a_base_and_its_control(sd, control, folder, described):
+    """Both parts were saved by us, or the control alone."""
+    control.save(folder / "controlnet", layout="diffusers")
+    if not described:
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file(load_file(file), file)
+    loaded = StableDiffusion.load(folder)
+    assert_same(loaded, sd)
+    assert loaded.config.name == ("small" if described else "diffusers")
+    assert_same(ControlNet.load(folder, sd.unet), control)
+
+
+def test_controls_in_diffusers_layout(sd, control, tmp_path):
+    control.save(tmp_path / "control", layout="diffusers")
+    assert_same(ControlNet.load(tmp_path / "control", sd.unet), control)
+    assert_same(ControlNet.load(tmp_path / "control" / "diffusion_pytorch_model.safetensors", sd.unet), control)
+    odd = ControlNet(sd.unet, ControlConfig(hint_widths=(4, 5, 6, 7, 8, 9, 10)))
+    assert "in pairs" in error_of(odd.save, tmp_path / "odd", layout="diffusers")
+
+
+def test_a_whole_file_offers_its_own_base(sd, control, base, tmp_path):
+    control.save(tmp_path / "control.safetensors")
+    whole = tmp_path / "whole.safetensors"
+    altered = "model.diffusion_model.output_blocks.1.0.in_layers.0.bias"
+
+    def change(tensors):
+        tensors.update(load_file(tmp_path / "control.safetensors"))
+        tensors[altered] += 1
+
+    rewrite(base, change, whole)
+    with pytest.warns(UserWarning, match="carries the base that it was trained with, and that is not the one in use"):
+        loaded = ControlNet.load(whole, sd.unet)
+    assert_same(loaded, control)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = StableDiffusion.load(whole)
+        ControlNet.load(whole, own.unet)
+    assert torch.equal(own.unet.decoder.blocks[1].res.norm1.bias, sd.unet.decoder.blocks[1].res.norm1.bias + 1)
+    assert contents(open_checkpoint(whole)).kind == "base with a ControlNet"
+
+
+def test_difference_files_are_added_to_the_base(sd, control, tmp_path):
+    path = tmp_path / "difference.safetensors"
+    control.save(path, difference_to=sd.unet)
+    tensors = load_file(path)
+    assert "difference" in tensors  # the mark that other programs read
+    own, theirs = control.encoder.blocks[0].conv.bias, sd.unet.encoder.blocks[0].conv.bias
+    assert torch.equal(tensors["control_model.input_blocks.0.0.bias"], own - theirs)
+    assert torch.equal(tensors["control_model.zero_convs.0.0.bias"], control.zero_convs[0].bias)
+    again = ControlNet.load(path, sd.unet)
+    for name, value in control.state_dict().items():
+        assert torch.allclose(again.state_dict()[name], value, atol=1e-6)
+    half = ControlNet.load(path, sd.unet, dtype=torch.float16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+
+
+def test_transfer_to_another_base(sd, control):
+    other = UNet(SMALL.unet)
+    moved = ControlNet(sd.unet, control.config)
+    moved.load_state_dict(control.state_dict())
+    moved.transfer(sd.unet, sd.unet)
+    assert_same(moved, control)
+    moved.transfer(sd.unet, other)
+    name = "blocks.1.res.conv1.weight"
+    change = moved.encoder.get_parameter(name) - control.encoder.get_parameter(name)
+    expected = other.encoder.get_parameter(name) - sd.unet.encoder.get_parameter(name)
+    assert torch.allclose(change, expected, atol=1e-6)
+    assert torch.equal(moved.zero_convs[0].weight, control.zero_convs[0].weight)
+
+
+def test_what_is_no_copy_cannot_be_moved(sd, control, tmp_path):
+    lite = ControlNet.from_unet(sd.unet, ControlConfig(architecture="lite"))
+    path = tmp_path / "lite"
+    assert "a ControlNet-lite has no copy" in error_of(lite.save, path, difference_to=sd.unet)
+    assert "a ControlNet-lite has no copy" in error_of(lite.transfer, sd.unet, sd.unet)
+    assert "diffusers cannot describe" in error_of(lite.save, path, layout="diffusers")
+    assert not path.exists()
+    lite.save(path)
+    rewrite(path, lambda tensors: {**tensors, "difference": torch.zeros(1)})  # a lie
+    assert "a ControlNet-lite has no copy" in error_of(ControlNet.load, path, sd.unet)
+    wide = UNet(replace(SMALL.unet, channels=32))
+    assert "another architecture" in error_of(control.transfer, sd.unet, wide)
+
+
+@pytest.mark.parametrize("style", ["sd1", "sd2"])
+def test_global_average_pooling_is_that_of_the_published_code(style, tmp_path):
+    x, t, context, hint = inputs(style)
+    control = mini_control(style)
+    control.save(tmp_path / "control.safetensors")
+    unet = mini_unet(style)
+    assert not ControlNet.load(tmp_path / "control.safetensors", unet).config.global_average_pooling
+    pooled = ControlNet.load(tmp_path / "control.safetensors", unet, global_average_pooling=True)
+    with torch.no_grad():
+        output = unet(x, t, context, pooled(x, t, context, hint))
+    assert relative(output, stored("control")[f"{style}/eps_global_average_pooling"]) < 2e-5
+    pooled.save(tmp_path / "pooled.safetensors")
+    assert ControlNet.load(tmp_path / "pooled.safetensors", unet).config.global_average_pooling
+
+
+def test_the_hint_encoder_is_seen_in_the_shapes(sd, tmp_path):
+    config = ControlConfig(1, (4, 4, 8, 8, 16, 16, 32))
+    ControlNet(sd.unet, config).save(tmp_path / "control.safetensors")
+    save_file(load_file(tmp_path / "control.safetensors"), tmp_path / "bare.safetensors")
+    assert ControlNet.load(tmp_path / "bare.safetensors", sd.unet).config == config
+
+
+# -------------------------------------------------------------------------------------------------------- contents
+
+
+def test_contents_from_the_header_alone(sd, control, base, folder, tmp_path):
+    control.save(tmp_path / "control.safetensors", torch.float16)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (sd.unet, sd.vae, sd.text_encoder, control)]
+    for path, layout in ((base, "ldm"), (folder, "diffusers")):
+        found = contents(open_checkpoint(path))
+        assert (found.kind, found.layout, found.control) == ("base", layout, None)
+        assert found.parameters == dict(zip(("UNet", "autoencoder", "text encoder"), counts, strict=False))
+        assert found.dtypes == {"float32": sum(counts[:3])} and not found.ema
+        assert found.base.config == SMALL
+    found = contents(open_checkpoint(tmp_path / "control.safetensors"))
+    assert (found.kind, found.layout, found.base) == ("ControlNet", "ldm", None)
+    assert found.parameters == {"ControlNet": counts[3]} and found.dtypes == {"float16": counts[3]}
+    save_file({"lora_unet_x.alpha": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    assert contents(open_checkpoint(tmp_path / "lora.safetensors")).kind.startswith("a LoRA")
+
+
+def test_families_are_told_apart(tmp_path):
+    for config, family in ((SD15, "SD 1.x"), (SD21, "SD 2.x"), (TINY, None)):
+        key = "control_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+        save_file({key: torch.zeros(1, config.unet.context_width)}, tmp_path / "file.safetensors")
+        assert contents(open_checkpoint(tmp_path / "file.safetensors")).family == family
+
+
+def test_a_part_alone_fills_a_part(sd, folder):
+    """What `load_parts` offers to programs that put a model together: one component's file, one module."""
+    from ldm.vae import AutoencoderKL
+
+    vae = AutoencoderKL(SMALL.vae)
+    load_parts(open_checkpoint(folder), [(vae, base_maps(SMALL, "diffusers")[1])], ("unet.", "text_encoder."))
+    assert_same(vae, sd.vae)

@@ -1,6 +1,6 @@
-"""Attention, the gated feed-forward and the transformer that lets the picture look at itself and at the prompt.
+"""The transformer in which the image attends to itself and to the prompt: attention and a gated feed-forward network.
 
-Shapes: B batch, N tokens of the picture (h * w), M tokens of the prompt, C channels, D context width.
+Shapes: B batch, N tokens of the image (h * w), M tokens of the prompt, C channels, D context width.
 """
 
 import torch
@@ -12,12 +12,9 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., arXiv 1706.03762) of x (B, N, C) to a context (B, M, D) -> (B, N, C).
 
-    q, k and v have no bias, as in the released models. `fp32_logits` computes in fp32 whatever the precision around:
-    SD 2.1's logits leave the range of fp16.
+    q, k and v have no bias, as in the released models. `heads` is their number. With `fp32_logits` attention runs in
+    fp32 even under autocast or with half-precision weights: SD 2.1's logits exceed the range of fp16.
     """
-
-    # Of q (B, heads, N, c), k and v (B, heads, M, c); packed.py puts another here.
-    attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool = False):
         super().__init__()
@@ -31,16 +28,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = self.q(x), self.k(context), self.v(context)
         q, k, v = (rearrange(y, "b n (heads c) -> b heads n c", heads=self.heads) for y in (q, k, v))
+        return self.out(rearrange(self.attend(q, k, v), "b heads n c -> b n (heads c)"))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(c)) v for q (B, heads, N, c), k and v (B, heads, M, c) -> like q."""
         if self.fp32_logits and q.dtype != torch.float32:
-            with torch.autocast(x.device.type, enabled=False):
-                y = self.attend(q.float(), k.float(), v.float()).to(v.dtype)
-        else:
-            y = self.attend(q, k, v)
-        return self.out(rearrange(y, "b heads n c -> b n (heads c)"))
+            with torch.autocast(q.device.type, enabled=False):
+                return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer, arXiv 2002.05202): one projection gives value and gate; the gate passes the exact GELU."""
+    """GEGLU (Shazeer, arXiv 2002.05202): a value times the exact GELU of a gate, both from one projection."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -53,7 +52,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt and feed-forward, each on a normalised residual branch."""
+    """Self-attention, cross-attention to the prompt and a feed-forward network, each on a pre-norm residual branch."""
 
     def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool):
         super().__init__()
@@ -72,10 +71,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer over the positions of a feature map (B, C, h, w), with a residual connection around it.
+    """A transformer block over the positions of a feature map (B, C, h, w), with a residual connection around it.
 
-    SD 1.x projects in and out with 1x1 convolutions, SD 2.x with linear layers: the same mathematics, other weight
-    shapes. The norm's epsilon is 1e-6 here and 1e-5 in the residual blocks, as in the released code.
+    SD 1.x projects in and out with 1x1 convolutions, SD 2.x with linear layers: the same computation, with weights of
+    different shapes. As in the released code, the norm's epsilon is 1e-6, against 1e-5 in the residual blocks.
     """
 
     def __init__(

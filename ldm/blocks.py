@@ -1,6 +1,6 @@
 """The convolutional parts of the UNet: time embedding, residual block, downsampling, upsampling.
 
-Shapes: B batch, C channels, h w positions, T width of the time embedding.
+Shapes: B batch, C channels, h and w height and width, T width of the time embedding.
 """
 
 import math
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
-    """Timesteps (B,), whole or fractional, -> (B, width) in fp32: cosines, then sines, at `width // 2` frequencies.
+    """Timesteps (B,), integer or fractional -> (B, width) in fp32: cosines, then sines, at `width // 2` frequencies.
 
-    The released models divide the exponent by half the width (DDPM's own code divides by half - 1), and an odd width
-    ends in a column of zeros.
+    The released models divide the exponent by half the width, where DDPM's own code divides by half - 1. For an odd
+    width the last column is zero.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -23,7 +23,7 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,) -> (B, T): the sinusoidal embedding through a two-layer perceptron."""
+    """Timesteps (B,) -> (B, T): a sinusoidal embedding followed by a two-layer MLP."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -37,12 +37,12 @@ class TimeEmbedding(nn.Module):
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)), with one new map and not two where no gradients are asked for: they would need the other."""
+    """silu(norm(x)), in place when no gradients are recorded."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions around a residual connection; the time enters between them.
+    """Two pre-norm 3x3 convolutions with a residual connection; the time embedding is added between them.
 
     (B, C_in, h, w), (B, T) -> (B, C_out, h, w)
     """
@@ -65,7 +65,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution, rounded up, with a strided convolution padded by one on every side."""
+    """Halves the resolution, rounding up: a convolution of stride 2, padded by one on every side."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -76,7 +76,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a convolution."""
+    """Doubles the resolution: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

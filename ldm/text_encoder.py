@@ -14,12 +14,12 @@ from .config import TextConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of the GELU; its weights were trained with it."""
+    """OpenAI's approximation of the GELU, with which its weights were trained."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class CausalAttention(nn.Module):
-    """Multi-head self-attention (B, M, D) -> (B, M, D) in which a token sees itself and what stands before it."""
+    """Multi-head self-attention (B, M, D) -> (B, M, D) in which each token sees itself and the tokens before it."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Causal self-attention and a perceptron, each on a normalised residual branch."""
+    """Causal self-attention and an MLP, each on a pre-norm residual branch."""
 
     def __init__(self, width: int, heads: int, quick: bool):
         super().__init__()
@@ -64,11 +64,11 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Ids (B, M) -> context (B, M, D), normalised.
+    """Ids (B, M) -> context (B, M, D), layer-normalised.
 
-    SD 1.x ("clip") reads the last layer, SD 2.x ("open_clip") the one before it; the last layer of SD 2.x, its text
-    projection and its logit scale are in the published files and are kept, but never used. There is no padding mask:
-    as in the released code the padding is part of the prompt.
+    SD 1.x ("clip") uses the output of the last layer, SD 2.x ("open_clip") that of the one before it; the last layer of
+    SD 2.x, its text projection and its logit scale are kept because the published files have them, but never used.
+    There is no padding mask: as in the released code, padding is part of the prompt.
     """
 
     def __init__(self, config: TextConfig):
@@ -83,7 +83,7 @@ class TextEncoder(nn.Module):
             self.text_projection = nn.Parameter(torch.empty(width, width))
             self.logit_scale = nn.Parameter(torch.empty(()))
 
-        # CLIP's initialisation, for training from scratch: the default of 1 would drown what the blocks add.
+        # CLIP's initialisation, for training from scratch: the default, std 1, would drown what the blocks add.
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
         if config.family == "open_clip":
@@ -91,14 +91,14 @@ class TextEncoder(nn.Module):
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
-        """Ids (B, M), M at most `positions`, -> (B, M, D): the final norm of a late layer's output.
+        """Ids (B, M) with M <= `positions` -> (B, M, D): the output of a late layer, through the final norm.
 
-        `clip_skip` counts as users do: 1 is the layer that the published model reads, 2 the one before it, and so on.
-        The layers behind it do not run. Raises ValueError for a layer that does not exist and for too many tokens.
+        `clip_skip` counts as users do: 1 is the layer that the published model uses, 2 the one before it, and so on.
+        Later layers do not run. Raises ValueError for a layer that does not exist and for too many tokens.
         """
         layers = layers_to_run(self.config, clip_skip)
         if ids.shape[1] > self.config.positions:
-            raise ValueError(f"{ids.shape[1]} tokens in a row; this text model reads {self.config.positions} at once.")
+            raise ValueError(f"{ids.shape[1]} tokens at once; this text model reads at most {self.config.positions}.")
 
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # (B, M, D)
         for block in self.blocks[:layers]:
@@ -107,8 +107,8 @@ class TextEncoder(nn.Module):
 
 
 def layers_to_run(config: TextConfig, clip_skip: int) -> int:
-    """How many, from the first on. Raises ValueError where `clip_skip` names a layer that does not exist."""
-    published = config.layers if config.family == "clip" else config.layers - 1
-    if not 1 <= clip_skip <= published:
-        raise ValueError(f"clip_skip is {clip_skip}; this text model has the layers 1 to {published} to read.")
-    return published - clip_skip + 1
+    """How many layers run, from the first. Raises ValueError if `clip_skip` names a layer that does not exist."""
+    released = config.layers if config.family == "clip" else config.layers - 1
+    if not 1 <= clip_skip <= released:
+        raise ValueError(f"clip_skip is {clip_skip}; this text model accepts 1 to {released}.")
+    return released - clip_skip + 1

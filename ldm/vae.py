@@ -1,11 +1,10 @@
-"""The autoencoder that the diffusion happens inside of: images (B, 3, H, W) <-> latents (B, 4, H/8, W/8).
+"""The autoencoder whose latent space is diffused: images (B, 3, H, W) <-> latents (B, 4, H/8, W/8).
 
 Rombach et al., arXiv 2112.10752, as released with SD 1.x and 2.x. Images are RGB in [-1, 1]; every GroupNorm has
-epsilon 1e-6. The numbering of the levels goes from fine to coarse in the encoder and in the decoder alike, as it does
-in the released files, so the decoder runs its levels backwards.
+epsilon 1e-6. As in the released files, levels are numbered from fine to coarse in the encoder and the decoder alike, so
+the decoder runs them in reverse.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,21 +18,21 @@ from .config import VAEConfig
 
 @dataclass(frozen=True)
 class Posterior:
-    """The diagonal Gaussian q(z | image) that the encoder predicts, not yet scaled for the UNet: (B, 4, h, w) each."""
+    """The diagonal Gaussian q(z | image) that the encoder predicts, not yet scaled for the UNet."""
 
-    mean: Tensor
-    logvar: Tensor  # within [-30, 20]
+    mean: Tensor  # (B, 4, h, w)
+    logvar: Tensor  # (B, 4, h, w), in [-30, 20]
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
-        """The divergence from a standard normal, summed over each latent: (B,)."""
+        """The KL divergence from the standard normal distribution, summed over each sample: (B,)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions around a residual connection: (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Two pre-norm 3x3 convolutions with a residual connection: (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
@@ -44,17 +43,14 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Nested, so that no map has a name that holds it any longer than the next layer needs it.
+        # Nested, so that no variable keeps an activation alive longer than the next layer needs it.
         y = self.conv2(norm_silu(self.norm2, self.conv1(norm_silu(self.norm1, x))))
         y += self.shortcut(x)
         return y
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of one head over all positions, with a residual connection."""
-
-    # Of q, k and v (B, 1, h w, C); packed.py puts another here.
-    attend = staticmethod(F.scaled_dot_product_attention)
+    """Single-head self-attention over all positions, with a residual connection."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -66,9 +62,12 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (rearrange(z, "b c h w -> b 1 (h w) c") for z in (self.q(y), self.k(y), self.v(y)))
-        y = self.attend(q, k, v)
-        return x + self.out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        # Contiguous, for the fused kernels: they need stride 1 in c, and without them all (h w)^2 logits are stored.
+        q, k, v = (rearrange(f(y), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
+        return x + self.out(rearrange(self.attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Middle(nn.Module):
@@ -83,7 +82,7 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution. Pads right and bottom only, unlike the UNet's."""
+    """Halves the resolution. Pads on the right and at the bottom only, unlike the UNet's."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -94,16 +93,13 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution and the way to the next (none at the last), for their owner to run one by
-    one: whoever called all of them at once would hold on to the first one's input."""
+    """The residual blocks of one resolution, then a change to the next. There is no `forward`: the caller iterates, so
+    that no frame keeps the level's input alive."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, resample: nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
         self.resample = resample
-
-    def steps(self) -> Iterator[nn.Module]:
-        return iter((*self.blocks, self.resample))
 
 
 class Encoder(nn.Module):
@@ -124,8 +120,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.levels:
-            for step in level.steps():
-                x = step(x)
+            for block in level.blocks:
+                x = block(x)
+            x = level.resample(x)
         return self.conv_out(norm_silu(self.norm_out, self.middle(x)))
 
 
@@ -147,8 +144,9 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(self.conv_in(x))
         for level in reversed(self.levels):
-            for step in level.steps():
-                x = step(x)
+            for block in level.blocks:
+                x = block(x)
+            x = level.resample(x)
         return self.conv_out(norm_silu(self.norm_out, x))
 
 
@@ -162,15 +160,15 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
 
     def posterior(self, images: Tensor) -> Posterior:
-        """Images (B, 3, H, W) in [-1, 1] -> the distribution of their latents (B, 4, H/8, W/8), unscaled."""
+        """Images (B, 3, H, W) in [-1, 1] -> the distribution of their unscaled latents (B, 4, H/8, W/8)."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8): a sample with `noise`, else the mean."""
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8): a sample given `noise`, else the mean."""
         posterior = self.posterior(images)
         return self.config.scale * (posterior.mean if noise is None else posterior.sample(noise))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) -> images (B, 3, 8 h, 8 w), around [-1, 1] but not clipped to it."""
+        """Scaled latents (B, 4, h, w) -> images (B, 3, 8 h, 8 w), nominally in [-1, 1] but not clipped."""
         return self.decoder(self.post_quant_conv(latents / self.config.scale))

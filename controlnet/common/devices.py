@@ -1,4 +1,4 @@
-"""Which device to compute on, in which precision, with how much memory, and with which packages beside the required."""
+"""The device to compute on, the precisions it computes in, its memory, and optional packages."""
 
 import ctypes
 import importlib
@@ -14,9 +14,9 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; None is the first CUDA device if there is one, else the CPU.
+    """The device called `name`; for None the default CUDA device if there is one, otherwise the CPU.
 
-    Raises ValueError for a name that is none, or a device that is not there.
+    Raises ValueError for a name that PyTorch does not know and for a device that this machine does not have.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,13 +26,13 @@ def pick_device(name: str | None) -> torch.device:
         raise ValueError(f'the device is "{name}", expected cpu, cuda, cuda:1 ... or mps') from error
     available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= available.get(device.type, 0):
-        there = ", ".join(f"{kind} ({count})" for kind, count in available.items() if count)
-        raise ValueError(f'there is no device "{name}" for this PyTorch, only {there}: take one of these')
+        found = ", ".join(f"{kind} ({count})" for kind, count in available.items() if count)
+        raise ValueError(f'PyTorch finds no device "{name}" here, only {found}: choose one of these')
     return device
 
 
 def optional(module: str, what: str) -> ModuleType:
-    """A module of a package that nothing but `what` needs. Raises ValueError where it is not installed."""
+    """Imports a module of an optional package, which only `what` needs. Raises ValueError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -41,20 +41,20 @@ def optional(module: str, what: str) -> ModuleType:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most that was allocated so far, in GB: of the device, or on a CPU of this process as a whole."""
+    """The peak of allocated memory so far, in GB: on a GPU PyTorch's, on a CPU that of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # there is none on Windows
+    import resource  # Windows has none
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def keep_freed_memory(device: torch.device, large: bool) -> None:
-    """On a CPU: memory that is freed stays with this program, for the tensors that come next.
+    """On a CPU: freed memory stays with the process, for the next tensors. Has an effect with glibc only.
 
-    glibc gives it back to the system, and gets the next block page by page, filled with zeros: 40 % of the time of a
-    training step of SD 1.5 at 256x256. `large` keeps blocks above 32 MB, too: gradients are as large at every step,
-    but the maps of an autoencoder leave holes between them. Elsewhere than with glibc nothing happens.
+    By default glibc returns large blocks to the system and gets the next one page by page, filled with zeros, which
+    takes 40 % of a training step of SD 1.5 at 256x256. `large` also keeps blocks above 32 MB: good for gradients, whose
+    sizes repeat at every step, whereas the VAE's activations would fragment the heap.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if device.type == "cpu" and mallopt:
@@ -66,20 +66,14 @@ def keep_freed_memory(device: torch.device, large: bool) -> None:
             mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """CPUs and other devices have no exception of their own for it."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
-
-
 @contextmanager
-def borrowed(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Modules on `device` for a while, then back where they were."""
-    before = [next(module.parameters()).device for module in modules]
+def temporarily_on(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Moves modules to `device` and, on leaving, back to where they were."""
+    homes = [next(module.parameters()).device for module in modules]
     for module in modules:
         module.to(device)
     try:
         yield
     finally:
-        for module, home in zip(modules, before, strict=True):
+        for module, home in zip(modules, homes, strict=True):
             module.to(home)

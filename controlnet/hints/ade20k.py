@@ -1,4 +1,4 @@
-"""The colours of the 150 classes of ADE20K, by which the published segmentation models were taught.
+"""The colours of ADE20K's 150 classes, on which the published segmentation models were trained.
 
 Source: the palette of the MIT Scene Parsing Benchmark (Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017),
 color150 in CSAILVision/semantic-segmentation-pytorch (MIT licence, copyright 2017 Hang Zhao), as listed in
@@ -8,7 +8,7 @@ road, bed, windowpane, grass ... Two classes share a colour: road (6) and skyscr
 
 import numpy as np
 
-# Ten classes a line, as RRGGBB.
+# Ten classes per line, as RRGGBB.
 COLOURS = """
     787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07
     e005ff ebff07 96053d 787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603

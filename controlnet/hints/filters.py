@@ -1,6 +1,6 @@
-"""Hints that are the photograph itself, changed: edges, scribbles, gray, blurred, shuffled, with a hole.
+"""Hints computed from the image by simple filters: edges, scribbles, gray, blur, shuffle, a hole to inpaint.
 
-Each takes a uint8 RGB picture (H, W, 3) and, but for `inpaint`, returns such a picture.
+Each takes a uint8 RGB image (H, W, 3) and, except `inpaint`, returns such an image.
 """
 
 import zlib
@@ -13,35 +13,35 @@ from .canny import canny, to_gray
 
 
 def canny_hint(image: np.ndarray, *, low: float = 100.0, high: float = 200.0, colour: bool = False) -> np.ndarray:
-    """White edges on black, of the gray picture or of its colours; the thresholds are the demos' (see canny.py)."""
+    """White edges on black, with the published demos' thresholds; `colour` finds those between colours (canny.py)."""
     return as_rgb(canny(image, low, high, colour))
 
 
 def scribble(image: np.ndarray, *, threshold: int = 127) -> np.ndarray:
-    """Dark strokes on a bright ground -> white strokes on black: where the darkest channel is below `threshold`.
+    """Dark strokes on a bright background -> white strokes on black: where the darkest channel is below `threshold`.
 
-    As in the published demo (gradio_scribble2image.py). Strokes that are white on black already want `threshold_hint`.
+    As in the published demo (gradio_scribble2image.py). For strokes that are already white on black, `threshold_hint`.
     """
     return as_rgb((image.min(axis=2) < threshold).astype(np.uint8) * 255)
 
 
 def threshold_hint(image: np.ndarray, *, threshold: int = 127) -> np.ndarray:
-    """White where the darkest channel is above `threshold`, else black."""
+    """White where the darkest channel is above `threshold`, black elsewhere."""
     return as_rgb((image.min(axis=2) > threshold).astype(np.uint8) * 255)
 
 
 def gray(image: np.ndarray) -> np.ndarray:
-    """Lightness alone: 0.299 R + 0.587 G + 0.114 B in each channel."""
+    """Only the lightness: 0.299 R + 0.587 G + 0.114 B in each channel."""
     return as_rgb(to_gray(image))
 
 
 def invert(image: np.ndarray) -> np.ndarray:
-    """The negative; it turns black lines on white into the white lines on black that line models expect."""
+    """The negative: it turns black lines on white into the white lines on black that line models expect."""
     return 255 - image
 
 
 def as_rgb(values: np.ndarray) -> np.ndarray:
-    """uint8 (H, W) -> (H, W, 3), the same in each channel."""
+    """uint8 (H, W) -> (H, W, 3) with three equal channels."""
     return values[..., None].repeat(3, axis=2)
 
 
@@ -49,18 +49,18 @@ def as_rgb(values: np.ndarray) -> np.ndarray:
 
 
 def blur(image: np.ndarray, *, sigma: float = 9.0) -> np.ndarray:
-    """Gaussian blur with a deviation of `sigma` pixels, to within a few levels: Pillow's is three means in a row."""
+    """Gaussian blur with a standard deviation of `sigma` pixels, approximated by Pillow with repeated box blurs."""
     if not 0 <= sigma <= 1000:
         raise ValueError(f"blur's sigma is {sigma}, expected 0 to 1000 pixels")
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
 
 
 def tile(image: np.ndarray, *, factor: int = 8) -> np.ndarray:
-    """Smaller by `factor` (2, 4, 8 ...), each pixel the mean of its area, and smoothly enlarged again.
+    """Reduced by `factor` (2, 4, 8 ...) with area averaging, and smoothly enlarged again.
 
-    With factor 8 and sides that are multiples of 8, to the bit the hint of the published tile demo (v1.1,
-    gradio_tile.py) from a picture of the hint's size; as there, it lies (factor - 1) / 2 pixels too far up and left.
-    Raises ValueError for a factor that is no power of two from 1 to 64.
+    With factor 8 and sides that are multiples of 8, the hint is bit for bit that of the published tile demo (v1.1,
+    gradio_tile.py) for an image of the hint's size, including its shift by (factor - 1) / 2 pixels up and left. Raises
+    ValueError for a factor that is not a power of two from 1 to 64.
     """
     if factor not in (1, 2, 4, 8, 16, 32, 64):
         raise ValueError(f"tile's factor is {factor}, expected 2, 4, 8, 16, 32 or 64")
@@ -74,16 +74,16 @@ def tile(image: np.ndarray, *, factor: int = 8) -> np.ndarray:
 
 
 def pyramid_up(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> (2 H, 2 W, 3), smoothed by (1, 4, 6, 4, 1): the step up of Burt and Adelson's pyramid (1983).
+    """uint8 (H, W, 3) -> (2 H, 2 W, 3), smoothed by (1, 4, 6, 4, 1): upsampling in Burt and Adelson's pyramid (1983).
 
-    To the bit OpenCV's pyrUp, whose border mirrors above and on the left, and repeats below and on the right.
+    Bit for bit OpenCV's pyrUp, which mirrors the image at its top and left, and repeats the bottom and right borders.
     """
     doubled = doubled_along(doubled_along(image.astype(np.int32), axis=1), axis=0)
     return ((doubled + 32) >> 6).astype(np.uint8)
 
 
 def doubled_along(values: np.ndarray, axis: int) -> np.ndarray:
-    """Twice as many values, eight times as large: (1, 6, 1) at the old places and (4, 4) between them."""
+    """Twice as many values, times 8: weighted by (1, 6, 1) at the old positions and by (4, 4) between them."""
     here = np.arange(values.shape[axis])
     before = values.take(np.where(here == 0, min(1, here[-1]), here - 1), axis)
     after = values.take(np.minimum(here + 1, here[-1]), axis)
@@ -95,10 +95,10 @@ def doubled_along(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def shuffle(image: np.ndarray, *, seed: int = 0, cell: int = 256) -> np.ndarray:
-    """The picture's colours and textures at other places: each pixel is fetched from where smooth noise points.
+    """The image's colours and textures moved to other places: smooth noise says where each pixel is fetched from.
 
-    As published with v1.1 (the shuffle model): the noise has a random value every `cell` pixels. Each picture is warped
-    differently, and always in the same way with the same `seed`.
+    As in v1.1's shuffle model: the noise has a random value every `cell` pixels. It depends on the image and on `seed`
+    alone.
     """
     if cell < 1 or seed < 0:
         raise ValueError(
@@ -112,9 +112,9 @@ def shuffle(image: np.ndarray, *, seed: int = 0, cell: int = 256) -> np.ndarray:
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: int) -> np.ndarray:
-    """float32 (H, W) that reaches from 0 to 1: uniform noise on a coarse grid, cubic between its points.
+    """float32 (H, W) that spans [0, 1]: uniform noise on a coarse grid, with bicubic interpolation between its points.
 
-    The grid covers a margin of one cell around the picture.
+    The grid covers a margin of one cell around the image.
     """
     coarse = rng.random((height // cell + 2, width // cell + 2), dtype=np.float32)
     rows, columns = coarse.shape[0] / (height + 2 * cell), coarse.shape[1] / (width + 2 * cell)  # per pixel
@@ -125,7 +125,7 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: int) -
 
 
 def fetched(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3), and where to look in it, float (h, w) pixels -> uint8 (h, w, 3), linear between pixels."""
+    """Bilinear sampling: uint8 (H, W, 3) at the pixel coordinates x, y, float (h, w) -> uint8 (h, w, 3)."""
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)
     right, bottom = np.minimum(left + 1, image.shape[1] - 1), np.minimum(top + 1, image.shape[0] - 1)
     across, down = (x - left)[..., None], (y - top)[..., None]
@@ -135,14 +135,14 @@ def fetched(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def inpaint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The hint of the published inpaint model (v1.1): uint8 picture, uint8 or bool mask (H, W) -> float32 (H, W, 3).
+    """The hint of the published inpaint model (v1.1): uint8 image, uint8 or bool mask (H, W) -> float32 (H, W, 3).
 
-    Values are in [0, 1], as in every hint, and -1 in the hole, which is where the mask is brighter than half. An 8-bit
-    picture can't hold that, so that this hint is no picture. Raises ValueError if the sizes differ.
+    Values are in [0, 1], as in every hint, and -1 in the hole, where the mask is brighter than 127. No 8-bit image can
+    hold that, hence the floats. Raises ValueError if the sizes differ.
     """
     if mask.shape != image.shape[:2]:
         raise ValueError(
-            f"the mask has the shape {mask.shape} and the picture {image.shape}, expected one value for each pixel: "
+            f"the mask has the shape {mask.shape} and the image {image.shape}, expected one value for each pixel: "
             "resize the mask"
         )
     hole = mask if mask.dtype == bool else mask > 127

@@ -1,7 +1,7 @@
 """Detectors that are networks, from the optional package controlnet_aux (Hugging Face, Apache-2.0).
 
-It gets their weights from Hugging Face when one is used for the first time. Each takes a uint8 RGB picture (H, W, 3)
-and returns such a hint. `device` is a GPU if there is one ("auto"), or cpu, cuda, cuda:1 and so on.
+It downloads a detector's weights from Hugging Face on first use. Each detector turns a uint8 RGB image (H, W, 3) into
+such a hint. `device` is "auto" (a GPU if there is one), or cpu, cuda, cuda:1 and so on.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ ANNOTATORS = "lllyasviel/Annotators"  # where the authors of ControlNet publishe
 
 
 class NotInstalledError(ValueError):
-    """The optional package is not there."""
+    """The optional package, or something that it needs, is missing."""
 
 
 def hed(image: np.ndarray, *, device: str = "auto") -> np.ndarray:
@@ -22,7 +22,7 @@ def hed(image: np.ndarray, *, device: str = "auto") -> np.ndarray:
 
 
 def mlsd(image: np.ndarray, *, score: float = 0.1, distance: float = 0.1, device: str = "auto") -> np.ndarray:
-    """Straight lines, white on black (Gu et al., arXiv 2106.00186): those above a `score`, and a length, `distance`."""
+    """Straight lines, white on black (Gu et al., arXiv 2106.00186), above a `score` and a length, `distance`."""
     return run(annotator(package().MLSDdetector, device), image, thr_v=score, thr_d=distance)
 
 
@@ -32,17 +32,17 @@ def midas(image: np.ndarray, *, device: str = "auto") -> np.ndarray:
 
 
 def openpose(image: np.ndarray, *, hands: bool = False, face: bool = False, device: str = "auto") -> np.ndarray:
-    """Poses in colours on black (Cao et al., arXiv 1812.08008), with `hands` and `face` if wanted."""
+    """Poses in colours on black (Cao et al., arXiv 1812.08008), optionally with `hands` and `face`."""
     return run(annotator(package().OpenposeDetector, device), image, include_hand=hands, include_face=face)
 
 
 def lineart(image: np.ndarray, *, coarse: bool = False, device: str = "auto") -> np.ndarray:
-    """Drawn lines, white on black (Chan et al., arXiv 2203.12691), `coarse` or fine."""
+    """A line drawing, white on black (Chan et al., arXiv 2203.12691), `coarse` or fine."""
     return run(annotator(package().LineartDetector, device), image, coarse=coarse)
 
 
 def sam(image: np.ndarray) -> np.ndarray:
-    """Segments in random colours, which name no class (Kirillov et al., arXiv 2304.02643); on a GPU if there is one."""
+    """Segments in random colours, not by class (Kirillov et al., arXiv 2304.02643); on a GPU if there is one."""
     return run(segmenter(), image)
 
 
@@ -58,7 +58,7 @@ def package():
 
 @cache
 def annotator(detector_class: type, device: str):
-    from controlnet.common.devices import pick_device  # here, because it imports torch
+    from controlnet.common.devices import pick_device  # here, because it imports PyTorch
 
     picked = pick_device(None if device == "auto" else device)
     return loaded(lambda: detector_class.from_pretrained(ANNOTATORS)).to(picked)
@@ -71,7 +71,7 @@ def segmenter():
 
 
 def loaded(load):
-    """Raises NotInstalledError if weights, or packages that only this detector needs, can't be had: offline, say."""
+    """Raises NotInstalledError if weights or packages that this detector needs are missing, for example offline."""
     try:
         return load()
     except (OSError, ImportError) as error:
@@ -80,7 +80,7 @@ def loaded(load):
 
 
 def run(detector, image: np.ndarray, **options) -> np.ndarray:
-    """The detector at the picture's own resolution, which controlnet_aux rounds to multiples of 64, in its size."""
+    """Detects at the image's own resolution, which controlnet_aux rounds to multiples of 64; the hint has its size."""
     height, width = image.shape[:2]
     resolution = max(64, min(height, width))
     hint = detector(

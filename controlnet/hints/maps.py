@@ -1,25 +1,26 @@
-"""Hints from measured or rendered maps: depth, surface normals and class labels, from arrays and from pictures of them.
+"""Hints from measured or rendered maps: depth, surface normals and class labels.
 
-Maps are arrays (H, W), normals (H, W, 3), in .npy or .npz files or in pictures of 8 or 16 bits.
+Maps are arrays (H, W), normals (H, W, 3), from .npy or .npz files or from images of 8 or 16 bits a channel.
 """
 
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+
+from controlnet.common.image_files import open_image
 
 from .ade20k import ADE20K
 from .filters import as_rgb
 
-UNLABELLED = 255  # by custom, in 8-bit label maps
+UNLABELLED = 255  # by convention, in 8-bit label maps
 
 
 def depth(values: np.ndarray, *, distance: bool = False) -> np.ndarray:
-    """Numbers (H, W) -> uint8 (H, W, 3): the nearest white, the farthest black, as MiDaS's depth is published.
+    """Numbers (H, W) -> uint8 (H, W, 3): the nearest is white, the farthest black, as in MiDaS's published depth.
 
-    The larger a value the nearer, as in disparities and in the depth pictures of this field; with `distance` they are
-    lengths from the camera, and their inverse is taken. What is not known (NaN, infinity, in distances also 0 and less)
-    is black. Raises ValueError for another shape.
+    Larger values are nearer, as in disparity maps; with `distance` they are distances from the camera, and are
+    inverted. Unknown values (NaN, infinity, and distances of 0 or less) are black. Raises ValueError for another shape
+    and if no value is known.
     """
     nearness = one_channel(values).astype(np.float64)
     known = np.isfinite(nearness)
@@ -34,11 +35,11 @@ def depth(values: np.ndarray, *, distance: bool = False) -> np.ndarray:
 
 
 def normal(values: np.ndarray, *, flip_x: bool = False, flip_y: bool = False) -> np.ndarray:
-    """Vectors (H, W, 3), or a picture of them -> uint8 (H, W, 3): x, y, z from -1 .. 1 as red, green, blue.
+    """Vectors (H, W, 3), or an image of them -> uint8 (H, W, 3): x, y, z in [-1, 1] as red, green, blue.
 
-    They are scaled to length 1; those of length 0 or with NaN are black. Integers are taken as a picture's, from 0 for
-    -1 to the largest for 1. The published v1.1 model knows ScanNet's axes, blue towards the camera: `flip_x` and
-    `flip_y` mirror the red and the green axis of maps that were made with others. Raises ValueError for another shape.
+    Vectors are normalised; those of length 0 or with NaN are black. Integers are read as those of an image: 0 is -1,
+    the largest value 1. The published v1.1 model expects ScanNet's axes, with blue towards the camera; `flip_x` and
+    `flip_y` mirror the red and the green axis of other maps. Raises ValueError for another shape.
     """
     if values.ndim != 3 or values.shape[2] != 3:
         raise ValueError(f"the normal map has the shape {values.shape}, expected (H, W, 3): vectors x, y, z")
@@ -53,13 +54,13 @@ def normal(values: np.ndarray, *, flip_x: bool = False, flip_y: bool = False) ->
 
 
 def segmentation(labels: np.ndarray, *, first: int = 0) -> np.ndarray:
-    """Whole numbers (H, W), the classes of ADE20K -> uint8 (H, W, 3) in its colours (ade20k.py); 255 is black.
+    """Class numbers of ADE20K (H, W) -> uint8 (H, W, 3) in its colours (ade20k.py).
 
-    `first` is the number of the first class, "wall": 0, or 1 in the benchmark's own files. The number before it is no
-    class and black, too. Raises ValueError for another shape and for numbers that are no class.
+    `first` is the number of the first class, "wall": 0, or 1 in the benchmark's own files. 255 and `first` - 1 mean no
+    class, and are black. Raises ValueError for another shape and for other numbers.
     """
     labels = one_channel(labels)
-    classes = labels.astype(np.float64) - first  # floats: unsigned integers have no -1
+    classes = labels.astype(np.float64) - first  # as floats, since unsigned integers have no -1
     named = np.isin(classes, np.arange(len(ADE20K)))
     wrong = ~named & (classes != -1) & (labels != UNLABELLED)
     if wrong.any():
@@ -71,53 +72,50 @@ def segmentation(labels: np.ndarray, *, first: int = 0) -> np.ndarray:
 
 
 def one_channel(values: np.ndarray) -> np.ndarray:
-    """(H, W) from (H, W), (1, H, W), (H, W, 1), and from a gray picture that was saved as RGB."""
+    """(H, W) from (H, W), (1, H, W), (H, W, 1), or (H, W, 3) with three equal channels."""
     if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
         values = values[..., 0]
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
         values = values.squeeze(axis=0 if values.shape[0] == 1 else 2)
     if values.ndim != 2 or not values.size:
         raise ValueError(
-            f"the map has the shape {values.shape}, expected one number for each pixel, (H, W); a colour photograph is "
-            "no map"
+            f"the map has the shape {values.shape}, expected one number for each pixel, (H, W), not a colour photograph"
         )
     return values
 
 
 def read_map(path: str | Path) -> np.ndarray:
-    """The array in a .npy or .npz file, or a picture's numbers as they are stored: 16 bits and palette indices too.
+    """The array in a .npy or .npz file, or an image's stored values: 16 bits and palette indices are kept.
 
-    Raises ValueError if there is none, more than one, or it holds no numbers.
+    Raises ValueError for a file that is not readable, or that has no array of numbers or more than one.
     """
     path = Path(path)
-    try:
-        values = load_numbers(path) if path.suffix.lower() in (".npy", ".npz") else picture_numbers(path)
-    except ValueError as error:
-        raise ValueError(f'"{path}" is not readable as a map: {error}') from error
-    except Exception as error:  # a damaged file makes the decoders raise almost anything
-        raise ValueError(f'"{path}" is not readable as a map ({error}): give a .npy, .npz, PNG or TIFF file') from error
+    values = load_array(path) if path.suffix.lower() in (".npy", ".npz") else image_values(path)
     if values.dtype.kind not in "biuf":
         raise ValueError(f'"{path}" holds {values.dtype}, expected numbers')
     return values
 
 
-def load_numbers(path: Path) -> np.ndarray:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        if len(loaded.files) != 1:
-            raise ValueError(f"it has {len(loaded.files)} arrays ({', '.join(loaded.files)}), expected one")
-        return loaded[loaded.files[0]]
+def load_array(path: Path) -> np.ndarray:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            arrays = dict(loaded)
+    except Exception as error:  # a damaged file makes the decoders raise almost anything
+        raise ValueError(f'"{path}" is not readable as an array ({error}): give a .npy or .npz file') from error
+    if len(arrays) != 1:
+        raise ValueError(f'"{path}" has {len(arrays)} arrays ({", ".join(arrays)}), expected one')
+    return np.asarray(arrays.popitem()[1])  # a file within that is no array becomes one of bytes
 
 
-def picture_numbers(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+def image_values(path: Path) -> np.ndarray:
+    image = open_image(path)
     if image.mode == "LA":
         image = image.convert("L")
     if image.mode in ("RGBA", "RGBX"):
         image = image.convert("RGB")
     if image.mode not in ("1", "L", "P", "I", "F", "RGB") and not image.mode.startswith("I;16"):
-        raise ValueError(f"its pixels are {image.mode}, expected gray, palette or RGB: convert it")
+        raise ValueError(f'the pixels of "{path}" are {image.mode}, expected gray, palette or RGB: convert it')
     return np.asarray(image)

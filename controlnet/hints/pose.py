@@ -1,86 +1,37 @@
-"""Drawing poses as the published pose models were taught: coloured limbs and joints of the 18 COCO keypoints on black.
+"""Draws poses as the published pose models were trained on them: 18 COCO keypoints and their limbs, in colour on black.
 
-Source: OpenPose (Cao et al., arXiv 1812.08008), the order and colours of its COCO model, and the drawing of ControlNet
-v1.1: limbs at 60 % of their colours, joints above them in full, 9 pixels wide where the short side has 512.
+Source: OpenPose (Cao et al., arXiv 1812.08008) for the order and colours of its COCO model; ControlNet v1.1 for the
+drawing: limbs at 60 % brightness, joints over them at full brightness, 9 pixels wide at a short side of 512.
 Shapes: P people, H W pixels.
 """
 
 import numpy as np
 
 KEYPOINTS = (
-    "nose",
-    "neck",
-    "right shoulder",
-    "right elbow",
-    "right wrist",
-    "left shoulder",
-    "left elbow",
-    "left wrist",
-    "right hip",
-    "right knee",
-    "right ankle",
-    "left hip",
-    "left knee",
-    "left ankle",
-    "right eye",
-    "left eye",
-    "right ear",
-    "left ear",
-)
+    "nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow", "left wrist",
+    "right hip", "right knee", "right ankle", "left hip", "left knee", "left ankle", "right eye", "left eye",
+    "right ear", "left ear",
+)  # fmt: skip
 
-# Pairs of keypoints, in the order in which they are drawn; limb i has colour i.
+# Pairs of keypoints, in drawing order; limb i has colour i.
 LIMBS = (
-    (1, 2),
-    (1, 5),
-    (2, 3),
-    (3, 4),
-    (5, 6),
-    (6, 7),
-    (1, 8),
-    (8, 9),
-    (9, 10),
-    (1, 11),
-    (11, 12),
-    (12, 13),
-    (1, 0),
-    (0, 14),
-    (14, 16),
-    (0, 15),
-    (15, 17),
-)
+    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7),  # arms
+    (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),  # legs
+    (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),  # head
+)  # fmt: skip
 
-# Eighteen steps around the colour circle, from red by way of green and blue to red again; joint i has colour i.
-COLOURS = np.array(
-    [
-        (255, 0, 0),
-        (255, 85, 0),
-        (255, 170, 0),
-        (255, 255, 0),
-        (170, 255, 0),
-        (85, 255, 0),
-        (0, 255, 0),
-        (0, 255, 85),
-        (0, 255, 170),
-        (0, 255, 255),
-        (0, 170, 255),
-        (0, 85, 255),
-        (0, 0, 255),
-        (85, 0, 255),
-        (170, 0, 255),
-        (255, 0, 255),
-        (255, 0, 170),
-        (255, 0, 85),
-    ]
-)
+# Eighteen steps around the colour wheel, from red through green and blue: RGB (18, 3); joint i has colour i.
+HUES = np.arange(18) / 3
+COLOURS = np.rint(255 * np.clip([abs(HUES - 3) - 1, 2 - abs(HUES - 2), 2 - abs(HUES - 4)], 0, 1)).astype(int).T
 LIMB_BRIGHTNESS = 0.6
 
 
 def draw_pose(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Keypoints (18, 2 or 3) of one person, or (P, 18, 2 or 3), and (height, width) -> uint8 (H, W, 3).
 
-    A keypoint is x, y in pixels, the first pixel reaching from 0 to 1, and perhaps a confidence. One with NaN, or with
-    the confidence 0, is missing, and so are its limbs; what lies outside the picture is cut off. Edges are smooth, so
-    that small pictures can be drawn too. Raises ValueError for another shape.
+    A keypoint is x, y in pixels (the first pixel spans 0 to 1), optionally with a confidence. With NaN or confidence 0
+    it is missing, and so are its limbs; what lies outside the image is cut off. Edges are anti-aliased, so that small
+    images work too. Raises ValueError for another shape.
     """
     keypoints = np.asarray(keypoints, dtype=np.float64)
     if keypoints.ndim not in (2, 3) or keypoints.shape[-2] != len(KEYPOINTS) or keypoints.shape[-1] not in (2, 3):
@@ -92,19 +43,19 @@ def draw_pose(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def draw_person(canvas: np.ndarray, keypoints: np.ndarray) -> None:
-    """Draw (18, 2 or 3) keypoints onto float (H, W, 3)."""
-    half_width = 4.5 * min(canvas.shape[:2]) / 512  # 4 to each side of the middle pixel
+    """Draws (18, 2 or 3) keypoints onto float (H, W, 3), in place."""
+    half_width = 4.5 * min(canvas.shape[:2]) / 512  # at 512: 4 pixels to each side of the middle one
     points = keypoints[:, :2]
-    there = np.isfinite(keypoints).all(axis=1) & (keypoints[:, 2:] != 0).all(axis=1)
-    for (start, end), colour in zip(LIMBS, COLOURS, strict=False):  # the last colour is a joint's alone
-        if there[start] and there[end]:
+    found = np.isfinite(keypoints).all(axis=1) & (keypoints[:, 2:] != 0).all(axis=1)
+    for (start, end), colour in zip(LIMBS, COLOURS, strict=False):  # the last colour is only a joint's
+        if found[start] and found[end]:
             draw_ellipse(canvas, points[start], points[end], half_width, LIMB_BRIGHTNESS * colour)
-    for point, colour in zip(points[there], COLOURS[there], strict=True):
+    for point, colour in zip(points[found], COLOURS[found], strict=True):
         draw_ellipse(canvas, point, point, half_width, colour)
 
 
 def draw_ellipse(canvas: np.ndarray, start: np.ndarray, end: np.ndarray, half_width: float, colour: np.ndarray) -> None:
-    """Cover `canvas`, float (H, W, 3), by an ellipse from `start` to `end`, or by a disc where it would be shorter."""
+    """Draws an ellipse from `start` to `end`, at least a disc, onto `canvas`, float (H, W, 3), in place."""
     centre, along = (start + end) / 2, (end - start) / 2
     half_length = np.hypot(*along)
     direction = along / half_length if half_length else np.array([1.0, 0.0])
@@ -121,6 +72,6 @@ def draw_ellipse(canvas: np.ndarray, start: np.ndarray, end: np.ndarray, half_wi
     v = (y * direction[0] - x * direction[1]) / half_width
     f = u**2 + v**2
     slope = 2 * np.hypot(u / half_length, v / half_width)
-    share = np.clip(0.5 - (f - 1) / np.maximum(slope, 1e-6), 0, 1)[..., None]  # of each pixel that is covered
+    share = np.clip(0.5 - (f - 1) / np.maximum(slope, 1e-6), 0, 1)[..., None]  # of each pixel's area that is covered
     part = canvas[top:bottom, left:right]
     part += share * (colour - part)

@@ -1,12 +1,12 @@
-"""Synthetic datasets: endless, seeded pairs of a hint and an image, with caption and ground truth.
+"""Synthetic datasets: endless, seeded pairs of a hint and an image, with captions and ground truth.
 
-- `fill50k`: flat discs on a flat ground, from their outlines.
-- `people`: a cartoon person in a free pose, from its skeleton.
+- `fill50k`: a plain disc on a plain background, from its outline.
+- `people`: a cartoon person in a random pose, from its skeleton.
 - `shapes`: overlapping circles, squares, triangles and stars, from their Canny edges.
-- `edges`: shapes and people in turn, with Canny edges as hints for both.
+- `edges`: shapes and people in turn, both from their Canny edges.
 
-Sample i of a dataset and a seed is always the same image, whatever was drawn before it. A held-out one has none of the
-images that those for training have, whatever their seeds.
+Sample i depends on the dataset and the seed alone, not on what was drawn before. Validation sets (`held_out`) have
+random streams of their own: whatever the seeds, their samples are not those of a training set.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from dataclasses import replace
 from .fill50k import Fill50k
 from .people import People
 from .shapes import Shapes
-from .world import InTurn, Sample, World, edges
+from .world import Interleaved, Sample, World, edges
 
 __all__ = [
     "EXAMPLE_OF",
@@ -22,7 +22,7 @@ __all__ = [
     "WORLDS",
     "Edges",
     "Fill50k",
-    "InTurn",
+    "Interleaved",
     "People",
     "Sample",
     "Shapes",
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-class Edges(InTurn):
+class Edges(Interleaved):
     name = "edges"
 
     def __init__(self, *args, **kwargs):
@@ -43,6 +43,6 @@ class Edges(InTurn):
 
 WORLDS = {world.name: world for world in (Fill50k, People, Shapes, Edges)}
 
-# World -> the hint in assets/ that is like its own, and the small ControlNet in weights/ that learned them.
+# Dataset -> the hint in assets/ that resembles its own, and the small ControlNet in weights/ trained on it.
 EXAMPLE_OF = {"fill50k": "circle.png", "people": "pose.png", "shapes": "canny.png", "edges": "canny.png"}
 TINY_CONTROL_OF = {"fill50k": "tiny-fill50k", "people": "tiny-pose", "edges": "tiny-canny"}

@@ -1,5 +1,5 @@
-"""`fill50k`, after the published training example of ControlNet (lllyasviel/ControlNet, docs/train.md): the hint is a
-thin white circle on black, the image a flat disc on a flat ground; circles may leave the frame."""
+"""`fill50k`, after ControlNet's published training example (lllyasviel/ControlNet, docs/train.md): the hint is a thin
+white circle on black, the image a plain disc on a plain background. Circles may extend beyond the image."""
 
 import numpy as np
 
@@ -21,10 +21,10 @@ class Fill50k(World):
 
 
 def draw_circle(size: int, x: float, y: float, radius: float, disc: str, ground: str) -> Sample:
-    """A disc at pixel (x, y), anti-aliased, and as the hint its outline, 1.5 pixels wide, at 512 two."""
+    """An anti-aliased disc around pixel (x, y), with its outline as the hint: 1.5 pixels wide, 2 at size 512."""
     rows, columns = np.mgrid[:size, :size] + 0.5
     distance = np.hypot(columns - x, rows - y) - radius  # (H, W), negative inside
-    inside = np.clip(0.5 - distance, 0, 1)[..., None]  # share of the pixel that the disc covers
+    inside = np.clip(0.5 - distance, 0, 1)[..., None]  # the fraction of each pixel that the disc covers
     image = inside * COLOURS[disc] + (1 - inside) * np.array(COLOURS[ground])
     line = np.clip(0.5 + max(1.5, size / 256) / 2 - np.abs(distance), 0, 1)
     return Sample(

@@ -1,6 +1,6 @@
-"""How good pictures are: fidelity, and what flat figures on a flat ground show, read off their pixels.
+"""Measures of generated images: PSNR, and what plain figures on a plain background show, read from their pixels.
 
-Pictures are uint8 (H, W, 3), masks bool (H, W).
+Images are uint8 (H, W, 3), masks bool (H, W).
 """
 
 import numpy as np
@@ -11,15 +11,15 @@ from .colours import BASIC_COLOURS, COLOURS
 
 
 def ground_colour(image: np.ndarray) -> np.ndarray:
-    """The median colour of the frame's border, float (3,): what a flat ground shows there."""
+    """The median colour of the border pixels, float (3,): that of a plain background."""
     return np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), axis=0)
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
-    """Mask of what differs from the ground by more than 40 of 255, by Euclidean distance in RGB.
+    """The mask of pixels whose Euclidean distance in RGB from the background is above 40 of 255.
 
-    Where nothing is twice as far from the ground, as in a circle of a colour near it, half of the largest distance
-    counts, leaving out the last hundredth; below 30 of 255 there is no figure at all, and the mask is empty.
+    For a figure whose colour is close to the background's, the threshold is half the 99th percentile of the distances,
+    if that is lower. If this percentile is below 30, there is no figure and the mask is empty.
     """
     distance = np.linalg.norm(image - ground_colour(image), axis=-1)  # (H, W)
     largest = np.quantile(distance, 0.99)
@@ -27,9 +27,9 @@ def foreground(image: np.ndarray) -> np.ndarray:
 
 
 def keypoint_distance(mask: np.ndarray, keypoints: np.ndarray) -> float:
-    """The mean distance in pixels from keypoints (N, 2), x and y, to the mask: 0 where all of them lie in it.
+    """The mean distance in pixels from keypoints (N, 2), x and y, to the mask: 0 if it contains all of them.
 
-    An empty mask counts as one at the picture's far side: its diagonal.
+    For an empty mask, the image's diagonal.
     """
     if not mask.any():
         return float(np.hypot(*mask.shape))
@@ -39,21 +39,21 @@ def keypoint_distance(mask: np.ndarray, keypoints: np.ndarray) -> float:
 
 
 def colour_agreement(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
-    """The share of the mask's pixels whose nearest basic colour is that of the true picture there."""
+    """The fraction of the mask's pixels whose nearest basic colour is the same as in the true image."""
     return float((nearest_basic(image[mask]) == nearest_basic(truth[mask])).mean())
 
 
 def nearest_basic(pixels: np.ndarray) -> np.ndarray:
-    """(N, 3) -> the indices (N,) of the nearest of the basic colours."""
+    """(N, 3) -> indices (N,) into the basic colours."""
     table = np.array([COLOURS[name] for name in BASIC_COLOURS], np.float32)
     return np.linalg.norm(pixels[:, None] - table, axis=-1).argmin(axis=1)
 
 
 def split_disc(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> (mask of the disc, its colour, the ground's colour); colours are float (3,), 0 to 255.
+    """-> (mask of the disc, its colour, the background's colour); colours are float (3,), 0 to 255.
 
-    Two-means on the colours: the ground starts as what the frame's border shows, the disc as what differs most from it.
-    Without anything that differs by more than 30 of 255 there is no disc: an empty mask, and the ground's colour twice.
+    2-means clustering of the colours, initialised with the border's colour and the colour that differs most from it. If
+    the two differ by less than 30 of 255 there is no disc: an empty mask, and the background's colour twice.
     """
     pixels = image.astype(np.float32)
     ground = ground_colour(pixels)
@@ -68,28 +68,28 @@ def split_disc(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def nearest_colour(colour: np.ndarray, names: tuple[str, ...]) -> str:
-    """The name whose colour is nearest, by Euclidean distance in RGB."""
+    """The name of the nearest colour, by Euclidean distance in RGB."""
     table = np.array([COLOURS[name] for name in names], np.float32)  # (names, 3)
     return names[int(np.linalg.norm(table - colour, axis=1).argmin())]
 
 
 def same_colour(a: str, b: str) -> bool:
-    """True also for the two pairs of names that CSS gives one colour: aqua and cyan, fuchsia and magenta."""
+    """Also true for CSS's two pairs of synonyms: aqua and cyan, fuchsia and magenta."""
     return COLOURS[a] == COLOURS[b]
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two masks; two empty ones agree."""
+    """Intersection over union of two masks; 1 for two empty ones."""
     union = (a | b).sum()
     return float((a & b).sum() / union) if union else 1.0
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1] (B, 3, H, W), averaged over the pictures."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1] (B, 3, H, W), averaged over the batch."""
     mse = ((a - b) / 2).square().mean(dim=(1, 2, 3))
     return (-10 * mse.log10()).mean().item()
 
 
 def pooled_psnr(images: Tensor) -> float:
-    """The floor for an autoencoder of factor 8: the PSNR of 8x8 average pooling with bilinear upsampling."""
+    """A baseline for a VAE of factor 8: the PSNR of 8x8 average pooling with bilinear upsampling."""
     return psnr(F.interpolate(F.avg_pool2d(images, 8), scale_factor=8, mode="bilinear"), images)

@@ -1,26 +1,26 @@
-"""`people`: a cartoon person in a free pose; the hint is its skeleton as OpenPose draws it."""
+"""`people`: a cartoon person in a random pose; the hint is its skeleton as OpenPose draws it."""
 
 import numpy as np
 
 from controlnet.hints.pose import draw_pose
 
 from .colours import COLOURS
-from .world import Canvas, Sample, World, distance, told_apart
+from .world import Canvas, Sample, World, distance, distinct_colours
 
 
 class People(World):
     """Captions: 'person in <colour> shirt and <colour> trousers with <colour> background'.
 
-    The skin is of one of a few tones, and hair and shoes are dark: the caption does not tell them.
+    The caption does not mention the skin, of one of a few tones, nor the dark hair and shoes.
     """
 
     name = "people"
 
     def __getitem__(self, index: int) -> Sample:
         rng = self.rng(index)
-        ground, shirt, trousers = told_apart(rng, self.colours, 3)
-        keypoints = free_pose(rng)
-        skins = [skin for skin in SKINS if distance(skin, COLOURS[ground]) >= 60]  # so that hands and face are seen
+        ground, shirt, trousers = distinct_colours(rng, self.colours, 3)
+        keypoints = random_pose(rng)
+        skins = [skin for skin in SKINS if distance(skin, COLOURS[ground]) >= 60]  # so that hands and face are visible
         skin = skins[rng.integers(len(skins))]
         image, mask = draw_person(self.size, keypoints, skin, shirt, trousers, ground)
         caption = f"person in {shirt} shirt and {trousers} trousers with {ground} background"
@@ -28,21 +28,21 @@ class People(World):
         return Sample(image, draw_pose(keypoints, (self.size, self.size)), caption, mask, keypoints)
 
 
-SKINS = ((255, 219, 172), (224, 172, 105), (141, 85, 36))  # any ground is 60 or more away from one of them
+SKINS = ((255, 219, 172), (224, 172, 105), (141, 85, 36))  # every background is 60 or more from one of them
 DARK = (40, 32, 32)  # hair, eyes and shoes
 
-# In parts of the person's height. Arms and legs are a chain of two bones each.
+# As fractions of the person's height. Each arm and leg is a chain of two bones.
 HEAD_RADIUS, NECK, TORSO, SHOULDER, HIP = 0.085, 0.115, 0.29, 0.105, 0.065
 UPPER_ARM, FOREARM, THIGH, SHIN = 0.16, 0.15, 0.22, 0.21
 ARM_WIDTH, LEG_WIDTH = 0.062, 0.085
 
 
-def free_pose(rng: np.random.Generator) -> np.ndarray:
-    """COCO-18 keypoints (18, 2) of a person that faces us, wholly in the picture, whose side is 1."""
+def random_pose(rng: np.random.Generator) -> np.ndarray:
+    """COCO-18 keypoints (18, 2) of a person who faces the viewer, completely inside an image of side 1."""
     lean = rng.normal(0, 0.12)
-    bones = np.zeros((18, 2))  # the neck at the origin, y down; 'right' is the person's own
+    bones = np.zeros((18, 2))  # the neck at the origin, y down; "right" is the person's own right
     down = np.array([np.sin(-lean), np.cos(lean)])
-    across = np.array([-down[1], down[0]])  # towards the person's right: our left
+    across = np.array([-down[1], down[0]])  # towards the person's right, the viewer's left
     hips = TORSO * down
     for side, shoulder, hip in ((1, 2, 8), (-1, 5, 11)):
         bones[shoulder] = side * SHOULDER * across + 0.02 * down
@@ -70,14 +70,14 @@ def free_pose(rng: np.random.Generator) -> np.ndarray:
 
 
 def towards(side: int, angle: float) -> np.ndarray:
-    """The unit vector at `angle` from straight down, turning outwards to the person's right (1) or left (-1)."""
+    """The unit vector at `angle` from straight down, outwards to the person's right (`side` 1) or left (-1)."""
     return np.array([-side * np.sin(angle), np.cos(angle)])
 
 
 def draw_person(
     size: int, keypoints: np.ndarray, skin: tuple[int, int, int], shirt: str, trousers: str, ground: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """-> image uint8 (H, W, 3) and mask bool (H, W) from keypoints (18, 2) in parts of the side."""
+    """Keypoints (18, 2), as fractions of the side -> image, uint8 (H, W, 3), and mask, bool (H, W)."""
     nose, neck, r_shoulder, r_elbow, r_wrist, l_shoulder, l_elbow, l_wrist = keypoints[:8]
     r_hip, r_knee, r_ankle, l_hip, l_knee, l_ankle = keypoints[8:14]
     scale = np.linalg.norm((r_hip + l_hip) / 2 - neck) / TORSO  # the person's height

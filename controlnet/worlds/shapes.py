@@ -3,7 +3,7 @@
 import numpy as np
 
 from .colours import COLOURS
-from .world import Canvas, Sample, World, edges, told_apart
+from .world import Canvas, Sample, World, distinct_colours, edges
 
 
 class Shapes(World):
@@ -14,7 +14,7 @@ class Shapes(World):
     def __getitem__(self, index: int) -> Sample:
         rng = self.rng(index)
         kinds = rng.choice(tuple(OUTLINES), size=rng.integers(1, 4))
-        ground, *colours = told_apart(rng, self.colours, 1 + len(kinds))
+        ground, *colours = distinct_colours(rng, self.colours, 1 + len(kinds))
         canvas = Canvas(self.size, ground)
         for kind, colour in zip(kinds, colours, strict=True):
             radius = rng.uniform(0.14, 0.34 if len(kinds) == 1 else 0.26)
@@ -27,7 +27,7 @@ class Shapes(World):
 
 
 def star(points: int, inner: float) -> np.ndarray:
-    """The corners (2 points, 2) of a star with its tips at radius 1 and the corners between them at `inner`."""
+    """The corners, (2 points, 2), of a star with its tips at radius 1 and the corners between them at `inner`."""
     angles = np.arange(2 * points) * np.pi / points
     radii = np.where(np.arange(2 * points) % 2, inner, 1.0)
     return radii[:, None] * np.stack([np.sin(angles), -np.cos(angles)], axis=1)
@@ -37,6 +37,6 @@ OUTLINES = {"circle": star(36, 1.0), "square": star(2, 1.0), "triangle": star(3,
 
 
 def rotated(points: np.ndarray, angle: float) -> np.ndarray:
-    """Points (N, 2) turned around the origin; x goes right and y down, so a positive angle turns clockwise."""
+    """Points (N, 2) rotated about the origin: clockwise for positive angles, since y points down."""
     c, s = np.cos(angle), np.sin(angle)
     return points @ np.array([[c, s], [-s, c]])

@@ -1,4 +1,4 @@
-"""What the synthetic datasets share: the sample, the dataset, a canvas to draw on, and colours that are told apart."""
+"""What the synthetic datasets share: samples, the base class, a canvas to draw on, and distinct colours."""
 
 import zlib
 from collections.abc import Sequence
@@ -13,26 +13,22 @@ from controlnet.hints.canny import canny
 from .colours import COLOURS
 
 SUPERSAMPLING = 4
-EDGE_THRESHOLDS = (50, 100)  # of Canny: half the usual, so that neighbours of 25 levels of gray are told apart
+EDGE_THRESHOLDS = (50, 100)  # of Canny: half the usual, so that 25 levels of gray suffice for an edge
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its hint, both uint8 (H, W, 3), and the truth that a world knows of it, a folder does not:
+    """An image with its hint and caption; from a synthetic dataset also with the ground truth."""
 
-    `mask` bool (H, W): where the object is. `keypoints` float (18, 2), x and y in pixels, in the order of COCO-18: of
-    people only.
-    """
-
-    image: np.ndarray
-    hint: np.ndarray
+    image: np.ndarray  # uint8 (H, W, 3)
+    hint: np.ndarray  # uint8 (H, W, 3)
     caption: str
-    mask: np.ndarray | None = None
-    keypoints: np.ndarray | None = None
+    mask: np.ndarray | None = None  # bool (H, W): where the object is
+    keypoints: np.ndarray | None = None  # of a person: float (18, 2), x and y in pixels, in the order of COCO-18
 
 
 class World:
-    """What the worlds share: the side of their pictures in pixels, the colours they use, and their random numbers."""
+    """A synthetic dataset of square images, `size` pixels a side, in some `colours`."""
 
     name: str
 
@@ -46,8 +42,8 @@ class World:
         return np.random.default_rng([self.stream, self.seed, index])
 
 
-class InTurn:
-    """Several worlds in turn: of n worlds, sample i is sample i // n of world i % n."""
+class Interleaved:
+    """Several datasets in turn: of n datasets, sample i is sample i // n of dataset i % n."""
 
     def __init__(self, worlds: Sequence[World]):
         self.worlds, self.size = worlds, worlds[0].size
@@ -61,7 +57,7 @@ class InTurn:
 
 
 class Canvas:
-    """A picture of flat colours under construction, four times too large; coordinates are parts of its side."""
+    """An image of plain colours, drawn at four times its size; coordinates are fractions of its side."""
 
     def __init__(self, size: int, ground: str):
         self.side = size * SUPERSAMPLING
@@ -80,7 +76,7 @@ class Canvas:
             draw.ellipse(box, fill=fill or colour)
 
     def limb(self, joints: tuple[np.ndarray, ...], width: float, colour: tuple[int, int, int]) -> None:
-        """A line with round corners and ends."""
+        """A line with rounded corners and ends."""
         points = [tuple(joint * self.side) for joint in joints]
         for draw, fill in self.layers:
             draw.line(points, fill=fill or colour, width=round(width * self.side))
@@ -88,17 +84,17 @@ class Canvas:
             self.disc(joint, width / 2, colour)
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """-> image uint8 (H, W, 3), smooth at its edges, and mask bool (H, W): what was drawn on."""
+        """-> anti-aliased image, uint8 (H, W, 3), and mask, bool (H, W), of what was drawn."""
         return np.array(self.image.reduce(SUPERSAMPLING)), np.array(self.mask.reduce(SUPERSAMPLING)) > 127
 
 
 def edges(image: np.ndarray) -> np.ndarray:
-    """The Canny edges of uint8 (H, W, 3) as a hint of that shape."""
+    """The Canny edges of uint8 (H, W, 3) as a hint of the same shape."""
     return canny(image, *EDGE_THRESHOLDS)[..., None].repeat(3, axis=2)
 
 
-def told_apart(rng: np.random.Generator, names: tuple[str, ...], count: int) -> list[str]:
-    """`count` colours that can be told from each other by eye and, by 30 levels of gray, by an edge detector."""
+def distinct_colours(rng: np.random.Generator, names: tuple[str, ...], count: int) -> list[str]:
+    """`count` colours that the eye can tell apart and, 30 levels of gray apart, an edge detector too."""
     while True:
         chosen = [str(name) for name in rng.choice(names, size=count, replace=False)]
         pairs = [(COLOURS[a], COLOURS[b]) for a, b in combinations(chosen, 2)]

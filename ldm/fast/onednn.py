@@ -1,8 +1,8 @@
-"""Matrix products by oneDNN, for processors on which those of PyTorch are slow.
+"""Matrix products by oneDNN, for processors on which PyTorch's own are slow.
 
-PyTorch takes its matrix products from MKL, which uses vectors of 512 bits on Intel's processors only: on others that
-have them it runs at half the speed. Convolutions come from oneDNN, which uses them everywhere and has matrix products,
-too. The results are the same to rounding.
+PyTorch's matrix products come from MKL, which uses 512-bit vectors on Intel's processors only and runs at half speed on
+others that have them. oneDNN, PyTorch's library for convolutions, uses them everywhere and has matrix products too. The
+results agree up to rounding.
 
 Shapes: B batch, N rows or queries, M keys, C channels.
 """
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-QUERIES = 256  # at a time: their logits stay in the processor's cache
-MANY_TOKENS = 1024  # from which on products take longer than their calls
-FEW_ROWS = 64  # below which it takes longer to lay a weight out than to multiply with it
+QUERIES = 256  # at a time, so that their logits stay in the processor's cache
+MIN_TOKENS = 1024  # below this, the calls take longer than the products
+MIN_ROWS = 64  # below this, reordering the weight costs more than multiplying
 
 
 @cache
@@ -34,14 +34,14 @@ def mkl_is_slow() -> bool:
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear without gradients: (..., C_in), (C_out, C_in) -> (..., C_out).
 
-    The weight is contiguous or packed: any other oneDNN multiplies, too, but up to a hundred times slower.
+    The weight must be contiguous or packed: with any other layout oneDNN is up to a hundred times slower.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """F.scaled_dot_product_attention without gradients: q (B, heads, N, C), k and v (B, heads, M, C) -> like q."""
-    if min(q.shape[2], k.shape[2]) < MANY_TOKENS:
+    if min(q.shape[2], k.shape[2]) < MIN_TOKENS:
         return F.scaled_dot_product_attention(q, k, v)
     y = torch.empty_like(q)
     for sample in zip(q, k, v, y, strict=True):
@@ -53,8 +53,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y
 
 
-class Product(torch.autograd.Function):
-    """F.linear, as `multiply`, with its gradients."""
+class LinearFunction(torch.autograd.Function):
+    """F.linear by `multiply`, with gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,39 +63,39 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        gradient = gradient.contiguous()
-        of_x = multiply(gradient, weight.t().contiguous()) if for_x else None
-        rows, x_rows = gradient.flatten(0, -2), x.flatten(0, -2)  # (N, C_out), (N, C_in)
-        of_weight = multiply(rows.t().contiguous(), x_rows.t().contiguous()) if for_weight else None
-        of_bias = rows.sum(dim=0) if for_bias else None
-        return of_x, of_weight, of_bias
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_x = multiply(grad, weight.t().contiguous()) if needs_x else None
+        rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)  # (N, C_out), (N, C_in)
+        grad_weight = multiply(rows.t().contiguous(), x_rows.t().contiguous()) if needs_weight else None
+        grad_bias = rows.sum(dim=0) if needs_bias else None
+        return grad_x, grad_weight, grad_bias
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `Product`, in fp32 on a CPU."""
+    """nn.Linear through oneDNN, for fp32 on a CPU; PyTorch's own for few rows and under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() < FEW_ROWS or torch.is_autocast_enabled("cpu"):
+        if x.shape[:-1].numel() < MIN_ROWS or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        return Product.apply(x, self.weight, self.bias)
+        return LinearFunction.apply(x, self.weight, self.bias)
 
 
-def quicken(*networks: nn.Module) -> None:
-    """Exchanges the linear layers of networks in fp32 that gradients go through, where this processor gains by it. They
-    keep their parameters."""
+def use_onednn_linear(*networks: nn.Module) -> None:
+    """Replaces the linear layers of fp32 networks that are trained or backpropagated through, if that is faster on this
+    processor. The parameters remain the same objects, under the same names."""
     if mkl_is_slow():
         for network in networks:
-            exchange(network)
+            replace_linear(network)
 
 
-def exchange(network: nn.Module) -> None:
+def replace_linear(network: nn.Module) -> None:
     for name, child in network.named_children():
         if type(child) is nn.Linear:
             linear = Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
             linear.weight, linear.bias = child.weight, child.bias
             setattr(network, name, linear)
         else:
-            exchange(child)
+            replace_linear(child)

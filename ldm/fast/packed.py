@@ -1,8 +1,8 @@
-"""Locked weights in the order in which a CPU's kernels read them.
+"""Locked weights, reordered once into the layout that CPU kernels read.
 
-oneDNN, which computes convolutions on CPUs, wants weights in blocks that fit the processor's vectors. PyTorch keeps
-them plain and has them brought into blocks at every call, which for small pictures takes longer than the convolution.
-Packed weights are brought into blocks once, and linear layers then use oneDNN, too. Outputs are the same to rounding.
+oneDNN, PyTorch's library for convolutions on CPUs, wants weights in blocks that fit the processor's vectors. PyTorch
+stores them in plain order and has them reordered at every call, which for small images takes longer than the
+convolution. Packed weights are reordered once; linear layers then use oneDNN too. Outputs agree up to rounding.
 
 Shapes: B batch, C channels, G groups, S strips, h w positions.
 """
@@ -19,21 +19,21 @@ from ldm.vae import AttentionBlock
 
 from .onednn import attend, mkl_is_slow, multiply
 
-LARGE = 128 * 128  # positions of a map
+LARGE = 128 * 128  # positions of a feature map
 
 
 class Packed(nn.Module):
-    """A module without gradients, whose weight is packed when it is first used: for the shape that comes in then. Other
-    shapes are computed as well, but may be slower."""
+    """A module without gradients; it packs its weight on the first call, for that input shape. Other shapes work too,
+    but may be slower."""
 
     def _apply(self, fn, recurse=True):
         moved = fn(torch.zeros(1))
         if moved.device.type != "cpu" or moved.dtype != torch.float32:
-            raise ValueError("packed weights can neither leave the CPU nor change their type: load the model again")
+            raise ValueError("packed weights can neither leave the CPU nor change their dtype: load the model again")
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo):
-        raise ValueError("packed weights cannot be copied, as into a ControlNet to train: copy before you pack")
+        raise ValueError("packed weights cannot be copied, for example into a ControlNet: copy before you pack")
 
 
 class PackedLayer(Packed):
@@ -47,7 +47,7 @@ class PackedLayer(Packed):
 
 
 class PackedConv(PackedLayer):
-    """nn.Conv2d, with channels last inside and outside: (B, C_in, h, w) -> (B, C_out, h', w')."""
+    """nn.Conv2d with channels-last output: (B, C_in, h, w) -> (B, C_out, h', w')."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv)
@@ -70,19 +70,19 @@ class PackedLinear(PackedLayer):
         return multiply(x, self.weight, self.bias)
 
 
-# By the rows of a kernel of 4 (first index) and of 3: which of the 3 meet the same position of a map that was doubled.
+# FOLDED[k][i] is 1 if row i of the 3x3 kernel feeds row k of the 4x4 kernel.
 FOLDED = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
 
 class PackedUpsample(Packed):
     """blocks.Upsample: (B, C, h, w) -> (B, C, 2 h, 2 w).
 
-    On a map whose positions are doubled a 3x3 kernel meets 2x2 different values. So the weights that meet the same one
-    are added beforehand, and the map need not be doubled: what is left is a transposed convolution with a 4x4 kernel
-    and stride 2, with 16 products where there were 36. The plain weights stay, to be saved: sums cannot be undone.
+    On a map enlarged by nearest neighbour, a 3x3 kernel sees only 2x2 different values. Adding up the weights that see
+    the same value turns both steps into one transposed convolution of the small map, with a 4x4 kernel and stride 2:
+    16 products for each input position instead of 36. The plain weights stay, for saving: sums cannot be undone.
     """
 
-    GEOMETRY = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, padding of the output, stride, dilation, groups
+    GEOMETRY = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, output padding, stride, dilation, groups
 
     def __init__(self, upsample: Upsample):
         super().__init__()
@@ -101,10 +101,10 @@ class PackedUpsample(Packed):
 
 
 class ChannelsLastNorm(nn.GroupNorm):
-    """nn.GroupNorm (B, C, h, w) -> the same, for channels last.
+    """nn.GroupNorm for channels-last maps: (B, C, h, w) -> the same shape.
 
-    There PyTorch adds a channel up over all positions in one fp32 sum, which on a map of 512x512 costs two digits. So
-    large maps are normalised strip by strip, and the strips are then brought to the mean and deviation of the whole.
+    PyTorch sums each channel of such a map over all positions in a single fp32 accumulator, which at 512x512 loses two
+    digits. Large maps are therefore normalised in horizontal strips, whose statistics are combined in fp64.
     """
 
     def __init__(self, norm: nn.GroupNorm):
@@ -117,26 +117,25 @@ class ChannelsLastNorm(nn.GroupNorm):
             return super().forward(x)
         s = math.gcd(h, 32)
         strips = rearrange(x, "b c (s h) w -> (b s) c h w", s=s)
-        y, means, inverses = torch.native_group_norm(
+        y, means, inverse_stds = torch.native_group_norm(
             strips, None, None, b * s, c, h * w // s, self.num_groups, self.eps
         )  # (B S, C, h / S, w), (B S, G), (B S, G)
-        means, deviations = (rearrange(z.double(), "(b s) g -> b s g", s=s) for z in (means, 1 / inverses))
-        mean = means.mean(dim=1, keepdim=True)
-        deviation = (deviations**2 + (means - mean) ** 2).mean(dim=1, keepdim=True).sqrt()  # (B, 1, G)
-        scale, shift = (rearrange(z / deviation, "b s g -> (b s) g 1") for z in (deviations, means - mean))
+        means, stds = (rearrange(z.double(), "(b s) g -> b s g", s=s) for z in (means, 1 / inverse_stds))
+        mean = means.mean(dim=1, keepdim=True)  # of the whole map
+        std = (stds**2 + (means - mean) ** 2).mean(dim=1, keepdim=True).sqrt()  # (B, 1, G)
+        scale, shift = (rearrange(z / std, "b s g -> (b s) g 1") for z in (stds, means - mean))
         weight, bias = (rearrange(z, "(g c) -> g c", g=self.num_groups) for z in (self.weight, self.bias))
-        for change, z in ((y.mul_, scale * weight), (y.add_, shift * weight + bias)):
-            change(rearrange(z.float(), "bs g c -> bs (g c) 1 1"))
+        y.mul_(rearrange((scale * weight).float(), "bs g c -> bs (g c) 1 1"))
+        y.add_(rearrange((shift * weight + bias).float(), "bs g c -> bs (g c) 1 1"))
         return rearrange(y, "(b s) c h w -> b c (s h) w", s=s)
 
 
 def pack(*networks: nn.Module) -> None:
-    """Replaces the layers of networks that are only to be run and saved: they pass on no gradients.
+    """Replaces the layers of networks that will only be run and saved: packed layers pass on no gradients.
 
-    It comes last: a ControlNet is copied from a base, or loaded as a difference to one, before that base is packed. The
-    autoencoder in strips (`low_memory` of `generate`) needs plain weights. Pack for one size and batch: weights are
-    laid out for the first that comes, and others took up to 1.9 times as long. Nothing happens to layers that are not
-    in fp32 or not on a CPU, or where PyTorch comes without oneDNN.
+    Pack last: a ControlNet is copied from a base, or loaded as a difference from it, before the base is packed. The
+    tiled VAE needs plain weights. Weights are laid out for the first shape seen (size and batch); others are up to 1.9x
+    slower. Layers that are not fp32 on a CPU are left alone, and so is everything if PyTorch was built without oneDNN.
     """
     if not torch.backends.mkldnn.is_available():
         return
@@ -148,7 +147,7 @@ def pack(*networks: nn.Module) -> None:
     }
     for network in networks:
         if isinstance(network, Attention | AttentionBlock) and can_be_packed(network) and mkl_is_slow():
-            network.attend = attend
+            network.attend = attend  # in place of the method
         for name, child in network.named_children():
             kind = kinds.get(type(child))
             if kind is None:

@@ -164,7 +164,7 @@ def test_a_layer_that_does_not_exist_is_refused(encoder, clip_skip):
 
 
 def test_the_layer_before_the_first_of_open_clip_is_refused():
-    with pytest.raises(ValueError, match="layers 1 to 2"):
+    with pytest.raises(ValueError, match="accepts 1 to 2"):
         filled(OPEN_CLIP)(torch.zeros(1, 5, dtype=torch.long), 3)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from minis import mini_vae, relative, stored
 from torch import nn
 
@@ -93,3 +94,19 @@ def test_three_maps_are_held_at_once():
         vae.decode(latents)
     wide = vae.config.multipliers[1] / vae.config.multipliers[0]
     assert counter.most < (2 * wide + 1.3) * full
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_attention_gets_what_fused_kernels_take(memory_format, monkeypatch):
+    """They need stride 1 in the last dimension of q, k and v; without them a large image's logits fill the memory."""
+    strides, attention = [], F.scaled_dot_product_attention
+
+    def spy(*qkv):
+        strides.extend(tensor.stride(-1) for tensor in qkv)
+        return attention(*qkv)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    vae, image = mini_vae(), stored("vae")["image"].contiguous(memory_format=memory_format)
+    vae.decode(vae.encode(image).contiguous(memory_format=memory_format))
+    assert strides == [1] * 6

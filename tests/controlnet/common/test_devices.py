@@ -9,7 +9,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from controlnet.devices import keep_freed_memory
+from controlnet.common.devices import keep_freed_memory
 if sys.argv[1] != "not":
     keep_freed_memory(torch.device("cpu"), large=sys.argv[1] == "large")
 for _ in range(12):  # alignment may want a little more than what was freed

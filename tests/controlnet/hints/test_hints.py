@@ -40,7 +40,7 @@ def noise(height, width, seed=0):
 
 @pytest.mark.parametrize("kind, cases", [("canny", 78), ("colour canny", 39)])
 def test_canny_is_opencvs_to_the_bit(opencv, kind, cases):
-    """On noise of all sizes and three photographs, at several thresholds; of gray pictures and of colours."""
+    """On noise of all sizes and three photographs, at several thresholds; of gray images and of colours."""
     keys = [key for key in opencv if key.startswith(f"{kind}/")]
     assert len(keys) == cases and {key.split("/")[1] for key in keys} >= {"cat", "coffee", "rocket", "two values"}
     for key in keys:
@@ -94,7 +94,7 @@ def test_a_chain_of_candidates_is_followed_to_its_end():
 
 
 def person(scale=1.0):
-    """The person of the stored picture, (18, 3), at `scale` times 512 pixels."""
+    """The person of the stored image, (18, 3), at `scale` times 512 pixels."""
     with np.load(FIXTURES / "opencv.npz") as stored:
         points = stored["pose/keypoints"] * scale
     return np.concatenate([points, np.ones((18, 1))], axis=1)
@@ -153,7 +153,7 @@ def test_people_beside_each_other_are_drawn_as_alone():
     assert not draw_pose(np.zeros((0, 18, 3)), (64, 64)).any()
 
 
-def test_a_pose_that_leaves_the_picture_is_cut_off():
+def test_a_pose_that_leaves_the_image_is_cut_off():
     moved = person(0.25) + (70, -20, 0)
     assert np.array_equal(draw_pose(moved, (128, 128)), draw_pose(moved, (128, 256))[:, :128])
     assert not draw_pose(person() + (1e6, 0, 0), (64, 64)).any()
@@ -275,7 +275,7 @@ def test_a_step_up_the_pyramid_is_opencvs_to_the_bit(opencv):
         assert np.array_equal(pyramid_up(opencv[f"picture/{name}"]), opencv[f"pyramid_up/{name}"])
 
 
-def test_tile_keeps_size_and_place_of_any_picture():
+def test_tile_keeps_size_and_place_of_any_image():
     ramp = np.arange(100, 233, dtype=np.uint8)[None, :, None].repeat(61, axis=0).repeat(3, axis=2)  # 61x133
     tiled = detect("tile", ramp).astype(int)
     assert tiled.shape == ramp.shape
@@ -293,8 +293,8 @@ def test_shuffle_moves_colours_and_invents_none():
     assert np.array_equal(detect("shuffle", flat), flat)
 
 
-def test_shuffle_repeats_with_its_seed_and_differs_between_pictures():
-    """The warp is seen in a picture of its own coordinates."""
+def test_shuffle_repeats_with_its_seed_and_differs_between_images():
+    """The warp is seen in an image of its own coordinates."""
     image = photograph()
     assert np.array_equal(detect("shuffle", image, seed=1), detect("shuffle", image, seed=1))
     assert not np.array_equal(detect("shuffle", image, seed=1), detect("shuffle", image, seed=2))
@@ -418,7 +418,7 @@ def test_without_its_package_a_learned_detector_says_how_to_get_it(name, monkeyp
 
 
 class Network:
-    """As controlnet_aux's detectors: it rounds sizes to multiples of 64 and gives back a picture."""
+    """As controlnet_aux's detectors: it rounds sizes to multiples of 64 and gives back an image."""
 
     loads = 0
 
@@ -437,7 +437,7 @@ class Network:
         return Image.new("L", (192, 128), 200)
 
 
-def test_a_learned_detector_is_loaded_once_and_its_hint_has_the_pictures_size(monkeypatch):
+def test_a_learned_detector_is_loaded_once_and_its_hint_has_the_images_size(monkeypatch):
     names = ("HEDdetector", "MLSDdetector", "MidasDetector", "OpenposeDetector", "LineartDetector", "SamDetector")
     classes = {name: type(name, (Network,), {}) for name in names}
     monkeypatch.setitem(sys.modules, "controlnet_aux", SimpleNamespace(**classes))

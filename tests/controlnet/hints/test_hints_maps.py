@@ -1,5 +1,7 @@
 """Hints from depth, normal and label maps: what is near is white, what is not known is black, and files as they are."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,7 +47,7 @@ def test_a_channel_of_one_is_no_channel(shape):
 
 
 def test_a_colour_photograph_is_no_depth():
-    with pytest.raises(ValueError, match="a colour photograph is no map"):
+    with pytest.raises(ValueError, match="not a colour photograph"):
         detect("depth", np.arange(48).reshape(4, 4, 3))
 
 
@@ -64,7 +66,7 @@ def test_axes_can_be_mirrored():
     assert np.array_equal(detect("normal", vectors, flip_y=True), detect("normal", vectors * (1, -1, 1)))
 
 
-def test_a_picture_of_normals_stays_as_it_is():
+def test_an_image_of_normals_stays_as_it_is():
     vectors = np.random.default_rng(0).normal(size=(20, 20, 3))
     picture = detect("normal", vectors)
     assert np.abs(detect("normal", picture).astype(int) - picture).max() <= 2  # they were rounded
@@ -110,7 +112,7 @@ def test_arrays_are_read_from_npy_and_npz(tmp_path):
         read_map(tmp_path / "two.npz")
 
 
-def test_sixteen_bits_of_a_picture_are_kept(tmp_path):
+def test_sixteen_bits_of_an_image_are_kept(tmp_path):
     values = (np.arange(256).reshape(16, 16) + 30000).astype(np.uint16)
     for name in ("depth.png", "depth.tif"):
         Image.fromarray(values).save(tmp_path / name)
@@ -126,7 +128,7 @@ def test_a_palettes_indices_are_the_labels(tmp_path):
     assert np.array_equal(detect_file("segmentation", tmp_path / "labels.png"), detect("segmentation", labels))
 
 
-def test_a_gray_picture_may_have_three_channels_or_four(tmp_path):
+def test_a_gray_image_may_have_three_channels_or_four(tmp_path):
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for mode in ("L", "LA", "RGB", "RGBA"):
         Image.fromarray(gray).convert(mode).save(tmp_path / "gray.png")
@@ -139,8 +141,18 @@ def test_what_is_no_map_is_refused_in_a_sentence(tmp_path):
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     Image.new("CMYK", (4, 4)).save(tmp_path / "cmyk.tif")
-    for name in ("text.png", "text.npy", "objects.npy", "cmyk.tif", "missing.png", "missing.npy"):
-        with pytest.raises(ValueError, match=f'{name}" is not readable as a map'):
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.write(tmp_path / "text.npy", "text.txt")
+    for name, what in {
+        "text.png": "is not readable as an image",
+        "text.npy": "is not readable as an array",
+        "objects.npy": "is not readable as an array",
+        "cmyk.tif": "are CMYK, expected gray",
+        "missing.png": "does not exist",
+        "missing.npy": "is not readable as an array",
+        "text.npz": "holds .S8, expected numbers",
+    }.items():
+        with pytest.raises(ValueError, match=f'{name}" {what}'):
             read_map(tmp_path / name)
     with pytest.raises(ValueError, match="expected numbers"):
         read_map(tmp_path / "words.npy")

@@ -19,7 +19,7 @@ from controlnet.worlds.measures import (
 )
 
 
-def test_discs_and_colours_are_read_off_true_pictures():
+def test_discs_and_colours_are_read_off_true_images():
     world = Fill50k(128, colours=BASIC_COLOURS)
     for i in range(40):
         sample = world[i]
@@ -36,14 +36,14 @@ def test_the_disc_is_found_under_noise():
     assert iou(mask, sample.mask) > 0.95
 
 
-def test_a_picture_without_a_disc_has_an_empty_mask():
+def test_an_image_without_a_disc_has_an_empty_mask():
     noise = np.random.default_rng(0).normal(128, 5, (64, 64, 3)).astype(np.uint8)
     mask, disc, ground = split_disc(noise)
     assert not mask.any() and np.array_equal(disc, ground)
     assert iou(mask, draw_circle(64, 32, 32, 20, "red", "blue").mask) == 0
 
 
-def test_other_pictures_discs_are_no_match():
+def test_other_images_discs_are_no_match():
     samples = [Fill50k(64)[i] for i in range(40)]
     floor = np.mean([iou(a.mask, b.mask) for a, b in zip(samples, samples[1:], strict=False)])
     assert floor < 0.3
@@ -66,7 +66,7 @@ def test_psnr_of_a_known_difference():
     assert psnr(a, a + 0.2) == pytest.approx(20.0, abs=1e-4)  # a tenth of the range
 
 
-def test_the_foreground_of_true_pictures_is_their_figures():
+def test_the_foreground_of_true_images_is_their_figures():
     for world in (Fill50k(128, colours=BASIC_COLOURS), People(128), Shapes(128)):
         assert np.mean([iou(foreground(s.image), s.mask) for s in map(world.__getitem__, range(40))]) > 0.9
 
@@ -77,7 +77,7 @@ def test_the_foreground_is_found_where_its_colour_is_near_the_grounds_and_not_in
     assert not foreground(np.random.default_rng(0).integers(120, 130, (64, 64, 3))).any()
 
 
-def test_key_points_of_true_pictures_lie_on_the_figure_and_other_peoples_do_not():
+def test_key_points_of_true_images_lie_on_the_figure_and_other_peoples_do_not():
     samples = [People(128)[i] for i in range(20)]
     own = [keypoint_distance(foreground(s.image), s.keypoints) for s in samples]
     others = [keypoint_distance(foreground(a.image), b.keypoints) for a, b in zip(samples, samples[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""The procedural worlds: the same picture for the same index, drawn as its caption and its hint say."""
+"""The procedural worlds: the same image for the same index, drawn as its caption and its hint say."""
 
 from itertools import combinations
 
@@ -22,7 +22,7 @@ def test_a_sample_depends_on_its_seed_and_index_alone(kind):
 
 
 @pytest.mark.parametrize("kind", WORLDS.values(), ids=WORLDS)
-def test_pictures_are_flat_figures_of_the_captions_colours_on_its_ground(kind):
+def test_images_are_flat_figures_of_the_captions_colours_on_its_ground(kind):
     world = kind(64, colours=BASIC_COLOURS)
     for i in range(20):
         sample = world[i]
@@ -37,7 +37,7 @@ def test_pictures_are_flat_figures_of_the_captions_colours_on_its_ground(kind):
         assert sum(shares) > (0.4 if "person" in figure else 0.85)  # people have skin, hair and shoes too
 
 
-def test_a_picture_has_the_colours_of_its_caption():
+def test_an_image_has_the_colours_of_its_caption():
     for i in range(20):
         sample = Fill50k(64)[i]
         disc, ground = sample.caption.removesuffix(" background").split(" circle with ")
@@ -74,6 +74,7 @@ def test_circles_may_leave_the_frame_and_never_fill_it():
 def test_there_are_the_140_colours_of_css_without_its_second_spellings():
     assert len(COLOURS) == 140 and not any("grey" in name for name in COLOURS)
     assert len(set(COLOURS.values())) == 138  # aqua is cyan, fuchsia is magenta
+    assert COLOURS["light golden rod yellow"] == (250, 250, 210) and sum(map(sum, COLOURS.values())) == 66498
     assert set(BASIC_COLOURS) <= set(COLOURS) and len({COLOURS[name] for name in BASIC_COLOURS}) == 22
 
 

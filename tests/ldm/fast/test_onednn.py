@@ -8,9 +8,9 @@ from torch import nn
 
 import ldm.fast.onednn
 import ldm.fast.packed
-from controlnet.objective import control_loss
+from controlnet.objective import ControlLoss
 from ldm.attention import Attention
-from ldm.fast.onednn import FEW_ROWS, MANY_TOKENS, Linear, Product, attend, mkl_is_slow, quicken
+from ldm.fast.onednn import MIN_ROWS, MIN_TOKENS, Linear, LinearFunction, attend, mkl_is_slow, use_onednn_linear
 from ldm.fast.packed import pack
 from ldm.schedule import Schedule
 from ldm.vae import AttentionBlock
@@ -41,7 +41,7 @@ def test_the_gradients_of_a_product_are_those_of_a_linear_layer(shape, locked, b
     weight, vector = torch.randn(3, 5).requires_grad_(not locked), torch.randn(3).requires_grad_(not locked)
     tensors = [x, weight, vector if bias else None]
     weigh = torch.randn(*shape[:-1], 3)
-    got, want = (output_and_gradients(linear, tensors, weigh) for linear in (Product.apply, F.linear))
+    got, want = (output_and_gradients(linear, tensors, weigh) for linear in (LinearFunction.apply, F.linear))
     assert len(got) == len(want) == 2 + (not locked) * (1 + bias)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -52,7 +52,7 @@ def test_a_map_may_come_in_and_its_gradient_back_in_any_order_of_memory():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 16, 16).requires_grad_(), torch.randn(3, 5).requires_grad_()
     results = []
-    for linear in (Product.apply, F.linear):
+    for linear in (LinearFunction.apply, F.linear):
         y = linear(x.flatten(2).mT, weight, None).mT.unflatten(2, (16, 16))
         results.append((y, *torch.autograd.grad(y.sum() + (y[:, :, ::2] ** 2).sum(), (x, weight))))
     for one, other in zip(*results, strict=True):
@@ -63,7 +63,7 @@ def test_a_map_may_come_in_and_its_gradient_back_in_any_order_of_memory():
 def test_attention_of_many_tokens_is_the_same(monkeypatch):
     """Of several samples and heads, their logits in pieces of which the last is shorter."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, tokens, 3, 8).transpose(1, 2) for tokens in (MANY_TOKENS + 100, MANY_TOKENS, MANY_TOKENS))
+    q, k, v = (torch.randn(2, tokens, 3, 8).transpose(1, 2) for tokens in (MIN_TOKENS + 100, MIN_TOKENS, MIN_TOKENS))
     want = F.scaled_dot_product_attention(q, k, v)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # which must not be what answers
     torch.testing.assert_close(attend(q, k, v), want, rtol=1e-5, atol=1e-6)
@@ -90,7 +90,7 @@ def test_a_control_trains_the_same(slow):
         net = small_control(sd).requires_grad_(True)
         before = dict(net.named_parameters())
         if quick:
-            quicken(sd.unet.decoder, net)
+            use_onednn_linear(sd.unet.decoder, net)
             assert any(isinstance(layer, Linear) for layer in net.modules())
             assert not any(type(layer) is nn.Linear for layer in (*net.modules(), *sd.unet.decoder.modules()))
         assert all(before.pop(name) is parameter for name, parameter in net.named_parameters()) and not before
@@ -98,7 +98,7 @@ def test_a_control_trains_the_same(slow):
         z0, noise = torch.randn(2, 4, 4, 8, 16, generator=generator)
         context, hint = torch.randn(4, 77, 16, generator=generator), torch.rand(4, 3, 64, 128, generator=generator)
         t = torch.tensor([1, 300, 600, 999])
-        loss = control_loss(sd.unet, net, Schedule(SMALL.schedule), z0, noise, t, context, hint)
+        loss = ControlLoss(sd.unet, net, Schedule(SMALL.schedule))(z0, noise, t, context, hint)
         loss.backward()
         results.append({"loss": loss.detach(), **{name: p.grad for name, p in net.named_parameters()}})
     for name, want in results[0].items():
@@ -106,21 +106,21 @@ def test_a_control_trains_the_same(slow):
 
 
 def test_few_rows_and_autocast_are_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(Product, "apply", None)
+    monkeypatch.setattr(LinearFunction, "apply", None)
     linear = Linear(4, 4)
-    assert linear(torch.randn(FEW_ROWS - 1, 4)).dtype == torch.float32
+    assert linear(torch.randn(MIN_ROWS - 1, 4)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(torch.randn(FEW_ROWS, 4)).dtype == torch.bfloat16
+        assert linear(torch.randn(MIN_ROWS, 4)).dtype == torch.bfloat16
 
 
 def test_nothing_is_exchanged_where_mkl_is_fast(monkeypatch):
     for module in (ldm.fast.onednn, ldm.fast.packed):
         monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
     network = nn.Sequential(nn.Linear(4, 4), AttentionBlock(4, groups=1))
-    quicken(network)
+    use_onednn_linear(network)
     assert type(network[0]) is nn.Linear
     pack(network)
-    assert network[1].attend is F.scaled_dot_product_attention
+    assert network[1].attend.__func__ is AttentionBlock.attend
 
 
 @pytest.mark.parametrize(

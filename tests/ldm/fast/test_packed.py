@@ -24,7 +24,7 @@ def plain_layers(*networks):
 
 @torch.no_grad()
 def test_a_guided_step_and_the_autoencoder_give_the_same():
-    """Also for pictures of other shapes than the first, for which the weights were packed."""
+    """Also for images of other shapes than the first, for which the weights were packed."""
     sd, other = small_sd(), small_sd()
     net, other_net = small_control(sd), small_control(other)
     pack(other.unet, other.vae, other_net)
@@ -96,7 +96,7 @@ def test_what_is_packed_can_be_neither_moved_nor_converted():
         with pytest.raises(ValueError, match="copy before you pack"):
             copy.deepcopy(network)
         for change in (lambda n=network: n.half(), lambda n=network: n.to("meta")):
-            with pytest.raises(ValueError, match="neither leave the CPU nor change their type"):
+            with pytest.raises(ValueError, match="neither leave the CPU nor change their dtype"):
                 change()
 
 

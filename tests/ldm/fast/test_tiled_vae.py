@@ -1,51 +1,51 @@
-"""The autoencoder in strips is the autoencoder: the same numbers, whatever the strips, in less memory at once."""
+"""The tiled VAE gives the same numbers, whatever the tiles, and holds less memory at once."""
 
 import pytest
 import torch
 from minis import mini_vae, relative, stored
 
 from controlnet.training.memory import StorageCounter
-from ldm.fast.tiled_vae import activation, decode_in_strips, posterior_in_strips
+from ldm.fast.tiled_vae import decode_tiled, pointwise_norm_silu, posterior_tiled
 
-TOLERANCE = 2e-6  # of the relative error; a step of 8 bits is 4e-3 of a picture's range
+TOLERANCE = 2e-6  # of the relative error; one step of 8 bits is 4e-3 of an image's range
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 6, 17, 1000])
-def test_decoding_in_strips_is_decoding(rows):
+def test_tiled_decoding_is_decoding(rows):
     latents = stored("vae")["decode_in_scaled"]
-    whole, strips = mini_vae().decode(latents), decode_in_strips(mini_vae(), latents, rows)
-    assert relative(strips, whole) < TOLERANCE
+    whole, tiles = mini_vae().decode(latents), decode_tiled(mini_vae(), latents, rows)
+    assert relative(tiles, whole) < TOLERANCE
     # No seam: the difference is as small at every row.
-    rows_off = (strips - whole).abs().amax(dim=(0, 1, 3))
+    rows_off = (tiles - whole).abs().amax(dim=(0, 1, 3))
     assert rows_off.max() < 2e-5 * whole.abs().max()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 6, 17, 1000])
 @pytest.mark.parametrize("image", ["image", "image_72x40"])
-def test_the_posterior_in_strips_is_the_posterior(rows, image):
+def test_the_tiled_posterior_is_the_posterior(rows, image):
     images = stored("vae")[image]
-    whole, strips = mini_vae().posterior(images), posterior_in_strips(mini_vae(), images, rows)
-    assert relative(strips.mean, whole.mean) < TOLERANCE and relative(strips.logvar, whole.logvar) < TOLERANCE
+    whole, tiles = mini_vae().posterior(images), posterior_tiled(mini_vae(), images, rows)
+    assert relative(tiles.mean, whole.mean) < TOLERANCE and relative(tiles.logvar, whole.logvar) < TOLERANCE
 
 
 @torch.no_grad()
-def test_pictures_whose_sides_are_no_multiple_of_8_are_cut_off_as_in_the_whole():
+def test_images_whose_sides_are_no_multiple_of_8_are_cut_off_as_in_the_whole():
     images = stored("vae")["image"][:, :, :61, :45]
-    assert relative(posterior_in_strips(mini_vae(), images, 8).mean, mini_vae().posterior(images).mean) < TOLERANCE
+    assert relative(posterior_tiled(mini_vae(), images, 8).mean, mini_vae().posterior(images).mean) < TOLERANCE
 
 
 @torch.no_grad()
-def test_strips_of_a_picture_are_not_pictures_of_strips():
-    """Decoding halves apart, as tiles do, shows: norms and attention see another picture."""
+def test_tiles_of_an_image_are_not_images_of_tiles():
+    """Halves that are decoded independently differ visibly: their norms and attention see only a part."""
     latents = stored("vae")["decode_in_scaled"]
     apart = torch.cat([mini_vae().decode(half) for half in latents.chunk(2, dim=2)], dim=2)
     assert relative(apart, mini_vae().decode(latents)) > 1000 * TOLERANCE
 
 
 @torch.no_grad()
-def test_no_layer_is_computed_from_more_than_a_strip(monkeypatch):
+def test_no_layer_is_computed_from_more_than_a_tile(monkeypatch):
     heights, plain = [], torch.nn.functional.conv2d
 
     def conv2d(x, *args, **options):
@@ -55,29 +55,29 @@ def test_no_layer_is_computed_from_more_than_a_strip(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
     latents = torch.randn(1, 4, 32, 8, generator=torch.Generator().manual_seed(0))
-    assert decode_in_strips(mini_vae(), latents, rows=16).shape == (1, 3, 256, 64)
+    assert decode_tiled(mini_vae(), latents, rows=16).shape == (1, 3, 256, 64)
     assert max(heights) == 18
 
 
 @torch.no_grad()
 def test_two_maps_are_held_at_once():
-    """A layer's input and its output; beside them no more than strips of two rows."""
+    """A layer's input and its output; beside them no more than tiles of two rows."""
     vae = mini_vae()
     images = torch.rand(1, 3, 128, 128)
     full = vae.config.channels * 128 * 128 * 4  # bytes of a map of the first level
     with StorageCounter() as counter:
-        latents = posterior_in_strips(vae, images, rows=2).mean
+        latents = posterior_tiled(vae, images, rows=2).mean
     assert 2 * full <= counter.most < 2.5 * full
     with StorageCounter() as counter:
-        decode_in_strips(vae, latents, rows=2)
+        decode_tiled(vae, latents, rows=2)
     wide = vae.config.multipliers[1] / vae.config.multipliers[0]
     assert counter.most < (wide + 1.5) * full
 
 
 @torch.no_grad()
 def test_halves_are_normalised_in_fp32():
-    """Their squares leave the range of fp16: strips near its end come out finite."""
+    """Their squares leave the range of fp16: tiles near its end come out finite."""
     norm = torch.nn.GroupNorm(2, 4).half()
     x = (300 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 1000).half()
     want = torch.nn.functional.silu(norm.float()(x.float()))
-    assert (activation(norm.half(), x)(x).float() - want).abs().max() < 5e-3
+    assert (pointwise_norm_silu(norm.half(), x)(x).float() - want).abs().max() < 5e-3

@@ -1,0 +1,145 @@
+"""An image as a hint of any size: from a path, a PIL image or an array, with a detector or without."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from controlnet.common.image_files import read_image, to_rgb
+from controlnet.common.images import Size, resized, size_text, to_hints, to_uint8
+
+from . import DETECTORS, detect, detect_file, find_detector, inpaint, parse_options
+from .maps import read_map
+
+
+@dataclass(frozen=True)
+class HintImage:
+    """An image and the detector that makes a hint of it, at the size of the image that is generated.
+
+    What a detector finds depends on the resolution, so it sees the image resized. Raises ValueError for "inpaint"
+    without a mask and for a mask of another size.
+    """
+
+    image: Image.Image  # RGB
+    detector: str | None = None  # that works on photographs, or "inpaint"; None: the image is the hint
+    options: dict[str, Any] = field(default_factory=dict)  # of the detector
+    mask: Image.Image | None = None  # for "inpaint": mode L, white is made anew
+    made: dict[Size, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # detectors are slow
+
+    def __post_init__(self):
+        if self.detector == "inpaint" and self.mask is None:
+            raise ValueError('the detector "inpaint" needs a mask: white where the image is to be made anew')
+        if self.mask is not None:
+            check_mask(self.mask, self.image)
+
+    @classmethod
+    def of(
+        cls,
+        image: str | Path | Image.Image | np.ndarray,
+        detect: str | None = None,
+        mask: Image.Image | None = None,
+    ) -> "HintImage":
+        """`image` is what `as_rgb` takes, or, for a detector of maps or poses, a map or a file of them.
+
+        `detect` is a detector with its options, as in "canny:low=50,high=150"; None or "none" takes the image as it
+        is. Raises ValueError for an unknown detector or option and for what the detector cannot read.
+        """
+        if detect in (None, "none", "inpaint"):
+            return cls(as_rgb(image), "inpaint" if detect == "inpaint" else None, mask=mask)
+        name, _, texts = detect.partition(":")
+        options = parse_options(name, texts.split(",") if texts else [])
+        if find_detector(name).works_on_photographs:
+            return cls(as_rgb(image), name, options)
+        return cls(Image.fromarray(detected_from_map(name, image, options)))
+
+    def at(self, size: Size, channels: int = 3) -> Tensor:
+        """The hint (1, C, H, W) of `size` in [0, 1], in gray for one channel; "inpaint" has -1 where the mask is white.
+
+        Raises ValueError for other channels than 1 and 3.
+        """
+        check_channels(channels)
+        if size not in self.made:
+            self.made[size] = self.make(size)
+        return self.made[size] if channels == 3 else to_gray(self.made[size])
+
+    def make(self, size: Size) -> Tensor:
+        pixels = np.array(resized(self.image, size))
+        if self.detector is None:
+            return to_hints([pixels])
+        if self.detector == "inpaint":
+            return torch.from_numpy(inpaint(pixels, np.asarray(resized(self.mask, size)))).permute(2, 0, 1)[None]
+        return to_hints([detect(self.detector, pixels, **self.options)])
+
+
+def check_mask(mask: Image.Image, image: Image.Image) -> None:
+    """Raises ValueError for a mask of another size than the image."""
+    if mask.size != image.size:
+        found, expected = size_text(mask.size[::-1]), size_text(image.size[::-1])
+        raise ValueError(f"the mask is {found}, expected the image's {expected}")
+
+
+def check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the ControlNet takes hints of {channels} channels, but an image has 1 or 3: pass a tensor to Control()"
+        )
+
+
+def to_gray(hint: Tensor) -> Tensor:
+    """(1, 3, H, W) -> (1, 1, H, W), in 8 bits."""
+    return to_hints([np.array(Image.fromarray(to_uint8(hint[0])).convert("L"))[..., None]])
+
+
+def as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    """An image file, a PIL image or an array as RGB of 8 bits, upright, with white behind its transparent parts.
+
+    An array is uint8, or floats in [0, 1], of (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). Raises ValueError for another
+    one, for a file that cannot be read, and for 32 bits a channel, TypeError for anything else.
+    """
+    if isinstance(image, str | Path):
+        check_is_image(Path(image))
+        return read_image(image)
+    if isinstance(image, np.ndarray):
+        return to_rgb(Image.fromarray(to_bytes(image)))
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"the image is of type {type(image).__name__}, expected a path, a PIL image or a NumPy array")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"the image has 32 bits a channel (mode {image.mode}), expected 8 or 16: convert it first")
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_bytes(array: np.ndarray) -> np.ndarray:
+    """uint8 (H, W), (H, W, 3) or (H, W, 4) of an array that `as_rgb` takes."""
+    pixels = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if pixels.size and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        if pixels.dtype == np.uint8:
+            return pixels
+        if pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
+            return np.rint(255 * pixels.astype(np.float64)).astype(np.uint8)
+    range_text = f" from {array.min():g} to {array.max():g}" if array.dtype.kind == "f" and array.size else ""
+    raise ValueError(
+        f"the array is {array.dtype} {array.shape}{range_text}, expected uint8, or floats from 0 to 1, of (H, W), "
+        "(H, W, 1), (H, W, 3) or (H, W, 4)"
+    )
+
+
+def check_is_image(path: Path) -> None:
+    """Raises ValueError for a pose or a map, which only the detectors named read."""
+    readers = {name: detector for name, detector in DETECTORS.items() if path.suffix.lower() in detector.suffixes}
+    if readers and not any(detector.works_on_photographs for detector in readers.values()):
+        raise ValueError(
+            f'"{path}" is not an image: name the detector that reads it with detect: {" or ".join(readers)}'
+        )
+
+
+def detected_from_map(name: str, source: str | Path | Image.Image | np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    """The hint, uint8 (H, W, 3), of a detector that does not work on photographs."""
+    if isinstance(source, str | Path):
+        return detect_file(name, source, **options)
+    if find_detector(name).read is not read_map:
+        raise TypeError(f"the detector {name} reads files, found the type {type(source).__name__}: give a path")
+    return detect(name, np.asarray(source), **options)

@@ -1,10 +1,44 @@
 """The architecture of Stable Diffusion as numbers: frozen dataclasses and their named instances.
 
-A level is one resolution of the UNet or the VAE; level 0 is the finest. Tuples have one entry a level.
+A level is one resolution of the UNet or the VAE; level 0 is the finest. Tuples have one entry a level. Numbers that no
+model can be built from raise ValueError, wherever they come from.
 """
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+LARGEST = 2**16  # no number of an architecture is larger
+LARGEST_OF = {"blocks": 16, "layers": 128, "multipliers": 64, "vocabulary": 49408}
+
+
+def check_fields(config: Any) -> None:
+    """Each field of a configuration against its default's type and a plausible range. Raises ValueError."""
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if isinstance(part.default, str):
+            if value not in get_args(part.type):
+                raise ValueError(f"{part.name} is {value!r:.80}, expected one of {', '.join(get_args(part.type))}")
+            continue
+        if isinstance(part.default, tuple):
+            kind = type(part.default[0])
+            fits = isinstance(value, tuple) and 1 <= len(value) <= 8 and all(fits_in(v, kind, part.name) for v in value)
+        else:
+            fits = fits_in(value, type(part.default), part.name)
+        if not fits:
+            raise ValueError(f"{part.name} is {value!r:.80}, which no model has")
+
+
+def fits_in(value: Any, kind: type, name: str) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value) and 0 < value <= LARGEST
+    return type(value) is kind and (kind is bool or 1 <= value <= LARGEST_OF.get(name, LARGEST))
+
+
+def check_divisible(widths: tuple[int, ...], parts: int, what: str) -> None:
+    for width in widths:
+        if width % parts:
+            raise ValueError(f"{width} channels cannot be shared by {parts} {what}")
 
 
 @dataclass(frozen=True)
@@ -15,12 +49,20 @@ class UNetConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
     attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
-    heads: tuple[int, ...] = (8, 8, 8, 8)
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # how many attention heads
     context_width: int = 768
     linear_projections: bool = False  # around a transformer: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
     fp32_logits: bool = False  # attention logits in fp32 even in half precision: SD 2.1 overflows without
     groups: int = 32  # of every GroupNorm
     latent_channels: int = 4
+
+    def __post_init__(self):
+        check_fields(self)
+        if not len(self.multipliers) == len(self.attention) == len(self.heads):
+            raise ValueError("multipliers, attention and heads have not one entry a level each")
+        check_divisible(self.widths, self.groups, "groups")
+        for width, heads in zip(self.widths, self.heads, strict=True):
+            check_divisible((width,), heads, "heads")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -40,7 +82,11 @@ class VAEConfig:
     blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
     groups: int = 32
     latent_channels: int = 4
-    scale: float = 0.18215  # times a latent: unit deviation for the UNet
+    scale: float = 0.18215  # a latent times this has a standard deviation of about 1 for the UNet
+
+    def __post_init__(self):
+        check_fields(self)
+        check_divisible(self.widths, self.groups, "groups")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -66,6 +112,12 @@ class TextConfig:
     vocabulary: int = 49408  # 512 bytes + merges + the start and the end token
     positions: int = 77
 
+    def __post_init__(self):
+        check_fields(self)
+        check_divisible((self.width,), self.heads, "heads")
+        if self.vocabulary < 514 or self.positions < 2:
+            raise ValueError(f"a vocabulary of {self.vocabulary} and {self.positions} positions hold no prompt")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -77,19 +129,12 @@ class ScheduleConfig:
     beta_end: float = 0.012
     timesteps: int = 1000
 
-
-@dataclass(frozen=True)
-class ControlConfig:
-    """What a ControlNet adds to the copy of the UNet's encoder."""
-
-    hint_channels: int = 3
-    hint_widths: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)  # the channels along its hint encoder
-    # Only the mean of each residual over all positions is added, as for the shuffled hints of ControlNet 1.1. Nothing
-    # more happens in the network: that such a control is left out of the negative prompt's branch of the guidance
-    # (`Control.prompt_only`) is up to the caller. infer.py does so, and diffusers.
-    global_average_pooling: bool = False
-    # "lite" has one convolution in place of each copied block: the paper's ablation, section 4.2.
-    architecture: Literal["full", "lite"] = "full"
+    def __post_init__(self):
+        check_fields(self)
+        if not self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"betas from {self.beta_start} to {self.beta_end} are no schedule")
+        if self.zero_terminal_snr and self.prediction == "eps":  # x_T is pure noise, and eps says nothing about x0
+            raise ValueError('zero terminal SNR is impossible with prediction "eps": use "v" or "x0"')
 
 
 @dataclass(frozen=True)
@@ -101,6 +146,10 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     resolution: int = 512  # pixels, the side it was trained at
 
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not fits_in(self.resolution, int, "resolution"):
+            raise ValueError(f"the name is {self.name!r:.80} and the resolution {self.resolution!r:.80}")
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -108,7 +157,7 @@ class Config:
     def from_dict(cls, values: dict) -> "Config":
         """The inverse of `to_dict`, also after a round trip through JSON (which turns tuples into lists).
 
-        Raises TypeError for a field that this version does not know.
+        Raises TypeError for a field that this version does not know, ValueError for numbers that no model has.
         """
         parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig, "schedule": ScheduleConfig}
         return cls(**{k: dataclass_from_dict(parts[k], v) if k in parts else v for k, v in values.items()})
@@ -130,7 +179,7 @@ SD21 = Config("sd21", unet=_SD2_UNET, text=_SD2_TEXT, schedule=ScheduleConfig("v
 SD20_BASE = replace(SD21_BASE, name="sd20-base")
 SD20 = replace(SD21, name="sd20")
 
-# The family at the size of a laptop: 128x128 pictures, 16x16 latents. Its few groups keep a flat picture's colour
+# The family at the size of a laptop: 128x128 images, 16x16 latents. Its few groups keep a flat image's colour
 # readable through the norms: with 32 groups of one channel each, GroupNorm would take every channel's mean away. In
 # bf16 the rest of it trains twice as fast on CPUs with matrix units; attention's backward pass there is slower than in
 # fp32.

@@ -17,15 +17,9 @@ class Schedule:
     betas           (T,) fp64, linear in their square root (Rombach et al., arXiv 2112.10752, the released code)
     alphas_cumprod  (T,) fp32, computed in fp64: the buffer of the released checkpoints
     alpha, sigma    (T,) fp32, computed in fp64: what a picture and its noise are multiplied with
-
-    Raises ValueError for eps-prediction at zero terminal SNR: x_T is pure noise there, and eps says nothing about x0.
     """
 
     def __init__(self, config: ScheduleConfig):
-        if config.prediction not in ("eps", "v", "x0"):
-            raise ValueError(f'the prediction is "{config.prediction}", expected "eps", "v" or "x0"')
-        if config.zero_terminal_snr and config.prediction == "eps":
-            raise ValueError('zero terminal SNR is impossible with prediction "eps": use "v" or "x0"')
         self.config = config
         start, end = config.beta_start**0.5, config.beta_end**0.5
         self.betas = torch.linspace(start, end, config.timesteps, dtype=torch.float64) ** 2

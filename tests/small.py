@@ -1,10 +1,14 @@
 """A random model small enough to sample from in a test, of the same family as the tiny one."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import nn
 
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
+from ldm.checkpoints.stored import CheckpointError
 from ldm.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 SMALL = Config(
@@ -45,3 +49,19 @@ def strengthened(module: nn.Module) -> nn.Module:
         if isinstance(m, nn.Embedding):
             nn.init.normal_(m.weight)
     return module
+
+
+def assert_same(model: nn.Module, expected: nn.Module) -> None:
+    """Bit by bit."""
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[key], value) for key, value in wanted.items())
+
+
+def error_of(function: Callable, *arguments, **keywords) -> str:
+    """The message of the CheckpointError that is raised: one sentence, on one line."""
+    with pytest.raises(CheckpointError) as caught:
+        function(*arguments, **keywords)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

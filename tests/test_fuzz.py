@@ -23,12 +23,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from controlnet.config import ControlConfig
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from ldm.checkpoints.recognise import contents
-from ldm.config import Config, ControlConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.checkpoints.open import open_checkpoint
+from ldm.checkpoints.stored import CheckpointError
+from ldm.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
+from tools.checkpoints import contents
 
 MUTATIONS = 300  # of each file
 SLOW = 5.0  # seconds of computing that no file may take
@@ -246,8 +248,8 @@ def programs(marker):
     yield pickle.dumps({"a": Payload(range, 10**13)})
     yield b"\x80\x02]r\xff\xff\xff\x7f."  # a memo of two thousand million entries
     yield b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x."  # bytes without end
-    yield b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b"."  # deep tuples
-    yield b"\x80\x02}" + b"(" * 100_000 + b"t" * 100_000 + b"K\x01s."  # as a key: to be hashed
+    yield b"\x80\x02" + b"(" * 20_000 + b"t" * 20_000 + b"."  # deep tuples
+    yield b"\x80\x02}" + b"(" * 20_000 + b"t" * 20_000 + b"K\x01s."  # as a key: to be hashed
     yield b"\x80\x02K\x01."
     yield b"."
     yield b""
@@ -257,6 +259,7 @@ def archive(program):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as zip_file:
         zip_file.writestr("archive/data.pkl", program)
+        zip_file.writestr("archive/version", b"3\n")  # without which PyTorch reads nothing
     return buffer.getvalue()
 
 
@@ -313,5 +316,5 @@ def test_tensors_beyond_their_storage(tmp_path):
         with zipfile.ZipFile(path, "w") as archive_file:
             for name, data in {**records, program: changed}.items():
                 archive_file.writestr(name, data)
-        with limited_memory(), pytest.raises(CheckpointError, match="a tensor (reaches beyond|is described|has more)"):
+        with limited_memory(), pytest.raises(CheckpointError, match="pickle makes no sense|reaches beyond its data"):
             open_checkpoint(path)

@@ -1,36 +1,29 @@
 """Models from their files as they are, for programs that change files: in their own precision and architecture."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 
 import torch
 
-from controlnet import ControlNet
+from controlnet.common.program import note
+from controlnet.layouts import ControlFile, control_map, recognise_control
+from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoints.checkpoint import (
-    BASE_PARTS,
-    IGNORED,
-    Checkpoint,
-    CheckpointError,
-    gather,
-    open_checkpoint,
-    save_checkpoint,
-    without_weights,
-)
-from ldm.checkpoints.diffusers_layout import unet_from_diffusers
-from ldm.checkpoints.key_maps import control_map
-from ldm.checkpoints.recognise import Control, check_config, described_config, description_errors, recognise_control
+from ldm.checkpoints.diffusers import unet_from_diffusers
+from ldm.checkpoints.key_maps import Layout
+from ldm.checkpoints.load import BASE_PARTS, FAMILIES, IGNORED, PARTS, without_weights
+from ldm.checkpoints.open import Checkpoint, open_checkpoint
+from ldm.checkpoints.published import find
+from ldm.checkpoints.recognise import BaseFile, described_config, description_errors, identify, kind
+from ldm.checkpoints.save import gather, save_checkpoint
+from ldm.checkpoints.stored import CheckpointError
 from ldm.config import SD15, SD21, UNetConfig, dataclass_from_dict
-from ldm.stable_diffusion import find
 from ldm.unet import UNet
-from tools.cli import DTYPES, note
-
-
-def torch_dtype(name: str | None) -> torch.dtype | None:
-    return getattr(torch, DTYPES[name]) if name else None
 
 
 def load_base(
@@ -59,7 +52,7 @@ def load_control(
         unet = base if found.difference else UNet(control_unet_config(checkpoint, found))
     own = (key for key in checkpoint.tensors if key.startswith(found.prefix) and not key.startswith(BASE_PARTS))
     dtype = dtype or widest_dtype(checkpoint, own)
-    return ControlNet.load(path, unet, "cpu", dtype, global_average_pooling).requires_grad_(False)
+    return ControlNet.load(path, unet, "cpu", dtype, global_average_pooling)
 
 
 def widest_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:
@@ -69,7 +62,7 @@ def widest_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:
     return reduce(torch.promote_types, types) if types else torch.float32
 
 
-def control_unet_config(checkpoint: Checkpoint, found: Control) -> UNetConfig:
+def control_unet_config(checkpoint: Checkpoint, found: ControlFile) -> UNetConfig:
     """The UNet that a ControlNet was copied from: as our metadata or diffusers' configuration have it, else by shapes.
 
     Raises CheckpointError for an architecture that is described nowhere and is not that of SD 1.x or 2.x.
@@ -78,18 +71,11 @@ def control_unet_config(checkpoint: Checkpoint, found: Control) -> UNetConfig:
     with description_errors(checkpoint):
         folder = found.prefix.rstrip(".") if found.layout == "diffusers" else None
         if described is not None:
-            unet = dataclass_from_dict(UNetConfig, described["unet"])
-        elif folder in checkpoint.configs:
-            unet = unet_from_diffusers(checkpoint.configs[folder])
-        else:
-            unet = control_unet_by_shape(checkpoint, found)
-        check_config(replace(SD15, unet=unet))
-    return unet
-
-
-def control_unet_by_shape(checkpoint: Checkpoint, found: Control) -> UNetConfig:
+            return dataclass_from_dict(UNetConfig, described["unet"])
+        if folder in checkpoint.configs:
+            return unet_from_diffusers(checkpoint.configs[folder])
     for config in (SD15, SD21):
-        if config.unet.context_width in context_widths(checkpoint, found.prefix):
+        if (config.unet.context_width,) in context_widths(checkpoint, found.prefix):
             return config.unet
     raise CheckpointError(
         f'"{checkpoint.path}" is a ControlNet of an unknown architecture: expected one of SD 1.x or 2.x, or our '
@@ -97,9 +83,10 @@ def control_unet_by_shape(checkpoint: Checkpoint, found: Control) -> UNetConfig:
     )
 
 
-def context_widths(checkpoint: Checkpoint, prefix: str) -> set[int]:
+def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[tuple[int, ...]]:
+    """The last side of what is multiplied with the prompt's context; () for what is no matrix at all."""
     keys = (key for key in checkpoint.tensors if key.startswith(prefix) and key.endswith("attn2.to_k.weight"))
-    return {checkpoint.shape(key)[-1] for key in keys}
+    return [checkpoint.shape(key)[-1:] for key in keys]
 
 
 def save_whole(path: Path, base: StableDiffusion, control: ControlNet, dtype: torch.dtype | None = None) -> None:
@@ -109,3 +96,51 @@ def save_whole(path: Path, base: StableDiffusion, control: ControlNet, dtype: to
         tensors |= gather(module, key_map, dtype)
     described = {**base.config.to_dict(), "control": asdict(control.config)}
     save_checkpoint(path, tensors, {"config": json.dumps(described)})
+
+
+# -------------------------------------------------------------------------------------------------------- contents
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, from its headers alone: for programs that show it."""
+
+    kind: str  # "base", "ControlNet", "base with a ControlNet", or a word for what it is
+    layout: Layout | None
+    family: str | None  # "SD 1.x" or "SD 2.x"
+    base: BaseFile | None
+    control: ControlFile | None
+    parameters: dict[str, int]  # floating-point numbers by part
+    dtypes: dict[str, int]  # floating-point numbers by type
+    ema: bool
+
+
+def contents(checkpoint: Checkpoint, prediction: str | None = None) -> Contents:
+    """Never raises for a file that could be opened: what is no model is described as `kind`."""
+    base = attempt(identify, checkpoint, prediction)
+    control = attempt(recognise_control, checkpoint)
+    names = [name for name, found in (("base", base), ("ControlNet", control)) if found]
+    parameters, dtypes = Counter(), Counter()
+    for key, tensor in checkpoint.tensors.items():
+        if tensor.dtype.is_floating_point and key not in IGNORED:
+            start = next((start for start in PARTS if key.startswith(start)), None)
+            parameters[PARTS.get(start, "ControlNet" if control and not base else "other")] += tensor.numel
+            dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+    widths = context_widths(checkpoint)
+    return Contents(
+        " with a ".join(names) or kind(checkpoint),
+        (base or control).layout if names else None,
+        FAMILIES.get(math.prod(widths[0])) if widths else None,
+        base,
+        control,
+        dict(parameters),
+        dict(dtypes),
+        checkpoint.any_key("model_ema."),
+    )
+
+
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except CheckpointError:
+        return None

@@ -4,7 +4,7 @@ A parameter called `weight` or `bias` keeps that name, so a table lists modules 
 or cut differently have rows of their own. Tables may list modules that a configuration does not have (a shortcut
 between equal widths): they are looked up by the parameters that exist, never the other way round.
 
-There are two layouts. "ldm" is that of the released checkpoints of SD 1.x and 2.x and of ControlNet 1.0 and 1.1. Its
+There are two layouts. "ldm" is that of the released checkpoints of SD 1.x and 2.x. Its
 `input_blocks` and `output_blocks` are our `encoder.blocks` and `decoder.blocks`, counted alike; each consists of up to
 three numbered modules: what it begins with, a transformer if there is one, an upsampler if there is one. "diffusers"
 is that of the library of this name. It counts residual blocks and transformers apart and by level, and spreads a base
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ldm.config import Config, ControlConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import Config, TextConfig, UNetConfig, VAEConfig
 
 Layout = Literal["ldm", "diffusers"]
 Rows = list[tuple[str, str]]
@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """The table of one part (UNet, autoencoder, text encoder or ControlNet) in one layout."""
+    """The table of one part (UNet, autoencoder, text encoder ...) in one layout."""
 
     prefix: str  # of all its keys in a file
     modules: Rows  # (ours, theirs); their parameters have the same last names
@@ -78,7 +78,7 @@ def under(ours: str, theirs: str, rows: Rows) -> Rows:
     return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in rows]
 
 
-# ------------------------------------------------------------------------------------------- UNet and ControlNet
+# ---------------------------------------------------------------------------------------------------------- UNet
 
 RES_BLOCK = [
     ("norm1", "in_layers.0"),
@@ -131,21 +131,6 @@ MIDDLE = [
 def unet_map(config: UNetConfig) -> KeyMap:
     out = [("decoder.norm_out", "out.0"), ("decoder.conv_out", "out.2")]
     return KeyMap("model.diffusion_model.", [*encoder_rows(config), *decoder_rows(config), *out])
-
-
-def control_map(unet: UNetConfig, control: ControlConfig, prefix: str = "control_model.") -> KeyMap:
-    """For a copy of the encoder of `unet`. Some files of other programs have the prefix "" here."""
-    # Their hint encoder counts its activations too, so a convolution is every other module.
-    convs = [(f"hint_encoder.convs.{i}", f"input_hint_block.{2 * i}") for i in range(len(control.hint_widths) + 1)]
-    zero_convs = [(f"zero_convs.{i}", f"zero_convs.{i}.0") for i in range(encoder_length(unet))]
-    encoder = encoder_rows(unet) if control.architecture == "full" else lite_rows(unet)
-    return KeyMap(prefix, [*convs, *encoder, *zero_convs, ("middle_zero_conv", "middle_block_out.0")])
-
-
-def lite_rows(config: UNetConfig) -> Rows:
-    """Of an encoder of single convolutions, which only our files have."""
-    blocks = [(f"encoder.blocks.{i}", f"input_blocks.{i}.0") for i in range(encoder_length(config))]
-    return [*blocks, ("encoder.middle", "middle_block.0")]
 
 
 def encoder_rows(config: UNetConfig) -> Rows:
@@ -270,7 +255,7 @@ def unused_parameters(config: TextConfig) -> tuple[str, ...]:
     return () if config.family == "clip" else (f"blocks.{config.layers - 1}.", "text_projection", "logit_scale")
 
 
-# --------------------------------------------------------------------------------- diffusers: UNet and ControlNet
+# ----------------------------------------------------------------------------------------------- diffusers: UNet
 
 DIFFUSERS_RES_BLOCK = [
     ("norm1", "norm1"),
@@ -285,15 +270,6 @@ DIFFUSERS_RES_BLOCK = [
 def diffusers_unet_map(config: UNetConfig, prefix: str = "unet.") -> KeyMap:
     out = [("decoder.norm_out", "conv_norm_out"), ("decoder.conv_out", "conv_out")]
     return KeyMap(prefix, [*diffusers_encoder_rows(config), *diffusers_decoder_rows(config), *out])
-
-
-def diffusers_control_map(unet: UNetConfig, control: ControlConfig, prefix: str = "") -> KeyMap:
-    last = len(control.hint_widths)
-    names = ["conv_in", *(f"blocks.{i}" for i in range(last - 1)), "conv_out"]
-    convs = [(f"hint_encoder.convs.{i}", f"controlnet_cond_embedding.{name}") for i, name in enumerate(names)]
-    zero_convs = [(f"zero_convs.{i}", f"controlnet_down_blocks.{i}") for i in range(encoder_length(unet))]
-    middle = ("middle_zero_conv", "controlnet_mid_block")
-    return KeyMap(prefix, [*convs, *diffusers_encoder_rows(unet), *zero_convs, middle])
 
 
 def diffusers_encoder_rows(config: UNetConfig) -> Rows:

@@ -101,5 +101,5 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_step():
 def test_errors_are_one_clear_sentence():
     with pytest.raises(ValueError, match='impossible with prediction "eps": use "v" or "x0"'):
         Schedule(ScheduleConfig("eps", zero_terminal_snr=True))
-    with pytest.raises(ValueError, match='is "epsilon", expected "eps", "v" or "x0"'):
+    with pytest.raises(ValueError, match="prediction is 'epsilon', expected one of eps, v, x0"):
         Schedule(ScheduleConfig("epsilon"))

@@ -6,21 +6,13 @@ from dataclasses import replace
 import pytest
 from reference import FIXTURES, MINI_SD1, MINI_SD2, load_manifest
 
+from controlnet.config import ControlConfig
+from controlnet.layouts import control_map, control_values, diffusers_control_map
 from controlnet.model import ControlNet
-from ldm.checkpoints.checkpoint import IGNORED, wanted_shapes, without_weights
-from ldm.checkpoints.diffusers_layout import control_values, text_values, unet_values, vae_values
-from ldm.checkpoints.key_maps import (
-    Source,
-    base_maps,
-    control_map,
-    diffusers_control_map,
-    names_by_key,
-    open_clip_map,
-    text_map,
-    unet_map,
-    vae_map,
-)
-from ldm.config import SD15, SD21, TINY, ControlConfig, UNetConfig
+from ldm.checkpoints.diffusers import text_values, unet_values, vae_values
+from ldm.checkpoints.key_maps import Source, base_maps, names_by_key, open_clip_map, text_map, unet_map, vae_map
+from ldm.checkpoints.load import IGNORED, wanted_shapes, without_weights
+from ldm.config import SD15, SD21, TINY, UNetConfig
 from ldm.text_encoder import TextEncoder
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL

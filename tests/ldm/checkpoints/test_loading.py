@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import warnings
@@ -14,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from reference import FIXTURES, MINI_SD1, MINI_SD2, fill, filled, filled_checkpoint, load_manifest
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import assert_same, error_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ldm.stable_diffusion
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoints.checkpoint import CheckpointError, open_checkpoint, save_checkpoint, without_weights
+from ldm.checkpoints.load import without_weights
+from ldm.checkpoints.open import open_checkpoint
+from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import recognise
-from ldm.config import SD15, SD21, SD21_BASE, TINY, ControlConfig
+from ldm.checkpoints.save import save_checkpoint
+from ldm.config import PRESETS, SD15, SD21, SD21_BASE, TINY
+from ldm.fast.packed import pack
 from ldm.unet import UNet
 
 ROOT = Path(__file__).parents[3]
@@ -61,25 +63,9 @@ def relative(got, want):
     return ((got - want).norm() / want.norm()).item()
 
 
-def assert_same(model, expected):
-    """Bit by bit."""
-    state, wanted = model.state_dict(), expected.state_dict()
-    assert state.keys() == wanted.keys()
-    assert all(torch.equal(state[key], value) for key, value in wanted.items())
-
-
 def empty_unet(config):
     with without_weights():
         return UNet(config.unet)
-
-
-def error_of(function, *arguments, **keywords):
-    """The message of the CheckpointError that is raised: one sentence, on one line."""
-    with pytest.raises(CheckpointError) as caught:
-        function(*arguments, **keywords)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # ------------------------------------------------------------------------------------------------------------ values
@@ -144,44 +130,6 @@ def test_saving_gives_back_the_same_file(folder, tmp_path, name):
     assert all(torch.equal(twice[key], value) for key, value in saved.items())
 
 
-@pytest.mark.parametrize("name", MINIS)
-def test_control_round_trip(folder, tmp_path, name):
-    original = load_file(folder / f"{name}_control_only.safetensors")
-    control = ControlNet.load(folder / f"{name}_control_only.safetensors", load_mini(folder, name).unet)
-    assert torch.equal(control.hint_encoder.convs[7].weight, original["control_model.input_hint_block.14.weight"])
-    assert torch.equal(control.zero_convs[11].weight, original["control_model.zero_convs.11.0.weight"])
-    assert all(parameter.requires_grad for parameter in control.parameters())
-    control.save(tmp_path / "control.safetensors")
-    saved = load_file(tmp_path / "control.safetensors")
-    assert saved.keys() == original.keys()
-    assert all(torch.equal(saved[key], original[key]) for key in saved)
-
-
-def test_control_keeps_its_own_configuration(tmp_path):
-    unet = UNet(TINY.unet)
-    config = ControlConfig(hint_channels=1, hint_widths=(4, 4, 8, 8, 16, 16, 32))
-    ControlNet.from_unet(unet, config).save(tmp_path / "control.safetensors")
-    assert ControlNet.load(tmp_path / "control.safetensors", unet).config == config
-    with safe_open(tmp_path / "control.safetensors", "pt") as file:
-        metadata = file.metadata()
-    assert metadata["format"] == "pt"
-    assert json.loads(metadata["config"])["unet"]["channels"] == TINY.unet.channels
-
-
-def test_control_without_its_prefix_and_beside_its_base(folder, tmp_path):
-    unet = load_mini(folder).unet
-    tensors = load_file(folder / "mini_sd1_control_only.safetensors")
-    bare = {key.removeprefix("control_model."): value for key, value in tensors.items()}
-    save_file(bare, tmp_path / "bare.safetensors")
-    whole = {**load_file(folder / "mini_sd1_checkpoint.safetensors"), **tensors, "logvar": torch.zeros(1000)}
-    save_file(whole, tmp_path / "whole.safetensors")
-    expected = ControlNet.load(folder / "mini_sd1_control_only.safetensors", unet)
-    for name in ("bare", "whole"):
-        assert_same(ControlNet.load(tmp_path / f"{name}.safetensors", unet), expected)
-    # The same file also serves as the base.
-    StableDiffusion.from_checkpoint(open_checkpoint(tmp_path / "whole.safetensors"), MINI_SD1)
-
-
 def test_a_fresh_model_of_any_depth_survives_a_round_trip(tmp_path):
     model = StableDiffusion(TINY)
     model.save(tmp_path / "tiny.safetensors")
@@ -227,9 +175,11 @@ MEASURE = """
 import resource
 import sys
 import torch
-from ldm.checkpoints.checkpoint import load_parts, open_checkpoint
+from ldm.checkpoints.load import load_parts
+from ldm.checkpoints.open import open_checkpoint
 from ldm.config import UNetConfig
-from ldm.key_maps import unet_map
+from ldm.checkpoints.key_maps import unet_map
+from ldm.fast.packed import pack
 from ldm.unet import UNet
 
 def memory(name):
@@ -333,8 +283,7 @@ def test_metadata_come_first_and_the_argument_before_them(tmp_path):
 
 
 def test_presets_are_found_in_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(ldm.stable_diffusion, "WEIGHTS", tmp_path)
-    find = ldm.stable_diffusion.find
+    monkeypatch.setattr("ldm.checkpoints.published.WEIGHTS", tmp_path)
     for preset, name in {
         "sd15": "v1-5-pruned.safetensors",
         "sd21": "v2-1_768-ema-pruned.safetensors",
@@ -344,7 +293,7 @@ def test_presets_are_found_in_weights(tmp_path, monkeypatch):
         message = error_of(find, preset)
         assert f"{preset}.safetensors" in message and ("download" in message or "tools.pretrain" in message)
         (tmp_path / name).touch()
-        assert find(preset) == (tmp_path / name, ldm.stable_diffusion.PRESETS[preset])
+        assert find(preset) == (tmp_path / name, PRESETS[preset])
     (tmp_path / "v1-5-pruned-emaonly.safetensors").touch()
     assert find("sd15")[0].name == "v1-5-pruned-emaonly.safetensors"
     # The published name of SD 2.1 base is as good as the preset's: it settles eps or v.
@@ -398,20 +347,6 @@ def test_files_that_are_no_checkpoints(folder, tmp_path):
 def test_files_that_are_no_base(tmp_path, key, sentence):
     message = error_of(StableDiffusion.load, file_of(tmp_path, {key: (1,)}))
     assert "is not a base model of SD 1.x or 2.x" in message and sentence in message
-
-
-def test_base_given_as_control(tmp_path):
-    path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)})
-    message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
-    assert message.endswith("holds no ControlNet: it is a base model without one: pass it as --base")
-
-
-def test_a_base_that_is_none_of_ours_is_not_recommended_as_one(tmp_path):
-    keys = {"model.diffusion_model.x": (1,), "first_stage_model.encoder.down.0.x": (1,)}
-    for key, what in (("cond_stage_model.x", "of another architecture"), ("conditioner.embedders.0.x", "an SDXL")):
-        path = file_of(tmp_path, {**keys, key: (1,)})
-        message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
-        assert what in message and "--base" not in message
 
 
 def test_unknown_sizes_and_metadata(folder, tmp_path):
@@ -489,16 +424,6 @@ def test_likely_causes(folder, tmp_path):
     assert "it is a model (context width 96), expected a model (context width 64)" in message
 
 
-@pytest.mark.parametrize("name, other", [("sd15", SD21), ("sd21", SD15)])
-def test_controls_of_the_other_family(tmp_path, name, other):
-    path = file_of(tmp_path, load_manifest(f"ldm_control_{name}_control_only"))
-    message = error_of(ControlNet.load, path, empty_unet(other))
-    families = ["SD 1.x (context width 768)", "SD 2.x (context width 1024)"]
-    found, expected = families if name == "sd15" else reversed(families)
-    assert f"does not fit, it is {found}, expected {expected}: " in message
-    assert re.search(r"\d+ keys misshapen", message)
-
-
 # ------------------------------------------------------------------------------------------------------------ saving
 
 
@@ -510,7 +435,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("ldm.checkpoints.checkpoint.save_file", fail)
+    monkeypatch.setattr("ldm.checkpoints.save.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(path, {"a": torch.zeros(1)}, {})
     assert torch.equal(load_file(path)["a"], torch.ones(1))
@@ -559,6 +484,20 @@ def test_half_precision_takes_any_dtype(folder):
     model = load_mini(folder, dtype=torch.bfloat16)
     assert model.encode(torch.zeros(1, 3, 32, 32), sample=False).dtype == torch.bfloat16
     assert model.decode(torch.zeros(1, 4, 4, 4)).dtype == torch.bfloat16
+
+
+def test_device_and_type_are_the_unets_also_when_it_is_packed(folder):
+    model = load_mini(folder, dtype=torch.float16)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float16)
+    model = load_mini(folder)
+    pack(model.unet)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_gradients_pass_through_the_autoencoder(folder):
+    model, latents = load_mini(folder), torch.zeros(1, 4, 4, 4, requires_grad=True)
+    model.decode(latents).sum().backward()
+    assert latents.grad.abs().sum() > 0
 
 
 def test_the_filled_files_are_complete(folder):

@@ -1,7 +1,7 @@
 """Diffusers' layout beside its tensors: a folder of JSON files that describe the architecture, read and written.
 
 The numbers are the same as ours under other names (`attention_head_dim` is the number of heads). What is written
-loads with `StableDiffusionPipeline.from_pretrained` and `ControlNetModel.from_pretrained`.
+loads with `StableDiffusionPipeline.from_pretrained`.
 """
 
 import json
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.config import PRESETS, Config, ControlConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import PRESETS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.tokenizer import byte_symbols, merge_table
 
-from .checkpoint import CheckpointError, new_folder, save_checkpoint
+from .files import new_folder
+from .save import save_checkpoint
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -26,7 +27,7 @@ TEXT_WEIGHTS_NAME = "model.safetensors"
 def config_from_diffusers(configs: dict[str, dict], prediction: str | None) -> Config:
     """The configurations of a folder by component -> ours. `prediction` is used where there is no scheduler's.
 
-    Raises KeyError, TypeError, ValueError or ZeroDivisionError for values that make no sense.
+    Raises KeyError, TypeError, ValueError or AttributeError for values that make no sense.
     """
     unet = unet_from_diffusers(configs["unet"])
     vae = vae_from_diffusers(configs["vae"])
@@ -42,18 +43,16 @@ def config_from_diffusers(configs: dict[str, dict], prediction: str | None) -> C
 
 
 def unet_from_diffusers(values: dict) -> UNetConfig:
-    widths = values.get("block_out_channels", [320, 640, 1280, 1280])
+    channels, multipliers = widths_from_diffusers(values, [320, 640, 1280, 1280])
     heads = values.get("num_attention_heads") or values.get("attention_head_dim", 8)
     attention = values.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"block_out_channels {widths} are no multiples of the first")
     linear = values.get("use_linear_projection", False)
     return UNetConfig(
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
+        channels,
+        multipliers,
         blocks=values.get("layers_per_block", 2),
         attention=tuple(kind == "CrossAttnDownBlock2D" for kind in attention),
-        heads=tuple(heads if isinstance(heads, list) else [heads] * len(widths)),
+        heads=tuple(heads if isinstance(heads, list) else [heads] * len(multipliers)),
         context_width=values.get("cross_attention_dim", 768),
         linear_projections=linear,
         fp32_logits=linear or values.get("upcast_attention", False),
@@ -62,11 +61,19 @@ def unet_from_diffusers(values: dict) -> UNetConfig:
     )
 
 
+def widths_from_diffusers(values: dict, default: list[int]) -> tuple[int, tuple[int, ...]]:
+    """-> the channels of level 0, and each level's multiple of them."""
+    widths = values.get("block_out_channels", default)
+    if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
+        raise TypeError(f"block_out_channels is {widths!r:.80}")
+    if not widths or any(width % widths[0] for width in widths):
+        raise ValueError(f"block_out_channels {widths!s:.80} are no multiples of the first")
+    return widths[0], tuple(width // widths[0] for width in widths)
+
+
 def vae_from_diffusers(values: dict) -> VAEConfig:
-    widths = values.get("block_out_channels", [128, 256, 512, 512])
     return VAEConfig(
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
+        *widths_from_diffusers(values, [128, 256, 512, 512]),
         blocks=values.get("layers_per_block", 2),
         groups=values.get("norm_num_groups", 32),
         latent_channels=values.get("latent_channels", 4),
@@ -100,24 +107,11 @@ def schedule_from_diffusers(values: dict, prediction: str | None) -> ScheduleCon
     )
 
 
-def control_from_diffusers(values: dict) -> ControlConfig:
-    """Their hint encoder's channels come once for each resolution, ours once for each convolution."""
-    first, *widths = values.get("conditioning_embedding_out_channels", [16, 32, 96, 256])
-    if values.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
-        raise ValueError("controlnet_conditioning_channel_order is not rgb")
-    pairs = zip([first, *widths], widths, strict=False)
-    return ControlConfig(
-        values.get("conditioning_channels", 3),
-        (first, *(width for pair in pairs for width in pair)),
-        values.get("global_pool_conditions", False),
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------- write
 
 
 def encoder_values(config: UNetConfig) -> dict:
-    """What the UNet and a ControlNet have in common."""
+    """Of the encoder half of a UNet."""
     heads = config.heads[0] if len(set(config.heads)) == 1 else list(config.heads)
     return {
         "in_channels": config.latent_channels,
@@ -148,25 +142,6 @@ def unet_values(config: Config) -> dict:
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.unet.attention)],
         **encoder_values(config.unet),
     }
-
-
-def control_values(unet: UNetConfig, control: ControlConfig) -> dict:
-    """Raises CheckpointError for a ControlNet that diffusers cannot describe."""
-    widths = control.hint_widths
-    values = {
-        "_class_name": "ControlNetModel",
-        **encoder_values(unet),
-        "conditioning_channels": control.hint_channels,
-        "conditioning_embedding_out_channels": [*widths[::2]],
-        "controlnet_conditioning_channel_order": "rgb",
-        "global_pool_conditions": control.global_average_pooling,
-    }
-    if control_from_diffusers(values) != control:
-        raise CheckpointError(
-            f"diffusers cannot describe a ControlNet with {control}, expected a full copy and a hint encoder whose "
-            'channels come in pairs (A A B B C C D): save it with layout="ldm"'
-        )
-    return values
 
 
 def vae_values(config: Config) -> dict:
@@ -243,7 +218,7 @@ MODEL_INDEX = {
 def save_pipeline(path: str | Path, config: Config, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A base as a folder. The keys of `tensors` begin with the component that they belong to.
 
-    `metadata` go into the UNet's file. Raises CheckpointError if `path` exists and is not an empty folder.
+    `metadata` go into the UNet's file. Raises ValueError if `path` exists and is not an empty folder.
     """
     components = {
         "unet": (WEIGHTS_NAME, unet_values(config), metadata),
@@ -258,13 +233,6 @@ def save_pipeline(path: str | Path, config: Config, tensors: dict[str, Tensor], 
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler_values(config.schedule))
         write_json(folder / "model_index.json", MODEL_INDEX)
         write_tokenizer(folder / "tokenizer", config.text)
-
-
-def save_control(path: str | Path, values: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A ControlNet as a folder; `values` are `control_values`. Raises CheckpointError as `save_pipeline` does."""
-    with new_folder(path) as folder:
-        save_checkpoint(folder / WEIGHTS_NAME, tensors, metadata)
-        write_json(folder / "config.json", values)
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -1,0 +1,185 @@
+"""A ControlNet's files: loading, saving, differences to a base, and the move from one base to another."""
+
+import copy
+import glob
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from ldm import StableDiffusion
+from ldm.checkpoints import published
+from ldm.checkpoints.diffusers import WEIGHTS_NAME, write_json
+from ldm.checkpoints.files import new_folder
+from ldm.checkpoints.key_maps import Layout, unet_map
+from ldm.checkpoints.load import load_parts, without_weights
+from ldm.checkpoints.open import Checkpoint, open_checkpoint
+from ldm.checkpoints.save import gather, save_checkpoint
+from ldm.checkpoints.stored import CheckpointError
+from ldm.config import PRESETS, UNetConfig
+from ldm.unet import UNet
+
+from .config import ControlConfig
+from .layouts import (
+    IGNORED_BESIDE_CONTROL,
+    control_map,
+    control_values,
+    diffusers_control_map,
+    recognise_control,
+)
+
+
+class ControlCheckpoint:
+    """Mixin of `ControlNet`."""
+
+    config: ControlConfig
+
+    @classmethod
+    def load(
+        cls,
+        path_or_name: str | Path,
+        base: StableDiffusion | UNet,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        global_average_pooling: bool | None = None,
+    ) -> Self:
+        """A trained ControlNet for `base`, on the device of its UNet and in its dtype unless others are given.
+
+        It comes from a file or folder in any published layout, or from `weights/` by its name there (`find_control`).
+        It is locked: in eval mode and without gradients (call `requires_grad_` to train it on). Of a file with a base
+        and its ControlNet only the latter is read, with a warning if that base is not the one given. To a file that
+        holds the difference to a base, the one given is added. `global_average_pooling` says what no tensor does: see
+        `recognise_control`.
+        Raises CheckpointError if there is no such file, no ControlNet in it, or one that does not fit the base.
+        """
+        unet = base if isinstance(base, UNet) else base.unet
+        checkpoint = open_checkpoint(find_control(path_or_name, unet.config))
+        found = recognise_control(checkpoint, global_average_pooling)
+        with without_weights():
+            control = cls(UNet(unet.config), found.config)
+        like = next(unet.parameters())
+        device, dtype = torch.device(device or like.device), dtype or like.dtype
+        parts = [(control, found.key_map(unet.config))]
+        load_parts(checkpoint, parts, IGNORED_BESIDE_CONTROL, torch.float32 if found.difference else dtype, device)
+        if found.difference:
+            control.add_encoder(unet)
+            control.to(dtype)
+        elif not same_decoder(checkpoint, unet):
+            warnings.warn(
+                f'"{checkpoint.path}" carries the base that it was trained with, and that is not the one in use: for '
+                "the published result load the base from this file, too",
+                stacklevel=2,
+            )
+        return control.eval().requires_grad_(False)
+
+    def save(
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        layout: Layout = "ldm",
+        difference_to: UNet | None = None,
+    ) -> None:
+        """Write a file in the original layout, or a new folder in diffusers'. `dtype` None keeps the parameters' own.
+
+        With `difference_to` (original layout only) the file holds the copy minus the encoder of that base, marked as
+        other programs mark it: loaded with another base of the family, the ControlNet is transferred to it.
+        Raises ValueError for a folder that exists, and CheckpointError for an architecture that diffusers or a
+        difference lacks.
+        """
+        unet = self.encoder.config
+        metadata = {"config": json.dumps({"unet": asdict(unet), "control": asdict(self.config)})}
+        if layout == "diffusers":
+            values = control_values(unet, self.config)
+            tensors = gather(self, diffusers_control_map(unet, self.config), dtype)
+            with new_folder(path) as folder:
+                save_checkpoint(folder / WEIGHTS_NAME, tensors, metadata)
+                write_json(folder / "config.json", values)
+            return
+        control, marks = self, {}
+        if difference_to is not None:
+            control, marks = copy.deepcopy(self), {"difference": torch.zeros(1)}
+            control.add_encoder(difference_to, -1)
+        tensors = gather(control, control_map(unet, self.config), dtype)
+        save_checkpoint(path, tensors | marks, metadata)
+
+    @torch.no_grad()
+    def add_encoder(self, unet: UNet, factor: float = 1.0) -> None:
+        """Add `factor` times the encoder of `unet` to the copy, in fp32 at least.
+
+        copy + (encoder of another base - encoder of its own) is a ControlNet for the other base (the paper's Figure 12,
+        made exact). Raises CheckpointError if this is no copy of such an encoder.
+        """
+        self.check_copied_from(unet)
+        for own, other in zip(self.encoder.parameters(), unet.encoder.parameters(), strict=True):
+            own.data = (own.float() + factor * other.to(own.device).float()).to(own.dtype)
+
+    @torch.no_grad()
+    def transfer(self, source: UNet, target: UNet) -> None:
+        """From the base `source`, whose encoder this was copied from, to `target`, another one of its family.
+
+        The copy moves by what distinguishes the encoders; between equal ones nothing changes. Raises CheckpointError if
+        this is no copy of such an encoder.
+        """
+        self.check_copied_from(source)
+        self.check_copied_from(target)
+        encoders = (self.encoder, source.encoder, target.encoder)
+        for own, old, new in zip(*(encoder.parameters() for encoder in encoders), strict=True):
+            own.data = (own.float() + (new.float() - old.float()).to(own.device)).to(own.dtype)
+
+    def check_copied_from(self, unet: UNet) -> None:
+        """Raises CheckpointError if no copy of an encoder like that of `unet` is in here."""
+        if self.config.architecture == "lite":
+            raise CheckpointError(
+                "a ControlNet-lite has no copy of its base's encoder to move or subtract: use it as it is"
+            )
+        if self.encoder.config != unet.config:
+            raise CheckpointError("the base is of another architecture than the ControlNet: give one of its family")
+
+
+def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:
+    """Whether the base in a file, if there is one, is `unet`, by its decoder's biases and norms.
+
+    ControlNet 1.0 was trained with the decoder unlocked for some of the files (its repository, issue 46).
+    """
+    parameters = dict(unet.named_parameters())  # those that are packed are no parameters any more
+    sources = unet_map(unet.config).sources(parameters)
+    for name, parameter in parameters.items():
+        key = sources[name].key
+        if name.startswith("decoder.") and parameter.ndim == 1 and key in checkpoint.tensors and not parameter.is_meta:
+            if checkpoint.shape(key) != parameter.shape:
+                return False
+            stored = checkpoint.tensor(sources[name], parameter.dtype, parameter.device)
+            if not torch.equal(stored, parameter):
+                return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------- names in weights/
+
+# The small ControlNets by what they are for.
+TINY_CONTROLS = {"pose": "tiny-pose", "circles": "tiny-fill50k", "canny": "tiny-canny"}
+
+
+def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
+    """A file or folder, or one in `weights/` by its name or, for a base with this UNet, its short name.
+
+    Short names are those of `TINY_CONTROLS`, "fill50k" for tiny-fill50k.safetensors, and "canny" for
+    control_v11p_sd15_canny.pth. Raises CheckpointError if there is none.
+    """
+    path, name, weights = Path(path_or_name), str(path_or_name), published.WEIGHTS
+    files = [path, weights / name, *(weights / f"{name}{suffix}" for suffix in (".safetensors", ".pth"))]
+    for preset in (preset.name for preset in PRESETS.values() if preset.unet == unet):
+        if preset == "tiny":
+            files.append(weights / f"{TINY_CONTROLS.get(name, f'tiny-{name}')}.safetensors")
+        for family in (preset, f"{preset}s2"):  # s2: for clip skip 2
+            files += sorted(weights.glob(f"control_*{family}_{glob.escape(path.name)}.*"))
+    for file in files:
+        # No other folder that has the name by chance: one of a ControlNet, or of a pipeline, which may hold one.
+        if file.is_file() or any((file / config).is_file() for config in ("config.json", "model_index.json")):
+            return file
+    if path.exists():
+        return path
+    raise CheckpointError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: give its path')

@@ -1,0 +1,154 @@
+"""Where each parameter of a ControlNet stands in a checkpoint, and what kind of ControlNet a checkpoint holds.
+
+The layouts are those of the base (ldm/checkpoints/key_maps.py): "ldm" as ControlNet 1.0 and 1.1 were released,
+"diffusers" as that library saves one. A ControlNet's encoder has the keys of the UNet's under another prefix.
+"""
+
+from dataclasses import dataclass, replace
+
+from ldm.checkpoints.diffusers import encoder_values
+from ldm.checkpoints.key_maps import (
+    KeyMap,
+    Layout,
+    Rows,
+    diffusers_encoder_rows,
+    encoder_length,
+    encoder_rows,
+)
+from ldm.checkpoints.load import BASE_PARTS
+from ldm.checkpoints.open import Checkpoint
+from ldm.checkpoints.recognise import described_config, description_errors, identify, kind
+from ldm.checkpoints.stored import CheckpointError
+from ldm.config import UNetConfig, dataclass_from_dict
+
+from .config import ControlConfig
+
+IGNORED_BESIDE_CONTROL = (*BASE_PARTS, "model_ema.")  # how the keys begin that a file may have beside a ControlNet's
+
+# ------------------------------------------------------------------------------------------------------------ keys
+
+
+def control_map(unet: UNetConfig, control: ControlConfig, prefix: str = "control_model.") -> KeyMap:
+    """For a copy of the encoder of `unet`. Some files of other programs have the prefix "" here."""
+    # Their hint encoder counts its activations too, so a convolution is every other module.
+    convs = [(f"hint_encoder.convs.{i}", f"input_hint_block.{2 * i}") for i in range(len(control.hint_widths) + 1)]
+    zero_convs = [(f"zero_convs.{i}", f"zero_convs.{i}.0") for i in range(encoder_length(unet))]
+    encoder = encoder_rows(unet) if control.architecture == "full" else lite_rows(unet)
+    return KeyMap(prefix, [*convs, *encoder, *zero_convs, ("middle_zero_conv", "middle_block_out.0")])
+
+
+def lite_rows(unet: UNetConfig) -> Rows:
+    """Of an encoder of single convolutions, which only our files have."""
+    blocks = [(f"encoder.blocks.{i}", f"input_blocks.{i}.0") for i in range(encoder_length(unet))]
+    return [*blocks, ("encoder.middle", "middle_block.0")]
+
+
+def diffusers_control_map(unet: UNetConfig, control: ControlConfig, prefix: str = "") -> KeyMap:
+    last = len(control.hint_widths)
+    names = ["conv_in", *(f"blocks.{i}" for i in range(last - 1)), "conv_out"]
+    convs = [(f"hint_encoder.convs.{i}", f"controlnet_cond_embedding.{name}") for i, name in enumerate(names)]
+    zero_convs = [(f"zero_convs.{i}", f"controlnet_down_blocks.{i}") for i in range(encoder_length(unet))]
+    middle = ("middle_zero_conv", "controlnet_mid_block")
+    return KeyMap(prefix, [*convs, *diffusers_encoder_rows(unet), *zero_convs, middle])
+
+
+# ------------------------------------------------------------------------------------------ diffusers' config.json
+
+
+def control_from_diffusers(values: dict) -> ControlConfig:
+    """Their hint encoder's channels come once for each resolution, ours once for each convolution."""
+    first, *widths = values.get("conditioning_embedding_out_channels", [16, 32, 96, 256])
+    if values.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
+        raise ValueError("controlnet_conditioning_channel_order is not rgb")
+    pairs = zip([first, *widths], widths, strict=False)
+    return ControlConfig(
+        values.get("conditioning_channels", 3),
+        (first, *(width for pair in pairs for width in pair)),
+        values.get("global_pool_conditions", False),
+    )
+
+
+def control_values(unet: UNetConfig, control: ControlConfig) -> dict:
+    """The inverse. Raises CheckpointError for a ControlNet that diffusers cannot describe."""
+    values = {
+        "_class_name": "ControlNetModel",
+        **encoder_values(unet),
+        "conditioning_channels": control.hint_channels,
+        "conditioning_embedding_out_channels": [*control.hint_widths[::2]],
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": control.global_average_pooling,
+    }
+    if control_from_diffusers(values) != control:
+        raise CheckpointError(
+            f"diffusers cannot describe a ControlNet with {control}, expected a full copy and a hint encoder whose "
+            'channels come in pairs (A A B B C C D): save it with layout="ldm"'
+        )
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------- recognition
+
+
+@dataclass(frozen=True)
+class ControlFile:
+    """What a checkpoint with a ControlNet in it says about it."""
+
+    config: ControlConfig
+    layout: Layout
+    prefix: str  # of its keys
+    difference: bool  # its copy of the encoder is stored minus the base's encoder
+
+    def key_map(self, unet: UNetConfig) -> KeyMap:
+        """`unet` is that of the base."""
+        make = control_map if self.layout == "ldm" else diffusers_control_map
+        return make(unet, self.config, self.prefix)
+
+
+# (layout, what all keys begin with, what then the hint encoder's); some programs drop "control_model."
+CONTROL_FORMS: tuple[tuple[Layout, str, str], ...] = (
+    ("ldm", "control_model.", "input_hint_block."),
+    ("ldm", "", "input_hint_block."),
+    ("diffusers", "", "controlnet_cond_embedding."),
+    ("diffusers", "controlnet.", "controlnet_cond_embedding."),
+)
+
+
+def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | None = None) -> ControlFile:
+    """The ControlNet in this file, whatever else is there.
+
+    `global_average_pooling` overrides what our metadata or diffusers' configuration say; without a word there is none.
+    Raises CheckpointError if there is no ControlNet in it, or if it describes itself in a way that makes no sense.
+    """
+    forms = [form for form in CONTROL_FORMS if checkpoint.any_key(form[1] + form[2])]
+    if not forms:
+        raise CheckpointError(f'"{checkpoint.path}" holds no ControlNet: it is {what_else(checkpoint)}')
+    layout, prefix, hint_encoder = forms[0]
+    described = described_config(checkpoint) or {}
+    with description_errors(checkpoint):
+        if "control" in described:
+            config = dataclass_from_dict(ControlConfig, described["control"])
+        elif layout == "diffusers" and prefix.rstrip(".") in checkpoint.configs:
+            config = control_from_diffusers(checkpoint.configs[prefix.rstrip(".")])
+        else:
+            config = control_by_shape(checkpoint, layout, prefix + hint_encoder)
+        if global_average_pooling is not None:
+            config = replace(config, global_average_pooling=global_average_pooling)
+    return ControlFile(config, layout, prefix, "difference" in checkpoint.tensors)
+
+
+def what_else(checkpoint: Checkpoint) -> str:
+    try:
+        identify(checkpoint)
+    except CheckpointError:
+        return kind(checkpoint)
+    return "a base model without one: pass it as --base"
+
+
+def control_by_shape(checkpoint: Checkpoint, layout: Layout, start: str) -> ControlConfig:
+    """The channels along the hint encoder; the published ones where it is not whole."""
+    numbers = [2 * i for i in range(7)]
+    names = numbers if layout == "ldm" else ["conv_in", *(f"blocks.{i}" for i in range(6))]
+    keys = [f"{start}{name}.weight" for name in names]
+    if not all(key in checkpoint.tensors and len(checkpoint.shape(key)) == 4 for key in keys):
+        return ControlConfig()
+    return ControlConfig(checkpoint.shape(keys[0])[1], tuple(checkpoint.shape(key)[0] for key in keys))

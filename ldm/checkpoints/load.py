@@ -1,0 +1,196 @@
+"""Fills a model with the tensors of a checkpoint, if all of them fit."""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ldm.config import SD15, SD21
+
+from .key_maps import KeyMap, names_by_key
+from .open import Checkpoint
+from .stored import CheckpointError, counted, first_few
+
+Parts = Sequence[tuple[nn.Module, KeyMap]]
+
+# Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" marks a
+# ControlNet that is stored minus its base.
+IGNORED = {
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+    "scale_factor",
+    "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    "text_encoder.text_model.embeddings.position_ids",
+    "difference",
+}
+IGNORED_BESIDE_BASE = ("model_ema.", "control_model.", "controlnet.")  # in one file or one folder with it
+
+BASE_PARTS = ("model.", "first_stage_model.", "cond_stage_model.", "unet.", "vae.", "text_encoder.")
+
+# What a key's beginning says.
+PARTS = {
+    "model.diffusion_model.": "UNet",
+    "unet.": "UNet",
+    "first_stage_model.": "autoencoder",
+    "vae.": "autoencoder",
+    "cond_stage_model.": "text encoder",
+    "text_encoder.": "text encoder",
+    "control_model.": "ControlNet",
+    "controlnet.": "ControlNet",
+    "model_ema.": "moving average (EMA)",
+}
+
+# The width of the prompt's context, by which the families differ.
+FAMILIES = {SD15.unet.context_width: "SD 1.x", SD21.unet.context_width: "SD 2.x"}
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules built inside are on the meta device: shapes alone, for `load_parts` to fill."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Meta tensors need no initialisation; drawing numbers for them would cost seconds of imports."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init" or function is Tensor.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def load_parts(
+    checkpoint: Checkpoint,
+    parts: Parts,
+    ignored: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fill modules that were built `without_weights`. Nothing is loaded unless everything fits.
+
+    Tensors are assigned one by one: the peak is the parameters' final memory and one tensor more. Parameters that no
+    output depends on are zero where the file lacks them. Warns of weights that are not finite.
+    Raises CheckpointError for keys that are missing, of another shape, not of a floating type, or unexpected, that is
+    neither wanted nor in `IGNORED` nor beginning with any of `ignored`.
+    """
+    check_keys(checkpoint, parts, ignored)
+    device = torch.device(device)
+    broken = []
+    for module, key_map in parts:
+        wanted = module.state_dict()
+        sources = key_map.sources(wanted)
+        state = {}
+        for name, like in wanted.items():
+            source = sources.get(name)
+            if source is None or source.key not in checkpoint.tensors:
+                state[name] = torch.zeros(like.shape, dtype=dtype, device=device)
+                continue
+            tensor = checkpoint.tensor(source, dtype, device)
+            if not is_finite(tensor):
+                broken.append(source.key)
+            if checkpoint.tensors[source.key].dtype == dtype and device.type == "cpu":
+                tensor = checkpoint.tensor(source, dtype, device)  # map again, to release the pages the NaN check read
+            state[name] = tensor.reshape(like.shape)
+        module.load_state_dict(state, assign=True)
+    if broken:
+        warnings.warn(
+            f'"{checkpoint.path}" has NaN or infinite numbers in {counted(len(broken), "tensor")}, the first in '
+            f"{broken[0]}: expect black or broken images",
+            stacklevel=3,
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Minimum and maximum are finite (`aminmax` propagates NaN). One pass, and no memory."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def wanted_shapes(parts: Parts) -> dict[str, tuple[int, ...]]:
+    """Each key that the modules have a place for -> the shape of the whole tensor in the file."""
+    shapes = {}
+    for module, key_map in parts:
+        state = module.state_dict()
+        sources = key_map.sources(state)
+        for key, names in names_by_key(sources).items():
+            shape, last = tuple(state[names[0]].shape), sources[names[-1]]
+            if last.matrix:
+                shape = shape[:2]
+            # The last name's rows are the last of the tensor.
+            shapes[key] = shape if last.rows is None else (last.rows[1], *shape[1:])
+    return shapes
+
+
+def check_keys(checkpoint: Checkpoint, parts: Parts, ignored: tuple[str, ...]) -> None:
+    """Raises CheckpointError as `load_parts` does."""
+    wanted = wanted_shapes(parts)
+    found = {key: checkpoint.shape(key) for key in checkpoint.keys & wanted.keys()}
+    missing = wanted.keys() - found.keys() - unused_keys(parts)
+    extra = {key for key in checkpoint.keys - wanted.keys() - IGNORED if not key.startswith(ignored)}
+    misshapen = sorted(key for key, shape in found.items() if as_matrix(shape) != as_matrix(wanted[key]))
+    integers = sorted(key for key in found if not checkpoint.tensors[key].dtype.is_floating_point)
+    problems = [
+        f"{counted(len(lines), 'key')} {what} ({first_few(lines)})"
+        for what, lines in (
+            ("missing", sorted(missing)),
+            ("unexpected", sorted(extra)),
+            ("misshapen", [f"{key} is {list(found[key])}, expected {list(wanted[key])}" for key in misshapen]),
+            ("not of a floating-point type", [f"{key} is {checkpoint.tensors[key].dtype}" for key in integers]),
+        )
+        if lines
+    ]
+    if problems:
+        cause = likely_cause(found, wanted, missing)
+        raise CheckpointError(f'"{checkpoint.path}" does not fit, {cause}: {"; ".join(problems)}')
+
+
+def unused_keys(parts: Parts) -> set[str]:
+    return {
+        source.key
+        for module, key_map in parts
+        for name, source in key_map.sources(module.state_dict()).items()
+        if key_map.unused and name.startswith(key_map.unused)
+    }
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1x1 convolution and a linear layer are the same, and files have either."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+FIRST_CONVOLUTIONS = ("input_blocks.0.0.weight", "unet.conv_in.weight")
+
+
+def likely_cause(found: dict[str, tuple], wanted: dict[str, tuple], missing: set[str]) -> str:
+    """The best guess at why a file does not fit. `found` and `wanted` are shapes by key."""
+    for key, shape in found.items():
+        if key.endswith("attn2.to_k.weight") and shape[-1:] != wanted[key][-1:]:
+            return f"it is {made_for(shape[-1:])}, expected {made_for(wanted[key][-1:])}"
+        if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1]:
+            use = {5: "a depth", 7: "an upscaling", 9: "an inpainting"}.get(shape[1], "another")
+            return f"it is {use} model with {shape[1]} input channels, expected a text-to-image model with 4"
+    for prefix, part in PARTS.items():
+        keys = {key for key in wanted if key.startswith(prefix)}
+        if keys and keys <= missing:
+            return f"it has no {part} (or another one), expected a whole checkpoint"
+    return "it is damaged, or made for another architecture"
+
+
+def made_for(context_width: tuple[int, ...]) -> str:
+    width = math.prod(context_width)
+    return f"{FAMILIES.get(width, 'a model')} (context width {width})"

@@ -1,0 +1,330 @@
+"""A ControlNet's files: what is loaded is what was saved, from every layout, by path or by name."""
+
+import json
+import re
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from minis import inputs, mini_control, mini_unet, relative, stored
+from reference import MINI_SD1, MINI_SD2, filled_checkpoint, load_manifest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small import SMALL, assert_same, error_of, small_control, small_sd
+
+from controlnet.checkpoint import find_control
+from controlnet.config import ControlConfig
+from controlnet.model import ControlNet
+from ldm import StableDiffusion
+from ldm.checkpoints.load import without_weights
+from ldm.checkpoints.open import open_checkpoint
+from ldm.config import SD15, SD21, SD21_BASE, TINY
+from ldm.unet import UNet
+from tools.checkpoints import contents
+
+MINIS = {"mini_sd1": MINI_SD1, "mini_sd2": MINI_SD2}
+CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.fixture(scope="module")
+def minis(tmp_path_factory):
+    """The miniatures' files, base and control."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name in MINIS:
+        for part in ("checkpoint", "control_only"):
+            manifest = load_manifest(f"{name}_{part}")
+            filled_checkpoint(manifest, folder / f"{name}_{part}.safetensors")
+    return folder
+
+
+def load_mini(folder, name="mini_sd1"):
+    return StableDiffusion.from_checkpoint(open_checkpoint(folder / f"{name}_checkpoint.safetensors"), MINIS[name])
+
+
+def empty_unet(config):
+    with without_weights():
+        return UNet(config.unet)
+
+
+def file_of(tmp_path, shapes):
+    """A file with zeros of these shapes. Its dtype is small: only the header is read."""
+    path = tmp_path / "file.safetensors"
+    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_sd()
+
+
+@pytest.fixture(scope="module")
+def control(sd):
+    return small_control(sd)
+
+
+@pytest.fixture
+def base(sd, tmp_path):
+    """The path of a base in the original layout."""
+    sd.save(tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
+@pytest.fixture
+def folder(sd, tmp_path):
+    """The path of a base in diffusers' layout."""
+    sd.save(tmp_path / "folder", layout="diffusers")
+    return tmp_path / "folder"
+
+
+def rewrite(path, change, target=None):
+    """The tensors of a safetensors file changed, its metadata kept."""
+    checkpoint = open_checkpoint(path)
+    tensors = {key: value.clone() for key, value in load_file(path).items()}
+    tensors = change(tensors) or tensors
+    save_file(tensors, target or path, checkpoint.metadata)
+
+
+# ------------------------------------------------------------------------------------------------- original layout
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_control_round_trip(minis, tmp_path, name):
+    original = load_file(minis / f"{name}_control_only.safetensors")
+    control = ControlNet.load(minis / f"{name}_control_only.safetensors", load_mini(minis, name).unet)
+    assert torch.equal(control.hint_encoder.convs[7].weight, original["control_model.input_hint_block.14.weight"])
+    assert torch.equal(control.zero_convs[11].weight, original["control_model.zero_convs.11.0.weight"])
+    assert not control.training and not any(parameter.requires_grad for parameter in control.parameters())
+    control.save(tmp_path / "control.safetensors")
+    saved = load_file(tmp_path / "control.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[key], original[key]) for key in saved)
+
+
+def test_control_keeps_its_own_configuration(tmp_path):
+    unet = UNet(TINY.unet)
+    config = ControlConfig(hint_channels=1, hint_widths=(4, 4, 8, 8, 16, 16, 32))
+    ControlNet.from_unet(unet, config).save(tmp_path / "control.safetensors")
+    assert ControlNet.load(tmp_path / "control.safetensors", unet).config == config
+    with safe_open(tmp_path / "control.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["config"])["unet"]["channels"] == TINY.unet.channels
+
+
+def test_control_without_its_prefix_and_beside_its_base(minis, tmp_path):
+    unet = load_mini(minis).unet
+    tensors = load_file(minis / "mini_sd1_control_only.safetensors")
+    bare = {key.removeprefix("control_model."): value for key, value in tensors.items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    whole = {**load_file(minis / "mini_sd1_checkpoint.safetensors"), **tensors, "logvar": torch.zeros(1000)}
+    save_file(whole, tmp_path / "whole.safetensors")
+    expected = ControlNet.load(minis / "mini_sd1_control_only.safetensors", unet)
+    for name in ("bare", "whole"):
+        assert_same(ControlNet.load(tmp_path / f"{name}.safetensors", unet), expected)
+    # The same file also serves as the base.
+    StableDiffusion.from_checkpoint(open_checkpoint(tmp_path / "whole.safetensors"), MINI_SD1)
+
+
+def test_base_given_as_control(tmp_path):
+    path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)})
+    message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
+    assert message.endswith("holds no ControlNet: it is a base model without one: pass it as --base")
+
+
+def test_a_base_that_is_none_of_ours_is_not_recommended_as_one(tmp_path):
+    keys = {"model.diffusion_model.x": (1,), "first_stage_model.encoder.down.0.x": (1,)}
+    for key, what in (("cond_stage_model.x", "of another architecture"), ("conditioner.embedders.0.x", "an SDXL")):
+        path = file_of(tmp_path, {**keys, key: (1,)})
+        message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
+        assert what in message and "--base" not in message
+
+
+@pytest.mark.parametrize("name, other", [("sd15", SD21), ("sd21", SD15)])
+def test_controls_of_the_other_family(tmp_path, name, other):
+    path = file_of(tmp_path, load_manifest(f"ldm_control_{name}_control_only"))
+    message = error_of(ControlNet.load, path, empty_unet(other))
+    families = ["SD 1.x (context width 768)", "SD 2.x (context width 1024)"]
+    found, expected = families if name == "sd15" else reversed(families)
+    assert f"does not fit, it is {found}, expected {expected}: " in message
+    assert re.search(r"\d+ keys misshapen", message)
+
+
+# -------------------------------------------------------------------------------------------------------- controls
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["our base", "another program's"])
+def test_a_pipeline_holds_a_base_and_its_control(sd, control, folder, described):
+    """Both parts were saved by us, or the control alone."""
+    control.save(folder / "controlnet", layout="diffusers")
+    if not described:
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file(load_file(file), file)
+    loaded = StableDiffusion.load(folder)
+    assert_same(loaded, sd)
+    assert loaded.config.name == ("small" if described else "diffusers")
+    assert_same(ControlNet.load(folder, sd.unet), control)
+
+
+def test_controls_in_diffusers_layout(sd, control, tmp_path):
+    control.save(tmp_path / "control", layout="diffusers")
+    assert_same(ControlNet.load(tmp_path / "control", sd.unet), control)
+    assert_same(ControlNet.load(tmp_path / "control" / "diffusion_pytorch_model.safetensors", sd.unet), control)
+    odd = ControlNet(sd.unet, ControlConfig(hint_widths=(4, 5, 6, 7, 8, 9, 10)))
+    assert "in pairs" in error_of(odd.save, tmp_path / "odd", layout="diffusers")
+
+
+def test_a_whole_file_offers_its_own_base(sd, control, base, tmp_path):
+    control.save(tmp_path / "control.safetensors")
+    whole = tmp_path / "whole.safetensors"
+    altered = "model.diffusion_model.output_blocks.1.0.in_layers.0.bias"
+
+    def change(tensors):
+        tensors.update(load_file(tmp_path / "control.safetensors"))
+        tensors[altered] += 1
+
+    rewrite(base, change, whole)
+    with pytest.warns(UserWarning, match="carries the base that it was trained with, and that is not the one in use"):
+        loaded = ControlNet.load(whole, sd.unet)
+    assert_same(loaded, control)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = StableDiffusion.load(whole)
+        ControlNet.load(whole, own.unet)
+    assert torch.equal(own.unet.decoder.blocks[1].res.norm1.bias, sd.unet.decoder.blocks[1].res.norm1.bias + 1)
+    assert contents(open_checkpoint(whole)).kind == "base with a ControlNet"
+
+
+def test_difference_files_are_added_to_the_base(sd, control, tmp_path):
+    path = tmp_path / "difference.safetensors"
+    control.save(path, difference_to=sd.unet)
+    tensors = load_file(path)
+    assert "difference" in tensors  # the mark that other programs read
+    own, theirs = control.encoder.blocks[0].conv.bias, sd.unet.encoder.blocks[0].conv.bias
+    assert torch.equal(tensors["control_model.input_blocks.0.0.bias"], own - theirs)
+    assert torch.equal(tensors["control_model.zero_convs.0.0.bias"], control.zero_convs[0].bias)
+    again = ControlNet.load(path, sd.unet)
+    for name, value in control.state_dict().items():
+        assert torch.allclose(again.state_dict()[name], value, atol=1e-6)
+    half = ControlNet.load(path, sd.unet, dtype=torch.float16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+
+
+def test_transfer_to_another_base(sd, control):
+    other = UNet(SMALL.unet)
+    moved = ControlNet(sd.unet, control.config)
+    moved.load_state_dict(control.state_dict())
+    moved.transfer(sd.unet, sd.unet)
+    assert_same(moved, control)
+    moved.transfer(sd.unet, other)
+    name = "blocks.1.res.conv1.weight"
+    change = moved.encoder.get_parameter(name) - control.encoder.get_parameter(name)
+    expected = other.encoder.get_parameter(name) - sd.unet.encoder.get_parameter(name)
+    assert torch.allclose(change, expected, atol=1e-6)
+    assert torch.equal(moved.zero_convs[0].weight, control.zero_convs[0].weight)
+
+
+def test_what_is_no_copy_cannot_be_moved(sd, control, tmp_path):
+    lite = ControlNet.from_unet(sd.unet, ControlConfig(architecture="lite"))
+    path = tmp_path / "lite"
+    assert "a ControlNet-lite has no copy" in error_of(lite.save, path, difference_to=sd.unet)
+    assert "a ControlNet-lite has no copy" in error_of(lite.transfer, sd.unet, sd.unet)
+    assert "diffusers cannot describe" in error_of(lite.save, path, layout="diffusers")
+    assert not path.exists()
+    lite.save(path)
+    rewrite(path, lambda tensors: {**tensors, "difference": torch.zeros(1)})  # a lie
+    assert "a ControlNet-lite has no copy" in error_of(ControlNet.load, path, sd.unet)
+    wide = UNet(replace(SMALL.unet, channels=32))
+    assert "another architecture" in error_of(control.transfer, sd.unet, wide)
+
+
+@pytest.mark.parametrize("style", ["sd1", "sd2"])
+def test_global_average_pooling_is_that_of_the_published_code(style, tmp_path):
+    x, t, context, hint = inputs(style)
+    control = mini_control(style)
+    control.save(tmp_path / "control.safetensors")
+    unet = mini_unet(style)
+    assert not ControlNet.load(tmp_path / "control.safetensors", unet).config.global_average_pooling
+    pooled = ControlNet.load(tmp_path / "control.safetensors", unet, global_average_pooling=True)
+    with torch.no_grad():
+        output = unet(x, t, context, pooled(x, t, context, hint))
+    assert relative(output, stored("control")[f"{style}/eps_global_average_pooling"]) < 2e-5
+    pooled.save(tmp_path / "pooled.safetensors")
+    assert ControlNet.load(tmp_path / "pooled.safetensors", unet).config.global_average_pooling
+
+
+def test_the_hint_encoder_is_seen_in_the_shapes(sd, tmp_path):
+    config = ControlConfig(1, (4, 4, 8, 8, 16, 16, 32))
+    ControlNet(sd.unet, config).save(tmp_path / "control.safetensors")
+    save_file(load_file(tmp_path / "control.safetensors"), tmp_path / "bare.safetensors")
+    assert ControlNet.load(tmp_path / "bare.safetensors", sd.unet).config == config
+
+
+# ----------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.fixture
+def weights(sd, tmp_path, monkeypatch):
+    """An empty folder of weights, which is not the current one."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("ldm.checkpoints.published.WEIGHTS", tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+@pytest.mark.parametrize(
+    "name, config, file",
+    [
+        ("pose", TINY, "tiny-pose.safetensors"),
+        ("tiny-pose", TINY, "tiny-pose.safetensors"),
+        ("circles", TINY, "tiny-fill50k.safetensors"),
+        ("fill50k", TINY, "tiny-fill50k.safetensors"),
+        ("canny", SD15, "control_v11p_sd15_canny.pth"),
+        ("lineart_anime", SD15, "control_v11p_sd15s2_lineart_anime.pth"),
+        ("canny", SD21, "control_v11p_sd21_canny.safetensors"),
+        ("canny", SD21_BASE, "control_v11p_sd21_canny.safetensors"),
+        ("mine", SD15, "mine.safetensors"),
+        ("mine.bin", SD15, "mine.bin"),
+    ],
+)
+def test_names_are_found_in_weights(weights, name, config, file):
+    for other in ("control_v11p_sd15_canny_2.pth", "tiny-canny.safetensors", "control_v11p_sd15_inpaint.pth"):
+        (weights / other).touch()
+    (weights.parent / "here" / name).mkdir()  # a folder of something else, by chance
+    assert find_control(name, config.unet) != weights / file
+    (weights / file).touch()
+    assert find_control(name, config.unet) == weights / file
+
+
+def test_a_name_that_is_nowhere_says_where_it_was_looked_for(weights):
+    message = error_of(find_control, "pose", SD15.unet)
+    assert message == f'there is no ControlNet "pose", neither as a file nor in {weights}: give its path'
+
+
+def test_a_base_is_a_model_or_its_unet(sd, control, weights):
+    control.save(weights / "mine.safetensors")
+    for base in (sd, sd.unet):
+        loaded = ControlNet.load("mine", base)
+        assert_same(loaded, control)
+        assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_what_ships_is_found_by_its_name():
+    """With the UNet alone, too, whose architecture tells the family."""
+    with without_weights():
+        unet = UNet(TINY.unet)
+    for name in ("pose", "fill50k", "canny", "tiny-pose"):
+        assert ControlNet.load(name, unet, "cpu", torch.float32).encoder.config == TINY.unet
+
+
+# --------------------------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize(
+    "values", [{"hint_widths": (16, 32)}, {"hint_channels": 0}, {"hint_channels": "3"}, {"architecture": "heavy"}]
+)
+def test_a_configuration_that_makes_no_sense_cannot_be_built(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        ControlConfig(**values)

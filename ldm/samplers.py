@@ -1,22 +1,17 @@
-"""From noise to a latent: DDIM, DDPM and DPM-Solver++(2M), each a short function over a denoiser.
+"""From noise to a latent: DDIM, DDPM and DPM-Solver++(2M), each one function of a step under the same loop.
 
 `denoise(x, t)` gives the UNet's raw output for x (B, C, h, w) and t (B,); conditions and guidance are inside it.
-x keeps its dtype throughout: pass fp32 even where the network inside `denoise` computes in half precision.
+x keeps its dtype throughout: pass fp32 even where the network inside `denoise` computes in half precision. Nothing is
+changed in place.
 
-A timestep list runs from high to low noise. `a` is DDPM's alpha bar at the present timestep, a number, and `a_next`
-at the next one of the list, which is less noisy (the papers' t - 1). x = sqrt(a) x0 + sqrt(1 - a) eps, and a = 1 is
-the data itself. Every sampler takes, beside its own arguments,
-
-    timesteps    whole numbers in [0, T), strictly falling
-    noise        noise(x) -> fresh unit noise like x; a stochastic sampler needs it
-    before_step  before_step(x, t) -> x, called before each step (inpainting puts the known part back in)
-    on_step      on_step(i, x, x0), called after step i with the new x and the x0 that was just predicted
-
-and changes none of them in place.
+A list of timesteps runs from high to low noise. `a` is DDPM's alpha bar at the present one, a number, and `a_next` at
+the next one of the list, which is less noisy (the papers' t - 1): x = sqrt(a) x0 + sqrt(1 - a) eps, and a = 1 is the
+data itself. (schedule.py's alpha is the square root of that.)
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +19,9 @@ from torch import Tensor
 from .schedule import Schedule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Noise = Callable[[Tensor], Tensor]
-BeforeStep = Callable[[Tensor, Tensor], Tensor]
-OnStep = Callable[[int, Tensor, Tensor], None]
-
-SAMPLERS = ("ddim", "ddpm", "dpm++")
+Noise = Callable[[Tensor], Tensor]  # noise(x) -> fresh unit noise like x, for stochastic samplers
+BeforeStep = Callable[[Tensor, Tensor], Tensor]  # before_step(x, t) -> x: inpainting puts the known part back in
+OnStep = Callable[[int, Tensor, Tensor], None]  # on_step(i, x, x0), after step i: the new x, the x0 just predicted
 
 
 @torch.no_grad()
@@ -50,12 +43,103 @@ def sample(
     Raises ValueError for an unknown name, steps outside 1..T, missing noise, or an eta that the sampler cannot use.
     """
     timesteps = timesteps_for(name, schedule, steps)[skip:]
+    return sample_loop(name, denoise, x, timesteps, schedule, eta, noise, before_step, on_step)
+
+
+class Prediction(NamedTuple):
+    """What the denoiser says of x at one timestep."""
+
+    x: Tensor
+    x0: Tensor
+    eps: Tensor
+    alpha_bar: float
+
+
+def sample_loop(
+    name: str,
+    denoise: Denoise,
+    x: Tensor,
+    timesteps: list[int],
+    schedule: Schedule,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    before_step: BeforeStep | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """`sample` at any timesteps, strictly falling whole numbers in [0, T)."""
     check_eta(name, eta)
-    if name == "ddim":
-        return sample_ddim(denoise, x, timesteps, schedule, eta, noise, before_step, on_step)
-    if name == "ddpm":
-        return sample_ddpm(denoise, x, timesteps, schedule, noise, before_step, on_step)
-    return sample_dpmpp(denoise, x, timesteps, schedule, before_step, on_step)
+    if noise is None and (name == "ddpm" or eta > 0):
+        raise ValueError(f'sampler "{name}" with eta {eta} draws noise: pass the argument noise')
+    step, before = SAMPLERS[name], None
+    # The released DDIM ends at the noise level of timestep 0. All others, and zero terminal SNR, end at the data.
+    ends_at_data = name != "ddim" or schedule.config.zero_terminal_snr
+    end = 1.0 if ends_at_data else schedule.alphas_cumprod[0].item()
+    alpha_bars = [*schedule.alphas_cumprod[timesteps].tolist(), end]
+    for i, timestep in enumerate(timesteps):
+        t = torch.full((len(x),), timestep, device=x.device)
+        x = before_step(x, t) if before_step else x
+        output = denoise(x, t)
+        now = Prediction(x, schedule.to_x0(x, t, output), schedule.to_eps(x, t, output), alpha_bars[i])
+        x, before = step(now, before, alpha_bars[i + 1], eta, noise), now
+        if on_step:
+            on_step(i, x, now.x0)
+    return x
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+def ddim_step(now: Prediction, before: Prediction | None, a_next: float, eta: float, noise: Noise | None) -> Tensor:
+    """DDIM (Song et al., arXiv 2010.02502), Eq. 12: the predicted x0, the direction pointing to x_t, random noise.
+
+    Deterministic for eta 0, as random as DDPM for eta 1.
+    """
+    sigma = ddim_sigma(now.alpha_bar, a_next, eta)
+    # With eta 1 the difference can be 0, and a rounding error below it.
+    x = a_next**0.5 * now.x0 + max(0.0, 1 - a_next - sigma**2) ** 0.5 * now.eps
+    return x + sigma * noise(x) if sigma > 0 else x
+
+
+def ddim_sigma(a: float, a_next: float, eta: float) -> float:
+    """Eq. 16: the scale of the noise that a step adds."""
+    return eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+
+
+def ddpm_step(now: Prediction, before: Prediction | None, a_next: float, eta: float, noise: Noise) -> Tensor:
+    """Ancestral sampling (Ho et al., arXiv 2006.11239, Alg. 2): a draw from q(x_next | x, x0), Eq. 6 and 7.
+
+    With the smaller fixed variance, beta as large as the step from `a_next` to `a` makes it, and without clipping x0.
+    The last step adds no noise.
+    """
+    a, beta = now.alpha_bar, 1 - now.alpha_bar / a_next
+    mean = a_next**0.5 * beta / (1 - a) * now.x0 + (1 - beta) ** 0.5 * (1 - a_next) / (1 - a) * now.x
+    variance = (1 - a_next) / (1 - a) * beta
+    return mean + variance**0.5 * noise(mean) if variance > 0 else mean
+
+
+def dpmpp_step(now: Prediction, before: Prediction | None, a_next: float, eta: float, noise: Noise | None) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): deterministic, second order, one evaluation a step.
+
+    The first and the last step are of first order. The paper's alpha_next (e^-h - 1) is written as
+    alpha sigma_next / sigma - alpha_next, which is the same and also finite where log-SNR is not: at pure noise
+    (a = 0) and at the data (a_next = 1).
+    """
+    a = now.alpha_bar
+    alpha, sigma = a**0.5, (1 - a) ** 0.5
+    alpha_next, sigma_next = a_next**0.5, (1 - a_next) ** 0.5
+    D = now.x0
+    if before is not None and a_next < 1:
+        h_before, h = half_log_snr(a) - half_log_snr(before.alpha_bar), half_log_snr(a_next) - half_log_snr(a)
+        D = now.x0 + h / (2 * h_before) * (now.x0 - before.x0)  # 1 / (2 r) of the paper; 0 after pure noise
+    return sigma_next / sigma * now.x - (alpha * sigma_next / sigma - alpha_next) * D
+
+
+def half_log_snr(alpha_bar: float) -> float:
+    """The paper's lambda: log(alpha / sigma)."""
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar)) if alpha_bar > 0 else -math.inf
+
+
+SAMPLERS = {"ddim": ddim_step, "ddpm": ddpm_step, "dpm++": dpmpp_step}
 
 
 def check_eta(name: str, eta: float) -> None:
@@ -66,7 +150,7 @@ def check_eta(name: str, eta: float) -> None:
         raise ValueError(f"eta is {eta}, expected 0 (deterministic) to 1 (as random as DDPM)")
 
 
-# ---------------------------------------------------------------------------------------------------- timesteps
+# ---------------------------------------------------------------------------------------------------------- timesteps
 
 
 def timesteps_for(name: str, schedule: Schedule, steps: int) -> list[int]:
@@ -83,8 +167,9 @@ def timesteps_for(name: str, schedule: Schedule, steps: int) -> list[int]:
 def ddim_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """DDIM's "uniform" timesteps of the released code: one in every T // steps, from 1 upwards; here falling.
 
-    Their number is then often not `steps` (30 gives 31). For the `steps` where the released code runs beyond T - 1 and
-    fails (3, 9, 27, 36, 101, more than 500 ...), exactly `steps` evenly spaced ones. Trailing for zero terminal SNR.
+    The list may be longer than `steps` (30 gives 31). For some `steps` (3, 9, 27, 36, 101, more than 500 ...) the
+    released code's list goes beyond T - 1, so that it fails: then exactly `steps` evenly spaced ones. Trailing for
+    zero terminal SNR.
     Raises ValueError for steps outside 1..T.
     """
     T = _check_steps(schedule, steps)
@@ -119,163 +204,3 @@ def _check_steps(schedule: Schedule, steps: int) -> int:
     if not 1 <= steps <= T:
         raise ValueError(f"the number of steps is {steps}, expected 1..{T}")
     return T
-
-
-# ---------------------------------------------------------------------------------------------------- DDIM
-
-
-def sample_ddim(
-    denoise: Denoise,
-    x: Tensor,
-    timesteps: list[int],
-    schedule: Schedule,
-    eta: float = 0.0,
-    noise: Noise | None = None,
-    before_step: BeforeStep | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """DDIM (Song et al., arXiv 2010.02502): deterministic for eta 0, as random as DDPM for eta 1.
-
-    The last step goes to the noise level of timestep 0, as in the released code, not to the data. With zero terminal
-    SNR it goes to the data. Raises ValueError for eta outside [0, 1], and if eta > 0 comes without `noise`.
-    """
-    check_eta("ddim", eta)
-    if eta > 0 and noise is None:
-        raise ValueError(f"DDIM with eta {eta} draws noise: pass the argument noise")
-    end = 1.0 if schedule.config.zero_terminal_snr else schedule.alphas_cumprod[0].item()
-    a = [*_levels(schedule, timesteps), end]
-    for i, timestep in enumerate(timesteps):
-        t = _batch(timestep, x)
-        x = before_step(x, t) if before_step else x
-        output = denoise(x, t)
-        x0, eps = schedule.to_x0(x, t, output), schedule.to_eps(x, t, output)
-        x = ddim_step(x0, eps, a[i], a[i + 1], eta, noise)
-        if on_step:
-            on_step(i, x, x0)
-    return x
-
-
-def ddim_step(x0: Tensor, eps: Tensor, a: float, a_next: float, eta: float, noise: Noise | None) -> Tensor:
-    """Eq. 12: the predicted x0, the direction pointing to x_t, random noise. No noise is drawn where its scale is 0."""
-    sigma = ddim_sigma(a, a_next, eta)
-    # With eta 1 the difference can be 0, and a rounding error below it.
-    x = a_next**0.5 * x0 + max(0.0, 1 - a_next - sigma**2) ** 0.5 * eps
-    return x + sigma * noise(x) if sigma > 0 else x
-
-
-def ddim_sigma(a: float, a_next: float, eta: float) -> float:
-    """Eq. 16: the scale of the noise that a step adds."""
-    return eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
-
-
-def invert_ddim(denoise: Denoise, x: Tensor, timesteps: list[int], schedule: Schedule) -> Tensor:
-    """DDIM backwards: latents x (B, C, h, w) -> the noise at timesteps[0] that `sample_ddim` leads back near to x.
-
-    The ODE of Song et al. in the other direction (section 4.3), as in the released code's `encode`: the noise at each
-    new level is predicted from the x of the level before it.
-    """
-    a = schedule.alphas_cumprod[0].item()
-    for timestep, a_next in zip(reversed(timesteps), reversed(_levels(schedule, timesteps)), strict=True):
-        t = _batch(timestep, x)
-        eps = schedule.to_eps(x, t, denoise(x, t))
-        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
-        x = a_next**0.5 * x0 + (1 - a_next) ** 0.5 * eps
-        a = a_next
-    return x
-
-
-# ---------------------------------------------------------------------------------------------------- DDPM
-
-
-def sample_ddpm(
-    denoise: Denoise,
-    x: Tensor,
-    timesteps: list[int],
-    schedule: Schedule,
-    noise: Noise | None = None,
-    before_step: BeforeStep | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Ancestral sampling (Ho et al., arXiv 2006.11239, Alg. 2) on any timesteps, with the smaller fixed variance and
-    without clipping x0. The last step goes to the data and adds no noise. Raises ValueError without `noise`."""
-    if noise is None:
-        raise ValueError("DDPM draws noise: pass the argument noise")
-    a = [*_levels(schedule, timesteps), 1.0]  # the last step goes to the data
-    for i, timestep in enumerate(timesteps):
-        t = _batch(timestep, x)
-        x = before_step(x, t) if before_step else x
-        x0 = schedule.to_x0(x, t, denoise(x, t))
-        x = ddpm_step(x, x0, a[i], a[i + 1], noise)
-        if on_step:
-            on_step(i, x, x0)
-    return x
-
-
-def ddpm_step(x: Tensor, x0: Tensor, a: float, a_next: float, noise: Noise) -> Tensor:
-    """A draw from q(x_next | x, x0), Eq. 6 and 7, with beta as large as the step from `a_next` to `a` makes it."""
-    beta = 1 - a / a_next
-    mean = a_next**0.5 * beta / (1 - a) * x0 + (1 - beta) ** 0.5 * (1 - a_next) / (1 - a) * x
-    variance = (1 - a_next) / (1 - a) * beta
-    return mean + variance**0.5 * noise(x) if variance > 0 else mean
-
-
-# ---------------------------------------------------------------------------------------------------- DPM-Solver++
-
-
-def sample_dpmpp(
-    denoise: Denoise,
-    x: Tensor,
-    timesteps: list[int],
-    schedule: Schedule,
-    before_step: BeforeStep | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): deterministic, second order, one evaluation a step.
-
-    The first and the last step are of first order; the last one goes to the data.
-    """
-    a = [*_levels(schedule, timesteps), 1.0]  # the last step goes to the data
-    x0_before = a_before = None
-    for i, timestep in enumerate(timesteps):
-        t = _batch(timestep, x)
-        x = before_step(x, t) if before_step else x
-        x0 = schedule.to_x0(x, t, denoise(x, t))
-        x = dpmpp_step(x, x0, a[i], a[i + 1], x0_before, a_before)
-        x0_before, a_before = x0, a[i]
-        if on_step:
-            on_step(i, x, x0)
-    return x
-
-
-def dpmpp_step(
-    x: Tensor, x0: Tensor, a: float, a_next: float, x0_before: Tensor | None, a_before: float | None
-) -> Tensor:
-    """One step of Alg. 2: of second order with the x0 predicted one step before, at `a_before`; else of first order.
-
-    The paper's alpha_next (e^-h - 1) is written as alpha sigma_next / sigma - alpha_next, which is the same and also
-    finite where log-SNR is not: at pure noise (a = 0) and at the data (a_next = 1).
-    """
-    alpha, sigma = a**0.5, (1 - a) ** 0.5
-    alpha_next, sigma_next = a_next**0.5, (1 - a_next) ** 0.5
-    D = x0
-    if x0_before is not None and a_next < 1:
-        h_before, h = _lambda(a) - _lambda(a_before), _lambda(a_next) - _lambda(a)
-        D = x0 + h / (2 * h_before) * (x0 - x0_before)  # 1 / (2 r) of the paper; 0 after pure noise
-    return sigma_next / sigma * x - (alpha * sigma_next / sigma - alpha_next) * D
-
-
-def _lambda(a: float) -> float:
-    """Half the logarithm of the signal-to-noise ratio: log(alpha / sigma)."""
-    return 0.5 * math.log(a / (1 - a)) if a > 0 else -math.inf
-
-
-# ---------------------------------------------------------------------------------------------------- for all
-
-
-def _levels(schedule: Schedule, timesteps: list[int]) -> list[float]:
-    """Alpha bar at each timestep."""
-    return schedule.alphas_cumprod[timesteps].tolist()
-
-
-def _batch(timestep: int, x: Tensor) -> Tensor:
-    return torch.full((len(x),), timestep, device=x.device)

@@ -13,13 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
+from controlnet.config import ControlConfig
+from controlnet.layouts import control_map, diffusers_control_map
 from controlnet.model import ControlNet
 from ldm import StableDiffusion, samplers
 from ldm.blocks import sinusoidal_embedding
-from ldm.checkpoints.checkpoint import open_checkpoint
-from ldm.checkpoints.key_maps import base_maps, control_map, diffusers_control_map
-from ldm.config import SD15, SD21, Config, ControlConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.samplers import ddim_sigma, ddim_timesteps, dpmpp_step, sample_ddim
+from ldm.checkpoints.key_maps import base_maps
+from ldm.checkpoints.open import open_checkpoint
+from ldm.config import SD15, SD21, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.samplers import Prediction, ddim_sigma, ddim_timesteps, dpmpp_step, sample_loop
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
@@ -162,7 +164,8 @@ def ddim_sample(
 
     draws = iter(noises if noises is not None else ())
     found = []
-    sample_ddim(
+    sample_loop(
+        "ddim",
         denoise,
         x_T,
         ddim_timesteps(sd.schedule, steps),
@@ -194,13 +197,13 @@ def dpmpp_levels(spec):
 
 def dpmpp(spec, x_T, model_outputs):
     a, v = dpmpp_levels(spec), spec["prediction_type"] == "v_prediction"
-    x, x0_before, a_before, found = x_T, None, None, []
+    x, before, found = x_T, None, []
     for i, output in enumerate(model_outputs):
         alpha, sigma = a[i] ** 0.5, (1 - a[i]) ** 0.5
         x0 = alpha * x - sigma * output if v else (x - sigma * output) / alpha
         first_order = spec["solver_order"] == 1 or i == spec["steps"] - 1
-        x = dpmpp_step(x, x0, a[i], a[i + 1], None if first_order else x0_before, a_before)
-        x0_before, a_before = x0, a[i]
+        now = Prediction(x, x0, None, a[i])
+        x, before = dpmpp_step(now, None if first_order else before, a[i + 1], 0.0, None), now
         found.append(x)
     return torch.stack(found)
 
@@ -210,7 +213,7 @@ def ddpm_step(spec, t, prev_t, model_output, x, noise):
     x0 = ours.to_x0(x, torch.full((len(x),), t), model_output)
     a = ours.alphas_cumprod[t].item()
     a_next = ours.alphas_cumprod[prev_t].item() if prev_t >= 0 else 1.0
-    return samplers.ddpm_step(x, x0, a, a_next, lambda x: noise)
+    return samplers.ddpm_step(Prediction(x, x0, None, a), None, a_next, 0.0, lambda x: noise)
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from ldm.config import ScheduleConfig
 from ldm.samplers import (
     SAMPLERS,
+    Prediction,
     ddim_sigma,
     ddim_step,
     ddim_timesteps,
@@ -19,9 +20,7 @@ from ldm.samplers import (
     dpmpp_step,
     even_timesteps,
     sample,
-    sample_ddim,
-    sample_ddpm,
-    sample_dpmpp,
+    sample_loop,
     timesteps_for,
 )
 from ldm.schedule import Schedule
@@ -143,17 +142,17 @@ def test_trailing_timesteps_are_those_of_the_stored_runs():
 
 @pytest.mark.parametrize("case", sorted(DPMPP_CASES))
 def test_dpmpp_steps_on_given_outputs(case):
-    """All stored cases, also Karras' levels and another end, which `sample_dpmpp` does not offer: by the step alone."""
+    """All stored cases, also Karras' levels and another end, which `sample` does not offer: by the step alone."""
     settings, sigmas = DPMPP_CASES[case], DPMPP[f"{case}/sigmas"].double()
     a = (1 / (1 + sigmas**2)).tolist()  # stored as sigma / alpha
-    x, x0_before, a_before = DPMPP["x_T"], None, None
+    x, before = DPMPP["x_T"], None
     for i, output in enumerate(DPMPP[f"{case}/model_outputs"]):
         alpha, sigma = a[i] ** 0.5, (1 - a[i]) ** 0.5
         v = settings["prediction_type"] == "v_prediction"
         x0 = alpha * x - sigma * output if v else (x - sigma * output) / alpha
         first_order = settings["solver_order"] == 1 or i == settings["steps"] - 1
-        x = dpmpp_step(x, x0, a[i], a[i + 1], None if first_order else x0_before, a_before)
-        x0_before, a_before = x0, a[i]
+        now = Prediction(x, x0, None, a[i])
+        x, before = dpmpp_step(now, None if first_order else before, a[i + 1], 0.0, None), now
         assert relative(x, DPMPP[f"{case}/x_steps"][i]) < 2e-5, i
 
 
@@ -164,8 +163,13 @@ def test_dpmpp_runs_on_given_outputs(case):
     schedule = Schedule(ScheduleConfig(PREDICTIONS[DPMPP_CASES[case]["prediction_type"]]))
     outputs, steps = iter(DPMPP[f"{case}/model_outputs"]), []
     timesteps = DPMPP[f"{case}/timesteps"].tolist()
-    sample_dpmpp(
-        lambda x, t: next(outputs), DPMPP["x_T"], timesteps, schedule, on_step=lambda i, x, x0: steps.append(x)
+    sample_loop(
+        "dpm++",
+        lambda x, t: next(outputs),
+        DPMPP["x_T"],
+        timesteps,
+        schedule,
+        on_step=lambda i, x, x0: steps.append(x),
     )
     for i, want in enumerate(DPMPP[f"{case}/x_steps"]):
         assert relative(steps[i], want) < 2e-5, i
@@ -180,7 +184,7 @@ def test_ddpm_steps_on_given_outputs(prediction, spacing):
     for j, i in enumerate(g[f"{case}/selected"].tolist()):
         x0 = schedule.to_x0(g["x"], torch.tensor([timesteps[i]]), g["model_output"])
         assert relative(x0, g[f"{case}/pred_x0"][j : j + 1]) < 2e-5
-        x = ddpm_step(g["x"], x0, a[i], a[i + 1], lambda x: g["noise"])
+        x = ddpm_step(Prediction(g["x"], x0, None, a[i]), None, a[i + 1], 0.0, lambda x: g["noise"])
         assert relative(x, g[f"{case}/prev_sample"][j : j + 1]) < 2e-5
 
 
@@ -229,27 +233,24 @@ def uniform_error(step, steps):
     half_log_snr = torch.linspace(-2.5, 1.5, steps + 1, dtype=torch.float64)
     a = torch.sigmoid(2 * half_log_snr).tolist()
     x = start = randn(1, 1, 1, 64, dtype=torch.float64)
-    x0_before, a_before = None, None
-    for now, following in pairwise(a):
-        x0 = gaussian_x0(x, now)
-        x = step(x, x0, now, following, x0_before, a_before)
-        x0_before, a_before = x0, now
+    before = None
+    for a_now, a_next in pairwise(a):
+        x0 = gaussian_x0(x, a_now)
+        now = Prediction(x, x0, (x - a_now**0.5 * x0) / (1 - a_now) ** 0.5, a_now)
+        x, before = step(now, before, a_next, 0.0, None), now
     return (x - gaussian_flow(start, a[0], a[-1])).norm().item()
 
 
 def test_orders_of_convergence():
     """Twice the steps: half the error for DDIM, a quarter for DPM-Solver++(2M)."""
 
-    def ddim(x, x0, a, a_next, *before):
-        return ddim_step(x0, (x - a**0.5 * x0) / (1 - a) ** 0.5, a, a_next, 0.0, None)
+    def first_order(now, before, *rest):
+        return dpmpp_step(now, None, *rest)
 
-    def first_order(x, x0, a, a_next, *before):
-        return dpmpp_step(x, x0, a, a_next, None, None)
-
-    assert uniform_error(ddim, 640) / uniform_error(ddim, 1280) == pytest.approx(2, abs=0.1)
+    assert uniform_error(ddim_step, 640) / uniform_error(ddim_step, 1280) == pytest.approx(2, abs=0.1)
     assert uniform_error(dpmpp_step, 640) / uniform_error(dpmpp_step, 1280) == pytest.approx(4, abs=0.2)
     # DPM-Solver++ of first order is DDIM.
-    assert uniform_error(first_order, 10) == pytest.approx(uniform_error(ddim, 10), rel=1e-9)
+    assert uniform_error(first_order, 10) == pytest.approx(uniform_error(ddim_step, 10), rel=1e-9)
 
 
 @pytest.mark.parametrize("schedule", [PLAIN, ZERO_SNR], ids=["plain", "zero terminal SNR"])
@@ -288,8 +289,9 @@ def test_ddpm_is_ddim_with_eta_1():
     x, x0, z = randn(1, 4, 8, 8), randn(1, 4, 8, 8, seed=1), randn(1, 4, 8, 8, seed=2)
     for a, a_next in ((0.0, 0.3), (0.2, 0.3), (0.5, 0.98), (0.98, 1.0)):
         eps = (x - a**0.5 * x0) / (1 - a) ** 0.5
-        ddim = ddim_step(x0, eps, a, a_next, 1.0, lambda x: z)
-        torch.testing.assert_close(ddpm_step(x, x0, a, a_next, lambda x: z), ddim, atol=3e-6, rtol=1e-5)
+        now = Prediction(x, x0, eps, a)
+        ddim = ddim_step(now, None, a_next, 1.0, lambda x: z)
+        torch.testing.assert_close(ddpm_step(now, None, a_next, 0.0, lambda x: z), ddim, atol=3e-6, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- the interface
@@ -368,13 +370,13 @@ def test_errors_are_one_clear_sentence():
         for steps in (0, -1, 1001):
             with pytest.raises(ValueError, match=f"the number of steps is {steps}, expected 1..1000"):
                 sample(name, denoise, x, PLAIN, steps, noise=noise_source())
-    with pytest.raises(ValueError, match="DDIM with eta 0.5 draws noise: pass the argument noise"):
-        sample_ddim(denoise, x, [1], PLAIN, eta=0.5)
+    with pytest.raises(ValueError, match='sampler "ddim" with eta 0.5 draws noise: pass the argument noise'):
+        sample_loop("ddim", denoise, x, [1], PLAIN, eta=0.5)
     for eta in (-0.1, 1.5):
         with pytest.raises(ValueError, match=f"eta is {eta}, expected 0"):
             sample("ddim", denoise, x, PLAIN, 10, eta=eta, noise=noise_source())
-    with pytest.raises(ValueError, match="DDPM draws noise: pass the argument noise"):
-        sample_ddpm(denoise, x, [1], PLAIN)
+    with pytest.raises(ValueError, match='sampler "ddpm" with eta 0.0 draws noise: pass the argument noise'):
+        sample_loop("ddpm", denoise, x, [1], PLAIN)
     for name in ("ddpm", "dpm++"):
         with pytest.raises(ValueError, match='eta is 1.0, but sampler .* has no eta: leave it at 0 or use "ddim"'):
             sample(name, denoise, x, PLAIN, 10, eta=1.0, noise=noise_source())

@@ -1,60 +1,220 @@
-"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) with ControlNets: one denoiser for the samplers.
+"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) with any number of ControlNets.
 
-Shapes: B batch, H W pixels, h = H/8, w = W/8; x (B, 4, h, w), t (B,), contexts (B, M, D).
+`guided` turns a UNet, two prompts and some controls into the denoiser that the samplers call at each step. What a
+control is, and in which mode it acts, follows below it.
 
-A control has one strength for each of its residuals: the skips in the encoder's order, the middle last, 13 in SD.
-`guess_layers`, `resolution_layers` and `middle_layer` are the strengths of the paper and of the released code.
+Shapes: B batch, H W pixels, h = H/8, w = W/8, M prompt tokens, D context width; x (B, 4, h, w), t (B,),
+contexts (B, M, D).
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from controlnet.hints.hint_image import HintImage, check_channels
 from ldm.config import UNetConfig
 from ldm.unet import UNet
 
 from .model import ControlNet
-from .reuse import Reusing, check_reuse, in_full
+
+# The part of the guidance that a batch belongs to; in "both" its first half is the negative prompt's.
+Branch = Literal["negative", "prompt", "both"]
+
+
+# ------------------------------------------------------------------------------------------------------ the guided step
+
+
+def guided(
+    unet: UNet,
+    prompt: Tensor,
+    negative: Tensor,
+    cfg: float,
+    controls: Sequence["Control"] = (),
+    timesteps: Sequence[int] | None = None,
+    batched: bool = True,
+    make_predictor: Callable[[UNet], "Predict"] | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """-> denoise(x, t): the UNet's raw output, eps or v, moved away from the negative prompt's by the factor `cfg`.
+
+    At cfg 1 the negative prompt has no effect and is not computed. Otherwise both branches are one batch of twice the
+    size, or two evaluations if not `batched`: the same result in less memory. `timesteps` are those of the whole
+    sampling, in its order: only controls that act in a part of the steps need them. `make_predictor` gives what
+    computes the UNet with its controls: `ExactPredictor` by default, or reuse.py's faster, approximate one.
+
+    Raises ValueError if `timesteps` are needed and missing.
+    """
+    prepared = [PreparedControl(control, timesteps) for control in controls]
+    make_predictor = make_predictor or ExactPredictor
+    predict, predict_negative = make_predictor(unet), make_predictor(unet)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        acting = [control for control in prepared if control.acts(t)]
+        if cfg == 1:
+            return predict(x, t, prompt, acting, "prompt")
+        if batched:
+            contexts = torch.cat([negative, prompt])  # (2 B, M, D)
+            outputs = predict(x.repeat(2, 1, 1, 1), t.repeat(2), contexts, acting, "both")  # (2 B, 4, h, w)
+            negative_output, prompt_output = outputs.chunk(2)
+        else:
+            negative_output = predict_negative(x, t, negative, acting, "negative")
+            prompt_output = predict(x, t, prompt, acting, "prompt")
+        return negative_output + cfg * (prompt_output - negative_output)
+
+    return denoise
+
+
+class ExactPredictor:
+    """predict(x, t, context, controls, branch) -> the UNet's output (B, 4, h, w) with the controls' residuals."""
+
+    def __init__(self, unet: UNet):
+        self.unet = unet
+
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Tensor, controls: Sequence["PreparedControl"], branch: Branch
+    ) -> Tensor:
+        return self.unet(x, t, context, total_residuals(x, t, context, controls, branch))
+
+
+Predict = Callable[[Tensor, Tensor, Tensor, Sequence["PreparedControl"], Branch], Tensor]
+
+
+def total_residuals(
+    x: Tensor, t: Tensor, context: Tensor, controls: Iterable["PreparedControl"], branch: Branch
+) -> list[Tensor] | None:
+    """The sum over all controls, residual by residual (arXiv 2302.05543v3, section 3.4); None if there are none."""
+    each = [control.residuals(x, t, context, branch) for control in controls if control.acts_in(branch)]
+    return [sum(residuals[1:], residuals[0]) for residuals in zip(*each, strict=True)] or None
+
+
+# -------------------------------------------------------------------------------------------------------------- control
 
 
 @dataclass(frozen=True)
 class Control:
     """One ControlNet in use: its hint, and how strongly, where, when and in which branch its residuals are added.
 
-    Raises ValueError for a hint of another shape, another number of layer strengths than it has residuals, or a range
-    outside 0 <= start < end <= 1.
+    Raises TypeError for a hint of another kind, ValueError for one of another shape, another number of layer weights
+    than it has residuals, or a range outside 0 <= start < end <= 1.
     """
 
     net: ControlNet
-    hint: Tensor  # (1 or B, 3, H, W) in [0, 1]
+    hint: Tensor | HintImage  # (1 or B, 3, H, W) in [0, 1], or what `generate` makes it from
     scale: float = 1.0
-    layers: Sequence[float] = ()  # a strength for each residual, times `scale`; none: all 1
-    prompt_only: bool = False  # not in the negative prompt's branch of the guidance (as shuffle models want it)
-    start: float = 0.0  # the part of the steps in which it acts
+    layers: Sequence[float] = ()  # a weight for each residual, times `scale`; none: all 1
+    prompt_only: bool = False  # spares the negative prompt's branch
+    start: float = 0.0  # acts from here to `end`, as fractions of the steps
     end: float = 1.0
-    mask: Tensor | None = None  # (1 or B, 1, H, W) in [0, 1]: where in the picture it acts; None: everywhere
+    mask: Tensor | None = None  # (1 or B, 1, H, W) in [0, 1]: where in the image it acts; None: everywhere
 
     def __post_init__(self):
         channels = self.net.config.hint_channels
-        if self.hint.ndim != 4 or self.hint.shape[1] != channels:
+        if isinstance(self.hint, HintImage):
+            check_channels(channels)
+        elif not isinstance(self.hint, Tensor):
+            found = type(self.hint).__name__
+            raise TypeError(f"a hint is of type {found}, expected a tensor: for images there is Control.from_image")
+        elif self.hint.ndim != 4 or self.hint.shape[1] != channels:
             raise ValueError(f"a hint has the shape {tuple(self.hint.shape)}, expected (1, {channels}, H, W) in [0, 1]")
         expected = len(self.net.zero_convs) + 1
         if len(self.layers) not in (0, expected):
-            raise ValueError(f"a control has {len(self.layers)} layer strengths, expected {expected} for this base")
+            raise ValueError(f"a control has {len(self.layers)} layer weights, expected {expected} for this base")
         check_range(self.start, self.end)
+
+    @classmethod
+    def from_image(
+        cls,
+        net: ControlNet,
+        image: str | Path | Image.Image | np.ndarray | HintImage,
+        *,
+        detect: str | None = None,
+        mode: str = "balanced",
+        layers: Sequence[float] = (),
+        **settings: Any,
+    ) -> "Control":
+        """A control whose hint is made from an image, at the size of the image that is generated.
+
+        `image` is a path, a PIL image or an array, uint8 or floats in [0, 1]; `detect` is a detector with its options,
+        as in "canny:low=50,high=150", and None if the image is the hint itself (controlnet/hints/hint_image.py). The
+        weights of `mode`, one of `MODES`, are multiplied by those of `layers`. `settings` are the other fields.
+
+        Raises ValueError for an unknown mode or detector, an image that cannot be read and as `Control` does.
+        """
+        if MODES.get(mode, Mode()).averaged and not net.config.global_average_pooling:
+            raise ValueError(f'the mode is "{mode}": load its ControlNet with global_average_pooling=True')
+        hint = image if isinstance(image, HintImage) else HintImage.of(image, detect)
+        weights = layer_weights(mode, layers, net.encoder.config)
+        prompt_only = MODES[mode].prompt_only or net.config.global_average_pooling
+        return cls(net, hint, **{"layers": weights, "prompt_only": prompt_only, **settings})
 
 
 def check_range(start: float, end: float) -> None:
-    """Raises ValueError for what is no part of the steps."""
+    """Raises ValueError for what is no range of fractions of the steps."""
     if not 0 <= start < end <= 1:
         raise ValueError(f"a control acts from {start} to {end} of the steps, expected 0 <= start < end <= 1")
 
 
-# ---------------------------------------------------------------------------------------------------- layer strengths
+class PreparedControl:
+    """A control with what is constant during the sampling computed once: hint features, masks and its timesteps."""
+
+    def __init__(self, control: Control, timesteps: Sequence[int] | None = None):
+        self.control = control
+        # The prompt's keys and values are constant, too, but only 0.4 % of the arithmetic: not worth keeping.
+        self.hint_features = control.net.hint_encoder(control.hint)  # (1 or B, C, h, w)
+        levels = residual_levels(control.net.encoder.config)
+        self.weights = [control.scale * weight for weight in control.layers or [1.0] * len(levels)]
+        self.masks = None
+        if control.mask is not None:
+            by_level = masks_by_level(control.mask, self.hint_features.shape[-2:], max(levels))
+            self.masks = [by_level[level] for level in levels]
+        self.timesteps = None  # all
+        if (control.start, control.end) != (0, 1):
+            if timesteps is None:
+                raise ValueError("a control acts in a part of the steps: pass the argument timesteps")
+            self.timesteps = acting_timesteps(timesteps, control.start, control.end)
+
+    def acts(self, t: Tensor) -> bool:
+        return self.timesteps is None or int(t[0]) in self.timesteps  # on CUDA int waits for the device
+
+    def acts_in(self, branch: Branch) -> bool:
+        return not (self.control.prompt_only and branch == "negative")
+
+    def residuals(self, x: Tensor, t: Tensor, context: Tensor, branch: Branch) -> list[Tensor]:
+        """One (B, C, h, w) for each skip in the encoder's order, the middle's last."""
+        if self.control.prompt_only and branch == "both":
+            x, t, context = (both.chunk(2)[1] for both in (x, t, context))
+            return [torch.cat([torch.zeros_like(r), r]) for r in self.residuals(x, t, context, "prompt")]
+        residuals = self.control.net.residuals(x, t, context, fill_batch(self.hint_features, len(x)))
+        residuals = [r if weight == 1 else weight * r for weight, r in zip(self.weights, residuals, strict=True)]
+        if self.masks is None:
+            return residuals
+        return [fill_batch(mask, len(x)) * r for mask, r in zip(self.masks, residuals, strict=True)]
+
+
+def acting_timesteps(timesteps: Sequence[int], start: float, end: float) -> set[int]:
+    """The timesteps whose step lies within `start` to `end`; step i of n goes from i / n to (i + 1) / n."""
+    n = len(timesteps)
+    return {t for i, t in enumerate(timesteps) if start <= i / n and (i + 1) / n <= end}
+
+
+def masks_by_level(mask: Tensor, size: tuple[int, int], last: int) -> list[Tensor]:
+    """A mask (B, 1, H, W) averaged over the area of each position, at the levels 0, of `size`, to `last`."""
+    sizes = [tuple(-(-side // 2**level) for side in size) for level in range(last + 1)]  # halved and rounded up
+    return [F.interpolate(mask, size, mode="area") for size in sizes]
+
+
+def fill_batch(features: Tensor, count: int) -> Tensor:
+    """(1 or B, C, h, w) -> (1 or count, C, h, w): a batch of one is left to broadcasting."""
+    return features if len(features) == 1 else features.repeat(count // len(features), 1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- modes
 
 
 def residual_levels(config: UNetConfig) -> list[int]:
@@ -66,142 +226,60 @@ def residual_levels(config: UNetConfig) -> list[int]:
     return [*levels, last]
 
 
-def guess_layers(config: UNetConfig) -> list[float]:
-    """0.825^(12 - i) for residual i: weaker the earlier the block. The strengths of the released code's guess mode, in
-    which the control also acts in the prompt's branch alone (`prompt_only`)."""
+def equal_weights(config: UNetConfig) -> list[float]:
+    return [1.0] * len(residual_levels(config))
+
+
+def guess_weights(config: UNetConfig) -> list[float]:
+    """0.825^(12 - i) for residual i: the earlier the block, the weaker (the released code's guess mode)."""
     last = len(residual_levels(config)) - 1
     return [0.825 ** (last - i) for i in range(last + 1)]
 
 
-def resolution_layers(config: UNetConfig, normalised: bool = True) -> list[float]:
-    """Classifier-free guidance resolution weighting (arXiv 2302.05543v3, section 3.4): w_i = 64 / h_i, where h_i is the
-    side of block i in a picture of 512 pixels, 64 to 8; with it the control acts in the prompt's branch alone.
+def literal_resolution_weights(config: UNetConfig) -> list[float]:
+    """w_i = 64 / h_i for a block of side h_i (arXiv 2302.05543v3, section 3.4), read literally: 1 to 8.
 
-    Read literally the finest residuals keep their strength and the coarsest get 8 times theirs, which the base has
-    never seen: pictures break. Normalised, each is divided by that 8: the coarsest keep their strength, the finest get
-    an eighth, close to the 0.825^(12 - i) of the released code. A UNet of fewer levels is divided by its own largest.
+    The base has never seen residuals of eight times their strength: images break.
     """
-    weights = [2.0**level for level in residual_levels(config)]
-    return [w / max(weights) for w in weights] if normalised else weights
+    return [2.0**level for level in residual_levels(config)]
 
 
-def middle_layer(config: UNetConfig) -> list[float]:
+def resolution_weights(config: UNetConfig) -> list[float]:
+    """`literal_resolution_weights` divided by the largest: 1/8 to 1, close to the released code's 0.825^(12 - i)."""
+    weights = literal_resolution_weights(config)
+    return [weight / max(weights) for weight in weights]
+
+
+def middle_weights(config: UNetConfig) -> list[float]:
     """The middle's residual alone: the released code's `only_mid_control`."""
-    return [0.0] * (len(residual_levels(config)) - 1) + [1.0]
+    return [*[0.0] * (len(residual_levels(config)) - 1), 1.0]
 
 
-# ---------------------------------------------------------------------------------------------------- guidance
+@dataclass(frozen=True)
+class Mode:
+    """How a control acts beside its scale, range and mask."""
+
+    weights: Callable[[UNetConfig], list[float]] = equal_weights
+    prompt_only: bool = False
+    averaged: bool = False  # over all positions (`ControlConfig.global_average_pooling`), whatever the file says
 
 
-def guided(
-    unet: UNet,
-    prompt: Tensor,
-    negative: Tensor,
-    cfg: float,
-    controls: Sequence[Control] = (),
-    timesteps: Sequence[int] | None = None,
-    batched: bool = True,
-    reuse: int = 1,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """-> denoise(x, t): the raw output, moved away from the negative prompt's by the factor `cfg`.
-
-    output = negative + cfg (prompt - negative); at cfg 1 the negative prompt has no effect and is not computed. The
-    guidance acts on the raw output, whether that is eps or v. Both branches are one batch of twice the size, or two
-    evaluations if not `batched`: equal results, less memory. With `reuse` N only every Nth step is computed in full,
-    and each at which other controls begin to act: an approximation, see reuse.py. `timesteps` are those of the
-    sampling, in its order; only `reuse` and controls with a `start` or an `end` need them, and then all of t is the
-    same. Raises ValueError if they are missing, or for a `reuse` below 1.
-    """
-    check_reuse(reuse)
-    # A hint does not change from step to step: encoded once. Nor do the prompt's keys and values in the transformers,
-    # but they are 0.4 % of the UNet's arithmetic in SD at 512x512: keeping them would not pay.
-    uses = [Use(control, timesteps) for control in controls]
-    if reuse == 1:
-        of_both = of_negative = of_prompt = in_full(unet)
-    else:
-        spans = constant_spans(uses, timesteps)
-        of_both, of_negative, of_prompt = (Reusing(unet, spans, reuse) for _ in range(3))
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        acting = [use for use in uses if use.acts(t[0])]
-        in_negative = [use for use in acting if not use.control.prompt_only]
-        if cfg == 1:
-            return of_prompt(x, t, prompt, lambda: total(use.residuals(x, t, prompt) for use in acting))
-        if batched:
-            x, t, context = x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, prompt])  # (2 B, ...)
-            output = of_both(x, t, context, lambda: total(use.residuals_of_both(x, t, context) for use in acting))
-            negative_output, prompt_output = output.chunk(2)
-        else:
-            negative_output = of_negative(
-                x, t, negative, lambda: total(use.residuals(x, t, negative) for use in in_negative)
-            )
-            prompt_output = of_prompt(x, t, prompt, lambda: total(use.residuals(x, t, prompt) for use in acting))
-        return negative_output + cfg * (prompt_output - negative_output)
-
-    return denoise
+MODES = {
+    "balanced": Mode(),
+    "prompt": Mode(prompt_only=True),
+    "guess": Mode(guess_weights, prompt_only=True),
+    "resolution": Mode(resolution_weights, prompt_only=True),
+    "resolution-literal": Mode(literal_resolution_weights, prompt_only=True),
+    "middle": Mode(middle_weights),
+    "shuffle": Mode(prompt_only=True, averaged=True),
+}
 
 
-class Use:
-    """A control with all that stays the same from step to step: hint features, masks, and the timesteps it acts at."""
-
-    def __init__(self, control: Control, timesteps: Sequence[int] | None):
-        self.control = control
-        self.features = control.net.hint_encoder(control.hint)  # (1 or B, C, h, w)
-        levels = residual_levels(control.net.encoder.config)
-        self.strengths = [control.scale * layer for layer in control.layers or [1.0] * len(levels)]
-        if control.mask is not None:
-            masks = shrunk(control.mask, self.features.shape[-2:], max(levels))
-            self.masks = [masks[level] for level in levels]
-        self.timesteps = None  # all
-        if (control.start, control.end) != (0, 1):
-            if timesteps is None:
-                raise ValueError("a control acts in a part of the steps: pass the argument timesteps")
-            self.timesteps = acting_timesteps(timesteps, control.start, control.end)
-
-    def acts(self, timestep: Tensor | int) -> bool:
-        return self.timesteps is None or int(timestep) in self.timesteps  # on CUDA int waits for the device
-
-    def residuals(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
-        residuals = self.control.net.residuals(x, t, context, fill_batch(self.features, len(x)))
-        residuals = [
-            r if strength == 1 else strength * r for strength, r in zip(self.strengths, residuals, strict=True)
-        ]
-        if self.control.mask is None:
-            return residuals
-        return [fill_batch(mask, len(x)) * r for mask, r in zip(self.masks, residuals, strict=True)]
-
-    def residuals_of_both(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
-        """For a batch whose first half is the negative prompt's."""
-        if not self.control.prompt_only:
-            return self.residuals(x, t, context)
-        in_prompt = self.residuals(*(both.chunk(2)[1] for both in (x, t, context)))
-        return [torch.cat([torch.zeros_like(r), r]) for r in in_prompt]
-
-
-def acting_timesteps(timesteps: Sequence[int], start: float, end: float) -> set[int]:
-    """Those of the steps, step i of n being from i / n to (i + 1) / n, that lie within `start` to `end`."""
-    n = len(timesteps)
-    return {t for i, t in enumerate(timesteps) if start <= i / n and (i + 1) / n <= end}
-
-
-def constant_spans(uses: Sequence[Use], timesteps: Sequence[int] | None) -> list[list[int]]:
-    """The timesteps, cut where other controls begin to act. Raises ValueError without timesteps."""
-    if timesteps is None:
-        raise ValueError("features are reused from step to step: pass the argument timesteps")
-    return [list(span) for _, span in groupby(timesteps, lambda timestep: [use.acts(timestep) for use in uses])]
-
-
-def shrunk(mask: Tensor, size: tuple[int, int], last: int) -> list[Tensor]:
-    """A mask (B, 1, H, W) as the mean over the area of each position, at the levels 0, of `size`, to `last`."""
-    sizes = [tuple(-(-side // 2**level) for side in size) for level in range(last + 1)]  # halved and rounded up
-    return [F.interpolate(mask, size, mode="area") for size in sizes]
-
-
-def total(residuals: Iterable[list[Tensor]]) -> list[Tensor] | None:
-    """The sum of all controls' residuals, layer by layer (section 3.4 of the paper); None without controls."""
-    return [sum(layer[1:], layer[0]) for layer in zip(*residuals, strict=True)] or None
-
-
-def fill_batch(features: Tensor, count: int) -> Tensor:
-    """(1 or B, C, h, w) -> (1 or count, C, h, w): what is one for all is left to broadcasting."""
-    return features if len(features) == 1 else features.repeat(count // len(features), 1, 1, 1)
+def layer_weights(mode: str, layers: Sequence[float], config: UNetConfig) -> list[float]:
+    """Those of a mode times `layers`, if there are any. Raises ValueError for an unknown mode or another number."""
+    if mode not in MODES:
+        raise ValueError(f'the mode of a control is "{mode}", expected one of {", ".join(MODES)}')
+    weights = MODES[mode].weights(config)
+    if len(layers) not in (0, len(weights)):
+        raise ValueError(f"a control has {len(layers)} layer weights, expected {len(weights)} for this base")
+    return [a * b for a, b in zip(weights, layers, strict=True)] if layers else weights

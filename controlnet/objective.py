@@ -1,46 +1,127 @@
-"""The training loss: E || eps - eps_theta(z_t, t, c_t, c_f) ||^2 (arXiv 2302.05543v3, Eq. 5), or v for v-models.
+"""The training step of a ControlNet: what is drawn at random for a sample, what the networks get, and the loss.
 
-Shapes: z0 scaled latents (B, 4, h, w), noise like z0, t (B,) whole timesteps, context (B, M, D), hint (B, 3, H, W).
+    E || eps - eps_theta(z_t, t, c_t, c_f) ||^2        over z0, t, c_t, c_f and eps        (arXiv 2302.05543v3, Eq. 5)
+
+with the image's latents z0, the noise eps, z_t = alpha_t z0 + sigma_t eps, the prompt c_t and the hint c_f; or v in
+place of eps for v-models.
+
+Shapes: B batch, h w positions, D context width; z0 and noise (B, 4, h, w), t (B,) whole timesteps,
+context (B, 77, D), hint (B, 3, H, W) in [0, 1].
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.schedule import Schedule
 from ldm.unet import UNet
+from ldm.vae import Posterior
 
 from .model import ControlNet
 
-
-def base_loss(unet: UNet, schedule: Schedule, z0: Tensor, noise: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    """What the base itself is trained with: the same loss without a control."""
-    output = unet(schedule.q_sample(z0, t, noise), t, context)
-    return F.mse_loss(output.float(), schedule.target(z0, t, noise))
+# ------------------------------------------------------------------------------------------------- what is drawn
 
 
-def control_loss(
-    unet: UNet,
-    control: ControlNet,
-    schedule: Schedule,
-    z0: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    context: Tensor,
-    hint: Tensor,
-    min_snr: float | None = None,
-) -> Tensor:
-    """The loss of a ControlNet. With a locked base (`requires_grad_(False)`) gradients go to the control alone.
+class Drawn(NamedTuple):
+    """All that is random in a batch's loss."""
 
-    `min_snr` is the gamma of `min_snr_weights`; None weighs every timestep alike.
+    t: Tensor  # (B,) timesteps
+    noise: Tensor  # (B, 4, h, w), the eps of Eq. 5
+    posterior_noise: Tensor  # (B, 4, h, w), for a sample of the autoencoder's posterior
+    dropped: Tensor  # (B,) bool: whether the prompt is replaced by the empty one
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws for samples by their positions: position p is the p-th sample that a run looks at.
+
+    What is drawn follows from (seed, p) alone. So it does not depend on how the samples are cut into batches or shared
+    among processes, and a resumed run needs no random states, only p.
     """
-    z_t = schedule.q_sample(z0, t, noise)
-    # Nothing that is trained lies before or inside the locked encoder, so it needs no gradients and keeps no
-    # activations. The decoder is locked too, but the residuals enter it: their gradients must come back through it.
-    with torch.no_grad():
-        encoded = unet.encoder(z_t, t, context)
-    residuals = control(z_t, t, context, hint)
-    output = unet.decode(encoded, context, residuals)
+
+    latent_shape: tuple[int, int, int]  # (4, h, w)
+    timesteps: int  # T of the schedule
+    prompt_dropout: float  # 0.5 by default and in the paper (section 3.3): hints are to be understood without a prompt
+    seed: int
+
+    def __call__(self, positions: Iterable[int]) -> Drawn:
+        return Drawn(*(torch.stack(rows) for rows in zip(*map(self.of_sample, positions), strict=True)))
+
+    def of_sample(self, position: int) -> Drawn:
+        generator = seeded(self.seed, 2, position)
+        noise = torch.randn(self.latent_shape, generator=generator)
+        t = torch.randint(self.timesteps, (), generator=generator)  # uniform over [0, T)
+        posterior_noise = torch.randn(self.latent_shape, generator=generator)
+        dropped = torch.rand((), generator=generator) < self.prompt_dropout
+        return Drawn(t, noise, posterior_noise, dropped)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator of its own for, say, (seed, purpose, position)."""
+    sequence = np.random.SeedSequence(numbers)
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+
+
+# ------------------------------------------------------------------------------------------- what the networks get
+
+
+class EncodedPairs(NamedTuple):
+    """Images and captions after the locked encoders."""
+
+    mean: Tensor  # (B, 4, h, w) and
+    logvar: Tensor  # (B, 4, h, w), of the autoencoder's posterior, unscaled
+    context: Tensor  # (B, 77, D)
+
+
+def loss_inputs(
+    encoded: EncodedPairs, hint: Tensor, drawn: Drawn, latent_scale: float, empty_prompt: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> z0, noise, t, context and hint on `device`, for `ControlLoss`.
+
+    z0 is a fresh sample of the posterior, as in the released code, not its mean; it is scaled to unit standard
+    deviation. Dropped prompts become `empty_prompt` (1, 77, D), the text encoder's output for "".
+    """
+    mean, logvar, context = (tensor.to(device) for tensor in encoded)
+    t, noise, posterior_noise, dropped = (tensor.to(device) for tensor in drawn)
+    z0 = latent_scale * Posterior(mean.float(), logvar.float()).sample(posterior_noise)
+    context = torch.where(dropped[:, None, None], empty_prompt, context)
+    return z0, noise, t, context, hint.to(device)
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+class ControlLoss(nn.Module):
+    """The loss as a module's forward pass, which DistributedDataParallel and torch.compile can wrap.
+
+    With a locked base (`requires_grad_(False)`) gradients go to the control alone; with an unlocked decoder to that,
+    too. `min_snr` is the gamma of `min_snr_weights`; None weighs all timesteps alike.
+    """
+
+    def __init__(self, unet: UNet, control: ControlNet, schedule: Schedule, min_snr: float | None = None):
+        super().__init__()
+        self.unet, self.control, self.schedule, self.min_snr = unet, control, schedule, min_snr
+
+    def forward(self, z0: Tensor, noise: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
+        z_t = self.schedule.q_sample(z0, t, noise)
+        # Nothing that is trained lies before or inside the locked encoder, so it needs no gradients and keeps no
+        # activations. The decoder is locked, too, but the residuals enter it: their gradients come back through it.
+        with torch.no_grad():
+            encoded = self.unet.encoder(z_t, t, context)
+        residuals = self.control(z_t, t, context, hint)
+        output = self.unet.decode(encoded, context, residuals)
+        return denoising_loss(self.schedule, output, z0, noise, t, self.min_snr)
+
+
+def denoising_loss(
+    schedule: Schedule, output: Tensor, z0: Tensor, noise: Tensor, t: Tensor, min_snr: float | None = None
+) -> Tensor:
+    """The mean squared error of a UNet's output to the schedule's target: the base itself is trained with it, too."""
     target = schedule.target(z0, t, noise)
     if min_snr is None:
         return F.mse_loss(output.float(), target)
@@ -49,7 +130,7 @@ def control_loss(
 
 
 def min_snr_weights(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
-    """(B,): each timestep's weight such that the error of x0 counts min(SNR, gamma), not SNR.
+    """(B,): weights for timesteps, so that the error of x0 is weighted by min(SNR, gamma) instead of SNR.
 
     Hang et al., arXiv 2303.09556, Eq. 8 and section 3.4: min(SNR, gamma) over SNR for eps, over SNR + 1 for v.
     """
@@ -59,28 +140,8 @@ def min_snr_weights(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
     return snr.clamp(max=gamma) / unweighted
 
 
-class ControlLoss(nn.Module):
-    """`control_loss` as a module's forward pass, which is what DistributedDataParallel and torch.compile work on."""
-
-    def __init__(self, unet: UNet, control: ControlNet, schedule: Schedule, min_snr: float | None = None):
-        super().__init__()
-        self.unet, self.control, self.schedule, self.min_snr = unet, control, schedule, min_snr
-
-    def forward(self, z0: Tensor, noise: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
-        return control_loss(self.unet, self.control, self.schedule, z0, noise, t, context, hint, self.min_snr)
-
-
-def only_middle(control: ControlNet) -> None:
-    """Trains the control of the middle block alone (the published `only_mid_control`): the other residuals stay zero,
-    because their zero convolutions are locked at zero."""
-    for conv in control.zero_convs:
-        nn.init.zeros_(conv.weight)
-        nn.init.zeros_(conv.bias)
-    control.zero_convs.requires_grad_(False)
-
-
 def zero_conv_norms(control: ControlNet) -> list[float]:
-    """The norm of each output's zero convolution, the middle's last: what grows when control sets in, while the loss
-    hardly shows it."""
+    """The norm of each output's zero convolution, the middle's last. It grows when control sets in, which the loss
+    hardly shows."""
     convs = [*control.zero_convs, control.middle_zero_conv]
     return [float(torch.cat([p.detach().flatten() for p in conv.parameters()]).norm()) for conv in convs]

@@ -1,25 +1,25 @@
 """The UNet as an encoder and a decoder: epsilon_theta(x_t, t, c) of Rombach et al., arXiv 2112.10752.
 
-The encoder of SD 1.5 at 512x512 is these twelve blocks and a middle. Each block's output is also a skip connection,
-so a ControlNet has twelve zero convolutions, one a row, and one more for the middle:
+The encoder of SD 1.5 at 512x512 is these twelve blocks and a middle. Each block's output is also a skip connection:
 
     block  what                      output (C, h, w)
         0  convolution               320, 64, 64
-        1  residual, transformer     320, 64, 64
-        2  residual, transformer     320, 64, 64
+        1  ResBlock, transformer     320, 64, 64
+        2  ResBlock, transformer     320, 64, 64
         3  downsample                320, 32, 32
-        4  residual, transformer     640, 32, 32
-        5  residual, transformer     640, 32, 32
+        4  ResBlock, transformer     640, 32, 32
+        5  ResBlock, transformer     640, 32, 32
         6  downsample                640, 16, 16
-        7  residual, transformer    1280, 16, 16
-        8  residual, transformer    1280, 16, 16
+        7  ResBlock, transformer    1280, 16, 16
+        8  ResBlock, transformer    1280, 16, 16
         9  downsample               1280,  8,  8
-       10  residual                 1280,  8,  8
-       11  residual                 1280,  8,  8
-   middle  residual, transformer,   1280,  8,  8
-           residual
+       10  ResBlock                 1280,  8,  8
+       11  ResBlock                 1280,  8,  8
+   middle  ResBlock, transformer,   1280,  8,  8
+           ResBlock
 
-The decoder mirrors it: twelve blocks, each of which first takes the last skip that is left.
+The decoder mirrors it: twelve blocks, each of which first concatenates the last unused skip. A control's residuals may
+be added to the twelve skips and to the middle's output, before any of them is concatenated.
 Shapes: B batch, C channels, h w positions, M prompt tokens, D context width, T width of the time embedding.
 """
 
@@ -47,7 +47,7 @@ def transformer(config: UNetConfig, level: int) -> SpatialTransformer:
 
 
 class ConvBlock(nn.Module):
-    """A block of convolution alone: the first of the encoder, and the last of each level but the coarsest."""
+    """A single convolution: the encoder's first block, and the downsampling at the end of each level but the last."""
 
     def __init__(self, conv: nn.Module):
         super().__init__()
@@ -58,7 +58,7 @@ class ConvBlock(nn.Module):
 
 
 class ResTransformerBlock(nn.Module):
-    """A residual block, at most levels a transformer, and at the end of a decoder level the way up."""
+    """A residual block, at most levels a transformer, and at the end of a decoder level an upsampling."""
 
     def __init__(self, config: UNetConfig, c_in: int, level: int, upsample: bool = False):
         super().__init__()
@@ -89,22 +89,19 @@ class MiddleBlock(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """What can trade time for memory: see `set_checkpointing`."""
+    """Mixin: gradient checkpointing (Chen et al., arXiv 1604.06174)."""
 
     checkpointing = False
 
-    def run(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def run_checkpointed(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Gradient checkpointing for every encoder and decoder inside `model` (a UNet, a ControlNet).
-
-    Each block, and a ControlNet's hint encoder as a whole, then keeps only its input and is run again in the backward
-    pass (Chen et al., arXiv 1604.06174).
-    """
+    """Gradient checkpointing for every part of `model` that knows it: each block then keeps only its input, and is run
+    again in the backward pass."""
     for module in model.modules():
         if isinstance(module, Checkpointed):
             module.checkpointing = on
@@ -119,16 +116,16 @@ class Encoded:
     time: Tensor  # (B, T)
 
 
-def add_control(encoded: Encoded, control: Sequence[Tensor] | None) -> Encoded:
-    """With a ControlNet's residuals added, one for each skip and the middle's last."""
-    if control is None:
+def add_residuals(encoded: Encoded, residuals: Sequence[Tensor] | None) -> Encoded:
+    """One for each skip in the encoder's order, the middle's last; a new `Encoded`, nothing is changed in place."""
+    if residuals is None:
         return encoded
-    skips = [skip + residual for skip, residual in zip(encoded.skips, control[:-1], strict=True)]
-    return Encoded(skips, encoded.middle + control[-1], encoded.time)
+    skips = [skip + residual for skip, residual in zip(encoded.skips, residuals[:-1], strict=True)]
+    return Encoded(skips, encoded.middle + residuals[-1], encoded.time)
 
 
 class UNetEncoder(Checkpointed):
-    """The half of the UNet that a ControlNet copies: time embedding, blocks and middle."""
+    """The first half of the UNet: time embedding, blocks and middle."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -145,17 +142,14 @@ class UNetEncoder(Checkpointed):
                 self.skip_widths.append(width)
         self.middle = MiddleBlock(config)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, hint_features: Tensor | None = None) -> Encoded:
-        """x (B, 4, h, w), t (B,), context (B, M, D); a ControlNet's copy adds `hint_features`, (1 or B,
-        C, h, w), after block 0."""
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Encoded:
+        """x (B, 4, h, w), t (B,), context (B, M, D)."""
         time = self.time_embedding(t)
         skips = []
-        for i, block in enumerate(self.blocks):
-            x = self.run(block, x, time, context)
-            if i == 0 and hint_features is not None:
-                x = x + hint_features
+        for block in self.blocks:
+            x = self.run_checkpointed(block, x, time, context)
             skips.append(x)
-        return Encoded(skips, self.run(self.middle, x, time, context), time)
+        return Encoded(skips, self.run_checkpointed(self.middle, x, time, context), time)
 
 
 class UNetDecoder(Checkpointed):
@@ -178,9 +172,9 @@ class UNetDecoder(Checkpointed):
     def up(
         self, blocks: Sequence[nn.Module], x: Tensor, skips: Sequence[Tensor], time: Tensor, context: Tensor
     ) -> Tensor:
-        """x through some of the blocks in turn, with a skip for each, in the encoder's order."""
+        """Runs `blocks`, concatenating one skip connection to each input; skips are in the encoder's order."""
         for block, skip in zip(blocks, reversed(skips), strict=True):
-            x = self.run(block, torch.cat([x, skip], dim=1), time, context)
+            x = self.run_checkpointed(block, torch.cat([x, skip], dim=1), time, context)
         return x
 
     def output(self, x: Tensor) -> Tensor:
@@ -195,14 +189,14 @@ class UNet(nn.Module):
         self.decoder = UNetDecoder(config, self.encoder.skip_widths)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
-        """The raw output (B, 4, h, w): noise, v or x0, as the schedule says.
+        """The raw output (B, 4, h, w): eps, v or x0, as the schedule says.
 
-        x (B, 4, h, w), t (B,), context (B, M, D). `control` holds a ControlNet's residuals, one for each skip in the
-        encoder's order and the middle's last; nothing in it is changed.
+        x (B, 4, h, w), t (B,), context (B, M, D). `control` are residuals for the skips and the middle, as a ControlNet
+        gives them.
         """
         return self.decode(self.encoder(x, t, context), context, control)
 
     def decode(self, encoded: Encoded, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
-        """The second half of `forward`, for callers that run the encoder on their own (without gradients, or once)."""
-        encoded = add_control(encoded, control)
+        """The second half of `forward`, for callers that run the encoder by themselves (without gradients, or once)."""
+        encoded = add_residuals(encoded, control)
         return self.decoder(encoded.middle, encoded.skips, encoded.time, context)

@@ -9,10 +9,21 @@ import torch.nn.functional as F
 from minis import MINIS, inputs, mini_unet, new_mini_control, relative, stored
 from small import SMALL
 
+from controlnet.ablations import only_middle
+from controlnet.layouts import control_map
 from controlnet.model import ControlNet
-from controlnet.objective import ControlLoss, base_loss, control_loss, min_snr_weights, only_middle, zero_conv_norms
-from controlnet.training.optimisation import Optimisation, constant_rate
-from ldm.checkpoints.key_maps import control_map, unet_map
+from controlnet.objective import (
+    ControlLoss,
+    Draws,
+    EncodedPairs,
+    denoising_loss,
+    loss_inputs,
+    min_snr_weights,
+    seeded,
+    zero_conv_norms,
+)
+from controlnet.training.optimisation import Optimisation, constant_schedule
+from ldm.checkpoints.key_maps import unet_map
 from ldm.schedule import Schedule
 from ldm.unet import UNet
 
@@ -37,6 +48,10 @@ def published_gradients(loss):
         sources = key_map.sources(parameters)
         gradients |= {sources[name].key: p.grad for name, p in parameters.items() if p.grad is not None}
     return gradients
+
+
+def trained_by(loss):
+    return [(name, parameter) for name, parameter in loss.named_parameters() if parameter.requires_grad]
 
 
 @pytest.mark.parametrize("how", ["", "only_mid/"])
@@ -66,8 +81,7 @@ def test_loss_and_gradients_are_the_published_ones(style, how):
 @pytest.mark.parametrize("style", MINIS)
 def test_losses_along_adamw_steps_are_the_published_ones(style, how):
     loss, compute = published_training(style, how == "unlocked")
-    trained = [p for p in loss.parameters() if p.requires_grad]
-    optimisation = Optimisation(trained, 1e-4, constant_rate(warmup=0), CPU, clip=float("inf"))
+    optimisation = Optimisation(trained_by(loss), 1e-4, constant_schedule(warmup=0), CPU, clip=float("inf"))
     losses = []
     for _ in range(4):
         value = compute()
@@ -94,7 +108,7 @@ def small_batch():
 
 
 def small_loss(unet, control):
-    return control_loss(unet, control, Schedule(SMALL.schedule), *small_batch())
+    return ControlLoss(unet, control, Schedule(SMALL.schedule))(*small_batch())
 
 
 def test_the_loss_is_the_mean_squared_error_to_the_schedules_target():
@@ -102,12 +116,13 @@ def test_the_loss_is_the_mean_squared_error_to_the_schedules_target():
     z0, noise, t, context, _ = small_batch()
     output = unet(schedule.q_sample(z0, t, noise), t, context)
     want = F.mse_loss(output, schedule.target(z0, t, noise))
-    assert torch.equal(base_loss(unet, schedule, z0, noise, t, context), want)
+    assert torch.equal(denoising_loss(schedule, output, z0, noise, t), want)
 
 
 def test_the_loss_of_a_fresh_control_is_the_bases():
     unet, (z0, noise, t, context, _) = small_unet(), small_batch()
-    want = base_loss(unet, Schedule(SMALL.schedule), z0, noise, t, context)
+    schedule = Schedule(SMALL.schedule)
+    want = denoising_loss(schedule, unet(schedule.q_sample(z0, t, noise), t, context), z0, noise, t)
     assert torch.equal(small_loss(unet, ControlNet.from_unet(unet)), want)
 
 
@@ -120,7 +135,7 @@ def test_gradients_reach_a_fresh_control_from_its_end():
     """A zero convolution lets nothing through to what lies before it until its own first step."""
     unet = small_unet()
     control = ControlNet.from_unet(unet)
-    optimisation = Optimisation(control.parameters(), 1e-3, constant_rate(warmup=0), CPU)
+    optimisation = Optimisation(control.named_parameters(), 1e-3, constant_schedule(warmup=0), CPU)
     everything = {name for name, _ in control.named_parameters()}
     output_zero_convs = {name for name in everything if "zero_conv" in name}
     trunk = {name for name in everything if name.startswith("encoder.")}
@@ -140,7 +155,7 @@ def test_gradients_reach_a_fresh_control_from_its_end():
 def test_a_step_changes_the_control_alone():
     unet = small_unet()
     control = ControlNet.from_unet(unet)
-    optimisation = Optimisation(control.parameters(), 1e-3, constant_rate(warmup=0), CPU)
+    optimisation = Optimisation(control.named_parameters(), 1e-3, constant_schedule(warmup=0), CPU)
     unet_before, control_before = copy.deepcopy(unet.state_dict()), copy.deepcopy(control.state_dict())
     for _ in range(2):
         optimisation.backward(small_loss(unet, control))
@@ -175,7 +190,7 @@ def test_only_the_middle_learns_and_the_other_residuals_stay_zero():
     control = ControlNet.from_unet(unet)
     only_middle(control)
     loss = ControlLoss(unet, control, Schedule(SMALL.schedule))
-    optimisation = Optimisation([p for p in loss.parameters() if p.requires_grad], 1e-3, constant_rate(0), CPU)
+    optimisation = Optimisation(trained_by(loss), 1e-3, constant_schedule(0), CPU)
     for _ in range(2):
         optimisation.backward(loss(*small_batch()))
         optimisation.step()
@@ -214,6 +229,42 @@ def test_the_weighted_loss_is_the_weighted_mean_of_each_pictures():
     unet, schedule = small_unet(), Schedule(SMALL.schedule)
     control, batch = ControlNet.from_unet(unet), small_batch()
     weights = min_snr_weights(schedule, batch[2], 5.0)
-    each = [control_loss(unet, control, schedule, *(part[i : i + 1] for part in batch)) for i in range(2)]
+    loss = ControlLoss(unet, control, schedule)
+    each = [loss(*(part[i : i + 1] for part in batch)) for i in range(2)]
     want = sum(w * loss for w, loss in zip(weights, each, strict=True)) / 2
     torch.testing.assert_close(ControlLoss(unet, control, schedule, min_snr=5.0)(*batch), want)
+
+
+# ------------------------------------------------------------------------------------------------------ what is drawn
+
+
+def test_a_position_says_everything_that_is_random():
+    draws = Draws((4, 8, 8), timesteps=1000, prompt_dropout=0.5, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(draws([5]), draws([5]), strict=True))
+    drawn = draws(range(400))
+    assert all(torch.equal(one[0], many[7]) for one, many in zip(draws([7]), drawn, strict=True))
+    assert drawn.noise.mean().abs() < 0.02 and drawn.noise.std() == pytest.approx(1, abs=0.02)
+    assert not torch.equal(drawn.noise, drawn.posterior_noise)
+    assert drawn.t.min() < 30 and drawn.t.max() > 970 and drawn.t.float().mean() == pytest.approx(500, abs=60)
+    assert 0.4 < drawn.dropped.float().mean() < 0.6
+
+
+def test_a_step_draws_the_same_whatever_was_drawn_before():
+    first = torch.randn(3, generator=seeded(1, 5))
+    assert torch.equal(first, torch.randn(3, generator=seeded(1, 5)))
+    assert not torch.equal(first, torch.randn(3, generator=seeded(5, 1)))
+    assert not torch.equal(first, torch.randn(3, generator=seeded(1, 6)))
+
+
+def test_the_loss_gets_a_sample_of_the_posterior_and_no_prompt_where_it_is_dropped():
+    generator = torch.Generator().manual_seed(0)
+    mean, logvar = torch.randn(2, 8, 4, 8, 8, generator=generator)
+    encoded = EncodedPairs(mean, logvar, torch.randn(8, 77, 16, generator=generator))
+    empty, given = torch.randn(1, 77, 16, generator=generator), torch.rand(8, 3, 64, 64, generator=generator)
+    drawn = Draws((4, 8, 8), 1000, 0.5, 0)(range(8))
+    assert 0 < drawn.dropped.sum() < 8
+    z0, noise, t, context, hint = loss_inputs(encoded, given, drawn, 0.2, empty, CPU)
+    torch.testing.assert_close(z0, 0.2 * (mean + torch.exp(logvar / 2) * drawn.posterior_noise))
+    for i in range(8):
+        assert torch.equal(context[i], empty[0] if drawn.dropped[i] else encoded.context[i])
+    assert torch.equal(hint, given) and torch.equal(noise, drawn.noise) and torch.equal(t, drawn.t)

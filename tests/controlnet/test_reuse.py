@@ -11,10 +11,10 @@ from minis import inputs, mini_control, mini_unet, relative, stored
 from PIL import Image
 from small import small_control, small_sd
 
-from controlnet.guidance import Control, guided
+from controlnet.guidance import Control, PreparedControl, guided
 from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
-from controlnet.reuse import Reusing
+from controlnet.reuse import Reusing, reusing
 
 TIMESTEPS = [901, 701, 501, 301, 101]
 
@@ -26,7 +26,10 @@ def control(**options):
 def denoiser(controls, reuse, cfg=3, **options):
     _, _, context, _ = inputs("sd1")
     negative = stored("inputs")["sd1/uncond"]
-    return guided(mini_unet("sd1"), context, negative, cfg, controls, TIMESTEPS, reuse=reuse, **options)
+    make_predictor = None if reuse == 1 else reusing(reuse)
+    return guided(
+        mini_unet("sd1"), context, negative, cfg, controls, TIMESTEPS, make_predictor=make_predictor, **options
+    )
 
 
 def way(seed=0):
@@ -52,10 +55,10 @@ def recorded(module):
 def test_a_key_step_is_exact_to_the_bit(controlled):
     _, _, context, hint = inputs("sd1")
     unet, net = mini_unet("sd1"), mini_control("sd1")
-    evaluate = Reusing(unet, [TIMESTEPS], every=2)
+    predict, controls = Reusing(unet, every=2), [PreparedControl(control())] if controlled else []
     for i, (x, t) in enumerate(way()):
         residuals = net(x, t, context, hint) if controlled else None
-        got, want = evaluate(x, t, context, lambda: residuals), unet(x, t, context, residuals)  # noqa: B023
+        got, want = predict(x, t, context, controls, "prompt"), unet(x, t, context, residuals)
         assert torch.equal(got, want) == (i % 2 == 0)
 
 
@@ -63,14 +66,15 @@ def test_a_key_step_is_exact_to_the_bit(controlled):
 def test_between_key_steps_the_line_through_the_last_two_is_followed_half_the_way():
     """What enters the last block of the decoder: deep features beside the first skip."""
     unet, (_, _, context, hint), net = mini_unet("sd1"), inputs("sd1"), mini_control("sd1")
-    steps, evaluate, last = way(), Reusing(unet, [TIMESTEPS], every=2), unet.decoder.blocks[-1]
+    steps, predict, last = way(), Reusing(unet, every=2), unet.decoder.blocks[-1]
+    controls = [PreparedControl(control())]
     residuals = [net(x, t, context, hint) for x, t in steps]
     with recorded(last) as exact:
-        for (x, t), control in zip(steps, residuals, strict=True):
-            unet(x, t, context, control)
+        for (x, t), added in zip(steps, residuals, strict=True):
+            unet(x, t, context, added)
     with recorded(last) as got:
-        for (x, t), control in zip(steps, residuals, strict=True):
-            evaluate(x, t, context, lambda: control)  # noqa: B023
+        for x, t in steps:
+            predict(x, t, context, controls, "prompt")
     width = unet.encoder.skip_widths[0]
     deep = [arguments[0][:, :-width] for arguments in exact]
     for i, wanted_deep, wanted_residual in [
@@ -87,11 +91,11 @@ def test_between_key_steps_the_line_through_the_last_two_is_followed_half_the_wa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_reuses_too(dtype):
     context, half = inputs("sd1")[2], copy.deepcopy(mini_unet("sd1")).to(dtype)
-    full, evaluate = (Reusing(unet, [TIMESTEPS], every=2) for unet in (mini_unet("sd1"), half))
+    full, predict = (Reusing(unet, every=2) for unet in (mini_unet("sd1"), half))
     for x, t in way():
-        output = evaluate(x.to(dtype), t, context.to(dtype), lambda: None)
+        output = predict(x.to(dtype), t, context.to(dtype), [], "prompt")
         assert output.dtype == dtype
-        assert relative(output.float(), full(x, t, context, lambda: None)) < 0.05
+        assert relative(output.float(), full(x, t, context, [], "prompt")) < 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance
@@ -148,7 +152,7 @@ def test_features_of_other_controls_are_not_followed():
 
 
 @torch.no_grad()
-def test_a_second_picture_is_as_if_it_were_the_first():
+def test_a_second_image_is_as_if_it_were_the_first():
     used, fresh = denoiser([control()], 2), denoiser([control()], 2)
     for x, t in way(seed=1):
         used(x, t)
@@ -156,15 +160,12 @@ def test_a_second_picture_is_as_if_it_were_the_first():
         assert torch.equal(used(x, t), fresh(x, t))
 
 
-def test_reuse_needs_the_timesteps_and_a_distance():
-    unet, (_, _, context, _) = mini_unet("sd1"), inputs("sd1")
-    with pytest.raises(ValueError, match="features are reused from step to step: pass the argument timesteps"):
-        guided(unet, context, context, 2.0, reuse=2)
+def test_reuse_needs_a_distance():
     with pytest.raises(ValueError, match="reuse is 0, expected 1"):
-        guided(unet, context, context, 2.0, timesteps=TIMESTEPS, reuse=0)
+        reusing(0)
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
 @pytest.fixture(scope="module")
@@ -179,21 +180,21 @@ def small(sd):
 
 def arrays(sd, controls=(), **options):
     """`generate` in five steps, as arrays (count, H, W, 3)."""
-    pictures = generate(sd, "a circle", controls, **{"steps": 5, "sampler": "ddim", **options})
-    return np.stack([np.asarray(picture) for picture in pictures])
+    images = generate(sd, "a circle", controls, **{"steps": 5, "sampler": "ddim", **options})
+    return np.stack([np.asarray(picture) for picture in images])
 
 
-def test_a_picture_is_exact_unless_asked_otherwise(sd, small):
+def test_an_image_is_exact_unless_asked_otherwise(sd, small):
     exact = arrays(sd, [small])
     assert np.array_equal(arrays(sd, [small], reuse=1), exact)
     assert not np.array_equal(arrays(sd, [small], reuse=2), exact)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
-def test_no_features_pass_from_one_picture_or_call_to_the_next(sd, small, sampler):
+def test_no_features_pass_from_one_image_or_call_to_the_next(sd, small, sampler):
     controls = [small, replace(small, start=0.3, scale=0.5)]
-    pictures = arrays(sd, controls, sampler=sampler, reuse=2, count=2, seed=3)
-    assert np.array_equal(arrays(sd, controls, sampler=sampler, reuse=2, seed=4)[0], pictures[1])
+    images = arrays(sd, controls, sampler=sampler, reuse=2, count=2, seed=3)
+    assert np.array_equal(arrays(sd, controls, sampler=sampler, reuse=2, seed=4)[0], images[1])
 
 
 def test_image_to_image_counts_the_steps_that_are_done(sd, small):
@@ -203,6 +204,6 @@ def test_image_to_image_counts_the_steps_that_are_done(sd, small):
     assert len(calls) == 2  # three steps of five
 
 
-def test_with_little_memory_the_picture_is_the_same_to_rounding(sd, small):
-    plain, low = (arrays(sd, [small], reuse=2, low_memory=device).astype(int) for device in (None, "cpu"))
+def test_with_little_memory_the_image_is_the_same_to_rounding(sd, small):
+    plain, low = (arrays(sd, [small], reuse=2, cpu_offload=device).astype(int) for device in (None, "cpu"))
     assert np.abs(plain - low).max() <= 1

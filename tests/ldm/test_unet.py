@@ -6,13 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from minis import MINIS, every_fourth, inputs, mini_control, mini_unet, relative, stored
 from small import SMALL
 from torch import nn
 
 import ldm.unet
 from controlnet.model import ControlNet
-from controlnet.objective import control_loss
+from controlnet.objective import ControlLoss
 from ldm.attention import Attention
 from ldm.blocks import Downsample, sinusoidal_embedding
 from ldm.config import SD15
@@ -138,7 +139,7 @@ ROW = re.compile(r"^ +(\d+|middle)  +(.+?),? +(\d+), +(\d+), +(\d+)$", re.MULTIL
 def contents(block):
     """A block in the words of the table."""
     if isinstance(block, ResTransformerBlock):
-        return "residual" if block.transformer is None else "residual, transformer"
+        return "ResBlock" if block.transformer is None else "ResBlock, transformer"
     assert isinstance(block, ConvBlock)
     return "downsample" if isinstance(block.conv, Downsample) else "convolution"
 
@@ -152,8 +153,8 @@ def test_the_table_of_blocks_in_the_docstring_is_true():
         encoded = encoder(torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768))
         control = ControlNet(UNet(SD15.unet))
     assert shapes == [tuple(features.shape[1:]) for features in (*encoded.skips, encoded.middle)]
-    assert words == [*map(contents, encoder.blocks), "residual, transformer"]
-    assert re.search(r"^ +middle .*\n +residual$", ldm.unet.__doc__, re.MULTILINE)
+    assert words == [*map(contents, encoder.blocks), "ResBlock, transformer"]
+    assert re.search(r"^ +middle .*\n +ResBlock$", ldm.unet.__doc__, re.MULTILINE)
     assert [conv.out_channels for conv in control.zero_convs] == [channels for channels, _, _ in shapes[:-1]]
 
 
@@ -223,7 +224,7 @@ def test_checkpointing_runs_the_blocks_of_a_control_again_and_changes_no_bit():
     control.hint_encoder.convs[0].register_forward_pre_hook(lambda *_: hints.append(1))
 
     def loss():
-        return control_loss(unet, control, Schedule(SMALL.schedule), x, noise, t, context, hint)
+        return ControlLoss(unet, control, Schedule(SMALL.schedule))(x, noise, t, context, hint)
 
     plain = loss_and_gradients(control, loss)
     set_checkpointing(unet, True)
@@ -254,13 +255,13 @@ def attention_with_huge_logits(fp32_logits):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_are_computed_in_fp32_inside_autocast(dtype, monkeypatch):
     seen = []
-    original = Attention.attend
+    original = F.scaled_dot_product_attention
 
     def spy(q, k, v):
         seen.append((q.dtype, k.dtype, torch.is_autocast_enabled("cpu"), (q @ k.mT).abs().max()))
         return original(q, k, v)
 
-    monkeypatch.setattr(Attention, "attend", staticmethod(spy))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     attention = attention_with_huge_logits(fp32_logits=True)
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype):

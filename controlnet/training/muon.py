@@ -1,4 +1,4 @@
-"""Muon, an optimiser for small models that have to learn much from few pictures.
+"""Muon, an optimiser for small models that have to learn much from few images.
 
 K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), with the scale of J. Liu et al.,
 "Muon is scalable for LLM training" (arXiv 2502.16982), at which AdamW's learning rates fit.
@@ -10,12 +10,31 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+# The layers that read or write data (latents, images, hints, tokens), by the ends of their names. Each row or column of
+# their weights stands for a channel or a word of its own, so orthogonal updates make no sense there.
+READING_OR_WRITING_DATA = (
+    "encoder.blocks.0.conv",  # of the UNet and of a ControlNet
+    "encoder.blocks.0",  # of a ControlNet-lite
+    "hint_encoder.convs.0",
+    "decoder.conv_out",
+    "encoder.conv_in",  # these and the one above, of the autoencoder
+    "encoder.conv_out",
+    "decoder.conv_in",
+    "token_embedding",
+    "position_embedding",
+)
+
+
+def is_hidden_weight(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix or a kernel between a network's layers; biases and norms are neither."""
+    layer = name.removesuffix(".weight")
+    return parameter.ndim >= 2 and not f".{layer}".endswith(tuple(f".{end}" for end in READING_OR_WRITING_DATA))
+
 
 class Muon(torch.optim.Optimizer):
-    """Steps of momentum made orthogonal for the weights between a network's layers, AdamW for all else.
+    """Orthogonalised momentum for hidden weights, AdamW for all other parameters.
 
-    `named` are a network's `named_parameters()`: biases and norms are no matrices, and embeddings and the first and
-    last convolution, whose rows or columns mean something each, are better left to AdamW.
+    `named` are a network's `named_parameters()`: the names tell which weights are hidden.
     """
 
     def __init__(
@@ -27,8 +46,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ):
         named = list(named)
-        outer = ("embedding", "conv_in", "conv_out")
-        self.inner = {p for name, p in named if p.ndim >= 2 and not any(part in name for part in outer)}
+        self.hidden = {parameter for name, parameter in named if is_hidden_weight(name, parameter)}
         defaults = dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay)
         super().__init__([parameter for _, parameter in named], defaults)
 
@@ -37,13 +55,16 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         for parameter in group["params"]:
             if parameter.grad is not None:
-                update = self.muon if parameter in self.inner else self.adam
+                update = self.muon if parameter in self.hidden else self.adam
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update(parameter, group), alpha=group["lr"])
 
     def muon(self, parameter: nn.Parameter, group: dict) -> Tensor:
-        """Nesterov's momentum, orthogonal, with AdamW's usual deviation of 0.2 for each number."""
-        mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+        """Nesterov momentum, orthogonalised, scaled to AdamW's typical root mean square of 0.2."""
+        state = self.state[parameter]
+        if not state:
+            state["mean"] = torch.zeros_like(parameter)
+        mean = state["mean"]
         mean.lerp_(parameter.grad, 1 - group["momentum"])
         update = parameter.grad.lerp(mean, group["momentum"])
         if update.ndim == 4:
@@ -56,14 +77,14 @@ class Muon(torch.optim.Optimizer):
     def adam(self, parameter: nn.Parameter, group: dict) -> Tensor:
         """Kingma and Ba, arXiv 1412.6980, Algorithm 1."""
         state = self.state[parameter]
-        mean = state.setdefault("mean", torch.zeros_like(parameter))
-        square = state.setdefault("square", torch.zeros_like(parameter))
-        state["step"] = state.get("step", 0) + 1
-        slow, slower = group["betas"]
-        mean.lerp_(parameter.grad, 1 - slow)
-        square.lerp_(parameter.grad.square(), 1 - slower)
-        deviation = (square / (1 - slower ** state["step"])).sqrt_()
-        return mean / (1 - slow ** state["step"]) / (deviation + 1e-8)
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        state["mean"].lerp_(parameter.grad, 1 - beta1)
+        state["square"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+        deviation = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(1e-8)
+        return state["mean"].div(1 - beta1 ** state["step"]).div_(deviation)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

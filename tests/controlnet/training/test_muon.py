@@ -5,6 +5,9 @@ import torch
 from small import small_sd
 from torch import nn
 
+from controlnet.config import ControlConfig
+from controlnet.model import ControlNet
+from controlnet.objective import ControlLoss
 from controlnet.training.muon import Muon, orthogonal
 
 
@@ -17,13 +20,39 @@ def test_singular_values_come_near_one_and_the_directions_stay(shape):
     assert kept.diag().min() > 0.6 and kept.diag().max() < 1.3
 
 
-def test_all_but_hidden_weights_are_adamws():
-    sd = small_sd()
-    named = dict(sd.unet.named_parameters()) | dict(sd.text_encoder.named_parameters())
+def adamw_weights(module):
+    """The matrices and kernels that Muon leaves to AdamW."""
+    named = dict(module.named_parameters())
     muon = Muon(named.items(), 1e-3)
-    inner = {name for name, p in named.items() if p in muon.inner}
-    assert "encoder.middle.res1.conv1.weight" in inner and "encoder.middle.res1.norm1.weight" not in inner
-    assert not any("embedding" in name or name.startswith(("decoder.conv_out", "encoder.conv_in")) for name in inner)
+    assert all(p.ndim >= 2 for p in muon.hidden)
+    return {name for name, p in named.items() if p.ndim >= 2 and p not in muon.hidden}
+
+
+def test_what_reads_or_writes_data_is_adamws_and_every_other_weight_is_muons():
+    sd = small_sd()
+    loss = ControlLoss(sd.unet, ControlNet.from_unet(sd.unet), sd.schedule)
+    lite = ControlNet.from_unet(sd.unet, ControlConfig(architecture="lite"))
+    assert adamw_weights(loss) == {
+        "control.encoder.blocks.0.conv.weight",
+        "control.hint_encoder.convs.0.weight",
+        "unet.encoder.blocks.0.conv.weight",
+        "unet.decoder.conv_out.weight",
+    }
+    assert adamw_weights(lite) == {"encoder.blocks.0.weight", "hint_encoder.convs.0.weight"}
+    assert adamw_weights(sd.text_encoder) == {"token_embedding.weight", "position_embedding.weight"}
+    halves = [f"{half}.{end}.weight" for half in ("encoder", "decoder") for end in ("conv_in", "conv_out")]
+    assert adamw_weights(sd.vae) == set(halves)
+
+
+def test_a_step_makes_no_buffers_that_it_throws_away(monkeypatch):
+    layer = nn.ModuleList([nn.Linear(8, 8), nn.LayerNorm(8)])
+    muon, made, original = Muon(layer.named_parameters(), 1e-3), [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *args: made.append(args) or original(*args))
+    for _ in range(3):
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        muon.step()
+    assert len(made) == 1 + 2 * 3  # a mean for the matrix, mean and square for bias, norm's weight and its bias
 
 
 def test_what_is_not_hidden_moves_as_torch_moves_it():

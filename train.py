@@ -5,205 +5,236 @@
     torchrun --nproc_per_node=4 train.py ...           # each batch four times as large
     python train.py ... --dry-run                      # what it would train, and in how much memory
 
-The run's folder gets settings.json, log.jsonl, grids of held-out hints in samples/, control.safetensors for infer.py
+The run's folder gets settings.json, log.jsonl, grids of validation hints in samples/, control.safetensors for infer.py
 and other programs, and state/, from which `--resume` goes on exactly where a run was stopped, in whatever way.
 """
 
-import argparse
-import os
 import sys
+
+from controlnet.training.options import TrainSettings, parse_args
+
+if __name__ == "__main__":
+    parse_args(__doc__)  # before PyTorch is imported, which takes seconds: --help and mistakes answer at once
+
 import time
 
-from controlnet.training.options import make_parser, settled
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from controlnet.ablations import only_middle, start_as_gaussian
+from controlnet.common.devices import PRECISIONS, peak_memory, temporarily_on
+from controlnet.common.program import run as run_program
+from controlnet.config import ControlConfig
+from controlnet.model import ControlNet
+from controlnet.objective import ControlLoss, Draws, loss_inputs, zero_conv_norms
+from controlnet.training.data import TrainingData
+from controlnet.training.distributed import Process, join_processes
+from controlnet.training.dry_run import plan
+from controlnet.training.optimisation import Optimisation
+from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
+from controlnet.training.resolve import resolve
+from controlnet.training.run_state import Position, Progress, RunFolder, StopSignals
+from controlnet.training.validation import Preview, ValidationLoss
+from controlnet.worlds import EXAMPLE_OF
+from ldm import StableDiffusion
+from ldm.unet import UNet
 
 
-def train(args: argparse.Namespace) -> int:
+def train(settings: TrainSettings) -> int:
     """-> the exit status: 0 if all steps are done, else that of the signal which stopped the run after a step."""
-    import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-    from tqdm import tqdm
+    process = join_processes(settings.device)
+    prepare_process(settings)
+    training = Training(settings, process)
+    start = training.restore()
+    training.open_data(start)
 
-    from controlnet.common.devices import PRECISIONS, borrowed, keep_freed_memory, peak_memory
-    from controlnet.objective import ControlLoss, only_middle, zero_conv_norms
-    from controlnet.training.distributed import join_processes
-    from controlnet.training.optimisation import Optimisation, constant_rate, cosine_rate
-    from controlnet.training.run_state import Position, Progress, RunFolder, StopSignals
-    from controlnet.training.training_data import DataSettings, TrainingData
-    from controlnet.worlds import EXAMPLE_OF
-    from ldm import StableDiffusion
-    from ldm.fast.onednn import quicken
-    from ldm.fast.packed import pack
-    from ldm.unet import set_checkpointing
-
-    run = RunFolder(args.out)
-    processes = join_processes(args.device)
-    device, dtype = processes.device, PRECISIONS[args.precision]
-    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        torch.use_deterministic_algorithms(True)
-
-    # --- the locked base, in half precision where the computation is, and the trainable copy in fp32
-    torch.manual_seed(args.seed)
-    sd = StableDiffusion.load(args.base, device, dtype, args.prediction)
-    control = new_control(sd, args)
-    for model in (sd, control):
-        model.to(memory_format=torch.channels_last)  # the faster layout for convolutions
-        set_checkpointing(model, args.checkpointing)
-    if args.only_mid_control:
-        only_middle(control)
-    if args.sd_unlocked:
-        sd.unet.decoder.float().requires_grad_(True)
-    pack(sd.vae, sd.text_encoder)
-    if not args.compile:  # torch.compile cannot look into what follows
-        pack(sd.unet.encoder)  # not the decoder, which gradients come back through
-        if (device.type, args.precision) == ("cpu", "fp32"):
-            quicken(sd.unet.decoder, control)
-
-    # --- the loss as a module, and its optimiser
-    loss = ControlLoss(sd.unet, control, sd.schedule, args.min_snr)
-    if args.compile:
-        loss.compile()
-    joined = processes.joined(loss)
-    trained = [(name, parameter) for name, parameter in loss.named_parameters() if parameter.requires_grad]
-    rate = cosine_rate(args.warmup, args.steps) if args.rate == "cosine" else constant_rate(args.warmup)
-    optimisation = Optimisation(trained, args.lr, rate, device, args.precision, args.clip, args.optimizer)
-
-    # --- where the run stands: a step depends on nothing but this and the settings
-    position = Position()
-    parts = {"control": control, "optimisation": optimisation, "position": position}
-    shown = control  # what is saved, and what the grids show
-    if args.sd_unlocked:
-        parts["decoder"] = sd.unet.decoder
-    if args.ema:
-        parts["average"] = AveragedModel(control, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-        shown = parts["average"].module
-    start = run.load(**parts) if args.resume else 0
-
-    # --- pictures become latents, once; then previews alone need the autoencoder and the text encoder
-    cache = None if args.no_cache else args.cache or args.out / "cache"
-    data = TrainingData(DataSettings.from_args(args), sd, processes, cache)
-    batches = data.batches(position.seen)
-    if not args.no_cache:  # loaded anew they wait for that in their file, as far as it has the precision, not in memory
-        waiting = StableDiffusion.load(args.base, "cpu", dtype, args.prediction)
-        sd.vae, sd.text_encoder = waiting.vae, waiting.text_encoder
-        del waiting
-    keep_freed_memory(device, large=True)  # not before: the autoencoder's maps would leave holes
-    if processes.first:
-        run.begin(start, vars(args), data.fingerprint)
-
-    def save(step: int) -> None:
-        shown.save(run.control, PRECISIONS[args.save_dtype])
-        if args.sd_unlocked:
-            sd.save(run.base, PRECISIONS[args.save_dtype])
-        run.save(step, args.keep, **parts)  # the last: a run that is killed before it comes here does the steps again
-
-    if start >= args.steps and processes.first:
+    if start >= settings.steps and process.is_main:
         print(f"all steps are done, {start} by now: to go on give more of them as --steps")
-        save(start)
-    bar = tqdm(range(start, args.steps), "train", args.steps, initial=start, mininterval=1, disable=not processes.first)
-    progress = Progress(run, bar, args.tensorboard) if processes.first else None
+        training.save(start)
+    steps = range(start, settings.steps)
+    bar = tqdm(steps, "train", settings.steps, initial=start, mininterval=1, disable=not process.is_main)
+    progress = Progress(training.run, bar, settings.tensorboard) if process.is_main else None
     with StopSignals() as stop, bar:
         for step in bar:
-            # --- one step: the loss of a few batches. Noise, timestep and dropped prompts are each sample's own
-            began, total = time.perf_counter(), 0.0
-            for part in range(args.accumulate):
-                with processes.averaging(joined, last=part == args.accumulate - 1):
-                    z0, noise, t, context, hint = data.inputs(next(batches))
-                    with optimisation.autocast():
-                        value = joined(z0, noise, t, context, hint) / args.accumulate
-                    optimisation.backward(value)
-                total += value.detach()
-            values = {"step": step + 1, "loss": processes.mean(float(total)), "lr": optimisation.current_lr}
-            values["gradient"] = optimisation.step()
-            if args.ema:
-                parts["average"].update_parameters(control)
-            position.seen += data.samples_a_step
-            values["images_per_second"] = data.samples_a_step / (time.perf_counter() - began)
-
-            # --- now and then: the loss on held-out pairs, pictures for their hints, and everything to disk
-            done, last = step + 1, step + 1 == args.steps
-            stopping = processes.any(stop.received is not None)
-            if processes.first:
-                with optimisation.autocast():  # a base in half precision and the fp32 copy meet only inside it
-                    if data.held_out and (done % args.check_every == 0 or last):
-                        values["held_out"] = data.held_out(loss)
-                        values["zero_convs"] = zero_conv_norms(control)
-                    if data.preview and (done % args.sample_every == 0 or last):
-                        with borrowed(device, sd.vae, sd.text_encoder):
-                            values |= data.preview.save(shown, run.grid(done))
-                values |= {"skipped": optimisation.skipped, "bad": len(data.bad), "memory_gb": peak_memory(device)}
-                progress.log(values)
-                if done % args.save_every == 0 or last or stopping:
-                    save(done)
+            done, last = step + 1, step + 1 == settings.steps
+            values = {"step": done, **training.step()}
+            stopping = process.any(stop.received is not None)
+            if process.is_main:
+                progress.log(values | training.validate(done, last))
+                if done % settings.save_every == 0 or last or stopping:
+                    training.save(done)
             if stopping:
                 break
-    processes.leave()
+    process.leave()
     if stop.received is not None:
-        print(f"\nsaved after step {done}: go on with --resume --out {args.out}", file=sys.stderr)
+        print(f"\nsaved after step {done}: go on with --resume --out {settings.out}", file=sys.stderr)
         return 128 + stop.received
-    if processes.first:
-        print(f"the ControlNet is {run.control}: try it with")
-        base, hint = run.base if args.sd_unlocked else args.base, EXAMPLE_OF.get(args.data, "HINT.png")
-        print(f"python infer.py --base {base} --hint {hint} --control {run.control}")
+    if process.is_main:
+        print(f"the ControlNet is {training.run.control}: try it with")
+        base, hint = (training.run.base if settings.sd_unlocked else settings.base), EXAMPLE_OF.get(settings.data)
+        print(f"python infer.py --base {base} --hint {hint or 'HINT.png'} --control {training.run.control}")
     return 0
 
 
-def new_control(sd, args: argparse.Namespace):
-    """The ControlNet to train on the base `sd`: a copy of its encoder, one of the paper's ablations, or --control."""
-    import torch
+class Training:
+    """One run: the locked base and its trainable copy, the optimizer, the data and the position in it."""
 
-    from controlnet.model import ControlNet, start_as_gaussian
-    from ldm.config import ControlConfig
+    def __init__(self, settings: TrainSettings, process: Process):
+        self.settings, self.process, self.run = settings, process, RunFolder(settings.out)
+        torch.manual_seed(settings.seed)
 
-    if args.control:
-        control = ControlNet.load(args.control, sd.unet, dtype=torch.float32)
-        if control.config.hint_channels != args.hint_channels:
-            raise ValueError(
-                f"{args.control} reads hints of {control.config.hint_channels} channels: say --hint-channels"
+        # Load and lock the base, in the dtype of the computation.
+        dtype = PRECISIONS[settings.precision]
+        self.sd = StableDiffusion.load(settings.base, process.device, dtype, settings.prediction)
+        self.sd.requires_grad_(False)
+
+        # The trainable copy of its encoder, in fp32. The decoder stays locked by default.
+        self.control = new_control(self.sd.unet, settings)
+        if settings.sd_unlocked:
+            self.sd.unet.decoder.float().requires_grad_(True)
+        prepare_networks(self.sd, self.control, settings, process.device)
+
+        # The loss and its optimizer: what requires gradients is trained, and nothing else.
+        self.loss = ControlLoss(self.sd.unet, self.control, self.sd.schedule, settings.min_snr)
+        if settings.compile:
+            self.loss.compile()
+        self.wrapped_loss = process.wrap_ddp(self.loss)
+        trained = [(name, parameter) for name, parameter in self.loss.named_parameters() if parameter.requires_grad]
+        self.optimisation = Optimisation.from_settings(trained, settings, process.device)
+
+        # Where the run stands: a step depends on nothing but these and the settings.
+        self.position = Position()
+        self.parts = {"control": self.control, "optimisation": self.optimisation, "position": self.position}
+        self.average = None
+        if settings.sd_unlocked:
+            self.parts["decoder"] = self.sd.unet.decoder
+        if settings.ema:
+            self.average = self.parts["average"] = AveragedModel(
+                self.control, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)
             )
-        return control
-    kind = "lite" if args.architecture == "lite" else "full"
-    control = ControlNet.from_unet(sd.unet, ControlConfig(args.hint_channels, architecture=kind))
-    if args.architecture == "gaussian":
+
+    def restore(self) -> int:
+        """-> how many steps are done: none in a new run."""
+        return self.run.load(**self.parts) if self.settings.resume else 0
+
+    def open_data(self, start: int) -> None:
+        """Images and captions become latents and text states: all of them here and now, unless --no-cache."""
+        settings, sd = self.settings, self.sd
+        self.data = TrainingData(settings, sd, self.process)
+        self.draws = Draws(self.data.latent_shape, sd.schedule.config.timesteps, settings.prompt_dropout, settings.seed)
+        self.batches = self.data.batches(self.position.seen)
+        if self.process.is_main:
+            self.run.begin(start, settings, self.data.fingerprint)
+            self.validation_loss, self.preview = validation_of(sd, self.data, self.draws, settings)
+        if not settings.no_cache:
+            for encoder in (sd.vae, sd.text_encoder):
+                encoder.cpu()  # only the grids need them now
+        keep_memory_in_the_loop(self.process.device)
+
+    def step(self) -> dict:
+        """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it."""
+        began, total, count = time.perf_counter(), 0.0, self.settings.accumulate
+        for i in range(count):
+            batch = next(self.batches)
+            drawn = self.draws(batch.positions.tolist())  # timesteps, noise, dropped prompts
+            inputs = loss_inputs(
+                batch.content,
+                batch.hint,
+                drawn,
+                self.sd.vae.config.scale,
+                self.data.empty_prompt,
+                self.process.device,
+            )
+            with self.process.accumulating(self.wrapped_loss, last=i == count - 1):
+                with self.optimisation.autocast():
+                    loss = self.wrapped_loss(*inputs) / count
+                self.optimisation.backward(loss)
+            total += loss.detach()
+        values = {"loss": self.process.mean(float(total)), "lr": self.optimisation.current_lr}
+        values["gradient"] = self.optimisation.step()
+        if self.average:
+            self.average.update_parameters(self.control)
+        self.position.seen += self.data.samples_per_step
+        return values | {"images_per_second": self.data.samples_per_step / (time.perf_counter() - began)}
+
+    def validate(self, done: int, last: bool) -> dict:
+        """Now and then the loss on validation pairs and a grid of images -> what is logged after `done` steps."""
+        values = {}
+        with self.optimisation.autocast():  # needed: the base is in half precision, the ControlNet in fp32
+            if self.validation_loss and (done % self.settings.validate_every == 0 or last):
+                values["validation_loss"] = self.validation_loss(self.loss)
+                values["zero_convs"] = zero_conv_norms(self.control)
+            if self.preview and (done % self.settings.sample_every == 0 or last):
+                with temporarily_on(self.process.device, self.sd.vae, self.sd.text_encoder):
+                    values |= self.preview.save(self.shown, self.run.grid(done))
+        memory = peak_memory(self.process.device)
+        return values | {"skipped": self.optimisation.skipped, "bad": len(self.data.bad), "memory_gb": memory}
+
+    def save(self, step: int) -> None:
+        dtype = PRECISIONS[self.settings.save_dtype]
+        self.shown.save(self.run.control, dtype)
+        if self.settings.sd_unlocked:
+            self.sd.save(self.run.base, dtype)
+        # Last: a run that is killed before this resumes from the previous state.
+        self.run.save(step, self.settings.keep, **self.parts)
+
+    @property
+    def shown(self) -> ControlNet:
+        """What is saved, and what the grids show."""
+        return self.average.module if self.average else self.control
+
+
+def new_control(unet: UNet, settings: TrainSettings) -> ControlNet:
+    """The ControlNet to train: a copy of the UNet's encoder, one of the paper's ablations, or --control."""
+    if settings.control:
+        control = ControlNet.load(settings.control, unet, dtype=torch.float32).train().requires_grad_(True)
+        if control.config.hint_channels != settings.hint_channels:
+            raise ValueError(
+                f"{settings.control} reads hints of {control.config.hint_channels} channels: say --hint-channels"
+            )
+    else:
+        architecture = "lite" if settings.architecture == "lite" else "full"
+        control = ControlNet.from_unet(unet, ControlConfig(settings.hint_channels, architecture=architecture))
+    if settings.architecture == "gaussian":
         start_as_gaussian(control)
+    if settings.only_mid_control:
+        only_middle(control)
     return control
 
 
+def validation_of(
+    sd: StableDiffusion, data: TrainingData, draws: Draws, settings: TrainSettings
+) -> tuple[ValidationLoss | None, Preview | None]:
+    """The validation loss and the grids, as far as there is something to show."""
+    samples, count = data.validation_samples(), settings.sample_count
+    if samples:
+        preview = Preview(sd, samples[:count]) if count else None
+        return ValidationLoss(sd, samples, draws, settings.batch_size), preview
+    print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
+    trained_on = data.first_samples(count)
+    return None, Preview(sd, trained_on) if trained_on else None
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser(__doc__)
-    args = parser.parse_args(argv)
-    try:
-        args = settled(parser, args, argv)
-        if not args.dry_run:
-            return train(args)
-        from controlnet.training.dry_run import described
+    given = parse_args(__doc__, argv)
 
-        print(described(args))
+    def work() -> int:
+        settings = resolve(given)
+        if not settings.dry_run:
+            return train(settings)
+        print(plan(settings))
         return 0
-    except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
-        sentence = in_a_sentence(error, args)
-        if args.debug or sentence is None:
-            raise
-        print(f"train.py: {sentence}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nstopped at once: go on from the last save in {args.out}, if any, with --resume", file=sys.stderr)
-        return 130
 
-
-def in_a_sentence(error: Exception, args: argparse.Namespace) -> str | None:
-    """What a user can do something about; None for errors of our own."""
-    from controlnet.common.devices import out_of_memory
-
-    if out_of_memory(error):
-        return (
-            f"out of memory at --batch-size {args.batch_size}: take fewer with more --accumulate, or add "
-            "--checkpointing or --precision fp16 (--dry-run tells how much each needs); what was saved is intact"
-        )
-    if isinstance(error, OSError):
-        return f"{error}: make room or give another folder as --out; what was saved is intact"
-    return str(error) if isinstance(error, ValueError | FloatingPointError) else None
+    return run_program(
+        "train.py",
+        work,
+        given.get("debug", False),
+        stopped=f"at once: go on from the last save in {given.get('out', TrainSettings.out)}, if any, with --resume",
+        memory_advice="take a smaller --batch-size with more --accumulate, or add --checkpointing or --precision fp16 "
+        "(--dry-run tells how much each needs); what was saved is intact",
+        disk_advice="make room or give another folder as --out; what was saved is intact",
+    )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from small import SMALL, small_control, small_sd
 import train
 from controlnet.hints import detect as detector
 from controlnet.model import ControlNet
-from controlnet.objective import control_loss
+from controlnet.objective import ControlLoss
 from controlnet.training import options as train_options
-from controlnet.training.data import FolderSource, Transform, split
 from controlnet.training.folders import list_folder
+from controlnet.training.resolve import resolve
+from controlnet.training.sources import FolderSource, Transform, split
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +48,7 @@ def cache(base, tmp_path_factory):
 
 
 def options(base, out):
-    few = ["--pictures", "8", "--batch-size", "2", "--warmup", "1", "--held-out", "2", "--sample-count", "0"]
+    few = ["--images", "8", "--batch-size", "2", "--warmup", "1", "--validation", "2", "--sample-count", "0"]
     return ["--base", str(base), "--out", str(out), *few, "--device", "cpu", "--save-every", "2", "--lr", "1e-3"]
 
 
@@ -97,12 +98,9 @@ def test_what_nobody_gives_depends_on_the_base(tmp_path, name, recipe):
     sd = small_sd()
     sd.config = replace(sd.config, name=name)
     sd.save(tmp_path / "base.safetensors")
-    parser = train_options.make_parser("")
     argv = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out"), "--lr", "0.5"]
-    args = train_options.settled(parser, parser.parse_args(argv), argv)
-    given = (args.optimizer, args.rate, args.batch_size, args.steps, args.sample_every)
-    assert given == (recipe.optimizer, recipe.rate, recipe.batch_size, recipe.steps, recipe.sample_every)
-    assert args.lr == 0.5
+    settings = resolve(train_options.parse_args("", argv))
+    assert {name: getattr(settings, name) for name in recipe} == {**recipe, "lr": 0.5}
 
 
 # --------------------------------------------------------------------------------------------------- what is left
@@ -111,7 +109,7 @@ def test_what_nobody_gives_depends_on_the_base(tmp_path, name, recipe):
 def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, capsys):
     assert run(base, tmp_path, "--steps", "2", "--sample-count", "2") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("training on 8 pairs of fill50k, 2 held out: a procedural world")
+    assert said[0].startswith("training on 8 pairs of fill50k, 2 for validation: a synthetic dataset")
     assert said[-1].endswith(f"--hint circle.png --control {tmp_path / 'control.safetensors'}")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith("cache/")}
@@ -124,7 +122,7 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     first, second = steps_of(tmp_path)
     assert [first["step"], second["step"]] == [1, 2]
     assert first.keys() == {"step", "loss", "lr", "gradient", "skipped", "bad"}
-    assert second.keys() - first.keys() == {"held_out", "zero_convs", "iou"}
+    assert second.keys() - first.keys() == {"validation_loss", "zero_convs", "iou"}
     assert len(second["zero_convs"]) == 7 and min(second["zero_convs"]) > 0 and 0 <= second["iou"] <= 1
     with Image.open(tmp_path / "samples" / "000002.png") as grid:
         assert grid.size == (4 * SMALL.resolution, 2 * SMALL.resolution)
@@ -133,10 +131,13 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     assert written["settings"]["batch_size"] == 2 and written["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_help_is_there_without_torch():
-    code = "import sys, train\ntry: train.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "--resume" in done.stdout and done.stdout.endswith("False\n")
+@pytest.mark.parametrize("option, status", [("--help", 0), ("--stepz", 2)])
+def test_help_and_mistakes_answer_without_torch(tmp_path, option, status):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "train.py", option]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == status and "--resume" in done.stdout + done.stderr
 
 
 def test_only_the_newest_states_are_kept(base, tmp_path, cache):
@@ -151,7 +152,7 @@ def test_only_the_newest_states_are_kept(base, tmp_path, cache):
     "how", [["--ema", "0.9", "--accumulate", "2"], ["--precision", "fp16", "--batch-size", "1"], ["--no-cache"]]
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
-    how = [*how, "--held-out", "0", "--save-every", "1", "--pictures", "4", "--cache", str(tmp_path / "latents")]
+    how = [*how, "--validation", "0", "--save-every", "1", "--images", "4", "--cache", str(tmp_path / "latents")]
     assert run(base, tmp_path / "whole", "--steps", "2", *how) == 0
     assert run(base, tmp_path / "parts", "--steps", "1", *how) == 0
     assert resume(tmp_path / "parts", "--steps", "2") == 0
@@ -189,7 +190,7 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_p
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGTERM, "1")])
 def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkeypatch, number, workers):
     """Also one that goes to the whole process group, as Ctrl-C in a terminal does."""
-    calls, how = [], [*cache, "--workers", workers]
+    calls, how, original = [], [*cache, "--workers", workers], ControlLoss.forward
 
     def loss(*args):
         calls.append(args)
@@ -197,10 +198,10 @@ def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkey
             pids = [process.pid for process in (*active_children(), current_process())]
             group = [str(pid) for pid in pids if os.getpgid(pid) == os.getpgrp()]
             subprocess.run(["kill", f"-{number:d}", *group], check=True)
-        return control_loss(*args)
+        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("controlnet.objective.control_loss", loss)
+        patch.setattr(ControlLoss, "forward", loss)
         assert run(base, tmp_path / "parts", "--steps", "5", "--save-every", "100", *how) == 128 + number
     assert "saved after step 3: go on with --resume --out" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000003.pt"]
@@ -253,7 +254,7 @@ def test_a_run_is_not_resumed_as_another(base, tmp_path, cache, capsys):
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_takes_the_path_of_cuda_and_keeps_the_copy_in_fp32(base, tmp_path, precision):
-    assert run(base, tmp_path, "--steps", "2", "--precision", precision, "--pictures", "2", "--held-out", "1") == 0
+    assert run(base, tmp_path, "--steps", "2", "--precision", precision, "--images", "2", "--validation", "1") == 0
     control = control_of(tmp_path)
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in control.values())
     assert all(control[key].abs().max() > 0 for key in control if ".zero_convs." in key)
@@ -282,9 +283,9 @@ def test_latents_from_the_cache_are_those_of_each_step(base, tmp_path, cache):
 
 def test_the_cosine_rate_falls_to_zero_and_the_constant_one_does_not(base, tmp_path, cache):
     for name, rest in (("constant", 1e-3), ("cosine", 0.0)):
-        assert run(base, tmp_path / name, "--steps", "2", "--rate", name, *cache) == 0
+        assert run(base, tmp_path / name, "--steps", "2", "--lr-schedule", name, *cache) == 0
         state = torch.load(tmp_path / name / "state" / "000002.pt", weights_only=True)
-        assert state["optimisation"]["rate"]["_last_lr"] == [pytest.approx(rest, abs=1e-9)]
+        assert state["optimisation"]["lr_schedule"]["_last_lr"] == [pytest.approx(rest, abs=1e-9)]
 
 
 def test_an_unlocked_decoder_is_trained_and_saved_beside_the_control(base, tmp_path, cache):
@@ -370,7 +371,7 @@ def own_pairs(folder, count=6, channels=3):
         names = {kind: f"pictures/{kind}{i}.png" for kind in ("source", "target")}
         lines.append(json.dumps({**names, "prompt": f"number {i}"}))
     (folder / "prompt.json").write_text("\n".join(lines))
-    return ["--data", str(folder), "--pictures", "100"]
+    return ["--data", str(folder), "--images", "100"]
 
 
 @pytest.mark.parametrize("channels, how", [(3, []), (1, []), (4, ["--no-cache", "--flip", "--random-crop"])])
@@ -392,7 +393,7 @@ def test_hints_are_made_from_the_pictures(base, tmp_path):
 
 def test_a_detector_is_one_for_pictures_and_has_options(base, tmp_path, capsys):
     data = [*own_pairs(tmp_path / "pairs"), "--no-cache", "--steps", "1"]
-    for detect, words in (("depth", "no hints from pictures"), ("canny:lo=5", "no option"), ("none", "no detector")):
+    for detect, words in (("depth", "no hints from images"), ("canny:lo=5", "no option"), ("none", "no detector")):
         assert run(base, tmp_path / "out", *data, "--detect", detect) == 2
         assert words in capsys.readouterr().err
     assert run(base, tmp_path / "out", *data, "--detect", "canny", "--hint-channels", "1") == 2
@@ -405,7 +406,7 @@ def test_a_detector_is_one_for_pictures_and_has_options(base, tmp_path, capsys):
 def test_a_grid_of_pictures_that_are_trained_on_leaves_bad_ones_out(base, tmp_path):
     data = own_pairs(tmp_path / "pairs", count=3)
     (tmp_path / "pairs" / "pictures" / "target0.png").write_bytes(b"no picture")
-    few = ["--held-out", "0", "--sample-count", "3", "--bad-share", "0.5"]
+    few = ["--validation", "0", "--sample-count", "3", "--bad-share", "0.5"]
     assert run(base, tmp_path / "out", "--steps", "1", *data, *few) == 0
     with Image.open(tmp_path / "out" / "samples" / "000001.png") as grid:
         assert grid.size == (4 * 64, 2 * 64)
@@ -415,7 +416,7 @@ def test_bad_samples_are_skipped_and_counted_up_to_a_share(base, tmp_path, capsy
     data = own_pairs(tmp_path / "pairs", count=8)
     entries = (tmp_path / "pairs" / "prompt.json").read_text()
     (tmp_path / "pairs" / "prompt.json").write_text(entries + "\n{broken\n")
-    trained_on, _ = split(list_folder(tmp_path / "pairs").entries, held_out=2)
+    trained_on, _ = split(list_folder(tmp_path / "pairs").entries, validation=2)
     trained_on[1].image.write_bytes(b"no picture")
     assert run(base, tmp_path / "few", "--steps", "3", *data, "--bad-share", "0.3") == 0
     assert steps_of(tmp_path / "few")[-1]["bad"] == 2
@@ -444,7 +445,7 @@ BAD_CALLS = [
     (["--data", "nowhere"], 'no folder "nowhere"'),
     (["--data", "./nowhere"], "does not exist"),
     (["--size", "100"], "multiples of"),
-    (["--size", "128x64"], "draws squares"),
+    (["--size", "128x64"], "are square"),
     (["--flip"], "--no-cache"),
     (["--ema", "0.9", "--sd-unlocked"], "leave out one"),
     (["--device", "cuda:77"], "cuda:77"),
@@ -489,7 +490,7 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsy
     plan = ["--steps", "10", "--batch-size", "4", "--accumulate", "5", "--out", str(tmp_path / "out"), "--dry-run"]
     assert train.main(["--base", "tiny", *plan]) == 0
     out = capsys.readouterr().out
-    assert "2000 pairs of 128x128 pixels, 200 samples seen (0.1 epochs)" in out and "10 optimiser steps of 5 x 4" in out
+    assert "2000 pairs of 128x128 pixels, 200 samples seen (0.1 epochs)" in out and "10 optimizer steps of 5 x 4" in out
     assert "activations" in out and "at most, all together" in out
     assert not (tmp_path / "out").exists()
 
@@ -498,9 +499,9 @@ def test_no_memory_is_one_sentence(base, tmp_path, cache, capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("controlnet.objective.control_loss", fail)
+    monkeypatch.setattr(ControlLoss, "forward", fail)
     assert run(base, tmp_path, *cache) == 2
-    assert "out of memory at --batch-size 2" in capsys.readouterr().err
+    assert "out of memory: take a smaller --batch-size" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_state_is_whole(base, tmp_path, cache, capsys):

@@ -1,5 +1,5 @@
 """Several processes that train one model, started by `torchrun --nproc_per_node=N train.py ...`: each computes its part
-of every step, and the gradients are averaged. Alone, everything here does nothing."""
+of every step, and the gradients are averaged. In a single process everything here does nothing."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -14,37 +14,36 @@ from controlnet.common.devices import pick_device
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among `count`. Number 0 is the one that writes and talks."""
+class Process:
+    """This process, `rank` of `world_size`. The main one, rank 0, writes and talks."""
 
-    number: int
-    count: int
+    rank: int
+    world_size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
-        return self.number == 0
+    def is_main(self) -> bool:
+        return self.rank == 0
 
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        if self.world_size > 1:
             dist.barrier()
 
     def mean(self, value: float) -> float:
-        if self.count == 1:
+        """Over all processes."""
+        if self.world_size == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
         dist.all_reduce(tensor)
-        return tensor.item() / self.count
+        return tensor.item() / self.world_size
 
     def any(self, value: bool) -> bool:
         """The same answer everywhere: a signal reaches the processes at different steps, and all must stop at one."""
         return self.mean(float(value)) > 0
 
-    def joined(self, loss: nn.Module) -> nn.Module:
-        """The module whose backward pass averages the gradients. All calls must go through what is returned: the
-        module inside knows nothing of the others."""
-        if self.count == 1:
+    def wrap_ddp(self, loss: nn.Module) -> nn.Module:
+        """The module whose backward pass averages the gradients: call the wrapper, never the inner module."""
+        if self.world_size == 1:
             return loss
         for parameter in loss.parameters():
             if parameter.requires_grad:  # the locked rest was read from the same file
@@ -57,26 +56,26 @@ class Processes:
             gradient_as_bucket_view=True,  # else the gradients stand in memory twice
         )
 
-    def averaging(self, loss: nn.Module, last: bool) -> AbstractContextManager:
-        """Around the forward and backward pass of each accumulated batch: only the last one needs the others."""
-        return nullcontext() if self.count == 1 or last else loss.no_sync()
+    def accumulating(self, loss: nn.Module, last: bool) -> AbstractContextManager:
+        """Around the forward and backward pass of each accumulated batch: only the last one averages the gradients."""
+        return nullcontext() if self.world_size == 1 or last else loss.no_sync()
 
     def leave(self) -> None:
-        if self.count > 1:
+        if self.world_size > 1:
             dist.destroy_process_group()
 
 
-def join_processes(device: str | None) -> Processes:
+def join_processes(device: str | None) -> Process:
     """By the variables that torchrun sets; without them a process is alone. Each takes a CUDA device of its own.
 
     Raises ValueError for a device that is not there.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        return Processes(0, 1, pick_device(device))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Process(0, 1, pick_device(device))
     picked = pick_device(device)
     if picked.type == "cuda":
         picked = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(picked)
     dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
-    return Processes(dist.get_rank(), count, picked)
+    return Process(dist.get_rank(), world_size, picked)

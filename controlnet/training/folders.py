@@ -1,4 +1,4 @@
-"""Pairs of pictures and hints on disk. Three layouts are read:
+"""Pairs of images and hints on disk. Three layouts are read:
 
 - fill50k's, as published: `prompt.json`, a JSON object a line with `source` (the hint), `target` and `prompt`;
 - Hugging Face's imagefolder: `metadata.jsonl`, a line with `file_name`, `conditioning_image` and `text`;
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from controlnet.common.images import read_image
+from controlnet.common.image_files import open_image, read_image
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class BadSample(ValueError):
@@ -25,7 +24,7 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one pair lies. `hint` is None where hints are made from the pictures."""
+    """Where one pair lies. `hint` is None where hints are made from the images."""
 
     image: Path
     hint: Path | None
@@ -56,7 +55,7 @@ LINES = {
 
 
 def list_folder(folder: str | Path, need_hints: bool = True) -> Listing:
-    """What a folder holds, by the first layout that fits; no picture is opened.
+    """What a folder holds, by the first layout that fits; no image is opened.
 
     Without `need_hints` hints are left out, whether there are any or not.
     Raises ValueError if it is no folder, none of the layouts, or empty.
@@ -64,7 +63,7 @@ def list_folder(folder: str | Path, need_hints: bool = True) -> Listing:
     folder = Path(folder)
     if not folder.is_dir():
         found = "is a file" if folder.is_file() else "does not exist"
-        raise ValueError(f'"{folder}" {found}: give a folder of pictures, or the name of a world')
+        raise ValueError(f'"{folder}" {found}: give a folder of pairs, or the name of a synthetic dataset')
     for name, keys in LINES.items():
         if (folder / name).is_file():
             listing = list_lines(folder / name, keys, need_hints)
@@ -107,9 +106,9 @@ def entry_of_line(folder: Path, values: object, keys: Keys, need_hints: bool) ->
 
 
 def list_parallel(folder: Path, need_hints: bool) -> Listing:
-    hints = {path.stem: path for path in (folder / "hints").glob("*") if path.suffix.lower() in {*PICTURES, ".npy"}}
+    hints = {path.stem: path for path in (folder / "hints").glob("*") if path.suffix.lower() in {*IMAGES, ".npy"}}
     entries, problems = [], []
-    for image in sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in PICTURES):
+    for image in sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in IMAGES):
         captions = (folder / "captions" / f"{image.stem}.txt", image.with_suffix(".txt"))
         caption_file = next((path for path in captions if path.is_file()), None)
         caption = caption_file.read_text(encoding="utf-8", errors="replace").strip() if caption_file else ""
@@ -118,13 +117,13 @@ def list_parallel(folder: Path, need_hints: bool) -> Listing:
         elif not caption:
             problems.append(f"{caption_file} is empty, expected a caption")
         elif need_hints and image.stem not in hints:
-            problems.append(f"{image} has no hint: expected a picture of its name in {folder / 'hints'}")
+            problems.append(f"{image} has no hint: expected an image of its name in {folder / 'hints'}")
         else:
             entries.append(Entry(image, hints[image.stem] if need_hints else None, caption))
     return Listing(entries, problems)
 
 
-def read_picture(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> np.ndarray:
     """(H, W, 3). Raises BadSample."""
     try:
         return np.array(read_image(path))
@@ -140,11 +139,12 @@ def read_hint(path: Path, channels: int) -> np.ndarray:
     if path.suffix == ".npy":
         hint = read_array(path)
     elif channels == 3:
-        hint = read_picture(path)
+        hint = read_pixels(path)
     else:
-        read_picture(path)  # says what is wrong with a file, in the same words for all
-        with Image.open(path) as image:
-            hint = np.array(image.convert({1: "L", 4: "RGBA"}.get(channels, "RGB")))
+        try:
+            hint = np.array(open_image(path).convert({1: "L", 4: "RGBA"}.get(channels, "RGB")))
+        except ValueError as error:
+            raise BadSample(str(error)) from error
         hint = hint.reshape(*hint.shape[:2], -1)
     if hint.shape[2] != channels:
         raise BadSample(f'"{path}" has {hint.shape[2]} channels, expected {channels} (--hint-channels)')
@@ -166,10 +166,10 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def check_same_shape(image: np.ndarray, hint: np.ndarray, entry: Entry) -> None:
-    """A hint may be smaller or larger than its picture, but not of another shape: it would lie askew on it."""
+    """A hint may be smaller or larger than its image, but not of another shape: it would lie askew on it."""
     (height, width), (hint_height, hint_width) = image.shape[:2], hint.shape[:2]
     if abs(hint_width * height - hint_height * width) > 0.02 * hint_height * width:
         raise BadSample(
-            f'"{entry.hint}" is {hint_width}x{hint_height} and its picture "{entry.image}" {width}x{height}, '
+            f'"{entry.hint}" is {hint_width}x{hint_height} and its image "{entry.image}" {width}x{height}, '
             "expected the same shape"
         )

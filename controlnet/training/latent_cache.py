@@ -1,14 +1,14 @@
-"""Latents and text states, computed once: the autoencoder and the text encoder are locked, so they say the same of a
-picture at every step, and without them on the device a batch needs far less memory.
+"""Latents and text states, computed once: the autoencoder and the text encoder are locked, so their outputs never
+change, and without them on the device a batch needs far less memory.
 
 A cache is a folder:
 
-    cache.json              the fingerprint of model and data: with another one the cache is stale and is refused
+    cache.json              the fingerprint of model and data: a cache made from others is refused
     000000.safetensors ...  256 samples each: index (n,), mean and logvar (n, 4, h, w), context (n, 77, D)
-    hints/000000.png ...    only where hints are computed, as in a world or with a detector
+    hints/000000.png ...    only where hints are computed, as in a synthetic dataset or with a detector
 
-Mean and logvar of the autoencoder's posterior are kept, not one sample of it, so each visit draws a new one. Files are
-whole or not there, so a build that was stopped goes on where it was. They are memory-mapped: the system keeps in
+It keeps the mean and logvar of the autoencoder's posterior, not one sample of it, so each visit draws a new one. Files
+are whole or not there, so a build that was stopped goes on where it was. They are memory-mapped: the system keeps in
 memory what fits.
 """
 
@@ -22,42 +22,27 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from controlnet.common.image_files import open_image
 from controlnet.common.images import Size, save_png, to_hints, to_images
-from ldm.checkpoints.checkpoint import save_checkpoint
+from controlnet.objective import EncodedPairs
+from ldm.checkpoints.save import save_checkpoint
 from ldm.stable_diffusion import StableDiffusion
-from ldm.vae import Posterior
 
-from .data import BadSamples, Batch, Draws, Latents, Order, Source, bad_index, digest, first_good
 from .folders import BadSample
 from .run_state import write_text
+from .sources import BadSamples, Source, digest
 
 FORMAT = 1
 SHARD = 256
 
 
 @torch.no_grad()
-def encoded(sd: StableDiffusion, images: Tensor, captions: list[str]) -> Latents:
+def encode(sd: StableDiffusion, images: Tensor, captions: list[str]) -> EncodedPairs:
     """Images (B, 3, H, W) in [-1, 1] and captions -> moments (B, 4, h, w) and text states (B, 77, D), on its device."""
     posterior = sd.vae.posterior(images.to(sd.vae.quant_conv.bias))
-    return Latents(posterior.mean, posterior.logvar, sd.encode_text(captions))
-
-
-def loss_inputs(
-    sd: StableDiffusion, batch: Batch, no_prompt: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> z0, noise, t, context and hint for `objective.control_loss`.
-
-    z0 is a new draw from the autoencoder's posterior, and dropped prompts are `no_prompt` (1, 77, D), the states of "".
-    """
-    content, draw = batch.content, batch.draw
-    latents = content if isinstance(content, Latents) else encoded(sd, *content)
-    posterior = Posterior(*(moments.to(device, torch.float32) for moments in latents[:2]))
-    z0 = sd.vae.config.scale * posterior.sample(draw.posterior_noise.to(device))  # (B, 4, h, w)
-    context = torch.where(draw.dropped[:, None, None].to(device), no_prompt, latents.context.to(device))
-    return z0, draw.noise.to(device), draw.t.to(device), context, batch.hint.to(device)
+    return EncodedPairs(posterior.mean, posterior.logvar, sd.encode_text(captions))
 
 
 def fingerprint(sd: StableDiffusion, source: Source, size: Size) -> dict:
@@ -78,8 +63,8 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def prepare(folder: Path, wanted: dict) -> None:
-    """Makes the folder, or sees that what is in it was made from the same. Raises ValueError if it was not."""
+def prepare_folder(folder: Path, wanted: dict) -> None:
+    """Makes the folder, or checks that its contents were made from the same. Raises ValueError if they were not."""
     card = folder / "cache.json"
     if card.exists():
         try:
@@ -105,22 +90,21 @@ def build(
     sd: StableDiffusion,
     bad: BadSamples,
     batch_size: int,
-    process: int = 0,
-    processes: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
-    """Computes what is missing in a folder that is prepared; each of several processes its share of the files."""
-    starts = range(0, len(source), SHARD)[process::processes]
+    """Computes what is missing in a prepared folder; each of several processes its share of the files."""
+    starts = range(0, len(source), SHARD)[rank::world_size]
     missing = [start for start in starts if not shard_path(folder, start).exists()]
     total = sum(min(SHARD, len(source) - start) for start in missing)
-    with tqdm(total=total, desc="latents", unit="picture", disable=process > 0 or not total) as bar:
+    with tqdm(total=total, desc="latents", unit="image", disable=rank > 0 or not total) as bar:
         for start in missing:
             indices = range(start, min(start + SHARD, len(source)))
             rows = list(encoded_rows(folder, source, sd, bad, batch_size, indices, bar))
             kept = torch.cat([index for index, _ in rows]) if rows else torch.zeros(0, dtype=torch.int64)
-            columns = {
-                name: torch.cat([getattr(latents, name) for _, latents in rows]) for name in Latents._fields if rows
-            }
-            save_checkpoint(shard_path(folder, start), {"index": kept, **columns}, {})
+            columns = [torch.cat(column) for column in zip(*(encoded for _, encoded in rows), strict=True)]
+            tensors = dict(zip(EncodedPairs._fields, columns, strict=bool(rows)))
+            save_checkpoint(shard_path(folder, start), {"index": kept, **tensors}, {})
 
 
 def encoded_rows(
@@ -131,8 +115,8 @@ def encoded_rows(
     batch_size: int,
     indices: range,
     bar: tqdm,
-) -> Iterator[tuple[Tensor, Latents]]:
-    """-> (indices of the good samples, what is computed from them), batch by batch."""
+) -> Iterator[tuple[Tensor, EncodedPairs]]:
+    """-> (indices of the good samples, their encodings), batch by batch."""
     for first in range(0, len(indices), batch_size):
         samples = {}
         for index in indices[first : first + batch_size]:
@@ -140,14 +124,14 @@ def encoded_rows(
                 samples[index] = source.sample(index)
             except BadSample as error:
                 tqdm.write(f"skipped: {error}")
-                bad.add(torch.tensor([index]))
+                bad.add([index])
         if not source.hints_are_files:
             for index, sample in samples.items():
                 save_png(Image.fromarray(sample.hint), hint_path(folder, index), {})
         if samples:
             images = to_images(sample.image for sample in samples.values())
-            latents = encoded(sd, images, [sample.caption for sample in samples.values()])
-            yield torch.tensor(list(samples)), Latents(*(tensor.cpu() for tensor in latents))
+            encoded = encode(sd, images, [sample.caption for sample in samples.values()])
+            yield torch.tensor(list(samples)), EncodedPairs(*(tensor.cpu() for tensor in encoded))
         bar.update(min(batch_size, len(indices) - first))
 
 
@@ -180,24 +164,25 @@ class LatentCache:
         shard, i = self.locate(row)
         return int(shard["index"][i])
 
-    def latents(self, row: int) -> Latents:
+    def read(self, row: int, position: int) -> tuple[EncodedPairs, Tensor]:
+        """Encoding and hint (C, H, W). Raises BadSample where the hint's file is gone or unreadable by now."""
         shard, i = self.locate(row)
-        return Latents(*(shard[name][i] for name in Latents._fields))
+        encoded = EncodedPairs(*(shard[name][i] for name in EncodedPairs._fields))
+        return encoded, to_hints([self.hint(row)])[0]
 
     def hint(self, row: int) -> np.ndarray:
         """uint8 (H, W, C). Raises BadSample where its file is gone or unreadable by now."""
         if self.source.hints_are_files:
             return self.source.hint(self.index(row))
         try:
-            with Image.open(hint_path(self.folder, self.index(row))) as image:
-                return np.array(image)
-        except OSError as error:
+            return np.array(open_image(hint_path(self.folder, self.index(row))))
+        except ValueError as error:
             raise BadSample(str(error)) from error
 
-    def missing(self) -> Tensor:
+    def missing(self) -> list[int]:
         """The indices of the bad samples, which have no row."""
         kept = torch.cat([shard["index"] for shard in self.shards]) if self.shards else torch.zeros(0)
-        return torch.tensor(sorted(set(range(len(self.source))) - set(kept.tolist())), dtype=torch.int64)
+        return sorted(set(range(len(self.source))) - set(kept.tolist()))
 
 
 def load_shard(path: Path) -> dict[str, Tensor]:
@@ -205,16 +190,3 @@ def load_shard(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f'"{path}" is missing or damaged ({error}): remove it, and it is computed again') from error
-
-
-class CachedPairs(Dataset):
-    """Position -> Batch of one, its latents from the cache. Nothing random can happen to its picture any more."""
-
-    def __init__(self, cache: LatentCache, draws: Draws, order: Order):
-        self.cache, self.draws, self.order = cache, draws, order
-
-    def __getitem__(self, position: int) -> Batch:
-        wanted = self.order[position]
-        row, hint = first_good(self.cache.hint, wanted, len(self.cache))
-        bad = bad_index(wanted, row)
-        return Batch(self.cache.latents(row), to_hints([hint])[0], self.draws(position), bad)

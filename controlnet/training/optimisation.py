@@ -1,4 +1,4 @@
-"""One optimiser step: precision, accumulation, clipping, learning rate. The same code on a CPU and on CUDA."""
+"""One optimizer step: precision, accumulation, clipping, learning rate. The same code on a CPU and on CUDA."""
 
 import math
 import warnings
@@ -10,26 +10,28 @@ from torch import Tensor, nn
 from controlnet.common.devices import PRECISIONS, optional
 
 from .muon import Muon
+from .options import TrainSettings
 
 # So many steps in a row without finite gradients are a run that is lost. In fp16 the scale of the loss starts at 2^16
 # and is halved after each: some at the start are normal.
 MOST_SKIPPED = 20
 
-OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+# A learning-rate schedule: the step -> a factor to the learning rate.
+LRSchedule = Callable[[int], float]
 
 
-def constant_rate(warmup: int) -> Callable[[int], float]:
-    """Linear warm-up over the first steps, then 1: a factor to the learning rate as a function of the step."""
+def constant_schedule(warmup: int) -> LRSchedule:
+    """Linear warm-up over the first steps, then 1."""
     return lambda step: min((step + 1) / max(warmup, 1), 1.0)
 
 
-def cosine_rate(warmup: int, steps: int) -> Callable[[int], float]:
+def cosine_schedule(warmup: int, steps: int) -> LRSchedule:
     """Linear warm-up, then half a cosine from 1 down to 0 at `steps`."""
     return lambda step: min((step + 1) / max(warmup, 1), 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
 
 
 class Optimisation:
-    """AdamW on fp32 parameters with autocast around the forward pass and, for fp16, scaled losses.
+    """An optimizer of fp32 parameters with autocast around the forward pass and, for fp16, scaled losses.
 
         for batch in micro_batches:
             with optimisation.autocast():
@@ -38,36 +40,45 @@ class Optimisation:
         optimisation.step()
 
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`.
-    `parameters` may come with their names, as from `named_parameters()`: errors then name the layer. `optimizer` is
-    one of OPTIMIZERS: "adamw8bit" keeps the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the
-    package bitsandbytes; "muon" takes Muon for the weights of hidden layers, which it knows by their names.
+    `named` are as from `named_parameters()`: errors name the layer. `optimizer` is "adamw", "adamw8bit", which keeps
+    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon".
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+        named: Iterable[tuple[str, nn.Parameter]],
         lr: float,
-        rate: Callable[[int], float],
+        lr_schedule: LRSchedule,
         device: torch.device,
         precision: str = "fp32",
         clip: float = math.inf,
         optimizer: str = "adamw",
     ):
-        named = [p if isinstance(p, tuple) else ("a parameter", p) for p in parameters]
+        named = list(named)
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.device, self.dtype, self.lr, self.clip = device, PRECISIONS[precision], lr, clip
         if optimizer == "muon":
             self.optimizer = Muon(named, lr)
         elif optimizer == "adamw8bit":
-            adamw = optional("bitsandbytes.optim", "the 8-bit optimiser").AdamW8bit
+            adamw = optional("bitsandbytes.optim", "the 8-bit optimizer").AdamW8bit
             self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2, fused=True)
-        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule)
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = self.skipped_in_a_row = 0
+
+    @classmethod
+    def from_settings(
+        cls, named: Iterable[tuple[str, nn.Parameter]], settings: TrainSettings, device: torch.device
+    ) -> "Optimisation":
+        if settings.lr_schedule == "cosine":
+            lr_schedule = cosine_schedule(settings.warmup, settings.steps)
+        else:
+            lr_schedule = constant_schedule(settings.warmup)
+        return cls(named, settings.lr, lr_schedule, device, settings.precision, settings.clip, settings.optimizer)
 
     @property
     def current_lr(self) -> float:
@@ -101,7 +112,7 @@ class Optimisation:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that a first step was skipped
-            self.rate.step()
+            self.lr_schedule.step()
         return norm.item()
 
     def state_dict(self) -> dict:
@@ -111,12 +122,13 @@ class Optimisation:
         """Everything but the learning rate, which stays what this run asks for."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.rate.base_lrs = [self.lr]
+        self.lr_schedule.base_lrs = [self.lr]
         (group,) = self.optimizer.param_groups
-        group["initial_lr"], group["lr"] = self.lr, self.lr * self.rate.lr_lambdas[0](self.rate.last_epoch)
+        (factor,) = self.lr_schedule.lr_lambdas
+        group["initial_lr"], group["lr"] = self.lr, self.lr * factor(self.lr_schedule.last_epoch)
 
     def _parts(self) -> dict:
-        return {"optimizer": self.optimizer, "rate": self.rate, "scaler": self.scaler}
+        return {"optimizer": self.optimizer, "lr_schedule": self.lr_schedule, "scaler": self.scaler}
 
 
 def not_finite(names: list[str], parameters: list[nn.Parameter]) -> str:

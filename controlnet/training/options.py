@@ -1,231 +1,137 @@
-"""The options of train.py, which --help explains without PyTorch."""
+"""The settings of train.py: each with its option, its default, its help, and whether it is fixed when a run resumes."""
 
-import argparse
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from controlnet.common.program import (
+    PRECISION_NAMES,
+    add_options,
+    count,
+    new_parser,
+    option,
+    positive,
+    positive_number,
+    share,
+    size_argument,
+)
 
-@dataclass(frozen=True)
-class Recipe:
-    """The settings, by the names of their options, that depend on the base where nobody gives them."""
-
-    optimizer: str
-    lr: float
-    rate: str
-    batch_size: int
-    steps: int
-    sample_every: int
-
-
-# The authors' own for SD (docs/train.md), and for the small base what converges within minutes.
-PAPER = Recipe("adamw", lr=1e-5, rate="constant", batch_size=4, steps=10000, sample_every=250)
-LAPTOP = Recipe("muon", lr=1e-3, rate="cosine", batch_size=16, steps=1000, sample_every=50)
+# What depends on the base where nobody says it: the authors' own values for SD (docs/train.md), and for the small base
+# what converges within minutes.
+PAPER = dict(optimizer="adamw", lr=1e-5, lr_schedule="constant", batch_size=4, steps=10000, sample_every=250)
+LAPTOP = dict(optimizer="muon", lr=1e-3, lr_schedule="cosine", batch_size=16, steps=1000, sample_every=50)
 
 
 def by_base(name: str) -> str:
-    """For --help: the default of an option that is part of the recipes."""
-    return f"(default: {getattr(LAPTOP, name)} for tiny, {getattr(PAPER, name)} for SD)"
+    return f"(default: {LAPTOP[name]} for tiny, {PAPER[name]} for SD)"
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="python train.py [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    add_data(parser.add_argument_group("data"))
-    add_method(parser.add_argument_group("method"))
-    add_machine(parser.add_argument_group("machine"))
-    add_run(parser.add_argument_group("run"))
-    return parser
+# The groups of --help; `fixed` settings are the run's own: resuming with another value is refused.
+in_data = partial(option, "data", fixed=True)
+in_method = partial(option, "method", fixed=False)
+in_machine = partial(option, "machine", fixed=False)
+in_run = partial(option, "run", fixed=False)
 
 
-def settled(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
-    """The settings as they count: with --resume, what is not given is as it was.
+@dataclass(frozen=True)
+class TrainSettings:
+    """`passing` settings belong to a call, not to the run: settings.json leaves them out."""
 
-    Raises ValueError for contradictions, for a base that is none, and rather than write over another run.
-    """
-    from controlnet.common.devices import optional  # these need PyTorch
+    debug: bool = option("", "show where an error comes from", False, fixed=False, passing=True)
 
-    from .dry_run import config_of
-    from .run_state import RunFolder
-
-    run = RunFolder(args.out)
-    if args.resume:
-        parser.set_defaults(**run.written()["settings"])
-        args = parser.parse_args(argv)
-        run.check_same(vars(args))
-    elif not args.dry_run:
-        run.check_new()
-    if args.tensorboard:
-        optional("tensorboard", "--tensorboard")
-    if args.ema and args.sd_unlocked:
-        raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
-    if args.control and args.architecture != "full":
-        raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
-    recipe = LAPTOP if config_of(args.base, args.prediction).name == "tiny" else PAPER
-    for name, value in asdict(recipe).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
-
-
-def add_data(data) -> None:
-    data.add_argument(
-        "--data",
-        default="fill50k",
+    data: str = in_data(
+        "a folder of pairs (prompt.json, metadata.jsonl, or images/ hints/ captions/), or a synthetic dataset: "
+        "fill50k, people, shapes, edges (default: %(default)s: data/fill50k if the published set lies there)",
+        "fill50k",
         metavar="NAME",
-        help="a folder of pairs (prompt.json, metadata.jsonl, or images/ hints/ captions/), or a world that draws "
-        "them: fill50k, people, shapes, edges (default: %(default)s: data/fill50k if the published set lies there)",
     )
-    data.add_argument("--pictures", type=positive, metavar="N", help="use the first N (default: all; of a world 2000)")
-    data.add_argument("--size", type=size_argument, metavar="N|WxH", help="in pixels (default: the base's own)")
-    data.add_argument(
-        "--detect", metavar="NAME", help="make the hints from the pictures: canny, canny:low=50, tile ..."
+    images: int | None = in_data(
+        "use the first N (default: all; of a synthetic dataset 2000)", type=positive, metavar="N"
     )
-    data.add_argument("--hint-channels", type=positive, default=3, metavar="N", help="(default: %(default)s)")
-    data.add_argument("--random-crop", action="store_true", help="another part of the picture each time (--no-cache)")
-    data.add_argument("--flip", action="store_true", help="mirror half of the pairs (--no-cache)")
-    data.add_argument(
-        "--held-out", type=count, metavar="N", help="pairs not to train on (default: 1 in 20, at most 32)"
+    size: str | None = in_data("in pixels (default: the base's own)", type=size_argument, metavar="N|WxH")
+    detect: str | None = in_data("make the hints from the images: canny, canny:low=50, tile ...", metavar="NAME")
+    hint_channels: int = in_data("(default: %(default)s)", 3, type=positive, metavar="N")
+    random_crop: bool = in_data("another part of the image each time (--no-cache)", False)
+    flip: bool = in_data("mirror half of the pairs (--no-cache)", False)
+    validation: int | None = in_data(
+        "validation pairs, not trained on (default: 1 in 20, at most 32)", type=count, metavar="N"
     )
-    data.add_argument(
-        "--prompt-dropout", type=share, default=0.5, metavar="P", help="share of empty prompts (default: %(default)s)"
+    prompt_dropout: float = in_data(
+        "share of prompts replaced by the empty one (default: %(default)s)", 0.5, fixed=False, type=share, metavar="P"
     )
-    data.add_argument(
-        "--bad-share", type=share, default=0.01, metavar="P", help="of bad samples, skipped (default: %(default)s)"
+    bad_share: float = in_data(
+        "of bad samples, which are skipped (default: %(default)s)", 0.01, fixed=False, type=share, metavar="P"
     )
-    data.add_argument("--cache", type=Path, metavar="DIR", help="of the latents, to share it (default: OUT/cache)")
-    data.add_argument("--no-cache", action="store_true", help="encode at each step; worlds are then endless")
-    data.add_argument("--workers", type=count, metavar="N", help="processes that read (default: 0, with CUDA 4)")
+    cache: Path | None = in_data(
+        "of the latents, to share it (default: OUT/cache)", fixed=False, type=Path, metavar="DIR"
+    )
+    no_cache: bool = in_data("encode at each step; synthetic datasets are then endless", False)
+    workers: int | None = in_data("processes that read (default: 0, with CUDA 4)", fixed=False, type=count, metavar="N")
 
-
-def add_method(method) -> None:
-    method.add_argument(
-        "--base",
-        default="tiny",
-        metavar="FILE",
-        help="the locked model: a file, or tiny, sd15, sd21 (default: %(default)s)",
+    base: str = in_method(
+        "the locked model: a file, or tiny, sd15, sd21 (default: %(default)s)", "tiny", fixed=True, metavar="FILE"
     )
-    method.add_argument("--prediction", choices=["eps", "v"], help="of an SD 2.x base whose file does not tell")
-    method.add_argument("--control", metavar="FILE", help="start from this ControlNet, not from a fresh copy")
-    method.add_argument(
-        "--architecture",
+    prediction: str | None = in_method("of an SD 2.x base whose file does not tell", fixed=True, choices=["eps", "v"])
+    control: str | None = in_method("start from this ControlNet, not from a fresh copy", fixed=True, metavar="FILE")
+    architecture: str = in_method(
+        "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
+        "full",
+        fixed=True,
         choices=["full", "lite", "gaussian"],
-        default="full",
-        help="lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
     )
-    method.add_argument("--steps", type=positive, metavar="N", help=f"optimiser steps {by_base('steps')}")
-    method.add_argument("--batch-size", type=positive, metavar="N", help=f"pictures at once {by_base('batch_size')}")
-    method.add_argument(
-        "--accumulate", type=positive, default=1, metavar="N", help="batches a step (default: %(default)s)"
+    steps: int | None = in_method(f"optimizer steps {by_base('steps')}", type=positive, metavar="N")
+    batch_size: int | None = in_method(f"images at once {by_base('batch_size')}", type=positive, metavar="N")
+    accumulate: int = in_method("batches a step (default: %(default)s)", 1, type=positive, metavar="N")
+    optimizer: str | None = in_method(
+        f"adamw8bit needs bitsandbytes {by_base('optimizer')}", fixed=True, choices=["adamw", "adamw8bit", "muon"]
     )
-    method.add_argument(
-        "--optimizer",
-        choices=["adamw", "adamw8bit", "muon"],
-        help=f"adamw8bit needs bitsandbytes {by_base('optimizer')}",
+    lr: float | None = in_method(f"the learning rate {by_base('lr')}", type=positive_number, metavar="X")
+    warmup: int = in_method("steps up to the full learning rate (default: %(default)s)", 100, type=count, metavar="N")
+    lr_schedule: str | None = in_method(
+        f"of the learning rate after the warm-up; cosine ends at 0 {by_base('lr_schedule')}",
+        choices=["constant", "cosine"],
     )
-    method.add_argument("--lr", type=positive_number, metavar="X", help=f"the learning rate {by_base('lr')}")
-    method.add_argument(
-        "--warmup", type=count, default=100, metavar="N", help="steps up to the full rate (default: %(default)s)"
+    clip: float = in_method(
+        "largest norm of the gradients; the published trainer: inf (default: 1)", 1.0, type=positive_number, metavar="X"
     )
-    method.add_argument(
-        "--rate", choices=["constant", "cosine"], help=f"after the warm-up; cosine ends at 0 {by_base('rate')}"
+    ema: float | None = in_method(
+        "save an exponential moving average of the copy, of 0.999, say", fixed=True, type=share, metavar="DECAY"
     )
-    method.add_argument(
-        "--clip",
-        type=positive_number,
-        default=1.0,
-        metavar="X",
-        help="largest norm of the gradients; the published trainer: inf (default: 1)",
+    min_snr: float | None = in_method(
+        "weigh timesteps by min(SNR, GAMMA), usually 5", type=positive_number, metavar="GAMMA"
     )
-    method.add_argument("--ema", type=share, metavar="DECAY", help="save a moving average of the copy, of 0.999, say")
-    method.add_argument(
-        "--min-snr", type=positive_number, metavar="GAMMA", help="weigh timesteps by min(SNR, GAMMA), usually 5"
+    sd_unlocked: bool = in_method("train the base's decoder too", False, fixed=True)
+    only_mid_control: bool = in_method("control the middle block alone", False, fixed=True)
+    seed: int = in_method("of all that is random (default: %(default)s)", 0, fixed=True, type=count, metavar="N")
+
+    device: str | None = in_machine(
+        "cpu, cuda, cuda:1 ... (default: cuda if there is one)", metavar="NAME", passing=True
     )
-    method.add_argument("--sd-unlocked", action="store_true", help="train the base's decoder too")
-    method.add_argument("--only-mid-control", action="store_true", help="control the middle block alone")
-    method.add_argument(
-        "--seed", type=count, default=0, metavar="N", help="of all that is random (default: %(default)s)"
+    precision: str = in_machine(
+        "of the computation (default: %(default)s)", "fp32", fixed=True, choices=PRECISION_NAMES
     )
+    checkpointing: bool = in_machine("gradient checkpointing: less memory for activations, more time", False)
+    deterministic: bool = in_machine("the same bits each time on CUDA too, slower", False)
+    compile: bool = in_machine("torch.compile: slow to start, then faster", False)
+    dry_run: bool = in_machine("print the plan and the memory it needs, train nothing", False, passing=True)
 
-
-def add_machine(machine) -> None:
-    machine.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    machine.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the computation")
-    machine.add_argument("--checkpointing", action="store_true", help="less memory for activations, more time")
-    machine.add_argument("--deterministic", action="store_true", help="the same bits each time on CUDA too, slower")
-    machine.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
-    machine.add_argument("--dry-run", action="store_true", help="print the plan and the memory it needs, train nothing")
-
-
-def add_run(run) -> None:
-    run.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("runs/control"), help="the run's folder (default: %(default)s)"
+    out: Path = in_run(
+        "the run's folder (default: %(default)s)", Path("runs/control"), passing=True, type=Path, metavar="DIR"
     )
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    run.add_argument("--save-dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of control.safetensors")
-    run.add_argument(
-        "--save-every", type=positive, default=250, metavar="N", help="steps, for the state (default: %(default)s)"
+    resume: bool = in_run("go on with the run in --out, with its settings", False, passing=True)
+    save_dtype: str = in_run("of control.safetensors (default: %(default)s)", "fp32", choices=PRECISION_NAMES)
+    save_every: int = in_run("steps, for the state (default: %(default)s)", 250, type=positive, metavar="N")
+    keep: int = in_run("states, the newest ones (default: %(default)s)", 2, type=positive, metavar="N")
+    validate_every: int = in_run("steps, for validation (default: %(default)s)", 50, type=positive, metavar="N")
+    sample_every: int | None = in_run(
+        f"steps, for a grid of images {by_base('sample_every')}", type=positive, metavar="N"
     )
-    run.add_argument(
-        "--keep", type=positive, default=2, metavar="N", help="states, the newest ones (default: %(default)s)"
-    )
-    run.add_argument(
-        "--check-every",
-        type=positive,
-        default=50,
-        metavar="N",
-        help="steps, for the held-out loss (default: %(default)s)",
-    )
-    run.add_argument(
-        "--sample-every",
-        type=positive,
-        metavar="N",
-        help=f"steps, for a grid of pictures {by_base('sample_every')}",
-    )
-    run.add_argument(
-        "--sample-count", type=count, default=8, metavar="N", help="pictures in a grid (default: %(default)s)"
-    )
-    run.add_argument("--tensorboard", action="store_true", help="log there too (needs tensorboard)")
+    sample_count: int = in_run("images in a grid (default: %(default)s)", 8, type=count, metavar="N")
+    tensorboard: bool = in_run("log there too (needs tensorboard)", False)
 
 
-def positive(text: str) -> int:
-    return at_least(1, text)
-
-
-def count(text: str) -> int:
-    return at_least(0, text)
-
-
-def at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f'it is "{text}", expected a whole number from {least} on')
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    return within(text, "a number above 0", lambda number: number > 0)
-
-
-def share(text: str) -> float:
-    return within(text, "a number from 0 to 1", lambda number: 0 <= number <= 1)
-
-
-def within(text: str, expected: str, good: Callable[[float], bool]) -> float:
-    with suppress(ValueError):
-        if good(float(text)):
-            return float(text)
-    raise argparse.ArgumentTypeError(f'it is "{text}", expected {expected}')
-
-
-def size_argument(text: str) -> str:
-    """512 or 512x768, width first: kept as it is typed, for settings.json."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(f'it is "{text}", expected pixels like 512, or width x height like 512x768')
-    return text
+def parse_args(description: str, argv: list[str] | None = None) -> dict:
+    """What the command line gives, by the settings' names. Ends the program after --help and for a mistake."""
+    parser = new_parser("python train.py", description)
+    add_options(parser, TrainSettings)
+    return vars(parser.parse_args(argv))

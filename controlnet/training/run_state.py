@@ -2,9 +2,13 @@
 
 OUT/settings.json          every setting and the versions, by which --resume knows the run
 OUT/log.jsonl              a JSON object for every step
-OUT/samples/000250.png     grids of held-out hints
+OUT/samples/000250.png     grids of validation hints
 OUT/control.safetensors    the ControlNet, as other programs read it
 OUT/state/000250.pt        everything that a step depends on, the newest few of them
+
+A state holds the number of steps done, the ControlNet's parameters, the states of optimizer, learning-rate schedule and
+loss scaler, the position in the data, and, where there are any, the unlocked decoder and the EMA. It has no random
+states: all that is random follows from the seed and the position (objective.py).
 """
 
 import json
@@ -12,39 +16,18 @@ import os
 import platform
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from controlnet.common.program import flag_of
 from ldm.checkpoints.files import new_file
 
-# What a resumed run must share with the one that was stopped, by the names of train.py's flags. The rest may change:
-# more steps, another rate, another device.
-FIXED = (
-    "data",
-    "pictures",
-    "size",
-    "detect",
-    "hint_channels",
-    "random_crop",
-    "flip",
-    "held_out",
-    "no_cache",
-    "base",
-    "prediction",
-    "control",
-    "architecture",
-    "precision",
-    "optimizer",
-    "ema",
-    "sd_unlocked",
-    "only_mid_control",
-    "seed",
-)
-PASSING = ("debug", "resume", "dry_run", "out", "device")  # belong to a call, not to the run
+from .options import TrainSettings
+
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors")
 
 
@@ -124,18 +107,17 @@ class RunFolder:
                 f"{self.control} to go on from what was learned"
             ) from error
 
-    def check_same(self, settings: dict) -> None:
-        """Raises ValueError if the run in this folder was started with something else of what must not change."""
-        before = self.written()["settings"]
-        for name in FIXED:
-            if name in before and settings[name] != before[name]:
-                flag = f"--{name.replace('_', '-')}"
+    def check_fixed(self, given: dict, before: dict) -> None:
+        """Raises ValueError if a command line gives another value for what a run started with and must keep."""
+        for item in fields(TrainSettings):
+            name = item.name
+            if item.metadata["fixed"] and name in given and given[name] != before.get(name, given[name]):
                 raise ValueError(
-                    f"the run in {self.path} was started with {flag} {before[name]}, not {settings[name]}: "
+                    f"the run in {self.path} was started with {flag_of(name)} {before[name]}, not {given[name]}: "
                     "leave it out, or start another run in another folder"
                 )
 
-    def begin(self, step: int, settings: dict, data: dict) -> None:
+    def begin(self, step: int, settings: TrainSettings, data: dict) -> None:
         """Writes settings.json, or finds the same `data` (a fingerprint) in that of the run that goes on at `step`."""
         before = self.written()["data"] if step else data
         if before != data:
@@ -144,7 +126,12 @@ class RunFolder:
             raise ValueError(f"the data or the base of the run in {self.path} have changed ({what}): start another run")
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "state").mkdir(exist_ok=True)
-        kept = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in PASSING}
+        passing = {item.name for item in fields(settings) if item.metadata.get("passing")}
+        kept = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(settings).items()
+            if name not in passing
+        }
         versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         text = json.dumps({"settings": kept, "data": data, "versions": versions}, indent=2)
         write_text(self.settings_file, text + "\n")
@@ -155,7 +142,7 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Forgets what a run that was killed had logged after its last save: these steps come again."""
+        """Drops log lines after `step`: a run that was killed will do these steps again."""
         if self.log_file.exists():
             lines = [line for line in self.log_file.read_text().splitlines() if logged_step(line) <= step]
             write_text(self.log_file, "".join(line + "\n" for line in lines))
@@ -179,10 +166,10 @@ def logged_step(line: str) -> float:
 
 
 class Progress:
-    """Where a run tells how it goes: the progress bar, log.jsonl and, if asked for and installed, TensorBoard."""
+    """Where a run reports: the progress bar, log.jsonl and, if asked for and installed, TensorBoard."""
 
     def __init__(self, run: RunFolder, bar: tqdm, tensorboard: bool = False):
-        self.run, self.bar, self.held_out, self.loss = run, bar, None, None
+        self.run, self.bar, self.validation_loss, self.loss = run, bar, None, None
         self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -194,12 +181,14 @@ class Progress:
         self.run.log(values)
         step, loss = values["step"], values["loss"]
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss  # smooth enough to read
-        self.held_out = values.get("held_out", self.held_out)
+        self.validation_loss = values.get("validation_loss", self.validation_loss)
         shown = {"loss": f"{self.loss:.4f}", "lr": f"{values['lr']:.1e}", "img/s": f"{values['images_per_second']:.1f}"}
-        if self.held_out is not None:
-            shown["held out"] = f"{self.held_out:.4f}"
+        if self.validation_loss is not None:
+            shown["validation"] = f"{self.validation_loss:.4f}"
         self.bar.set_postfix(shown | {"GB": f"{values['memory_gb']:.1f}"}, refresh=False)
-        measures = [f"{name} {values[name]:.3f}" for name in ("held_out", "iou", "keypoint_distance") if name in values]
+        measures = [
+            f"{name} {values[name]:.3f}" for name in ("validation_loss", "iou", "keypoint_distance") if name in values
+        ]
         if "iou" in values:
             tqdm.write(f"step {step}: loss {self.loss:.4f}, {', '.join(measures)}")
         if self.board is not None:

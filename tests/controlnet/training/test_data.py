@@ -1,329 +1,78 @@
-"""Batches: what is read, transformed and drawn at each position; the base's latents; prompts dropped."""
+"""Batches: which sample stands at each position of a run, and what replaces bad ones."""
 
-import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from small import SMALL, small_sd
+from small import small_sd
 
 from controlnet.common.images import to_hints, to_images
-from controlnet.training.data import (
-    BadSamples,
-    Draws,
-    FolderSource,
-    LatentPairs,
-    LivePairs,
-    Order,
-    Transform,
-    WorldSource,
-    drop_prompts,
-    open_sources,
-    positions,
-    seeded,
-    split,
-)
-from controlnet.training.folders import BadSample, Entry, list_folder, read_hint
-from controlnet.worlds import WORLDS, Fill50k
-
-# ------------------------------------------------------------------------------------------------------ transform
-
-
-def marked(height=60, width=100, channels=3):
-    """Every pixel says where it is: row, column and a constant."""
-    rows, columns = np.mgrid[:height, :width]
-    return np.stack([2 * rows, 2 * columns, 0 * rows + 7, rows + columns][:channels], axis=2).astype(np.uint8)
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_picture_and_hint_stay_on_each_other(channels):
-    """With a hint that is the picture, whatever happens to one must happen to the other, pixel by pixel."""
-    transform = Transform((40, 40), random_crop=True, flip=True)
-    seen, hint = set(), marked(channels=channels)
-    for seed in range(12):
-        image, moved = transform(marked(), hint, seeded(seed))
-        assert image.shape == (40, 40, 3) and moved.shape == (40, 40, channels)
-        assert np.array_equal(image[..., : min(channels, 3)], moved[..., :3])
-        seen.add((int(image[0, 0, 1]), bool(image[0, 0, 1] > image[0, -1, 1])))
-    assert {mirrored for _, mirrored in seen} == {True, False} and len(seen) > 4
-
-
-def test_a_crop_without_randomness_is_the_middle():
-    image, hint = Transform((60, 40), random_crop=True, flip=True)(marked(), marked())
-    assert np.array_equal(image, marked()[:, 30:70]) and np.array_equal(hint, image)
-
-
-def test_a_picture_covers_the_size_and_keeps_its_shape():
-    image, _ = Transform((120, 120))(marked(), marked())
-    slope = (image[60, 100, 1].astype(int) - image[60, 20, 1]) / 80
-    assert image.shape == (120, 120, 3) and slope == pytest.approx(2 / 2, rel=0.05)  # twice as large on both axes
-
-
-def test_a_smaller_hint_is_brought_to_the_pictures_size():
-    image, hint = Transform((60, 100))(marked(), np.array(Image.fromarray(marked()).resize((50, 30))))
-    assert hint.shape == image.shape and np.abs(hint.astype(int) - image)[4:-4, 4:-4].max() <= 3
-
-
-# -------------------------------------------------------------------------------------------------------- folders
-
-
-def save(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.squeeze()).save(path)
-
-
-def fill50k_layout(folder, count):
-    lines = [{"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": f"number {i}"} for i in range(count)]
-    (folder / "prompt.json").write_text("\n".join(json.dumps(line) for line in lines))
-    return [(folder / f"target/{i}.png", folder / f"source/{i}.png") for i in range(count)]
-
-
-def imagefolder_layout(folder, count):
-    lines = [{"file_name": f"{i}.png", "conditioning_image": f"c{i}.png", "text": f"number {i}"} for i in range(count)]
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    return [(folder / f"{i}.png", folder / f"c{i}.png") for i in range(count)]
-
-
-def parallel_layout(folder, count):
-    for i in range(count):
-        caption = folder / ("captions" if i % 2 else "images") / f"{i}.txt"  # either place will do
-        caption.parent.mkdir(parents=True, exist_ok=True)
-        caption.write_text(f"number {i}\n")
-    return [(folder / f"images/{i}.png", folder / f"hints/{i}.png") for i in range(count)]
-
-
-@pytest.mark.parametrize("layout", [fill50k_layout, imagefolder_layout, parallel_layout])
-def test_every_layout_gives_the_same_pairs(tmp_path, layout):
-    for i, (image, hint) in enumerate(layout(tmp_path, 4)):
-        save(image, np.full((64, 64, 3), 10 * i, np.uint8))
-        save(hint, np.full((64, 64, 3), 10 * i + 5, np.uint8))
-    listing = list_folder(tmp_path)
-    source = FolderSource("pairs", listing.entries, Transform((64, 64)))
-    assert not listing.problems and len(source) == 4
-    for i in range(4):
-        sample = source.sample(i)
-        assert (sample.image == 10 * i).all() and (sample.hint == 10 * i + 5).all()
-        assert sample.caption == f"number {i}" and np.array_equal(source.hint(i), sample.hint)
-
-
-def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
-    fill50k_layout(tmp_path, 1)
-    lines = [
-        "",
-        "{broken",
-        '{"target": "a.png", "prompt": "x"}',
-        '{"source": "a", "target": "b", "prompt": " "}',
-        "[1]",
-    ]
-    with open(tmp_path / "prompt.json", "a") as file:
-        file.write("\n".join(lines))
-    listing = list_folder(tmp_path)
-    assert len(listing.entries) == 1
-    assert [problem.split("prompt.json:")[1].split(" ")[0] for problem in listing.problems] == ["2", "3", "4", "5"]
-    for words, problem in zip(("not JSON", '"source"', "empty caption", '"target"'), listing.problems, strict=True):
-        assert words in problem
-
-
-def test_parallel_folders_lack_hints_and_captions(tmp_path):
-    parallel_layout(tmp_path, 3)
-    for i in range(4):
-        save(tmp_path / f"images/{i}.png", np.zeros((8, 8, 3), np.uint8))
-    save(tmp_path / "hints/0.png", np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / "captions/1.txt").write_text(" ")
-    listing = list_folder(tmp_path)
-    assert [entry.image.name for entry in listing.entries] == ["0.png"]
-    assert ["is empty" in p or "has no" in p for p in listing.problems] == [True] * 3
-    assert len(list_folder(tmp_path, need_hints=False).entries) == 2
-
-
-@pytest.mark.parametrize("make", ["nothing", "file", "empty", "no pairs"])
-def test_what_is_no_folder_of_pairs_is_one_sentence(tmp_path, make):
-    folder = tmp_path / "data"
-    if make == "file":
-        folder.touch()
-    elif make != "nothing":
-        folder.mkdir()
-    if make == "no pairs":
-        (folder / "prompt.json").write_text("{}")
-    with pytest.raises(ValueError, match=": ") as caught:
-        list_folder(folder)
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_bad_pairs_say_what_is_wrong_with_them(tmp_path):
-    save(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
-    save(tmp_path / "wide.png", np.zeros((64, 96, 3), np.uint8))
-    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    for image, hint, words in (
-        ("a.png", "wide.png", "same shape"),
-        ("broken.png", "a.png", "not readable"),
-        ("a.png", "none.png", "does not exist"),
-    ):
-        source = FolderSource("x", [Entry(tmp_path / image, tmp_path / hint, "c")], Transform((64, 64)))
-        with pytest.raises(BadSample, match=words):
-            source.sample(0)
-
-
-def test_hints_have_the_channels_that_are_asked_for(tmp_path):
-    colour = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
-    save(tmp_path / "rgba.png", colour)
-    save(tmp_path / "gray.png", colour[..., :1])
-    np.save(tmp_path / "six.npy", np.linspace(0, 1, 180).reshape(6, 5, 6))
-    assert np.array_equal(read_hint(tmp_path / "rgba.png", 4), colour)
-    assert np.array_equal(read_hint(tmp_path / "gray.png", 1), colour[..., :1])
-    assert read_hint(tmp_path / "gray.png", 3).shape == (6, 5, 3)
-    six = read_hint(tmp_path / "six.npy", 6)
-    assert six.shape == (6, 5, 6) and six.flat[0] == 0 and six.flat[-1] == 255
-    with pytest.raises(BadSample, match="6 channels, expected 3"):
-        read_hint(tmp_path / "six.npy", 3)
-    np.save(tmp_path / "large.npy", np.full((6, 5), 2.0))
-    with pytest.raises(BadSample, match="outside"):
-        read_hint(tmp_path / "large.npy", 1)
-
-
-# --------------------------------------------------------------------------------------------------------- sources
-
-
-def test_what_is_held_out_is_not_trained_on_and_always_the_same():
-    entries = [Entry(f"{i}.png", None, "x") for i in range(100)]
-    train, held_out = split(entries, None)
-    assert len(held_out) == 5 and set(train) | set(held_out) == set(entries) and not set(train) & set(held_out)
-    assert split(entries, None) == (train, held_out)
-    assert len(split(entries * 20, None)[1]) == 32 and split(entries, 0)[1] == []
-    with pytest.raises(ValueError, match="held out"):
-        split(entries[:1], None)
-
-
-@pytest.mark.parametrize("name", WORLDS)
-def test_a_world_by_its_name(name):
-    sources = open_sources(name, Transform((64, 64)), pictures=10, seed=3)
-    assert len(sources.train) == 10 and len(sources.held_out) == 32
-    train, held_out = sources.train.sample(4), sources.held_out.sample(4)
-    assert (
-        train.caption == WORLDS[name](64, 3)[4].caption
-        and held_out.caption == WORLDS[name](64, 0, held_out=True)[4].caption
-    )
-    assert np.array_equal(sources.train.hint(4), train.hint)
-    assert sources.train.fingerprint() != sources.held_out.fingerprint()
-
-
-def test_the_published_set_comes_before_the_world(tmp_path, monkeypatch):
-    (tmp_path / "data" / "fill50k").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert open_sources("fill50k", Transform((64, 64)), 10, 0).train.name == "fill50k"
-    for image, hint in fill50k_layout(tmp_path / "data" / "fill50k", 3):
-        save(image, np.zeros((64, 64, 3), np.uint8))
-        save(hint, np.zeros((64, 64, 3), np.uint8))
-    assert open_sources("fill50k", Transform((64, 64)), 10, 0).train.name == "data/fill50k"
-
-
-def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
-    for image, hint in fill50k_layout(tmp_path, 2):
-        save(image, np.zeros((64, 64, 3), np.uint8))
-        save(hint, np.zeros((64, 64, 3), np.uint8))
-
-    def current():
-        return FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64))).fingerprint()
-
-    before = current()
-    assert current() == before
-    save(tmp_path / "target/1.png", np.ones((64, 80, 3), np.uint8))
-    changed = current()
-    (tmp_path / "prompt.json").write_text((tmp_path / "prompt.json").read_text().replace("number 1", "number 7"))
-    assert len({str(f) for f in (before, changed, current())}) == 3
-
+from controlnet.training.data import Pairs, TrainingData, batch_positions, sample_at
+from controlnet.training.distributed import Process
+from controlnet.training.folders import BadSample
+from controlnet.training.options import LAPTOP, TrainSettings
+from controlnet.training.sources import BadSamples
 
 # ------------------------------------------------------------------------------------------------------- positions
 
 
 def test_every_epoch_shows_all_samples_in_a_new_order():
-    order = Order(7, seed=0)
-    epochs = [[order[p] for p in range(7 * e, 7 * e + 7)] for e in range(3)]
+    epochs = [[sample_at(p, 7, 0) for p in range(7 * e, 7 * e + 7)] for e in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert [order[p] for p in range(7)] == epochs[0] != [Order(7, seed=1)[p] for p in range(7)]
-    assert Order(None, seed=0)[123456] == 123456
+    assert epochs[0] != [sample_at(p, 7, 1) for p in range(7)]
+    assert sample_at(123456, None, 0) == 123456
 
 
 def test_processes_share_the_positions():
-    alone, first, second = (positions(10, 4), positions(10, 2, 0, 2), positions(10, 2, 1, 2))
+    alone, first, second = (batch_positions(10, 4), batch_positions(10, 2, 0, 2), batch_positions(10, 2, 1, 2))
     for _ in range(3):
         assert [*next(alone)] == [*next(first), *next(second)]
 
 
-def test_a_position_says_everything_that_is_random():
-    draws = Draws((4, 8, 8), timesteps=1000, prompt_dropout=0.5, seed=1)
-    for a, b in zip(draws(5), draws(5), strict=True):
-        assert torch.equal(a, b)
-    several = [draws(p) for p in range(400)]
-    noise = torch.stack([d.noise for d in several])
-    assert noise.mean().abs() < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
-    assert not torch.equal(several[0].noise, several[0].posterior_noise)
-    times = torch.stack([d.t for d in several])
-    assert times.min() < 30 and times.max() > 970 and times.float().mean() == pytest.approx(500, abs=60)
-    assert 0.4 < torch.stack([d.dropped for d in several]).float().mean() < 0.6
+def test_a_bad_sample_is_replaced_by_the_next_and_counted():
+    def read(index, position):
+        if index == 2:
+            raise BadSample("it is bad")
+        return torch.tensor(index), torch.tensor(0)
 
-
-def test_a_bad_sample_is_replaced_by_the_next_and_counted(tmp_path):
-    for i, (image, hint) in enumerate(fill50k_layout(tmp_path, 4)):
-        save(image, np.full((64, 64, 3), i, np.uint8))
-        save(hint, np.full((64, 64, 3), i, np.uint8))
-    (tmp_path / "target/2.png").unlink()
-    source = FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64)))
-    pairs = LivePairs(source, Draws((4, 8, 8), 1000, 0.0, 0), Order(4, seed=0))
-    bad, seen = BadSamples(4, [], share=0.3), set()
+    pairs, bad, seen = Pairs(read, 4, seed=0), BadSamples(4, [], share=0.3), set()
     for position in range(8):
-        batch = pairs[position]
-        index = pairs.order[position]
-        assert batch.hint[0, 0, 0] * 255 == pytest.approx(3 if index == 2 else index)
-        bad.add(batch.bad[None])
+        batch, wanted = pairs[position], sample_at(position, 4, seed=0)
+        assert batch.content == (3 if wanted == 2 else wanted) and batch.positions == position
+        bad.add([int(batch.bad)])
         seen.add(int(batch.bad))
     assert seen == {-1, 2} and len(bad) == 1
     with pytest.raises(ValueError, match="2 of 5 samples are bad"):
-        BadSamples(4, ["a line"], share=0.3).add(torch.tensor([2, -1]))
+        BadSamples(4, ["a line"], share=0.3).add([2, -1])
 
 
-def test_a_world_and_its_hints_of_a_position():
-    pairs = LivePairs(WorldSource("fill50k", (64, 64), 5), Draws((4, 8, 8), 1000, 0.0, 0), Order(None, 0))
-    batch, want = pairs[17], Fill50k(64)[17]
-    assert torch.equal(batch.hint, to_hints([want.hint])[0]) and batch.content.caption == want.caption
+def test_nothing_but_bad_samples_is_one_sentence():
+    def read(index, position):
+        raise BadSample(f"number {index} is bad")
+
+    with pytest.raises(BadSample, match="100 samples in a row are bad, the last: number"):
+        Pairs(read, 300, seed=0)[0]
 
 
-# --------------------------------------------------------------------------------------------- the base's own training
+def test_an_endless_dataset_is_read_in_its_own_order():
+    assert [
+        int(Pairs(lambda i, p: (torch.tensor(i), torch.tensor(p)), 5, 0, endless=True)[p].content) for p in (4, 17)
+    ] == [4, 17]
 
 
-@pytest.fixture(scope="module")
-def sd():
-    return small_sd()
+def test_pairs_travel_to_workers_that_are_spawned(tmp_path):
+    """Windows and, from Python 3.14, Linux start workers by pickling what they read."""
+    settings = TrainSettings(**{**LAPTOP, "images": 3, "no_cache": True, "validation": 0})
+    data = TrainingData(settings, small_sd(), Process(0, 1, torch.device("cpu")))
+    other = pickle.loads(pickle.dumps(data.pairs))
+    assert torch.equal(other[5].hint, data.pairs[5].hint)
 
 
-def test_latents_and_captions_of_the_base_belong_together(sd):
-    world = Fill50k(SMALL.resolution)
-    pairs = LatentPairs(world, 5, sd, chunk=2)
-    assert pairs.captions == [world[i].caption for i in range(5)]
-    want = sd.encode(to_images([world[4].image, world[0].image]), sample=False)
-    torch.testing.assert_close(pairs.latents[[4, 0]], want, rtol=1e-3, atol=1e-4)
-
-
-def test_pictures_become_tensors_in_the_range_of_their_use():
-    picture = np.zeros((2, 4, 3), np.uint8)
-    picture[0, 1] = (255, 51, 0)
-    hint, image = to_hints([picture]), to_images([picture])
+def test_arrays_become_tensors_in_the_range_of_their_use():
+    array = np.zeros((2, 4, 3), np.uint8)
+    array[0, 1] = (255, 51, 0)
+    hint, image = to_hints([array]), to_images([array])
     assert hint.shape == image.shape == (1, 3, 2, 4)
     assert hint[0, :, 0, 1].tolist() == pytest.approx([1, 0.2, 0])
     assert image[0, :, 0, 1].tolist() == pytest.approx([1, -0.6, -1])
-
-
-def test_half_of_the_prompts_are_dropped_and_the_others_stay():
-    captions = [f"prompt {i}" for i in range(2000)]
-    dropped = drop_prompts(captions, 0.5, seeded(0))
-    assert 0.45 < dropped.count("") / 2000 < 0.55
-    assert all(new in ("", old) for new, old in zip(dropped, captions, strict=True))
-    assert drop_prompts(captions, 0.0, seeded(0)) == captions and not any(drop_prompts(captions, 1.0, seeded(0)))
-
-
-def test_a_step_draws_the_same_whatever_was_drawn_before():
-    first = torch.randn(3, generator=seeded(1, 5))
-    assert torch.equal(first, torch.randn(3, generator=seeded(1, 5)))
-    assert not torch.equal(first, torch.randn(3, generator=seeded(5, 1)))
-    assert not torch.equal(first, torch.randn(3, generator=seeded(1, 6)))

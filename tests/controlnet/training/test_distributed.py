@@ -27,9 +27,9 @@ def free_port() -> int:
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     small_sd().save(tmp_path / "base.safetensors")
     few = [
-        "--pictures",
+        "--images",
         "16",
-        "--held-out",
+        "--validation",
         "2",
         "--sample-count",
         "0",

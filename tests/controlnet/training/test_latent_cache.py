@@ -9,9 +9,9 @@ from small import SMALL, small_sd
 
 from controlnet.common.images import to_hints, to_images
 from controlnet.training import latent_cache
-from controlnet.training.data import BadSamples, Batch, Draws, Order, WorldSource
 from controlnet.training.folders import BadSample
-from controlnet.training.latent_cache import CachedPairs, LatentCache, build, fingerprint, loss_inputs, prepare
+from controlnet.training.latent_cache import LatentCache, build, fingerprint, prepare_folder
+from controlnet.training.sources import BadSamples, WorldSource
 
 SIZE = (SMALL.resolution, SMALL.resolution)
 
@@ -28,7 +28,7 @@ def small_shards(monkeypatch):
 
 def built(folder, source, sd, **how):
     bad = BadSamples(len(source), [], 0.5)
-    prepare(folder, fingerprint(sd, source, SIZE))
+    prepare_folder(folder, fingerprint(sd, source, SIZE))
     build(folder, source, sd, bad, batch_size=3, **how)
     return LatentCache(folder, source)
 
@@ -38,11 +38,12 @@ def test_a_row_is_what_the_model_says_of_its_sample(sd, tmp_path):
     cache = built(tmp_path, source, sd)
     assert len(cache) == 6 and len(list(tmp_path.glob("*.safetensors"))) == 2
     for row in (0, 3, 4, 5):
-        sample, latents = source.sample(row), cache.latents(row)
+        sample, (latents, hint) = source.sample(row), cache.read(row, 0)
         posterior = sd.vae.posterior(to_images([sample.image]))
         torch.testing.assert_close(latents.mean[None], posterior.mean, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(latents.logvar[None], posterior.logvar, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(latents.context[None], sd.encode_text([sample.caption]), rtol=1e-3, atol=1e-4)
+        assert torch.equal(hint, to_hints([sample.hint])[0])
         assert np.array_equal(cache.hint(row), sample.hint) and cache.index(row) == row
 
 
@@ -50,9 +51,9 @@ def test_what_is_there_is_not_computed_again_and_processes_share_the_rest(sd, tm
     source, calls = WorldSource("fill50k", SIZE, 10), []
     original = source.sample
     monkeypatch.setattr(source, "sample", lambda i, *rest: calls.append(i) or original(i, *rest))
-    prepare(tmp_path, fingerprint(sd, source, SIZE))
+    prepare_folder(tmp_path, fingerprint(sd, source, SIZE))
     bad = BadSamples(10, [], 0.5)
-    build(tmp_path, source, sd, bad, 3, process=1, processes=2)
+    build(tmp_path, source, sd, bad, 3, rank=1, world_size=2)
     assert calls == [4, 5, 6, 7]
     (tmp_path / ".000000.safetensors.tmp").write_bytes(b"half a file of a run that was killed")
     build(tmp_path, source, sd, bad, 3)
@@ -77,7 +78,7 @@ def test_bad_samples_have_no_row(sd, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "sample", sample)
     cache = built(tmp_path, source, sd)
     assert len(cache) == 4 and [cache.index(row) for row in range(4)] == [0, 2, 3, 5]
-    assert cache.missing().tolist() == [1, 4]
+    assert cache.missing() == [1, 4]
     assert np.array_equal(cache.hint(3), original(5).hint)
 
 
@@ -85,8 +86,8 @@ def test_bad_samples_have_no_row(sd, tmp_path, monkeypatch):
 def test_a_stale_cache_is_refused(sd, tmp_path, change):
     source = WorldSource("fill50k", SIZE, 4)
     before = fingerprint(sd, source, SIZE)
-    prepare(tmp_path, before)
-    prepare(tmp_path, fingerprint(small_sd(), source, SIZE))  # the same again is welcome
+    prepare_folder(tmp_path, before)
+    prepare_folder(tmp_path, fingerprint(small_sd(), source, SIZE))  # the same again is welcome
     other, others, size = small_sd(), source, SIZE
     if change in ("base", "text"):
         torch.nn.init.zeros_((other.vae.quant_conv if change == "base" else other.text_encoder.final_norm).bias)
@@ -105,14 +106,14 @@ def test_a_stale_cache_is_refused(sd, tmp_path, change):
         )
         others = WorldSource(name, SIZE, count, seed)
     with pytest.raises(ValueError, match="other data or another base") as caught:
-        prepare(tmp_path, fingerprint(other, others, size))
+        prepare_folder(tmp_path, fingerprint(other, others, size))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_folder_of_something_else_is_left_alone(sd, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match="something else"):
-        prepare(tmp_path, {})
+        prepare_folder(tmp_path, {})
 
 
 def test_a_damaged_file_is_named(sd, tmp_path):
@@ -124,22 +125,4 @@ def test_a_damaged_file_is_named(sd, tmp_path):
     for card in ("{", "[1]"):
         (tmp_path / "cache.json").write_text(card)
         with pytest.raises(ValueError, match="cache.json.*remove the folder"):
-            prepare(tmp_path, {})
-
-
-def test_the_loss_gets_a_sample_of_the_posterior_and_no_prompt_where_it_is_dropped(sd, tmp_path):
-    source = WorldSource("fill50k", SIZE, 4)
-    pairs = CachedPairs(built(tmp_path, source, sd), Draws((4, 8, 8), 1000, 0.5, 0), Order(4, 0))
-    items = [pairs[p] for p in range(8)]
-    batch = torch.utils.data.default_collate(items)
-    assert isinstance(batch, Batch) and 0 < batch.draw.dropped.sum() < 8
-    no_prompt = sd.encode_text([""])
-    z0, noise, t, context, hint = loss_inputs(sd, batch, no_prompt, torch.device("cpu"))
-    for p, item in enumerate(items):
-        sample = source.sample(pairs.order[p])
-        mean, logvar, prompt = item.content
-        want = sd.vae.config.scale * (mean + torch.exp(logvar / 2) * item.draw.posterior_noise)
-        torch.testing.assert_close(z0[p], want)
-        assert torch.equal(context[p], no_prompt[0] if item.draw.dropped else prompt)
-        assert torch.equal(hint[p], to_hints([sample.hint])[0])
-        assert torch.equal(noise[p], item.draw.noise) and t[p] == item.draw.t
+            prepare_folder(tmp_path, {})

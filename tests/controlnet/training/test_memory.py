@@ -8,7 +8,8 @@ from small import SMALL
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
-from controlnet.training.memory import Memory, Plan, StorageCounter, predict, table
+from controlnet.training.memory import Memory, StorageCounter, predict, table
+from controlnet.training.options import PAPER, TrainSettings
 from ldm import StableDiffusion
 from ldm.unet import set_checkpointing
 
@@ -17,17 +18,21 @@ TWO_LEVELS = replace(SMALL.unet, multipliers=(1, 2), attention=(False, True), he
 SHALLOW = replace(SMALL, unet=TWO_LEVELS)  # what is fake takes time by the layer, not by its size
 
 
+def predicted(config=SHALLOW, **settings):
+    return predict(config, TrainSettings(**{**PAPER, "batch_size": 1, **settings}), SIZE)
+
+
 def test_weights_gradients_and_moments_are_what_they_are():
     sd = StableDiffusion(SHALLOW)
     trained = sum(p.numel() for p in ControlNet.from_unet(sd.unet).parameters())
     unet = sum(p.numel() for p in sd.unet.parameters())
     encoders = sum(p.numel() for part in (sd.vae, sd.text_encoder) for p in part.parameters())
-    full, half = predict(SHALLOW, Plan(SIZE)), predict(SHALLOW, Plan(SIZE, precision="fp16", cached=False, ema=True))
-    assert (full.trained, full.copy, full.gradients, full.optimiser) == (trained, 4 * trained, 4 * trained, 8 * trained)
+    full, half = predicted(), predicted(precision="fp16", no_cache=True, ema=0.9)
+    assert (full.trained, full.copy, full.gradients, full.optimizer) == (trained, 4 * trained, 4 * trained, 8 * trained)
     assert (full.base, full.encoders, full.encoding) == (4 * unet, 0, 0)
     assert (half.base, half.encoders, half.copy) == (2 * unet, 2 * encoders, 8 * trained) and half.encoding > 0
-    assert full.peak == full.base + full.copy + full.optimiser + full.gradients + full.activations
-    unlocked = predict(SHALLOW, Plan(SIZE, precision="fp16", sd_unlocked=True))
+    assert full.peak == full.base + full.copy + full.optimizer + full.gradients + full.activations
+    unlocked = predicted(precision="fp16", sd_unlocked=True)
     assert unlocked.trained > full.trained and unlocked.gradients == 4 * unlocked.trained
 
 
@@ -42,7 +47,7 @@ def test_the_step_holds_what_the_real_one_holds(checkpointing):
     with StorageCounter() as counter:
         z0, context = torch.zeros(2, 4, 8, 8), torch.zeros(2, 77, TWO_LEVELS.context_width)
         loss(z0, torch.zeros_like(z0), torch.zeros(2, dtype=torch.int64), context, torch.zeros(2, 3, 64, 64)).backward()
-    memory = predict(SHALLOW, Plan(SIZE, batch_size=2, checkpointing=checkpointing))
+    memory = predicted(batch_size=2, checkpointing=checkpointing)
     assert memory.gradients + memory.activations == pytest.approx(counter.most, rel=0.02)
 
 
@@ -63,12 +68,12 @@ def test_the_counter_sees_what_comes_and_goes():
 
 def test_every_saving_saves():
     deep = replace(SMALL, unet=replace(TWO_LEVELS, blocks=3))
-    plain = predict(deep, Plan(SIZE, batch_size=4))
-    assert predict(deep, Plan(SIZE, batch_size=4, checkpointing=True)).activations < 0.9 * plain.activations
-    half = predict(deep, Plan(SIZE, batch_size=4, precision="fp16", optimizer="adamw8bit"))
-    assert half.activations < 0.7 * plain.activations and half.optimiser * 4 == plain.optimiser
-    muon = predict(deep, Plan(SIZE, batch_size=4, optimizer="muon"))
-    assert 0.5 * plain.optimiser < muon.optimiser < 0.6 * plain.optimiser  # one moment, but for norms and biases
+    plain = predicted(deep, batch_size=4)
+    assert predicted(deep, batch_size=4, checkpointing=True).activations < 0.9 * plain.activations
+    half = predicted(deep, batch_size=4, precision="fp16", optimizer="adamw8bit")
+    assert half.activations < 0.7 * plain.activations and half.optimizer * 4 == plain.optimizer
+    muon = predicted(deep, batch_size=4, optimizer="muon")
+    assert 0.5 * plain.optimizer < muon.optimizer < 0.6 * plain.optimizer  # one moment, but for norms and biases
 
 
 def test_every_item_is_told_in_gigabytes():

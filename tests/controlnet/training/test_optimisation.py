@@ -1,4 +1,4 @@
-"""One optimiser step in every precision, and runs that are stopped and resumed."""
+"""One optimizer step in every precision, and runs that are stopped and resumed."""
 
 import copy
 import math
@@ -9,8 +9,8 @@ from small import SMALL
 from torch import nn
 
 from controlnet.model import ControlNet
-from controlnet.objective import control_loss
-from controlnet.training.optimisation import Optimisation, constant_rate, cosine_rate
+from controlnet.objective import ControlLoss
+from controlnet.training.optimisation import Optimisation, constant_schedule, cosine_schedule
 from controlnet.training.run_state import load_state, save_state
 from ldm.schedule import Schedule
 from ldm.unet import UNet
@@ -28,8 +28,8 @@ def squared_error(model, x, y):
     return (model(x) - y).square().mean()
 
 
-def optimise(model, lr=1e-2, rate=None, precision="fp32", clip=1.0):
-    return Optimisation(model.parameters(), lr, rate or constant_rate(warmup=0), CPU, precision, clip)
+def optimise(model, lr=1e-2, lr_schedule=None, precision="fp32", clip=1.0):
+    return Optimisation(model.named_parameters(), lr, lr_schedule or constant_schedule(warmup=0), CPU, precision, clip)
 
 
 def parameters_of(model):
@@ -84,23 +84,23 @@ def test_long_gradients_are_clipped_and_short_ones_are_not(precision):
 # ------------------------------------------------------------------------------------------------- learning rate
 
 
-def test_the_constant_rate_warms_up_linearly():
-    assert [constant_rate(4)(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert [constant_rate(0)(step) for step in range(2)] == [1, 1]
+def test_the_constant_schedule_warms_up_linearly():
+    assert [constant_schedule(4)(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [constant_schedule(0)(step) for step in range(2)] == [1, 1]
 
 
-def test_the_cosine_rate_warms_up_and_falls_to_zero():
-    rate = cosine_rate(warmup=4, steps=100)
-    assert [rate(step) for step in range(3)] == [0.25, 0.5, 0.75]
-    assert rate(50) == pytest.approx(0.5)
-    assert rate(75) == pytest.approx(0.5 - math.sqrt(0.125))
-    assert rate(100) == pytest.approx(0)
-    assert rate(130) == pytest.approx(0)
+def test_the_cosine_schedule_warms_up_and_falls_to_zero():
+    factor = cosine_schedule(warmup=4, steps=100)
+    assert [factor(step) for step in range(3)] == [0.25, 0.5, 0.75]
+    assert factor(50) == pytest.approx(0.5)
+    assert factor(75) == pytest.approx(0.5 - math.sqrt(0.125))
+    assert factor(100) == pytest.approx(0)
+    assert factor(130) == pytest.approx(0)
 
 
 def test_each_step_has_its_own_rate():
     model, x, y = regression()
-    optimisation = optimise(model, lr=0.1, rate=constant_rate(4))
+    optimisation = optimise(model, lr=0.1, lr_schedule=constant_schedule(4))
     used = []
     optimisation.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     for _ in range(5):
@@ -124,9 +124,9 @@ def small_training(precision="fp32", lr=1e-3):
         z0, noise = torch.randn(2, 2, 4, 4, 4, generator=generator)
         context = torch.randn(2, 5, SMALL.unet.context_width, generator=generator)
         hint = torch.rand(2, 3, 32, 32, generator=generator)
-        return control_loss(unet, control, schedule, z0, noise, torch.tensor([600, 80]), context, hint)
+        return ControlLoss(unet, control, schedule)(z0, noise, torch.tensor([600, 80]), context, hint)
 
-    return control, optimise(control, lr, constant_rate(warmup=3), precision), loss
+    return control, optimise(control, lr, constant_schedule(warmup=3), precision), loss
 
 
 def train(optimisation, loss, steps):
@@ -311,7 +311,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(precision):
 
 def test_many_skipped_steps_stop_the_run_with_the_layers_name():
     model, x, y = regression()
-    optimisation, before = Optimisation(model.named_parameters(), 1e-2, constant_rate(0), CPU), parameters_of(model)
+    optimisation, before = Optimisation(model.named_parameters(), 1e-2, constant_schedule(0), CPU), parameters_of(model)
     model[0].weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FloatingPointError, match="20 steps in a row .*0.weight"):
         for _ in range(20):
@@ -322,7 +322,7 @@ def test_many_skipped_steps_stop_the_run_with_the_layers_name():
 
 def test_a_loss_that_is_not_finite_is_called_that():
     model, x, y = regression()
-    optimisation = Optimisation(model.named_parameters(), 1e-2, constant_rate(0), CPU)
+    optimisation = Optimisation(model.named_parameters(), 1e-2, constant_schedule(0), CPU)
     with pytest.raises(FloatingPointError, match="the loss is not"):
         for _ in range(20):
             optimisation.backward(squared_error(model, x, y) * math.nan)

@@ -1,0 +1,215 @@
+"""What the programs share: options as fields of a dataclass, types of arguments, and errors as one sentence.
+
+Nothing here imports PyTorch, so `--help` answers at once.
+"""
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, field, fields
+from pathlib import Path
+from typing import Any
+
+PRECISION_NAMES = ("fp32", "fp16", "bf16")  # devices.PRECISIONS has their types
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def option(
+    group: str,
+    help: str,
+    default: Any = None,
+    *,
+    type: Callable[[str], Any] | None = None,
+    choices: Iterable[str] | None = None,
+    metavar: str | None = None,
+    each: bool = False,
+    **marks: Any,
+) -> Any:
+    """A field of a settings dataclass that is also an option of its program: `--batch-size` for `batch_size`.
+
+    A default of False makes it a flag. With `each` the option may be repeated, and its value is a list. `marks` are the
+    program's own notes about it ("fixed" on resume), found in the field's metadata.
+    """
+    argument = {"help": help, "type": type, "choices": choices, "metavar": metavar}
+    metadata = {"group": group, "argument": argument, "each": each, **marks}
+    return field(default_factory=list, metadata=metadata) if each else field(default=default, metadata=metadata)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """An argument for each field, in its group. What nobody gives is left out of the parsed namespace."""
+    groups = {}
+    for item in fields(settings):
+        name = item.metadata["group"]
+        group = groups.setdefault(name, parser) if name == "" else groups.get(name)
+        if group is None:
+            group = groups[name] = parser.add_argument_group(name)
+        arguments = {key: value for key, value in item.metadata["argument"].items() if value is not None}
+        if item.default is False:
+            arguments = {"help": arguments["help"], "action": "store_true"}
+        elif item.metadata["each"]:
+            arguments["action"] = "append"
+        default = None if item.default is MISSING else item.default
+        arguments["help"] = arguments["help"].replace("%(default)s", str(default))
+        group.add_argument(flag_of(item.name), dest=item.name, default=argparse.SUPPRESS, **arguments)
+
+
+def from_json(settings: type, values: dict, source: str) -> dict:
+    """Settings that a file keeps, each read as if it were typed. Raises ValueError for what no command line can have.
+
+    Names that this version does not know are left out.
+    """
+    known = {item.name: item for item in fields(settings)}
+    return {name: as_typed(known[name], value, source) for name, value in values.items() if name in known}
+
+
+def as_typed(item: Field, value: Any, source: str) -> Any:
+    argument = item.metadata["argument"]
+    if item.metadata["each"]:
+        if not isinstance(value, list):
+            raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected a list')
+        return [one if one is None else typed(argument, item.name, one, source) for one in value]
+    if item.default is False and not isinstance(value, bool):
+        raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected true or false')
+    if value is None and item.default is not None:
+        raise ValueError(f'{source} has nothing for "{item.name}", expected a value')
+    return value if value is None or item.default is False else typed(argument, item.name, value, source)
+
+
+def typed(argument: dict, name: str, value: Any, source: str) -> Any:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        read = (argument["type"] or str)(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f'{source} has {text!r:.80} for "{name}": {error}') from error
+    if argument["choices"] and read not in argument["choices"]:
+        raise ValueError(f'{source} has {text!r:.80} for "{name}", expected one of {", ".join(argument["choices"])}')
+    return read
+
+
+# --------------------------------------------------------------------------------------------------- types of arguments
+
+
+def positive(text: str) -> int:
+    return at_least(1, text)
+
+
+def count(text: str) -> int:
+    return at_least(0, text)
+
+
+def at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f'it is "{text}", expected a whole number from {least} on')
+    return int(text)
+
+
+def number(text: str) -> float:
+    return within(text, "a finite number", math.isfinite)
+
+
+def positive_number(text: str) -> float:
+    return within(text, "a number above 0", lambda value: value > 0)
+
+
+def share(text: str) -> float:
+    return within(text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def numbers(text: str) -> list[float]:
+    return [number(part) for part in text.split(",")]
+
+
+def within(text: str, expected: str, good: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not good(value):
+        raise argparse.ArgumentTypeError(f'it is "{text}", expected {expected}')
+    return value
+
+
+def size_argument(text: str) -> str:
+    """512 or 512x768, width first as everywhere outside tensors: kept as it is typed."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f'it is "{text}", expected pixels like 512, or width x height like 512x768')
+    return text.lower()
+
+
+def height_and_width(size: str) -> tuple[int, int]:
+    sides = size.split("x")
+    return int(sides[-1]), int(sides[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
+    """`program` is how it is started, `doc` describes it, with an example."""
+    return argparse.ArgumentParser(
+        prog=program, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def note(text: str) -> None:
+    """To stderr: stdout has the results alone."""
+    print(text, file=sys.stderr)
+
+
+def run(
+    name: str,
+    work: Callable[[], int | None],
+    debug: bool = False,
+    stopped: str = "nothing half-written is left",
+    memory_advice: str = "close other programs, or take less at once",
+    disk_advice: str = "",
+) -> int:
+    """The exit status of `work`. What a user can put right is one sentence and 2, a stop from the keyboard 130.
+
+    Errors of our own keep their traceback, and with `debug` all do. Warnings are sentences, too.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: note(f"{name}: {message}")
+            return work() or 0
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+        sentence = in_a_sentence(error, memory_advice, disk_advice)
+        if debug or sentence is None:
+            raise
+        note(f"{name}: {sentence}")
+        return 2
+    except KeyboardInterrupt:
+        note(f"\n{name}: stopped, {stopped}")
+        return 130
+
+
+def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str) -> str | None:
+    """What a user can do something about; None for errors of our own."""
+    if out_of_memory(error):
+        return f"out of memory: {memory_advice}"
+    if isinstance(error, OSError) and disk_advice:
+        return f"{error}: {disk_advice}"
+    return str(error) if isinstance(error, ValueError | OSError | FloatingPointError) else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """By its words: CPUs and some devices have no exception of their own for it."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def free_place(path: Path) -> Path:
+    """The deepest folder on the way to `path` that exists: where what is missing will be made."""
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,55 @@
+"""What makes training faster or smaller and changes no result: memory layouts, kernels, gradient checkpointing."""
+
+import copy
+import os
+
+import torch
+from torch import nn
+
+from controlnet.common.devices import keep_freed_memory
+from controlnet.model import ControlNet
+from ldm.fast.onednn import use_onednn_linear
+from ldm.fast.packed import pack
+from ldm.stable_diffusion import StableDiffusion
+from ldm.unet import set_checkpointing
+
+from .options import TrainSettings
+
+
+def prepare_process(settings: TrainSettings) -> None:
+    """PyTorch's own settings, for the whole process."""
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+
+
+def prepare_networks(sd: StableDiffusion, control: ControlNet, settings: TrainSettings, device: torch.device) -> None:
+    """Once the weights are in place: the locked encoder may not be copied any more."""
+    for network in (sd.unet, control):
+        network.to(memory_format=torch.channels_last)  # the faster layout for convolutions
+        set_checkpointing(network, settings.checkpointing)
+    if not settings.compile:  # torch.compile cannot look into what follows
+        pack(sd.unet.encoder)  # not the decoder, which gradients come back through
+        if (device.type, settings.precision) == ("cpu", "fp32"):
+            use_onednn_linear(sd.unet.decoder, control)
+
+
+def with_packed_encoders(sd: StableDiffusion) -> StableDiffusion:
+    """`sd` with packed copies of its autoencoder and text encoder, for encoding many images fast. The originals keep
+    their plain weights, which can stay in their file."""
+    packed = copy.copy(sd)
+    packed._modules = {**sd._modules, "vae": packed_copy(sd.vae), "text_encoder": packed_copy(sd.text_encoder)}
+    return packed
+
+
+def packed_copy(network: nn.Module) -> nn.Module:
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    network = copy.deepcopy(network, shared)  # new modules around the same tensors
+    pack(network)
+    return network
+
+
+def keep_memory_in_the_loop(device: torch.device) -> None:
+    """Once blocks of the same sizes come and go. Before, the autoencoder's activations would fragment the heap."""
+    keep_freed_memory(device, large=True)

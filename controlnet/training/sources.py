@@ -1,0 +1,264 @@
+"""Where training samples come from: synthetic datasets and folders of pairs, and the transform to the size wanted.
+
+Sizes are (height, width) in pixels. Images and hints are uint8 arrays (H, W, C).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from controlnet.common.images import Size, resized
+from controlnet.hints import detect, find_detector, parse_options
+from controlnet.objective import seeded
+from controlnet.worlds import WORLDS, Sample
+
+from .folders import Entry, check_same_shape, list_folder, read_hint, read_pixels
+from .options import TrainSettings
+
+PUBLISHED_FILL50K = Path("data/fill50k")
+WORLD_IMAGES = 2000  # of a synthetic dataset, which is endless, when nobody says how many
+VALIDATION_SHARE, VALIDATION_MOST = 20, 32  # one in twenty of a folder, at most 32
+
+
+# ------------------------------------------------------------------------------------------------------- transform
+
+
+@dataclass(frozen=True)
+class Transform:
+    """To `size`: resized to cover it, cropped in the middle or at random, perhaps mirrored. Image and hint alike."""
+
+    size: Size
+    random_crop: bool = False
+    flip: bool = False
+
+    def __call__(
+        self, image: np.ndarray, hint: np.ndarray, generator: torch.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Without a generator nothing is random: the crop is in the middle, and nothing is mirrored."""
+        height, width = self.size
+        scale = max(height / image.shape[0], width / image.shape[1])
+        covering = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
+        slack = covering[0] - height, covering[1] - width
+        top, left = slack[0] // 2, slack[1] // 2
+        if self.random_crop and generator is not None:
+            top, left = (int(torch.randint(s + 1, (), generator=generator)) for s in slack)
+        mirrored = self.flip and generator is not None and bool(torch.rand((), generator=generator) < 0.5)
+
+        def place(array: np.ndarray) -> np.ndarray:
+            array = resized_array(array, covering)[top : top + height, left : left + width]
+            return np.ascontiguousarray(array[:, ::-1] if mirrored else array)
+
+        return place(image), place(hint)
+
+
+def resized_array(array: np.ndarray, size: Size) -> np.ndarray:
+    """(H, W, C) for any C: channel by channel, so that none is taken for a transparency that weighs the others."""
+    if array.shape[:2] == size:
+        return array
+    if array.shape[2] == 3:
+        return np.array(resized(Image.fromarray(array), size))
+    channels = [resized(Image.fromarray(array[..., i]), size) for i in range(array.shape[2])]
+    return np.stack([np.asarray(channel) for channel in channels], axis=2)
+
+
+# --------------------------------------------------------------------------------------------------------- sources
+
+
+class Source(Protocol):
+    """Samples by index. `hints_are_files`: reading a hint again is as fast as reading it from a cache."""
+
+    name: str
+    hints_are_files: bool
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, generator: torch.Generator | None = None) -> Sample: ...
+
+    def hint(self, index: int) -> np.ndarray: ...
+
+    def fingerprint(self) -> dict: ...
+
+
+class WorldSource:
+    """The first `length` samples of a synthetic dataset."""
+
+    hints_are_files = False
+
+    def __init__(self, name: str, size: Size, length: int, seed: int = 0, held_out: bool = False):
+        if size[0] != size[1]:
+            raise ValueError(f"the images of {name} are square, and the size is {size[1]}x{size[0]}: give one side")
+        self.name, self.length, self.held_out = name, length, held_out
+        self.seed = 0 if held_out else seed  # validation is the same for every run
+        self.world = WORLDS[name](size[0], self.seed, held_out=held_out)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def sample(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        return self.world[index]
+
+    def hint(self, index: int) -> np.ndarray:
+        return self.world[index].hint
+
+    def fingerprint(self) -> dict:
+        """The first image stands for the code that draws it."""
+        first = self.world[0]
+        pixels = digest(first.image.tobytes(), first.hint.tobytes(), first.caption.encode())
+        return {"world": self.name, "seed": self.seed, "held out": self.held_out, "first image": pixels}
+
+
+class FolderSource:
+    """Pairs on disk, with hints from files or, with `detect`, made from the images."""
+
+    def __init__(
+        self,
+        name: str,
+        entries: Sequence[Entry],
+        transform: Transform,
+        hint_channels: int = 3,
+        detect: str | None = None,
+    ):
+        self.name, self.entries, self.transform = name, entries, transform
+        self.hint_channels, self.detect = hint_channels, detect
+        self.hints_are_files = detect is None
+        self.make_hint = None if detect is None else photograph_detector(detect)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def sample(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        """Raises BadSample."""
+        entry = self.entries[index]
+        image = read_pixels(entry.image)
+        if self.make_hint is None:
+            hint = read_hint(entry.hint, self.hint_channels)
+            check_same_shape(image, hint, entry)
+            image, hint = self.transform(image, hint, generator)
+        else:  # on the image as the model sees it: edges are a pixel wide at its size
+            image, _ = self.transform(image, image, generator)
+            hint = self.make_hint(image)
+        return Sample(image, hint, entry.caption)
+
+    def hint(self, index: int) -> np.ndarray:
+        """The hint of `sample` without randomness. Raises BadSample."""
+        if self.make_hint is not None:
+            return self.sample(index).hint
+        hint = read_hint(self.entries[index].hint, self.hint_channels)
+        return self.transform(hint, hint)[1]
+
+    def fingerprint(self) -> dict:
+        """By names, sizes and times of the files: reading all of them would take as long as an epoch."""
+        files = [(str(e.image), *stat(e.image), str(e.hint), *stat(e.hint), e.caption) for e in self.entries]
+        return {"folder": digest(repr(files).encode()), "detect": self.detect, "hint channels": self.hint_channels}
+
+
+def photograph_detector(text: str) -> Callable[[np.ndarray], np.ndarray]:
+    """ "canny" or "canny:low=50": image -> hint, both uint8 (H, W, 3). Raises ValueError for what makes none."""
+    name, _, options = text.partition(":")
+    if not find_detector(name).works_on_photographs:
+        raise ValueError(f'"{name}" makes no hints from images, but from files of its own: take another --detect')
+    return partial(detect, name, **parse_options(name, options.split(",") if options else []))
+
+
+def stat(path: Path | None) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except (OSError, AttributeError):
+        return (0, 0)
+    return status.st_size, status.st_mtime_ns
+
+
+def digest(*parts: bytes) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What to train on, the validation pairs, and a sentence for each problem that was found on the way."""
+
+    train: Source
+    validation: Source
+    problems: list[str]
+
+
+def open_sources(settings: TrainSettings, size: Size) -> Sources:
+    """What `settings.data` names. The split depends on the data alone, so it is the same for every run.
+
+    Raises ValueError for what is no data, or too little to split, and for settings that contradict each other.
+    """
+    data, detect, channels = settings.data, settings.detect, settings.hint_channels
+    if (settings.random_crop or settings.flip) and not settings.no_cache:
+        raise ValueError(
+            "latents are computed once, and --random-crop and --flip change the image each time: add --no-cache"
+        )
+    folder = PUBLISHED_FILL50K if data == "fill50k" and (PUBLISHED_FILL50K / "prompt.json").exists() else Path(data)
+    if data in WORLDS and folder == Path(data) and not folder.is_dir():
+        if detect or channels != 3:
+            raise ValueError(
+                f"the synthetic dataset {data} draws its own hints of 3 channels: leave out --detect, --hint-channels"
+            )
+        count = VALIDATION_MOST if settings.validation is None else settings.validation
+        train = WorldSource(data, size, settings.images or WORLD_IMAGES, settings.seed)
+        return Sources(train, WorldSource(data, size, count, held_out=True), [])
+    if not folder.exists() and "/" not in data:
+        raise ValueError(
+            f'there is no folder "{data}", and the synthetic datasets are {", ".join(WORLDS)}: give one of them'
+        )
+    if detect and channels != 3:
+        raise ValueError(f"--detect makes hints of 3 channels, and --hint-channels is {channels}: leave out one")
+    listing = list_folder(folder, need_hints=detect is None)
+    train, validation = split(listing.entries, settings.validation)
+    transform = Transform(size, settings.random_crop, settings.flip)
+    return Sources(
+        FolderSource(str(folder), train[: settings.images], transform, channels, detect),
+        FolderSource(str(folder), validation, Transform(size), channels, detect),
+        listing.problems,
+    )
+
+
+def split(entries: list[Entry], validation: int | None) -> tuple[list[Entry], list[Entry]]:
+    """-> (train, validation), always the same for the same list. Raises ValueError if nothing is left to train on."""
+    count = min(max(1, len(entries) // VALIDATION_SHARE), VALIDATION_MOST) if validation is None else validation
+    if count >= len(entries):
+        raise ValueError(
+            f"there are {len(entries)} usable pairs, expected more than the {count} for validation: "
+            "add some, or give another number as --validation"
+        )
+    chosen = set(torch.randperm(len(entries), generator=seeded(0))[:count].tolist())
+    return [e for i, e in enumerate(entries) if i not in chosen], [entries[i] for i in sorted(chosen)]
+
+
+class BadSamples:
+    """Counts those that were met, and stops the run where they are too many."""
+
+    def __init__(self, total: int, problems: Sequence[str], share: float):
+        self.total, self.share = total + len(problems), share
+        self.unlisted, self.indices = len(problems), set()
+        self.check(problems[0] if problems else "")
+
+    def __len__(self) -> int:
+        return self.unlisted + len(self.indices)
+
+    def add(self, indices: Iterable[int]) -> None:
+        """-1 is none. Raises ValueError if too many are bad by now."""
+        new = {index for index in indices if index >= 0} - self.indices
+        if new:
+            self.indices |= new
+            self.check(f"number {min(new)}")
+
+    def check(self, example: str) -> None:
+        if len(self) > self.share * self.total:
+            raise ValueError(
+                f"{len(self)} of {self.total} samples are bad (for example {example}), more than the share of "
+                f"{self.share:g} that --bad-share allows: see `python -m tools.check_data`"
+            )

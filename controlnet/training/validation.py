@@ -1,0 +1,101 @@
+"""What a ControlNet in training can do by now, on validation pairs: their loss, and grids of what it makes of hints."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from controlnet.common.images import save_png, to_hints, to_images
+from controlnet.guidance import Control
+from controlnet.inference.generate import generate
+from controlnet.model import ControlNet
+from controlnet.objective import ControlLoss, Draws, loss_inputs
+from controlnet.worlds import Sample
+from controlnet.worlds.measures import foreground, iou, keypoint_distance
+from ldm.stable_diffusion import StableDiffusion
+
+from .latent_cache import encode
+
+
+class ValidationLoss:
+    """The loss on validation samples, always with the same noise and the same timesteps, spread evenly: its values can
+    be compared from step to step, where the training loss jumps with the timesteps that were drawn."""
+
+    def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], draws: Draws, batch_size: int):
+        device = sd.device
+        with torch.no_grad():
+            empty_prompt = sd.encode_text([""])
+        self.inputs = []
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            numbers = range(start, start + len(batch))
+            t = torch.tensor([int((number + 0.5) / len(samples) * draws.timesteps) for number in numbers])
+            drawn = draws(numbers)._replace(t=t, dropped=torch.zeros(len(batch), dtype=torch.bool))
+            encoded = encode(sd, to_images(sample.image for sample in batch), [sample.caption for sample in batch])
+            hint = to_hints(sample.hint for sample in batch)
+            self.inputs.append(loss_inputs(encoded, hint, drawn, sd.vae.config.scale, empty_prompt, device))
+
+    @torch.no_grad()
+    def __call__(self, loss: ControlLoss) -> float:
+        sizes = [len(inputs[0]) for inputs in self.inputs]
+        values = [loss(*inputs).item() for inputs in self.inputs]
+        return float(np.average(values, weights=sizes))
+
+
+class Preview:
+    """Images for the hints of a few samples, always sampled with the same seeds: steps can be compared."""
+
+    def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], steps: int = 10):
+        self.sd, self.samples, self.steps = sd, samples, steps
+
+    def save(self, control: ControlNet, path: Path) -> dict[str, float]:
+        """Writes the grid, a row for each sample, and returns the means of what `measure` says of the images."""
+        rows, measures = [], []
+        for seed, sample in enumerate(self.samples):
+            image = image_for(self.sd, control, sample, seed, steps=self.steps)
+            measures.append(measure(sample, image))
+            words = [sample.caption, *(f"{name} {value:.2f}" for name, value in measures[-1].items())]
+            side = image.shape[:2]
+            rows.append(np.hstack([as_rgb(sample.hint), image, sample.image, text_image(words, side)]))
+        save_png(Image.fromarray(np.vstack(rows)), path, {})
+        # of people and shapes in turn, only some have keypoints
+        names = dict.fromkeys(name for values in measures for name in values)
+        return {name: float(np.mean([m[name] for m in measures if name in m])) for name in names}
+
+
+def measure(sample: Sample, image: np.ndarray) -> dict[str, float]:
+    """How well an image follows its hint, where the truth is known: in a synthetic dataset, not in a folder."""
+    if sample.mask is None:
+        return {}
+    shown = foreground(image)
+    values = {"iou": iou(shown, sample.mask)}
+    if sample.keypoints is not None:
+        values["keypoint_distance"] = keypoint_distance(shown, sample.keypoints)
+    return values
+
+
+def image_for(sd: StableDiffusion, control: ControlNet, sample: Sample, seed: int, **settings) -> np.ndarray:
+    """One image (H, W, 3), uint8, for a sample's hint and caption; `settings` are `generate`'s."""
+    controls = [Control(control, to_hints([sample.hint]))]
+    (image,) = generate(sd, sample.caption, controls, seed=seed, **settings)
+    return np.asarray(image)
+
+
+def as_rgb(hint: np.ndarray) -> np.ndarray:
+    """A hint (H, W, C) as an image (H, W, 3): of more channels than three the first ones, of fewer the mean."""
+    if hint.shape[2] >= 3:
+        return hint[..., :3]
+    return hint.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
+
+
+def text_image(paragraphs: list[str], size: tuple[int, int]) -> np.ndarray:
+    """Text on white, uint8 (H, W, 3), of `size`."""
+    height, width = size
+    image = Image.new("RGB", (width, height), "white")
+    points = max(9, height // 18)
+    lines = [line for text in paragraphs for line in [*textwrap.wrap(text, max(1, int(width / points * 1.8))), ""]]
+    ImageDraw.Draw(image).multiline_text((4, 4), "\n".join(lines), "black", ImageFont.load_default(points))
+    return np.asarray(image)

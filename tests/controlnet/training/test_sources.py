@@ -1,0 +1,219 @@
+"""Samples from folders and synthetic datasets: layouts, the split, one transform for image and hint."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from controlnet.objective import seeded
+from controlnet.training.folders import BadSample, Entry, list_folder, read_hint
+from controlnet.training.options import TrainSettings
+from controlnet.training.sources import FolderSource, Transform, open_sources, split
+from controlnet.worlds import WORLDS
+
+# ------------------------------------------------------------------------------------------------------ transform
+
+
+def marked(height=60, width=100, channels=3):
+    """Every pixel says where it is: row, column and a constant."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([2 * rows, 2 * columns, 0 * rows + 7, rows + columns][:channels], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_image_and_hint_stay_on_each_other(channels):
+    """With a hint that is the image, whatever happens to one must happen to the other, pixel by pixel."""
+    transform = Transform((40, 40), random_crop=True, flip=True)
+    seen, hint = set(), marked(channels=channels)
+    for seed in range(12):
+        image, moved = transform(marked(), hint, seeded(seed))
+        assert image.shape == (40, 40, 3) and moved.shape == (40, 40, channels)
+        assert np.array_equal(image[..., : min(channels, 3)], moved[..., :3])
+        seen.add((int(image[0, 0, 1]), bool(image[0, 0, 1] > image[0, -1, 1])))
+    assert {mirrored for _, mirrored in seen} == {True, False} and len(seen) > 4
+
+
+def test_a_crop_without_randomness_is_the_middle():
+    image, hint = Transform((60, 40), random_crop=True, flip=True)(marked(), marked())
+    assert np.array_equal(image, marked()[:, 30:70]) and np.array_equal(hint, image)
+
+
+def test_an_image_covers_the_size_and_keeps_its_shape():
+    image, _ = Transform((120, 120))(marked(), marked())
+    slope = (image[60, 100, 1].astype(int) - image[60, 20, 1]) / 80
+    assert image.shape == (120, 120, 3) and slope == pytest.approx(2 / 2, rel=0.05)  # twice as large on both axes
+
+
+def test_a_smaller_hint_is_brought_to_the_images_size():
+    image, hint = Transform((60, 100))(marked(), np.array(Image.fromarray(marked()).resize((50, 30))))
+    assert hint.shape == image.shape and np.abs(hint.astype(int) - image)[4:-4, 4:-4].max() <= 3
+
+
+# -------------------------------------------------------------------------------------------------------- folders
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.squeeze()).save(path)
+
+
+def fill50k_layout(folder, count):
+    lines = [{"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": f"number {i}"} for i in range(count)]
+    (folder / "prompt.json").write_text("\n".join(json.dumps(line) for line in lines))
+    return [(folder / f"target/{i}.png", folder / f"source/{i}.png") for i in range(count)]
+
+
+def imagefolder_layout(folder, count):
+    lines = [{"file_name": f"{i}.png", "conditioning_image": f"c{i}.png", "text": f"number {i}"} for i in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return [(folder / f"{i}.png", folder / f"c{i}.png") for i in range(count)]
+
+
+def parallel_layout(folder, count):
+    for i in range(count):
+        caption = folder / ("captions" if i % 2 else "images") / f"{i}.txt"  # either place will do
+        caption.parent.mkdir(parents=True, exist_ok=True)
+        caption.write_text(f"number {i}\n")
+    return [(folder / f"images/{i}.png", folder / f"hints/{i}.png") for i in range(count)]
+
+
+@pytest.mark.parametrize("layout", [fill50k_layout, imagefolder_layout, parallel_layout])
+def test_every_layout_gives_the_same_pairs(tmp_path, layout):
+    for i, (image, hint) in enumerate(layout(tmp_path, 4)):
+        save(image, np.full((64, 64, 3), 10 * i, np.uint8))
+        save(hint, np.full((64, 64, 3), 10 * i + 5, np.uint8))
+    listing = list_folder(tmp_path)
+    source = FolderSource("pairs", listing.entries, Transform((64, 64)))
+    assert not listing.problems and len(source) == 4
+    for i in range(4):
+        sample = source.sample(i)
+        assert (sample.image == 10 * i).all() and (sample.hint == 10 * i + 5).all()
+        assert sample.caption == f"number {i}" and np.array_equal(source.hint(i), sample.hint)
+
+
+def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
+    fill50k_layout(tmp_path, 1)
+    lines = [
+        "",
+        "{broken",
+        '{"target": "a.png", "prompt": "x"}',
+        '{"source": "a", "target": "b", "prompt": " "}',
+        "[1]",
+    ]
+    with open(tmp_path / "prompt.json", "a") as file:
+        file.write("\n".join(lines))
+    listing = list_folder(tmp_path)
+    assert len(listing.entries) == 1
+    assert [problem.split("prompt.json:")[1].split(" ")[0] for problem in listing.problems] == ["2", "3", "4", "5"]
+    for words, problem in zip(("not JSON", '"source"', "empty caption", '"target"'), listing.problems, strict=True):
+        assert words in problem
+
+
+def test_parallel_folders_lack_hints_and_captions(tmp_path):
+    parallel_layout(tmp_path, 3)
+    for i in range(4):
+        save(tmp_path / f"images/{i}.png", np.zeros((8, 8, 3), np.uint8))
+    save(tmp_path / "hints/0.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "captions/1.txt").write_text(" ")
+    listing = list_folder(tmp_path)
+    assert [entry.image.name for entry in listing.entries] == ["0.png"]
+    assert ["is empty" in p or "has no" in p for p in listing.problems] == [True] * 3
+    assert len(list_folder(tmp_path, need_hints=False).entries) == 2
+
+
+@pytest.mark.parametrize("make", ["nothing", "file", "empty", "no pairs"])
+def test_what_is_no_folder_of_pairs_is_one_sentence(tmp_path, make):
+    folder = tmp_path / "data"
+    if make == "file":
+        folder.touch()
+    elif make != "nothing":
+        folder.mkdir()
+    if make == "no pairs":
+        (folder / "prompt.json").write_text("{}")
+    with pytest.raises(ValueError, match=": ") as caught:
+        list_folder(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_pairs_say_what_is_wrong_with_them(tmp_path):
+    save(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
+    save(tmp_path / "wide.png", np.zeros((64, 96, 3), np.uint8))
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for image, hint, words in (
+        ("a.png", "wide.png", "same shape"),
+        ("broken.png", "a.png", "not readable"),
+        ("a.png", "none.png", "does not exist"),
+    ):
+        source = FolderSource("x", [Entry(tmp_path / image, tmp_path / hint, "c")], Transform((64, 64)))
+        with pytest.raises(BadSample, match=words):
+            source.sample(0)
+
+
+def test_hints_have_the_channels_that_are_asked_for(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
+    save(tmp_path / "rgba.png", colour)
+    save(tmp_path / "gray.png", colour[..., :1])
+    np.save(tmp_path / "six.npy", np.linspace(0, 1, 180).reshape(6, 5, 6))
+    assert np.array_equal(read_hint(tmp_path / "rgba.png", 4), colour)
+    assert np.array_equal(read_hint(tmp_path / "gray.png", 1), colour[..., :1])
+    assert read_hint(tmp_path / "gray.png", 3).shape == (6, 5, 3)
+    six = read_hint(tmp_path / "six.npy", 6)
+    assert six.shape == (6, 5, 6) and six.flat[0] == 0 and six.flat[-1] == 255
+    with pytest.raises(BadSample, match="6 channels, expected 3"):
+        read_hint(tmp_path / "six.npy", 3)
+    np.save(tmp_path / "large.npy", np.full((6, 5), 2.0))
+    with pytest.raises(BadSample, match="outside"):
+        read_hint(tmp_path / "large.npy", 1)
+
+
+# --------------------------------------------------------------------------------------------------------- sources
+
+
+def test_validation_pairs_are_not_trained_on_and_always_the_same():
+    entries = [Entry(f"{i}.png", None, "x") for i in range(100)]
+    train, validation = split(entries, None)
+    assert len(validation) == 5 and set(train) | set(validation) == set(entries) and not set(train) & set(validation)
+    assert split(entries, None) == (train, validation)
+    assert len(split(entries * 20, None)[1]) == 32 and split(entries, 0)[1] == []
+    with pytest.raises(ValueError, match="for validation"):
+        split(entries[:1], None)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_world_by_its_name(name):
+    sources = open_sources(TrainSettings(data=name, images=10, seed=3), (64, 64))
+    assert len(sources.train) == 10 and len(sources.validation) == 32
+    train, held_out = sources.train.sample(4), sources.validation.sample(4)
+    assert (
+        train.caption == WORLDS[name](64, 3)[4].caption
+        and held_out.caption == WORLDS[name](64, 0, held_out=True)[4].caption
+    )
+    assert np.array_equal(sources.train.hint(4), train.hint)
+    assert sources.train.fingerprint() != sources.validation.fingerprint()
+
+
+def test_the_published_set_comes_before_the_world(tmp_path, monkeypatch):
+    (tmp_path / "data" / "fill50k").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert open_sources(TrainSettings(images=10), (64, 64)).train.name == "fill50k"
+    for image, hint in fill50k_layout(tmp_path / "data" / "fill50k", 3):
+        save(image, np.zeros((64, 64, 3), np.uint8))
+        save(hint, np.zeros((64, 64, 3), np.uint8))
+    assert open_sources(TrainSettings(images=10), (64, 64)).train.name == "data/fill50k"
+
+
+def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
+    for image, hint in fill50k_layout(tmp_path, 2):
+        save(image, np.zeros((64, 64, 3), np.uint8))
+        save(hint, np.zeros((64, 64, 3), np.uint8))
+
+    def current():
+        return FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64))).fingerprint()
+
+    before = current()
+    assert current() == before
+    save(tmp_path / "target/1.png", np.ones((64, 80, 3), np.uint8))
+    changed = current()
+    (tmp_path / "prompt.json").write_text((tmp_path / "prompt.json").read_text().replace("number 1", "number 7"))
+    assert len({str(f) for f in (before, changed, current())}) == 3

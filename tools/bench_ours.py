@@ -1,11 +1,18 @@
-"""Our side of what tools.bench measures, and the models and inputs that both sides get.
+"""Our side of what tools.bench measures, and the models and inputs of both sides.
+
+Tasks have the names of tools.bench's sections, here and in bench_peers.py; bench_case.py says what a task is.
 
 Shapes: B batch, H W pixels, h = H/8, w = W/8.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,100 +20,79 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlnet import ControlNet
-from controlnet.common.devices import PRECISIONS, keep_freed_memory
+from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device
 from controlnet.common.images import to_hints
 from controlnet.guidance import Control
 from controlnet.inference.generate import generate
-from controlnet.objective import ControlLoss
-from controlnet.training.data import Batch, Draw, Picture
-from controlnet.training.latent_cache import encoded, loss_inputs
-from controlnet.training.optimisation import Optimisation, constant_rate
+from controlnet.objective import ControlLoss, Drawn, loss_inputs
+from controlnet.training.latent_cache import encode
+from controlnet.training.optimisation import Optimisation
+from controlnet.training.options import TrainSettings
+from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, with_packed_encoders
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
 from ldm import StableDiffusion
+from ldm.checkpoints.published import WEIGHTS
 from ldm.config import SD15
-from ldm.fast.onednn import quicken
 from ldm.fast.packed import pack
-from ldm.fast.tiled_vae import decode_in_strips, posterior_in_strips
-from ldm.stable_diffusion import WEIGHTS
-from ldm.unet import set_checkpointing
-from ldm.vae import AutoencoderKL
-from tools.bench_processes import Outputs, Setup, Work
+from ldm.fast.tiled_vae import decode_tiled, posterior_tiled
+from tools.bench_case import Outputs, Setup, Work
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEGATIVE = "red circle with blue background", "green"
 SEED = 0
 LEARNING_RATE = 1e-5
-SAMPLES = 4  # of each world
-SMALL_SIDE = 64  # pixels that every base can make: enough to see whether a model is loaded right
+SAMPLES = 4  # of each synthetic dataset
+SMALL_SIDE = 64  # pixels, which every base can make: enough to see whether a model is loaded correctly
 
 
-# ----------------------------------------------------------------------------------------------------------- the models
+# ---------------------------------------------------------------------------------------------------- models and inputs
 
 
-def write_tiny(folder: Path) -> None:
-    """The small models of `weights/`."""
-    sd = StableDiffusion.load("tiny")
-    write_models(folder, sd, ControlNet.load(WEIGHTS / "tiny-fill50k.safetensors", sd.unet))
-
-
-def write_sd15(folder: Path) -> None:
-    """SD 1.5 and a ControlNet of its size, 11 GB, filled with numbers. What is complete already is left as it is."""
-    if not (folder / "control").exists():
+def prepare(case: str, folder: Path, device: str | None, threads: int | None) -> tuple[dict, str]:
+    """Writes the models of a case -> device and threads, as in Setup, and a description of the machine."""
+    device, threads = pick_device(device), threads or torch.get_num_threads()
+    folder.mkdir(parents=True, exist_ok=True)
+    if case == "tiny":
+        sd = StableDiffusion.load("tiny")
+        write_models(folder, sd, ControlNet.load(WEIGHTS / "tiny-fill50k.safetensors", sd.unet))
+    elif not (folder / "control").exists():  # the last that is written
         torch.manual_seed(SEED)
         sd = StableDiffusion(SD15)
         write_models(folder, fill(sd), fill(ControlNet.from_unet(sd.unet)))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    packages = [f"{package} {version(package)}" for package in ("torch", "diffusers") if find_spec(package)]
+    return {"device": str(device), "threads": threads}, f"{name}, {threads} threads, {', '.join(packages)}"
 
 
 def write_models(folder: Path, sd: StableDiffusion, control: ControlNet) -> None:
-    """base.safetensors and control.safetensors, and beside them base and control in diffusers' layout."""
+    """base.safetensors and control.safetensors, and the folders base and control in diffusers' layout."""
     sd.save(folder / "base.safetensors")
     control.save(folder / "control.safetensors")
     sd.save(folder / "base", layout="diffusers")
-    control.save(folder / "control", layout="diffusers")  # the last
+    control.save(folder / "control", layout="diffusers")
 
 
 @torch.no_grad()
 def fill(model: nn.Module) -> nn.Module:
-    """Numbers that pass on what comes in, as trained weights do: every input shows in every output, and the control,
-    whose zero convolutions are filled too, in the picture."""
+    """Random weights that preserve the variance, zero convolutions included: every input shows in every output."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------- the inputs
-
-
-class Inputs(NamedTuple):
-    """Of one training step; the first of the batch is what sampling and the autoencoder get."""
-
-    images: Tensor  # (B, 3, H, W) in [-1, 1]
-    hints: Tensor  # (B, 3, H, W) in [0, 1]
-    noise: Tensor  # (B, 4, h, w)
-    posterior_noise: Tensor  # (B, 4, h, w)
-    t: Tensor  # (B,)
-
-
-def inputs(side: int, batch_size: int) -> Inputs:
-    """The same each time, drawn on the CPU, for pictures of `side` pixels."""
+def inputs(side: int, batch_size: int = 1) -> tuple[Tensor, ...]:
+    """Always the same, drawn on the CPU: images (B, 3, H, W) in [-1, 1], hints (B, 3, H, W) in [0, 1], noise and the
+    posterior's noise (B, 4, h, w), timesteps (B,)."""
     generator = torch.Generator().manual_seed(SEED)
-    pictures = torch.rand(2, batch_size, 3, side, side, generator=generator)
+    images = torch.rand(2, batch_size, 3, side, side, generator=generator)
     noise = torch.randn(2, batch_size, 4, side // 8, side // 8, generator=generator)
-    t = torch.randint(1000, (batch_size,), generator=generator)
-    return Inputs(2 * pictures[0] - 1, pictures[1], *noise, t)
+    return 2 * images[0] - 1, images[1], *noise, torch.randint(1000, (batch_size,), generator=generator)
 
 
-def first_noise(side: int) -> Tensor:
-    """What `generate` begins with: (1, 4, h, w)."""
-    return torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED))
-
-
-def pixels(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture))
-
-
-# ------------------------------------------------------------------------------------------------------------ the tasks
+def pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image))
 
 
 def load_base(setup: Setup) -> StableDiffusion:
@@ -115,164 +101,110 @@ def load_base(setup: Setup) -> StableDiffusion:
 
 def load(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
     sd = load_base(setup)
-    return sd, ControlNet.load(setup.folder / "control.safetensors", sd.unet).requires_grad_(False)
+    return sd, ControlNet.load(setup.folder / "control.safetensors", sd.unet)
 
 
-def sampling_in_full(setup: Setup) -> Work:
-    return sampling_of_worlds(setup, reuse=1)
-
-
-def sampling_with_reuse(setup: Setup) -> Work:
-    return sampling_of_worlds(setup, reuse=2)
-
-
-def sampling_of_worlds(setup: Setup, reuse: int) -> Work:
-    """Held-out samples of each world with the small models of `weights/`: approximations are judged by pictures that
-    mean something."""
-    keep_freed_memory(torch.device(setup.device), large=False)
-    sd = StableDiffusion.load("tiny", setup.device, PRECISIONS[setup.precision])
-    settings = dict(steps=setup.case.steps, cfg=setup.case.cfg, reuse=reuse)
-    asked = []  # captions, with their controls
-    for world, name in TINY_CONTROL_OF.items():
-        net = ControlNet.load(WEIGHTS / f"{name}.safetensors", sd.unet).requires_grad_(False)
-        samples = WORLDS[world](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
-        asked += [(samples[i].caption, Control(net, to_hints([samples[i].hint]))) for i in range(SAMPLES)]
-    pack(sd.unet, sd.vae, *(control.net for _, control in asked))
-
-    def work() -> Outputs:
-        made = [generate(sd, caption, [control], **settings)[0] for caption, control in asked]
-        return lambda: {"pictures": torch.stack([pixels(picture) for picture in made])}
-
-    return work
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 def sampling(setup: Setup) -> Work:
-    """A prompt and a hint to a picture, as infer.py does it with the models loaded."""
+    """From prompt and hint to an image, as in infer.py once the models are loaded."""
     keep_freed_memory(torch.device(setup.device), large=False)
     sd, control = load(setup)
     pack(sd.unet, sd.vae, control)
-    return lambda: picture(sd, control, setup.case.size, setup.case.steps, setup.case.cfg)
+    return partial(sample, sd, control, setup.size, setup.steps, setup.cfg)
 
 
-def picture(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg: float) -> Outputs:
-    hint = inputs(side, 1).hints.to(next(sd.unet.parameters()).device)
-    latents = []  # after each step
-    (made,) = generate(
-        sd,
-        PROMPT,
-        [Control(control, hint)],
-        negative=NEGATIVE,
-        steps=steps,
-        cfg=cfg,
-        seed=SEED,
-        on_step=lambda i, x, x0: latents.append(x),
-    )
-    return lambda: {"latents": latents[-1], "picture": pixels(made)}
+def sample(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg: float) -> Outputs:
+    controls, latents = [Control(control, inputs(side)[1])], []  # latents after each step
+    settings = {"negative": NEGATIVE, "steps": steps, "cfg": cfg, "seed": SEED}
+    (image,) = generate(sd, PROMPT, controls, callback=lambda progress: latents.append(progress.x), **settings)
+    return {"latents": latents[-1], "image": pixels(image)}
 
 
-def vae_encode(setup: Setup) -> Work:
-    return encoding(setup, packed_vae(setup), AutoencoderKL.encode)
-
-
-def vae_encode_in_strips(setup: Setup) -> Work:
-    def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-        return vae.config.scale * posterior_in_strips(vae, images).mean
-
-    return encoding(setup, load_base(setup).vae, encode)
-
-
-def vae_decode(setup: Setup) -> Work:
-    return decoding(setup, packed_vae(setup), AutoencoderKL.decode)
-
-
-def vae_decode_in_strips(setup: Setup) -> Work:
-    return decoding(setup, load_base(setup).vae, decode_in_strips)
-
-
-def packed_vae(setup: Setup) -> AutoencoderKL:
+def reuse(setup: Setup, every: int) -> Work:
+    """Held-out samples of each synthetic dataset with the models in `weights/`: an approximation can only be judged on
+    images that mean something."""
     keep_freed_memory(torch.device(setup.device), large=False)
-    vae = load_base(setup).vae
-    pack(vae)
-    return vae
+    sd = StableDiffusion.load("tiny", setup.device, PRECISIONS[setup.precision])
+    wanted = []  # captions with their controls
+    for world, name in TINY_CONTROL_OF.items():
+        net = ControlNet.load(WEIGHTS / f"{name}.safetensors", sd.unet)
+        samples = WORLDS[world](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
+        wanted += [(samples[i].caption, Control(net, to_hints([samples[i].hint]))) for i in range(SAMPLES)]
+    pack(sd.unet, sd.vae, *(control.net for _, control in wanted))
+    settings = {"steps": setup.steps, "cfg": setup.cfg, "reuse": every}
 
-
-def encoding(setup: Setup, vae: AutoencoderKL, encode: Callable[[AutoencoderKL, Tensor], Tensor]) -> Work:
-    images = inputs(setup.case.size, 1).images.to(vae.quant_conv.bias)
-
-    @torch.no_grad()
     def work() -> Outputs:
-        latents = encode(vae, images)
-        return lambda: {"latents": latents}
+        images = [generate(sd, caption, [control], **settings)[0] for caption, control in wanted]
+        return {"images": torch.stack([pixels(image) for image in images])}
 
     return work
 
 
-def decoding(setup: Setup, vae: AutoencoderKL, decode: Callable[[AutoencoderKL, Tensor], Tensor]) -> Work:
-    latents = inputs(setup.case.size, 1).noise.to(vae.post_quant_conv.bias)
+def vae(setup: Setup, encode: bool, tiled: bool) -> Work:
+    """The VAE with packed weights, or tiled, which takes plain ones."""
+    model = load_base(setup).vae
+    images, _, latents, *_ = (x.to(model.quant_conv.bias) for x in inputs(setup.size))
+    if not tiled:
+        keep_freed_memory(torch.device(setup.device), large=False)
+        pack(model)
+    ways = {
+        (True, False): lambda: model.encode(images),
+        (True, True): lambda: model.config.scale * posterior_tiled(model, images).mean,
+        (False, False): lambda: model.decode(latents),
+        (False, True): lambda: decode_tiled(model, latents),
+    }
+    return torch.no_grad()(lambda: {"output": ways[encode, tiled]()})
 
-    @torch.no_grad()
-    def work() -> Outputs:
-        images = decode(vae, latents)
-        return lambda: {"images": images}
 
-    return work
-
-
-def training_cached(setup: Setup) -> Work:
-    return training(setup, cached=True)
-
-
-def training_uncached(setup: Setup) -> Work:
-    return training(setup, cached=False)
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def training(setup: Setup, cached: bool) -> Work:
-    """One step of train.py from the batch to the changed weights; cached, pictures and prompts are encoded by then."""
-    sd, _ = load(setup)
-    control = ControlNet.load(setup.folder / "control.safetensors", sd.unet, dtype=torch.float32)
-    for model in (sd, control):
-        model.to(memory_format=torch.channels_last)
-        set_checkpointing(model, setup.case.checkpointing)
-    pack(sd.unet.encoder, sd.vae, sd.text_encoder)
+    """One step of train.py from the batch to the changed weights, with latents and text states computed before or in
+    it; without TF32, which their script leaves off, too."""
     device = torch.device(setup.device)
-    if (device.type, setup.precision) == ("cpu", "fp32"):
-        quicken(sd.unet.decoder, control)
+    chosen = {"optimizer": "adamw", "lr": LEARNING_RATE, "warmup": 0}
+    settings = TrainSettings(precision=setup.precision, checkpointing=setup.checkpointing, **chosen)
+    sd = load_base(setup)
+    control = ControlNet.load(setup.folder / "control.safetensors", sd.unet, dtype=torch.float32)
+    control.train().requires_grad_(True)
+    prepare_networks(sd, control, settings, device)
     loss = ControlLoss(sd.unet, control, sd.schedule)
-    rate = constant_rate(0)
-    optimisation = Optimisation(control.named_parameters(), LEARNING_RATE, rate, device, setup.precision, clip=1.0)
+    optimisation = Optimisation.from_settings(control.named_parameters(), settings, device)
 
-    x = inputs(setup.case.size, setup.case.batch_size)
-    nothing = torch.zeros(setup.case.batch_size)
-    draw = Draw(x.noise, x.t, x.posterior_noise, dropped=nothing.bool())
-    content = Picture(x.images, [PROMPT] * setup.case.batch_size)
+    images, hints, noise, posterior_noise, t = inputs(setup.size, setup.batch_size)
+    drawn = Drawn(t, noise, posterior_noise, dropped=torch.zeros(len(t), dtype=torch.bool))
     with torch.no_grad():
-        no_prompt = sd.encode_text([""])
+        empty_prompt = sd.encode_text([""])
+    encoders = with_packed_encoders(sd)
+    content = encode(encoders, images, [PROMPT] * len(t)) if cached else None
     if cached:
-        content = encoded(sd, *content)
-        waiting = load_base(setup)
-        sd.vae, sd.text_encoder = waiting.vae.cpu(), waiting.text_encoder.cpu()
-        del waiting
-    keep_freed_memory(device, large=True)
-    batch = Batch(content, x.hints, draw, bad=nothing - 1)
+        encoders = sd.vae.cpu(), sd.text_encoder.cpu()
+    keep_memory_in_the_loop(device)
 
     def work() -> Outputs:
-        z0, noise, t, context, hint = loss_inputs(sd, batch, no_prompt, device)
+        encoded = content or encode(encoders, images, [PROMPT] * len(t))
+        batch = loss_inputs(encoded, hints, drawn, sd.vae.config.scale, empty_prompt, device)
         with optimisation.autocast():
-            value = loss(z0, noise, t, context, hint)
+            value = loss(*batch)
         optimisation.backward(value)
-        norm = optimisation.step()
-        return lambda: {"loss": value, "gradient": torch.tensor(norm)}
+        return {"loss": value.detach(), "gradient": torch.tensor(optimisation.step())}
 
     return work
 
 
-def loading(setup: Setup) -> Work:
-    """The original layout, until every weight has been read once: until then a file may only be mapped into memory."""
+# --------------------------------------------------------------------------------------------------- loading and start
 
-    def work() -> Outputs:
+
+def loading(setup: Setup) -> Work:
+    """The original layout, until every weight has been read once: before that a file may be merely memory-mapped."""
+
+    def work() -> Callable[[], Outputs]:
         sd, control = load(setup)
         read_all(sd, control)
-        return lambda: picture(sd, control, SMALL_SIDE, 1, setup.case.cfg)()
+        return partial(sample, sd, control, SMALL_SIDE, 1, setup.cfg)
 
     return work
 
@@ -282,3 +214,20 @@ def read_all(*models: nn.Module) -> None:
     for model in models:
         for parameter in model.parameters():
             parameter.sum()
+
+
+def start(setup: Setup, infer: bool) -> Work:
+    """A whole program, from its start to its end."""
+    command = [sys.executable, "-c", "import torch"]
+    if infer:
+        command = [sys.executable, str(ROOT / "infer.py"), "--hint", "circle.png", "--steps", "1"]
+        command += ["--device", setup.device, "--dtype", setup.precision, "--out", str(setup.folder / "start.png")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setup.threads)}
+
+    def work() -> Outputs:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+        return {}
+
+    return work

@@ -3,6 +3,9 @@
 Needs tests/requirements-interop.txt.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -16,36 +19,30 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlnet.common.devices import PRECISIONS
-from tools.bench_ours import LEARNING_RATE, NEGATIVE, PROMPT, SMALL_SIDE, first_noise, inputs, pixels, read_all
-from tools.bench_processes import Outputs, Setup, Work
+from tools.bench_case import Outputs, Setup, Work
+from tools.bench_ours import LEARNING_RATE, NEGATIVE, PROMPT, SEED, SMALL_SIDE, inputs, pixels, read_all
 
 
 def sampling(setup: Setup) -> Work:
-    control = ControlNetModel.from_pretrained(setup.folder / "control", dtype=PRECISIONS[setup.precision])
-    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
-        setup.folder / "base", controlnet=control, dtype=PRECISIONS[setup.precision]
-    ).to(setup.device)
-    return lambda: picture(pipeline, setup.case.size, setup.case.steps, setup.case.cfg)
+    dtype = PRECISIONS[setup.precision]
+    control = ControlNetModel.from_pretrained(setup.folder / "control", dtype=dtype)
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(setup.folder / "base", controlnet=control, dtype=dtype)
+    return partial(sample, pipeline.to(setup.device), setup.size, setup.steps, setup.cfg)
 
 
-def picture(pipeline: StableDiffusionControlNetPipeline, side: int, steps: int, cfg: float) -> Outputs:
+def sample(pipeline: StableDiffusionControlNetPipeline, side: int, steps: int, cfg: float) -> Outputs:
     pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED))  # `generate`'s
     latents = []  # after each step
 
     def keep(pipeline, i, t, values: dict) -> dict:
         latents.append(values["latents"])
         return values
 
-    (made,) = pipeline(
-        PROMPT,
-        image=inputs(side, 1).hints,
-        negative_prompt=NEGATIVE,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        latents=first_noise(side).to(pipeline.unet.dtype),
-        callback_on_step_end=keep,
-    ).images
-    return lambda: {"latents": latents[-1], "picture": pixels(made)}
+    settings = {"num_inference_steps": steps, "guidance_scale": cfg, "negative_prompt": NEGATIVE}
+    settings |= {"latents": noise.to(pipeline.unet.dtype), "callback_on_step_end": keep}
+    (image,) = pipeline(PROMPT, image=inputs(side)[1], **settings).images
+    return {"latents": latents[-1], "image": pixels(image)}
 
 
 def load_vae(setup: Setup) -> AutoencoderKL:
@@ -53,33 +50,22 @@ def load_vae(setup: Setup) -> AutoencoderKL:
     return vae.to(setup.device)
 
 
-def vae_encode(setup: Setup) -> Work:
-    vae = load_vae(setup)
-    images = inputs(setup.case.size, 1).images.to(vae.device, vae.dtype)
-
-    @torch.no_grad()
-    def work() -> Outputs:
-        latents = vae.encode(images).latent_dist.mean * vae.config.scaling_factor
-        return lambda: {"latents": latents}
-
-    return work
-
-
-def vae_decode(setup: Setup) -> Work:
-    vae = load_vae(setup)
-    latents = inputs(setup.case.size, 1).noise.to(vae.device, vae.dtype)
-
-    @torch.no_grad()
-    def work() -> Outputs:
-        images = vae.decode(latents / vae.config.scaling_factor).sample
-        return lambda: {"images": images}
-
-    return work
+def vae(setup: Setup, encode: bool, tiled: bool) -> Work:
+    """Beside our tiled VAE, too, stands their plain one: theirs in tiles is an approximation."""
+    model = load_vae(setup)
+    images, _, latents, *_ = (x.to(model.device, model.dtype) for x in inputs(setup.size))
+    scale = model.config.scaling_factor
+    ways = {
+        True: lambda: model.encode(images).latent_dist.mean * scale,
+        False: lambda: model.decode(latents / scale).sample,
+    }
+    return torch.no_grad()(lambda: {"output": ways[encode]()})
 
 
-def training(setup: Setup) -> Work:
-    """One step in the sequence of examples/controlnet/train_controlnet.py, with its optimiser, from a batch whose
-    prompts are tokens by then."""
+def training(setup: Setup, cached: bool) -> Work:
+    """One step in the order of examples/controlnet/train_controlnet.py, with its optimiser, from a batch whose prompts
+    are tokens by then; it has no cache. Only the ControlNet is under autocast there: the locked UNet is itself in half
+    precision."""
     base, device, dtype = setup.folder / "base", torch.device(setup.device), PRECISIONS[setup.precision]
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
@@ -87,33 +73,32 @@ def training(setup: Setup) -> Work:
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").to(device, dtype).requires_grad_(False)
     vae = load_vae(setup).requires_grad_(False)
     control = ControlNetModel.from_pretrained(setup.folder / "control").to(device).train()
-    if setup.case.checkpointing:
+    if setup.checkpointing:
         control.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(control.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == "fp16")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    x = inputs(setup.case.size, setup.case.batch_size)._asdict()
-    images, hints, noise, posterior_noise, t = (tensor.to(device) for tensor in x.values())
-    prompts = [PROMPT] * setup.case.batch_size
+    images, hints, noise, posterior_noise, t = (x.to(device) for x in inputs(setup.size, setup.batch_size))
+    prompts = [PROMPT] * setup.batch_size
     ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
     def work() -> Outputs:
         posterior = vae.encode(images.to(dtype)).latent_dist
-        # Their `posterior.sample()`, with the noise that is ours, too.
+        # Their `posterior.sample()`, with the same noise as ours.
         latents = (posterior.mean + posterior.std * posterior_noise).to(dtype) * vae.config.scaling_factor
         noisy = scheduler.add_noise(latents.float(), noise, t).to(dtype)
         context = text_encoder(ids.to(device), return_dict=False)[0]
         with autocast:
-            down, middle = control(noisy, t, context, controlnet_cond=hints, return_dict=False)
-            output = unet(
-                noisy,
-                t,
-                context,
-                down_block_additional_residuals=[residual.to(dtype) for residual in down],
-                mid_block_additional_residual=middle.to(dtype),
-                return_dict=False,
-            )[0]
+            down, middle = control(noisy, t, context, controlnet_cond=hints.to(dtype), return_dict=False)
+        output = unet(
+            noisy,
+            t,
+            context,
+            down_block_additional_residuals=[residual.to(dtype) for residual in down],
+            mid_block_additional_residual=middle.to(dtype),
+            return_dict=False,
+        )[0]
         velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(latents.float(), noise, t) if velocity else noise
         loss = F.mse_loss(output.float(), target, reduction="mean")
@@ -123,7 +108,7 @@ def training(setup: Setup) -> Work:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return lambda: {"loss": loss, "gradient": norm}
+        return {"loss": loss.detach(), "gradient": norm}
 
     return work
 
@@ -131,7 +116,7 @@ def training(setup: Setup) -> Work:
 def loading(setup: Setup) -> Work:
     """`from_single_file`, with the architecture from the folder: nothing is downloaded."""
 
-    def work() -> Outputs:
+    def work() -> Callable[[], Outputs]:
         options = {"dtype": PRECISIONS[setup.precision], "local_files_only": True}
         control = ControlNetModel.from_single_file(
             str(setup.folder / "control.safetensors"), config=str(setup.folder / "control"), **options
@@ -140,6 +125,6 @@ def loading(setup: Setup) -> Work:
             str(setup.folder / "base.safetensors"), config=str(setup.folder / "base"), controlnet=control, **options
         ).to(setup.device)
         read_all(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.controlnet)
-        return lambda: picture(pipeline, SMALL_SIDE, 1, setup.case.cfg)()
+        return partial(sample, pipeline, SMALL_SIDE, 1, setup.cfg)
 
     return work

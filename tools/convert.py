@@ -1,77 +1,95 @@
-"""Converts a model: its layout, its precision, or what of it is kept.
+"""Converts a model: its layout, its precision, or which part of it is kept.
 
     python -m tools.convert v1-5-pruned.ckpt --out sd15.safetensors --dtype fp16
     python -m tools.convert sd15.safetensors --out sd15-diffusers
     python -m tools.convert control_sd15_canny.pth --part control --out canny.safetensors
     python -m tools.convert canny.safetensors --difference --base sd15 --out canny-difference.safetensors
 
-Layouts are those of the original repositories (one file) and of diffusers (a folder): any that is read, and pickles,
-can be the source. What is written is the model alone; moving averages, optimisers' states and schedules' tables are
-left out. From one layout to the other and back gives the same bits; but diffusers' has no place for the last layer of
-SD 2.x's text encoder, which is never used.
+The layouts are that of the original repositories (one file) and that of diffusers (a folder); pickles can be read, too.
+Only the model is written: EMA weights, optimizer states and the tables of the noise schedule are left out. Converting
+to the other layout and back gives the same bits, except that diffusers' has no place for the last layer of SD 2.x's
+text encoder, which is never used.
 """
 
 import argparse
 import sys
-from pathlib import Path
 
-if not __package__:  # for `python tools/convert.py`; out of this folder, whose inspect.py is not Python's own
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from tools.cli import add_output, check_output, layout_of, new_parser, run, written
+from controlnet.common.program import new_parser, run
+from tools.cli import add_output, check_output, layout_of, written
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("convert", convert, parse_args(argv))
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = new_parser("convert", __doc__)
+    parser = new_parser("python -m tools.convert", __doc__)
     parser.add_argument("source", metavar="IN", help="a file, a folder in diffusers' layout, or a preset (sd15, sd21)")
-    what = parser.add_argument_group("what is kept")
-    what.add_argument(
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument(
         "--part",
         choices=("base", "control", "both"),
-        help="of a file that has a base and a ControlNet, as those of version 1.0 (default: what there is, if it is "
-        "one of them)",
+        help="of a file with a base and a ControlNet, like those of version 1.0 (default: the only one there is)",
     )
-    what.add_argument("--ema", action="store_true", help="the moving average in place of the UNet's weights")
-    described = parser.add_argument_group("what a file may not tell, and ours then does")
-    described.add_argument("--prediction", choices=("eps", "v", "x0"), help="of a base (default: as found)")
-    described.add_argument(
+    kept.add_argument("--ema", action="store_true", help="take the EMA of the UNet's weights")
+    unsaid = parser.add_argument_group("what the source may not say; the result will")
+    unsaid.add_argument("--prediction", choices=("eps", "v", "x0"), help="of a base (default: as detected)")
+    unsaid.add_argument(
         "--global-average-pooling",
         action="store_true",
         default=None,
-        help="of a ControlNet: it is one of version 1.1's shuffle kind (default: as found)",
+        help="of a ControlNet: it is a shuffle model of version 1.1 (default: as detected)",
     )
     difference = parser.add_argument_group(
-        "differences: ControlNets minus a base's encoder, for any base of its family"
+        "differences: ControlNets minus a base's encoder, for any base of the family"
     )
-    difference.add_argument("--difference", action="store_true", help="write one; needs --base, that it was trained on")
+    difference.add_argument("--difference", action="store_true", help="write one; needs the --base it was trained on")
     difference.add_argument("--base", metavar="FILE", help="to subtract, or to add to IN if that is a difference")
     add_output(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    return run("convert", lambda: convert(args), args.debug)
 
 
 def convert(args: argparse.Namespace) -> None:
     check_output(args.out, args.force)
-    check_differences(args)
-    part = args.part or part_of(args.source)
+    layout = layout_of(args.out)
+    check_difference(args, layout)
+    from controlnet.common.devices import PRECISIONS
+    from ldm.checkpoints.open import open_checkpoint
+    from ldm.checkpoints.published import find
+    from tools.checkpoints import contents, load_base, load_control, save_whole
+
+    part = args.part or only_part(contents(open_checkpoint(find(args.source)[0])), args.source)
     check_options(args, part)
-    if part == "base":
-        convert_base(args)
-    elif part == "control":
-        convert_control(args)
-    else:
-        convert_both(args)
+    dtype = PRECISIONS.get(args.dtype)
+    base = load_base(args.base).unet if args.base else None
+    if part != "control":
+        sd = load_base(args.source, dtype, args.prediction, args.ema)
+    if part != "base":
+        control = load_control(args.source, base, dtype, args.global_average_pooling)
+    with written(args.out, args.force) as path:
+        if part == "both":
+            save_whole(path, sd, control)
+        elif part == "base":
+            sd.save(path, layout=layout)
+        else:
+            control.save(path, layout=layout, difference_to=base if args.difference else None)
 
 
-def check_differences(args: argparse.Namespace) -> None:
+def only_part(found, source: str) -> str:
+    """ "base" or "control"; "base", too, for a file that has neither, as loading it then says what else it is.
+
+    Raises ValueError for a file that has both.
+    """
+    if found.base and found.control:
+        raise ValueError(f'"{source}" holds a base and its ControlNet: say --part base, --part control or --part both')
+    return "control" if found.control else "base"
+
+
+def check_difference(args: argparse.Namespace, layout: str) -> None:
     """Raises ValueError for options that contradict each other."""
     if args.difference and args.base is None:
         raise ValueError("--difference needs the --base that the ControlNet was trained on")
-    if args.difference and layout_of(args.out) != "ldm":
+    if args.difference and layout != "ldm":
         raise ValueError("differences have no place in diffusers' layout: give --out a name that ends in .safetensors")
+    if args.part == "both" and (args.difference or layout != "ldm"):
+        raise ValueError("--part both is one file in the original layout: convert the base and the ControlNet apart")
 
 
 def check_options(args: argparse.Namespace, part: str) -> None:
@@ -85,57 +103,6 @@ def check_options(args: argparse.Namespace, part: str) -> None:
     strangers = {"base": of_controls, "control": of_bases}.get(part, {})
     for option in (option for option, value in strangers.items() if value):
         raise ValueError(f"{option} does not go with a {'base' if part == 'base' else 'ControlNet'}: leave it out")
-
-
-def part_of(source: str) -> str:
-    """ "base" or "control". Raises ValueError for a file that has both, CheckpointError for one that has none."""
-    from ldm.checkpoints.checkpoint import CheckpointError, open_checkpoint
-    from ldm.checkpoints.recognise import base_layout, recognise_control
-    from ldm.stable_diffusion import find
-
-    checkpoint = open_checkpoint(find(source)[0])
-    try:
-        recognise_control(checkpoint)
-    except CheckpointError:
-        base_layout(checkpoint)  # its error says what else it is
-        return "base"
-    try:
-        base_layout(checkpoint)
-    except CheckpointError:
-        return "control"
-    raise ValueError(f'"{source}" holds a base and its ControlNet: say --part base, --part control or --part both')
-
-
-def convert_base(args: argparse.Namespace) -> None:
-    from tools.checkpoints import load_base, torch_dtype
-
-    sd = load_base(args.source, torch_dtype(args.dtype), args.prediction, args.ema)
-    with written(args.out, args.force) as path:
-        sd.save(path, layout=layout_of(args.out))
-
-
-def convert_control(args: argparse.Namespace) -> None:
-    from tools.checkpoints import load_base, load_control, torch_dtype
-
-    base = load_base(args.base).unet if args.base else None
-    control = load_control(args.source, base, torch_dtype(args.dtype), args.global_average_pooling)
-    if args.difference and control.encoder.config != base.config:
-        raise ValueError(f'"{args.base}" is a base of another architecture than "{args.source}": give its own base')
-    with written(args.out, args.force) as path:
-        control.save(path, layout=layout_of(args.out), difference_to=base if args.difference else None)
-
-
-def convert_both(args: argparse.Namespace) -> None:
-    from tools.checkpoints import load_base, load_control, save_whole, torch_dtype
-
-    if layout_of(args.out) != "ldm" or args.difference:
-        raise ValueError("--part both is one file in the original layout: convert the base and the ControlNet apart")
-    sd = load_base(args.source, torch_dtype(args.dtype), args.prediction, args.ema)
-    control = load_control(
-        args.source, dtype=torch_dtype(args.dtype), global_average_pooling=args.global_average_pooling
-    )
-    with written(args.out, args.force) as path:
-        save_whole(path, sd, control)
 
 
 if __name__ == "__main__":

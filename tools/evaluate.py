@@ -1,24 +1,21 @@
-"""Measures the small models on held-out pictures, prompts and hints of the worlds, with the floors that chance reaches.
+"""Measures the small models on validation images, prompts and hints, beside what chance would reach.
 
 python -m tools.evaluate
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-if not __package__:  # for `python tools/evaluate.py`; out of this folder, whose inspect.py is not Python's own
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.common.images import to_hints, to_images
-from controlnet.guidance import Control
+from controlnet.common.images import to_images
+from controlnet.common.program import new_parser, run
 from controlnet.inference.generate import generate
+from controlnet.training.validation import image_for
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Shapes, World
 from controlnet.worlds.colours import BASIC_COLOURS, COLOURS
 from controlnet.worlds.measures import (
@@ -33,17 +30,40 @@ from controlnet.worlds.measures import (
     split_disc,
 )
 from ldm import StableDiffusion
-from ldm.stable_diffusion import WEIGHTS
+from ldm.checkpoints.published import WEIGHTS
+from tools.cli import add_debug
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        sd = StableDiffusion.load(args.base)
-        controls = [(world, ControlNet.load(path, sd.unet)) for world, path in args.control]
-    except ValueError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
+    parser = new_parser("python -m tools.evaluate", __doc__)
+    parser.add_argument("--base", default="tiny", help="a file or a preset (default: %(default)s)")
+    parser.add_argument(
+        "--control",
+        action="append",
+        nargs=2,
+        metavar=("DATASET", "FILE"),
+        help=f"a ControlNet and the dataset to try it on, {', '.join(WORLDS)}; repeatable (default: those in weights/)",
+    )
+    parser.add_argument("--base-only", dest="control", action="store_const", const=[], help="no ControlNet")
+    parser.add_argument("--count", type=int, default=64, help="samples of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
+    parser.add_argument("--cfg", type=float, default=2.5, help="classifier-free guidance (default: %(default)s)")
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    return run("evaluate", lambda: evaluate(args), args.debug)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Raises ValueError for an unknown dataset and for a file that cannot be used."""
+    if args.control is None:
+        files = [(world, WEIGHTS / f"{name}.safetensors") for world, name in TINY_CONTROL_OF.items()]
+        args.control = [(world, file) for world, file in files if file.exists()]
+    for world, _ in args.control:
+        if world not in WORLDS:
+            raise ValueError(f'there is no dataset "{world}", expected one of {", ".join(WORLDS)}')
+    sd = StableDiffusion.load(args.base)
+    controls = [(world, ControlNet.load(path, sd.unet)) for world, path in args.control]
+
     settings = dict(steps=args.steps, cfg=args.cfg)
     print(f"{args.count} held-out samples each, {args.steps} DDIM steps, cfg {args.cfg}")
     for kind in (Fill50k, People, Shapes):
@@ -53,38 +73,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, control in controls:
         world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
         report_control(sd, f"control, {name}", world, control, args.count, settings)
-    return 0
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="tiny", help="a file or a preset (default: %(default)s)")
-    parser.add_argument(
-        "--control",
-        action=WorldAndFile,
-        nargs=2,
-        metavar=("WORLD", "FILE"),
-        help=f"a ControlNet and the world to try it on, {', '.join(WORLDS)}; may be repeated (default: what ships)",
-    )
-    parser.add_argument("--base-only", dest="control", action="store_const", const=[], help="no ControlNet")
-    parser.add_argument("--count", type=int, default=64, help="samples of each kind (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
-    parser.add_argument("--cfg", type=float, default=2.5, help="guidance (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.control is None:
-        files = [(world, WEIGHTS / f"{name}.safetensors") for world, name in TINY_CONTROL_OF.items()]
-        args.control = [(world, file) for world, file in files if file.exists()]
-    return args
-
-
-class WorldAndFile(argparse.Action):
-    """Collects pairs; a world that there is not is an error of the command line."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        world, file = values
-        if world not in WORLDS:
-            parser.error(f'there is no world "{world}", expected one of {", ".join(WORLDS)}')
-        namespace.control = [*(namespace.control or []), (world, Path(file))]
 
 
 @torch.no_grad()
@@ -98,11 +86,11 @@ def report_vae(sd: StableDiffusion, world: World, count: int) -> None:
 
 
 def report_colours(sd: StableDiffusion, label: str, colours: tuple[str, ...], count: int, settings: dict) -> None:
-    """How often the base alone paints the colours of the prompt: the nearest of `colours` is the one asked for."""
+    """How often the base alone paints the colours in the prompt, judged by the nearest of `colours`."""
     world = Fill50k(sd.config.resolution, colours=colours, held_out=True)
     samples = [world[i] for i in range(count)]
-    pictures = [picture(sd, sample.caption, i, (), settings) for i, sample in enumerate(bar(samples))]
-    right = np.array([colours_right(image, s, colours) for image, s in zip(pictures, samples, strict=True)])
+    images = [np.asarray(generate(sd, s.caption, seed=i, **settings)[0]) for i, s in enumerate(bar(samples))]
+    right = np.array([colours_right(image, s, colours) for image, s in zip(images, samples, strict=True)])
     disc, ground = right.mean(axis=0)
     both = right.all(axis=1).mean()
     chance = 1 / len(colours) ** 2
@@ -121,22 +109,20 @@ def colours_right(image: np.ndarray, sample: Sample, colours: tuple[str, ...]) -
 def report_control(
     sd: StableDiffusion, label: str, world: World, control: ControlNet, count: int, settings: dict
 ) -> None:
-    """How far pictures follow hints: the IoU of the figures with the true ones, and of people the distance of the key
-    points from them. The floors are those with the next sample's figure."""
+    """How well images follow their hints: the figures' IoU with the true ones and, for people, how far the key points
+    are from the figure. In parentheses is the floor: the same against the next sample's figure."""
     samples = [world[i] for i in range(count)]
     others = samples[1:] + samples[:1]
     for prompts, prompted in (("with prompt", True), ("without", False)):
-        pictures = [
-            picture(sd, sample.caption if prompted else "", i, [Control(control, to_hints([sample.hint]))], settings)
-            for i, sample in enumerate(bar(samples))
-        ]
-        masks = [foreground(image) for image in pictures]
+        shown = samples if prompted else [replace(sample, caption="") for sample in samples]
+        images = [image_for(sd, control, sample, i, **settings) for i, sample in enumerate(bar(shown))]
+        masks = [foreground(image) for image in images]
         line = f"{label} {prompts}: mean IoU {mean_iou(masks, samples):.3f} (mismatched {mean_iou(masks, others):.3f})"
         if samples[0].keypoints is not None:
             own, floor = (mean_distance(masks, people) for people in (samples, others))
             line += f", key points {own:.1f} pixels away ({floor:.1f})"
         if prompted:
-            agreement = [colour_agreement(p, s.image, s.mask) for p, s in zip(pictures, samples, strict=True)]
+            agreement = [colour_agreement(i, s.image, s.mask) for i, s in zip(images, samples, strict=True)]
             line += f", colours right on {np.mean(agreement):.0%} of the figure"
         print(line)
 
@@ -147,10 +133,6 @@ def mean_iou(masks: list[np.ndarray], samples: list[Sample]) -> float:
 
 def mean_distance(masks: list[np.ndarray], people: list[Sample]) -> float:
     return float(np.mean([keypoint_distance(mask, s.keypoints) for mask, s in zip(masks, people, strict=True)]))
-
-
-def picture(sd: StableDiffusion, prompt: str, seed: int, controls: Sequence[Control], settings: dict) -> np.ndarray:
-    return np.asarray(generate(sd, prompt, controls, seed=seed, **settings)[0])
 
 
 def bar(samples: list[Sample]) -> tqdm:

@@ -1,4 +1,4 @@
-"""Writes the pictures of a procedural world to disk, in the layout of the published fill50k.
+"""Writes the samples of a synthetic dataset to disk, in the layout of the published fill50k.
 
 python -m tools.make_data people --count 1000 --out data/people
 python train.py --data data/people
@@ -9,29 +9,21 @@ import json
 import sys
 from pathlib import Path
 
-if not __package__:  # for `python tools/make_data.py`; out of this folder, whose inspect.py is not Python's own
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", help="fill50k, people, shapes or edges")
-    parser.add_argument("--count", type=int, default=1000, help="how many (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--size", type=int, default=512, help="of a side, in pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", action="store_true", help="pictures that no seed trains on")
-    return parser.parse_args(argv)
+from controlnet.common.program import new_parser, run
+from tools.cli import add_debug
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        make(args)
-    except (ValueError, OSError) as error:
-        print(f"make_data: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser = new_parser("python -m tools.make_data", __doc__)
+    parser.add_argument("world", metavar="DATASET", help="fill50k, people, shapes or edges")
+    parser.add_argument("--count", type=int, default=1000, help="how many (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new folder")
+    parser.add_argument("--size", type=int, default=512, help="of a side, in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--held-out", action="store_true", help="validation samples, which no seed trains on")
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    return run("make_data", lambda: make(args), args.debug, stopped="without its prompt.json, OUT is no dataset yet")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -43,7 +35,7 @@ def make(args: argparse.Namespace) -> None:
     from controlnet.worlds import WORLDS
 
     if args.world not in WORLDS:
-        raise ValueError(f'there is no world "{args.world}": take one of {", ".join(WORLDS)}')
+        raise ValueError(f'there is no dataset "{args.world}": take one of {", ".join(WORLDS)}')
     if args.count < 1 or args.size < 8:
         raise ValueError(f"--count is {args.count} and --size {args.size}, expected at least 1 and 8")
     if args.out.exists() and any(args.out.iterdir()):
@@ -55,7 +47,7 @@ def make(args: argparse.Namespace) -> None:
         save_png(Image.fromarray(sample.hint), args.out / names["source"], {})
         save_png(Image.fromarray(sample.image), args.out / names["target"], {})
         lines.append(json.dumps({**names, "prompt": sample.caption}))
-    write_text(args.out / "prompt.json", "\n".join(lines) + "\n")  # the last: without it the folder holds nothing yet
+    write_text(args.out / "prompt.json", "\n".join(lines) + "\n")  # last: a folder without it is no dataset
     print(f"train with: python train.py --data {args.out}")
 
 

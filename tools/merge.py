@@ -2,60 +2,61 @@
 
     python -m tools.merge canny.safetensors hed.safetensors --weights 0.7 0.3 --out lines.safetensors
 
-It costs no more than one of them to run. They should be of one origin (for example two stages of a training, or two
-trained on the same base), and of one architecture, which is checked. The sum is made in fp32.
+The result costs no more to run than one of them. They must share an architecture, and should share an origin (two
+stages of one training, say, or two trainings on the same base). The sum is computed in fp32.
 """
 
 import argparse
 import math
 import sys
-from pathlib import Path
 
-if not __package__:  # for `python tools/merge.py`; out of this folder, whose inspect.py is not Python's own
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from tools.cli import add_output, check_output, layout_of, new_parser, note, run, written
+from controlnet.common.program import new_parser, note, run
+from tools.cli import add_output, check_output, layout_of, written
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("merge", merge, parse_args(argv))
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = new_parser("merge", __doc__)
+    parser = new_parser("python -m tools.merge", __doc__)
     parser.add_argument("controls", nargs="+", metavar="CONTROL", help="two or more, in any layout")
     group = parser.add_argument_group("sum")
     group.add_argument(
         "--weights", nargs="+", type=float, metavar="X", help="one for each CONTROL, used as given (default: the mean)"
     )
-    group.add_argument("--base", metavar="BASE", help="to add to those that are stored as a difference to it")
+    group.add_argument("--base", metavar="BASE", help="what to add to those that are stored as a difference")
     add_output(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    return run("merge", lambda: merge(args), args.debug)
 
 
 def merge(args: argparse.Namespace) -> None:
     check_output(args.out, args.force)
     weights = check_weights(args.weights, len(args.controls))
-    from tools.checkpoints import load_base, load_control, torch_dtype
+    import torch
+
+    from controlnet.common.devices import PRECISIONS
+    from tools.checkpoints import load_base, load_control
 
     base = load_base(args.base).unet if args.base else None
     result = load_control(args.controls[0], base)
-    dtypes = [dtype_of(result)]
+    dtype = dtype_of(result)
     result.float()
     for own in result.parameters():
-        own.data = own * weights[0]  # a copy: what was loaded may be the file itself
+        own.data = own * weights[0]  # not in place: the parameter may be a view of the file
     for name, weight in zip(args.controls[1:], weights[1:], strict=True):
         other = load_control(name, base)
-        check_alike(result, other, args.controls[0], name)
-        dtypes.append(dtype_of(other))
+        if (result.encoder.config, result.config) != (other.encoder.config, other.config):
+            raise ValueError(
+                f'"{name}" is of another architecture than "{args.controls[0]}" (family, hint channels or pooling): '
+                "give ControlNets of the same one"
+            )
+        dtype = torch.promote_types(dtype, dtype_of(other))
         for own, theirs in zip(result.parameters(), other.parameters(), strict=True):
             own.data += weight * theirs.float()
     with written(args.out, args.force) as path:
-        result.save(path, torch_dtype(args.dtype) or widest(dtypes), layout_of(args.out))
+        result.save(path, PRECISIONS.get(args.dtype, dtype), layout_of(args.out))
 
 
 def check_weights(weights: list[float] | None, count: int) -> list[float]:
-    """Raises ValueError if there is not one number for each of `count` ControlNets, at least two."""
+    """Raises ValueError unless there are at least two ControlNets and as many finite weights."""
     if count < 2:
         raise ValueError("there is one ControlNet, expected two or more: convert it with tools.convert")
     if weights is None:
@@ -63,29 +64,12 @@ def check_weights(weights: list[float] | None, count: int) -> list[float]:
     if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"--weights has {len(weights)} numbers, expected one finite number for each of {count}")
     if not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        note(f"merge: the weights add up to {sum(weights):g}; only with 1 is the mean of two equal ones the same again")
+        note(f"merge: the weights add up to {sum(weights):g}, not to 1, so the result is scaled by that")
     return weights
 
 
 def dtype_of(control):
     return next(control.parameters()).dtype
-
-
-def widest(dtypes: list):
-    from functools import reduce
-
-    import torch
-
-    return reduce(torch.promote_types, dtypes)
-
-
-def check_alike(first, other, first_name: str, other_name: str) -> None:
-    """Raises ValueError for two architectures."""
-    if (first.encoder.config, first.config) != (other.encoder.config, other.config):
-        raise ValueError(
-            f'"{other_name}" is of another architecture than "{first_name}" (family, hint channels or pooling): only '
-            "ControlNets of one can be added"
-        )
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""Trains the TINY base model from nothing on the procedural worlds together: circles, people, shapes.
+"""Trains the TINY base model from scratch on the synthetic datasets together: circles, people, shapes.
 
     python -m tools.pretrain --out runs/base
 
-First the autoencoder, then UNet and text encoder on its latents. It can be stopped at any time: the same command goes
-on at the last save, and step k always sees the same pictures and the same noise. The result is OUT/tiny.safetensors.
-With `--start` a finished one goes on learning: what its latents mean stays, so its ControlNets still fit.
+First the autoencoder is trained, then the UNet and the text encoder on its latents. The result is OUT/tiny.safetensors.
+A run can be stopped at any time: the same command continues from the last save, and step k always sees the same images
+and the same noise. With --start an existing base is trained further; its autoencoder stays, so its ControlNets still
+fit.
 """
 
 import argparse
 import copy
 import sys
 import time
-from pathlib import Path
-
-if not __package__:  # for `python tools/pretrain.py`; out of this folder, whose inspect.py is not Python's own
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,13 +24,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from controlnet.common.images import save_png, to_images, to_picture
+from controlnet.common.images import save_png, to_images, to_pil
+from controlnet.common.program import new_parser, run
 from controlnet.inference.generate import generate
-from controlnet.objective import base_loss
-from controlnet.training.data import LatentPairs, drop_prompts, seeded
-from controlnet.training.optimisation import Optimisation, cosine_rate
+from controlnet.objective import denoising_loss, seeded
+from controlnet.training.optimisation import Optimisation, cosine_schedule
 from controlnet.training.run_state import load_state, save_state
-from controlnet.worlds import Fill50k, InTurn, People, Sample, Shapes
+from controlnet.worlds import Fill50k, Interleaved, People, Sample, Shapes
 from controlnet.worlds.measures import pooled_psnr, psnr
 from ldm.attention import SpatialTransformer
 from ldm.blocks import ResBlock
@@ -40,26 +38,17 @@ from ldm.config import TINY, Config, VAEConfig
 from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
+from tools.cli import add_debug
 
 SAVE_EVERY = 500
-MEASURED, SHOWN = 32, 8  # held-out pictures of each world, at every save
+MEASURED, SHOWN = 32, 8  # validation images of each dataset, at every save
 
 
-def main() -> None:
-    args = parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    sd = StableDiffusion.load(args.start) if args.start else fresh_base(train_vae(TINY, args), args)
-    sd = train_unet(sd, args)
-    sd.save(args.out / "tiny.safetensors", torch.float16)
-    log(args.out, f"wrote {args.out / 'tiny.safetensors'}")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = new_parser("python -m tools.pretrain", __doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="the run's folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a base to go on from, instead of from nothing")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--start", type=Path, help="a base to train further (default: from scratch)")
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
@@ -71,16 +60,27 @@ def parse_args() -> argparse.Namespace:
     vae.add_argument("--vae-lr", type=float, default=2e-3, help="(default: %(default)s)")
     unet = parser.add_argument_group("UNet and text encoder")
     unet.add_argument(
-        "--pictures", type=int, default=30000, help="how many they see, as cached latents (default: %(default)s)"
+        "--pictures", type=int, default=30000, help="images to train on, as cached latents (default: %(default)s)"
     )
     unet.add_argument("--unet-steps", type=int, default=3600, help="(default: %(default)s)")
     unet.add_argument("--unet-batch", type=int, default=64, help="(default: %(default)s)")
     unet.add_argument("--unet-lr", type=float, default=1.5e-3, help="(default: %(default)s)")
-    return parser.parse_args()
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    return run("pretrain", lambda: pretrain(args), args.debug, stopped="the same command continues from the last save")
 
 
-def all_worlds(size: int, seed: int = 0, held_out: bool = False) -> InTurn:
-    return InTurn([kind(size, seed, held_out=held_out) for kind in (Fill50k, People, Shapes)])
+def pretrain(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    sd = StableDiffusion.load(args.start) if args.start else fresh_base(train_vae(TINY, args), args)
+    sd = train_unet(sd, args)
+    sd.save(args.out / "tiny.safetensors", torch.float16)
+    log(args.out, f"wrote {args.out / 'tiny.safetensors'}")
+
+
+def all_worlds(size: int, seed: int = 0, held_out: bool = False) -> Interleaved:
+    return Interleaved([kind(size, seed, held_out=held_out) for kind in (Fill50k, People, Shapes)])
 
 
 def log(out: Path, line: str) -> None:
@@ -94,7 +94,7 @@ def log(out: Path, line: str) -> None:
 
 
 def train_vae(config: Config, args: argparse.Namespace) -> AutoencoderKL:
-    """With L1 + L2 + a small KL (for latents without gaps), on crops that grow; -> the moving average."""
+    """With L1 + L2 + a small KL term (for latents without gaps), on growing crops. Returns the EMA."""
     vae = fresh_vae(config.vae)
     world = all_worlds(TINY.resolution, args.seed)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -123,14 +123,16 @@ def train_vae(config: Config, args: argparse.Namespace) -> AutoencoderKL:
 
 
 def optimise(module: nn.Module, lr: float, steps: int, precision: str) -> Optimisation:
-    """Muon: a third slower a step than AdamW, and it takes a fifth of the steps."""
-    rate = cosine_rate(100, steps)
-    return Optimisation(module.named_parameters(), lr, rate, torch.device("cpu"), precision, clip=1.0, optimizer="muon")
+    """Muon: its step takes a third longer than AdamW's, but it needs a fifth of the steps."""
+    schedule = cosine_schedule(100, steps)
+    return Optimisation(
+        module.named_parameters(), lr, schedule, torch.device("cpu"), precision, clip=1.0, optimizer="muon"
+    )
 
 
 def fresh_vae(config: VAEConfig) -> AutoencoderKL:
-    """Weights that keep the deviation of what passes through (PyTorch's own initialisation shrinks it by 2.4 in each
-    layer: colours were then hardly learned), and a posterior that starts narrow enough to carry a signal."""
+    """Initialised to keep the standard deviation of activations (PyTorch's default shrinks it by 2.4 in each layer, and
+    colours are then hardly learned), with a posterior that starts narrow enough to carry a signal."""
     vae = AutoencoderKL(config).to(memory_format=torch.channels_last)
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
@@ -139,11 +141,11 @@ def fresh_vae(config: VAEConfig) -> AutoencoderKL:
     return vae
 
 
-def growing_crops(world: InTurn, step: int, progress: float, generator: torch.Generator) -> Tensor:
-    """(B, 3, side, side) in [-1, 1]: 64 crops of a quarter of the side, later 16 of half, at last 4 whole pictures.
+def growing_crops(world: Interleaved, step: int, progress: float, generator: torch.Generator) -> Tensor:
+    """(B, 3, side, side) in [-1, 1]: 64 crops of a quarter of the side, later 16 of half, at last 4 whole images.
 
-    The cost of a step is the same for each; small crops show more edges, whole pictures are what is wanted. The middle
-    of a crop lies on the object, where there is something to learn.
+    Each stage costs the same per step. Small crops show more edges; whole images are what counts in the end. Crops are
+    centred on the object, where there is something to learn.
     """
     parts, count = (4, 64) if progress < 0.2 else (2, 16) if progress < 0.5 else (1, 4)
     side = world.size // parts
@@ -154,7 +156,7 @@ def growing_crops(world: InTurn, step: int, progress: float, generator: torch.Ge
 
 
 def crop_at_object(sample: Sample, side: int, generator: torch.Generator) -> np.ndarray:
-    """uint8 (side, side, 3) around a random pixel of the sample's mask, moved into the picture where it sticks out."""
+    """uint8 (side, side, 3) around a random pixel of the sample's mask, shifted to lie within the image."""
     pixels = np.argwhere(sample.mask)
     middle = pixels[torch.randint(len(pixels), (), generator=generator)]
     y, x = np.clip(middle - side // 2, 0, len(sample.mask) - side)
@@ -163,7 +165,7 @@ def crop_at_object(sample: Sample, side: int, generator: torch.Generator) -> np.
 
 @torch.no_grad()
 def vae_report(vae: AutoencoderKL, grid: Path) -> str:
-    """PSNR on held-out pictures of each world, against 8x8 average pooling; the first as a picture."""
+    """PSNR on validation images of each dataset, beside that of 8x8 average pooling. Saves the first as a grid."""
     report = []
     rows = []
     for world in all_worlds(TINY.resolution, held_out=True).worlds:
@@ -173,12 +175,12 @@ def vae_report(vae: AutoencoderKL, grid: Path) -> str:
         report.append(f"{world.name} {psnr(decoded, images):.2f} dB (pooled {pooled_psnr(images):.2f})")
         rows += [row_of(images[:SHOWN]), row_of(decoded[:SHOWN])]
     save_png(Image.fromarray(np.vstack(rows)), grid, {})
-    return ", ".join([*report, f"deviation {latents.std():.2f}"])
+    return ", ".join([*report, f"standard deviation {latents.std():.2f}"])
 
 
 def row_of(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> uint8 (H, B W, 3)."""
-    return np.hstack([np.asarray(to_picture(image)) for image in images])
+    return np.hstack([np.asarray(to_pil(image)) for image in images])
 
 
 # ------------------------------------------------------------------------------------------- UNet and text encoder
@@ -190,20 +192,20 @@ def fresh_base(vae: AutoencoderKL, args: argparse.Namespace) -> StableDiffusion:
     sd = StableDiffusion(replace(TINY, vae=replace(TINY.vae, scale=scale)))
     sd.vae.load_state_dict(vae.state_dict())
     start_branches_at_zero(sd.unet)
-    # CLIP's own 0.02 is drowned by what the blocks add; at this size the words must be told apart from the start.
+    # CLIP's 0.02 would drown in what the blocks add: at this size words must be distinguishable from the start.
     nn.init.normal_(sd.text_encoder.token_embedding.weight, std=0.3)
     return sd
 
 
 @torch.no_grad()
-def unit_scale(vae: AutoencoderKL, world: InTurn, count: int = 256) -> float:
-    """What to multiply the latents with for unit deviation, as SD's 0.18215 was found."""
+def unit_scale(vae: AutoencoderKL, world: Interleaved, count: int = 256) -> float:
+    """The factor that gives latents unit standard deviation, as SD's 0.18215 was found."""
     images = to_images(world[i].image for i in range(count))
     return round(1 / vae.posterior(images).mean.std().item(), 5)
 
 
 def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> StableDiffusion:
-    """UNet and text encoder together, on cached latents, 10 % of the prompts dropped; -> their moving average."""
+    """UNet and text encoder together, on cached latents, with 10 % of the prompts dropped. Returns their EMA."""
     sd.to(memory_format=torch.channels_last)
     trained = nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder}).requires_grad_(True)
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -224,7 +226,8 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> StableDiffusion
         noise = torch.randn(latents.shape, generator=generator)
         t = mostly_noisy(sd.schedule.config.timesteps, len(latents), generator)
         with optimisation.autocast():
-            loss = base_loss(sd.unet, sd.schedule, latents, noise, t, sd.encode_text(captions))
+            output = sd.unet(sd.schedule.q_sample(latents, t, noise), t, sd.encode_text(captions))
+            loss = denoising_loss(sd.schedule, output, latents, noise, t)
         optimisation.backward(loss)
         optimisation.step()
         average.update_parameters(trained)
@@ -238,20 +241,48 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> StableDiffusion
     return with_parts(sd, average.module)
 
 
+class LatentPairs:
+    """The first `length` samples of a dataset as latents (length, 4, h, w), computed once, here, and captions.
+
+    The posterior's mean stands in for a sample: its standard deviation is a few thousandths of the latents' own.
+    """
+
+    def __init__(self, samples: Sequence[Sample], length: int, sd: StableDiffusion, chunk: int = 32):
+        self.captions, latents = [], []
+        for start in tqdm(range(0, length, chunk), desc="latents", mininterval=5):
+            drawn = [samples[i] for i in range(start, min(start + chunk, length))]
+            self.captions += [sample.caption for sample in drawn]
+            with torch.no_grad():
+                latents.append(sd.encode(to_images(sample.image for sample in drawn), sample=False).float().cpu())
+        self.latents = torch.cat(latents)
+
+    def draw(self, size: int, generator: torch.Generator) -> list[int]:
+        """Random indices, with replacement: step k of a run needs no memory of the steps before it."""
+        return torch.randint(len(self.latents), (size,), generator=generator).tolist()
+
+
+def drop_prompts(captions: list[str], share: float, generator: torch.Generator) -> list[str]:
+    """Each caption replaced by "" with probability `share`: classifier-free guidance needs a model that also works
+    without a prompt."""
+    dropped = torch.rand(len(captions), generator=generator) < share
+    return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+
+
 def mostly_noisy(timesteps: int, count: int, generator: torch.Generator) -> Tensor:
-    """(count,) timesteps, t as often as t is large: flat pictures of 16x16 latents are decided deep in the noise."""
+    """(count,) timesteps, each with a probability proportional to t: flat images of 16x16 latents are decided while
+    they are still mostly noise."""
     return torch.randint(timesteps, (2, count), generator=generator).amax(dim=0)
 
 
 def with_parts(sd: StableDiffusion, parts: nn.ModuleDict) -> StableDiffusion:
-    """`sd` with these for its UNet and its text encoder."""
+    """`sd` with another UNet and text encoder."""
     other = copy.copy(sd)
     other._modules = {**sd._modules, **parts}
     return other
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:
-    """A grid: a row of pictures for the first held-out captions of each world, with the same seeds at every step."""
+    """A grid with a row of images for the first validation captions of each dataset, always with the same seeds."""
     worlds = all_worlds(sd.config.resolution, held_out=True).worlds
     rows = [
         np.hstack([np.asarray(generate(sd, world[i].caption, seed=i, steps=10)[0]) for i in range(SHOWN)])
@@ -261,7 +292,7 @@ def save_samples(sd: StableDiffusion, path: Path) -> None:
 
 
 def start_branches_at_zero(unet: UNet) -> None:
-    """Every residual branch, and the output, begins without weights, as those of DDPM and SD did."""
+    """The last layer of every residual branch and of the UNet starts at zero, as in DDPM and SD."""
     for module in unet.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.conv2.weight)
@@ -271,4 +302,4 @@ def start_branches_at_zero(unet: UNet) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

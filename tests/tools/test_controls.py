@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from small import SMALL, small_control, small_sd, strengthened
 
 from controlnet import ControlNet
+from controlnet.config import ControlConfig
 from ldm import StableDiffusion
-from ldm.config import ControlConfig
 from tools import add_control, merge, transfer
 from tools.checkpoints import save_whole
 

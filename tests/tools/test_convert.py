@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from small import SMALL, small_control, small_sd, strengthened
 
 from controlnet import ControlNet
+from controlnet.config import ControlConfig
 from ldm import StableDiffusion
-from ldm.config import ControlConfig, ScheduleConfig, TextConfig
+from ldm.config import ScheduleConfig, TextConfig
 from tools import cli, convert
 from tools.checkpoints import save_whole
 
@@ -193,19 +194,19 @@ def test_a_model_can_be_converted_in_place(folder, tmp_path):
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
 def test_a_stop_leaves_nothing(folder, tmp_path, monkeypatch, capsys, out):
-    import ldm.checkpoints.checkpoint
+    import ldm.checkpoints.save
 
     def stop(tensors, path, metadata):
         path.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ldm.checkpoints.checkpoint, "save_file", stop)
+    monkeypatch.setattr(ldm.checkpoints.save, "save_file", stop)
     assert run(folder / "base.safetensors", "--out", tmp_path / out) == 130
     assert not list(tmp_path.iterdir())
     if out == "out":  # nor is the model lost that was to be replaced
         monkeypatch.undo()
         run(folder / "base.safetensors", "--out", tmp_path / out)
-        monkeypatch.setattr(ldm.checkpoints.checkpoint, "save_file", stop)
+        monkeypatch.setattr(ldm.checkpoints.save, "save_file", stop)
         assert run(folder / "sd2.safetensors", "--out", tmp_path / out, "--force") == 130
         assert StableDiffusion.load(tmp_path / out).config == SMALL
         assert [path.name for path in tmp_path.iterdir()] == [out]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from controlnet.training.data import FolderSource, Transform
 from controlnet.training.folders import list_folder
+from controlnet.training.sources import FolderSource, Transform
 from controlnet.worlds import WORLDS
 from tools import check_data, make_data
 
@@ -38,7 +38,7 @@ def test_nothing_is_written_over(tmp_path, capsys):
 def test_every_kind_of_bad_sample_is_found(tmp_path, capsys):
     assert make_data.main(["fill50k", "--count", "6", "--size", "64", "--out", str(tmp_path / "pairs")]) == 0
     folder = tmp_path / "pairs"
-    (folder / "target/0.png").write_bytes(b"no picture")
+    (folder / "target/0.png").write_bytes(b"no image")
     (folder / "source/1.png").unlink()
     Image.new("RGB", (64, 32)).save(folder / "source/2.png")
     lines = (folder / "prompt.json").read_text().splitlines()

@@ -1,9 +1,6 @@
 """The programs in tools/ run, on models small enough for a test."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +13,6 @@ from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
 from tools import convergence, evaluate, pretrain, strip
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -27,12 +22,6 @@ def models(tmp_path_factory):
     for name in TINY_CONTROL_OF.values():
         small_control(sd).save(folder / f"{name}.safetensors")
     return folder
-
-
-@pytest.mark.parametrize("name", ["convergence", "evaluate", "pretrain", "strip"])
-def test_a_tool_is_also_a_script(name):
-    done = subprocess.run([sys.executable, f"tools/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and f"python -m tools.{name}" in done.stdout
 
 
 def test_evaluate_prints_every_measure_with_its_floor(models, capsys):
@@ -52,15 +41,13 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
 
 
 def test_evaluate_knows_its_worlds(capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--control", "moon", "control.safetensors"])
-    assert stop.value.code == 2 and 'there is no world "moon"' in capsys.readouterr().err
+    assert evaluate.main(["--control", "moon", "control.safetensors"]) == 2
+    assert 'there is no dataset "moon"' in capsys.readouterr().err
 
 
-def test_the_strip_shows_hints_above_pictures_for_each_control(models, tmp_path, monkeypatch):
+def test_the_strip_shows_hints_above_images_for_each_control(models, tmp_path):
     path = tmp_path / "strip.png"
-    monkeypatch.setattr(sys, "argv", ["strip", "--weights", str(models), "--columns", "1", "--out", str(path)])
-    strip.main()
+    assert strip.main(["--weights", str(models), "--columns", "1", "--out", str(path)]) == 0
     side = SMALL.resolution
     pixels = np.asarray(Image.open(path))
     assert pixels.shape == (2 * side + strip.CAPTION, 3 * side, 3)
@@ -72,7 +59,7 @@ def test_the_strip_shows_hints_above_pictures_for_each_control(models, tmp_path,
 def test_the_convergence_strip_has_a_column_for_each_step_between_hints_and_truths(tmp_path):
     side, run, out = 32, tmp_path / "run", tmp_path / "strip.png"
     (run / "samples").mkdir(parents=True)
-    for step in (5, 10, 100, 15):  # a row of a grid: hint, picture, truth, text; the value tells which
+    for step in (5, 10, 100, 15):  # a row of a grid: hint, sample, truth, text; the value tells which
         rows = [
             np.hstack([np.full((side, side, 3), 10 * row + x + step, np.uint8) for x in range(4)]) for row in (1, 2)
         ]
@@ -80,7 +67,7 @@ def test_the_convergence_strip_has_a_column_for_each_step_between_hints_and_trut
     (run / "log.jsonl").write_text('{"step": 5, "iou": 0.25}\n{"step": 6}\n')
     assert convergence.main([str(run), "--rows", "2", "--columns", "3", "--out", str(out)]) == 0
     pixels = np.asarray(Image.open(out))[convergence.CAPTION :: side, ::side, 0]
-    # of the steps 5, 10, 15 and 100 three, the pictures' value being 10 row + 1 + step, between step 5's 0 and 2
+    # three of the steps 5, 10, 15 and 100, the samples' value being 10 row + 1 + step, between step 5's 0 and 2
     assert pixels.tolist() == [[15, 16, 26, 111, 17], [25, 26, 36, 121, 27]]
 
 
@@ -99,11 +86,9 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
     steps = ["--vae-steps", "4", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
 
     def run(out):
-        monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / out), *steps])
-        pretrain.main()
-        return load_file(tmp_path / out / "tiny.safetensors")
+        return pretrain.main(["--out", str(tmp_path / out), *steps])
 
-    whole = run("whole")
+    assert run("whole") == 0
     stopping = pretrain.save_state
 
     def save_and_stop(path, step, **parts):
@@ -112,10 +97,10 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrain, "save_state", save_and_stop)
     for _ in range(4):  # two saves of the autoencoder, two of the UNet
-        with pytest.raises(KeyboardInterrupt):
-            run("parts")
+        assert run("parts") == 130
     monkeypatch.setattr(pretrain, "save_state", stopping)
-    parts = run("parts")
+    assert run("parts") == 0
+    whole, parts = (load_file(tmp_path / name / "tiny.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
@@ -123,8 +108,7 @@ def test_a_finished_base_goes_on_learning_with_the_same_latents(models, tmp_path
     shrink(monkeypatch)
     base = models / "tiny.safetensors"
     steps = ["--unet-steps", "1", "--unet-batch", "2", "--pictures", "4"]
-    monkeypatch.setattr(sys, "argv", ["pretrain", "--start", str(base), "--out", str(tmp_path), *steps])
-    pretrain.main()
+    assert pretrain.main(["--start", str(base), "--out", str(tmp_path), *steps]) == 0
     before, after = load_file(base), load_file(tmp_path / "tiny.safetensors")
     changed = {key for key in before if not torch.equal(before[key].half(), after[key])}
     for part in ("model.diffusion_model.", "cond_stage_model."):
@@ -132,7 +116,24 @@ def test_a_finished_base_goes_on_learning_with_the_same_latents(models, tmp_path
     assert not any(key.startswith("first_stage_model.") for key in changed)
 
 
-def test_latents_get_unit_deviation():
+def test_latents_and_captions_of_the_base_belong_together():
+    sd, world = small_sd(), pretrain.Fill50k(SMALL.resolution)
+    pairs = pretrain.LatentPairs(world, 5, sd, chunk=2)
+    assert pairs.captions == [world[i].caption for i in range(5)]
+    want = sd.encode(pretrain.to_images([world[4].image, world[0].image]), sample=False)
+    torch.testing.assert_close(pairs.latents[[4, 0]], want, rtol=1e-3, atol=1e-4)
+
+
+def test_half_of_the_prompts_are_dropped_and_the_others_stay():
+    captions = [f"prompt {i}" for i in range(2000)]
+    dropped = pretrain.drop_prompts(captions, 0.5, pretrain.seeded(0))
+    assert 0.45 < dropped.count("") / 2000 < 0.55
+    assert all(new in ("", old) for new, old in zip(dropped, captions, strict=True))
+    assert pretrain.drop_prompts(captions, 0.0, pretrain.seeded(0)) == captions
+    assert not any(pretrain.drop_prompts(captions, 1.0, pretrain.seeded(0)))
+
+
+def test_latents_get_unit_standard_deviation():
     vae = small_sd().vae
     world = pretrain.Fill50k(SMALL.resolution)
     vae.config = replace(vae.config, scale=pretrain.unit_scale(vae, world))

@@ -1,0 +1,168 @@
+"""What tools.describe finds out about checkpoints. Facts are in the order in which they are shown."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from tqdm import tqdm
+
+from controlnet import ControlNet
+from controlnet.layouts import IGNORED_BESIDE_CONTROL, ControlFile
+from ldm import StableDiffusion
+from ldm.checkpoints.key_maps import encoder_length
+from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, is_finite, without_weights
+from ldm.checkpoints.open import Checkpoint, open_checkpoint
+from ldm.checkpoints.published import find
+from ldm.checkpoints.recognise import BaseFile, described_base, described_config
+from ldm.checkpoints.stored import CheckpointError, counted
+from ldm.config import UNetConfig
+from ldm.unet import UNet
+from tools.checkpoints import Contents, contents, control_unet_config
+
+READ_ANYWAY = 64_000_000  # bytes: of smaller files all numbers are read
+CPU = torch.device("cpu")
+
+Facts = dict[str, object]  # as JSON can have them
+
+
+def facts_of(name: str, values: bool, keys: bool) -> Facts:
+    """What is known of one file. Raises CheckpointError for a file that cannot be read."""
+    path, preset = find(name)
+    checkpoint = open_checkpoint(path)
+    by_name = preset is not None and described_base(checkpoint) is None  # as `StableDiffusion.load` has it
+    found = contents(checkpoint, preset.schedule.prediction if by_name else None)
+    control_unet = problem = None
+    try:
+        control_unet = control_unet_config(checkpoint, found.control) if found.control else None
+        check_fit(checkpoint, found, control_unet)
+    except CheckpointError as error:
+        problem = str(error)
+    size = sum(file.stat().st_size for file in {tensor.path for tensor in checkpoint.tensors.values()})
+    facts = {
+        "file": str(path),
+        "bytes": size,
+        "kind": found.kind,
+        "family": found.family if found.layout else None,
+        "layout": {"ldm": "original", "diffusers": "diffusers", None: None}[found.layout],
+        **(base_facts(found.base, by_name) if found.base else {}),
+        **(control_facts(checkpoint, found.control, control_unet) if found.control else {}),
+        "not_usable": problem,
+        "goes_with": None if problem else goes_with(found),
+        "parameters": found.parameters,
+        "precision": found.dtypes,
+        "EMA": "of the UNet, beside its weights" if found.ema else None,
+        **(value_facts(checkpoint) if values or size <= READ_ANYWAY else {"values": "not read (--values reads them)"}),
+        "metadata": checkpoint.metadata,
+    }
+    if keys:
+        facts["tensors"] = tensor_facts(checkpoint)
+    return {name: fact for name, fact in facts.items() if fact not in (None, {}, [])}
+
+
+def check_fit(checkpoint: Checkpoint, found: Contents, control_unet: UNetConfig | None) -> None:
+    """Raises CheckpointError where loading what was recognised would, by its keys and shapes."""
+    if found.base:
+        with without_weights():
+            sd = StableDiffusion(found.base.config)
+        check_keys(checkpoint, sd.parts(found.base.layout), IGNORED_BESIDE_BASE)
+    if found.control:
+        with without_weights():
+            control = ControlNet(UNet(control_unet), found.control.config)
+        check_keys(checkpoint, [(control, found.control.key_map(control_unet))], IGNORED_BESIDE_CONTROL)
+
+
+def base_facts(base: BaseFile, by_name: bool) -> Facts:
+    return {
+        "architecture": base.config.name,
+        "resolution": base.config.resolution,
+        "prediction": base.config.schedule.prediction,
+        "known_from": "the file's name, that of a published one" if by_name else base.prediction_source,
+    }
+
+
+def control_facts(checkpoint: Checkpoint, control: ControlFile, unet: UNetConfig | None) -> Facts:
+    described = "control" in (described_config(checkpoint) or {})
+    pooling = None
+    if control.config.global_average_pooling:
+        pooling = "residuals are averaged over the image (a shuffle model)"
+    elif not described and not (control.layout == "diffusers" and checkpoint.configs):
+        pooling = "none, but the file could not say so: if it is a shuffle model, pass --control-mode shuffle"
+    norms = zero_convolutions(checkpoint, control, unet) if unet else {}
+    untrained = norms and all(norm == 0 for norm in norms.values())
+    return {
+        "hint_channels": control.config.hint_channels,
+        "difference": "its copy of the encoder is stored minus the base's" if control.difference else None,
+        "pooling": pooling,
+        "zero_convs": norms,
+        "training": "not trained: all its zero convolutions are zero" if untrained else None,
+    }
+
+
+def zero_convolutions(checkpoint: Checkpoint, control: ControlFile, unet: UNetConfig) -> dict[str, float | None]:
+    """The norm of each one's weights, in the encoder's order; None where it is missing or not finite."""
+    blocks = {f"block {i}": f"zero_convs.{i}" for i in range(encoder_length(unet))}
+    modules = {"hint": f"hint_encoder.convs.{len(control.config.hint_widths)}", **blocks, "middle": "middle_zero_conv"}
+    sources = control.key_map(unet).sources(f"{module}.weight" for module in modules.values())
+    norms = {}
+    for name, module in modules.items():
+        tensor = checkpoint.tensors.get(sources[f"{module}.weight"].key)
+        norm = tensor.load(torch.float32, CPU).norm().item() if tensor else math.nan
+        norms[name] = norm if math.isfinite(norm) else None
+    return norms
+
+
+def goes_with(found: Contents) -> str | None:
+    family = found.family or "the same architecture"
+    if found.base and found.control:
+        return f"each other: pass it as --base and as --control; also with other models of {family}"
+    if found.base:
+        return f"ControlNets of {family}: pass it as --base"
+    if found.control and found.control.difference:
+        return f"any base of {family}, to which it is added when loaded: pass it as --control"
+    if found.control:
+        return f"bases of {family}, best the one it was trained on: pass it as --control"
+    return None
+
+
+def value_facts(checkpoint: Checkpoint) -> Facts:
+    bad = []
+    for key, tensor in bar(checkpoint.tensors.items()):
+        if tensor.dtype.is_floating_point:
+            dtype = tensor.dtype if tensor.dtype.itemsize > 1 else torch.float16  # PyTorch cannot compute in 8 bits
+            if not is_finite(tensor.load(dtype, CPU)):
+                bad.append(key)
+    return {"values": f"NaN or infinite in {counted(len(bad), 'tensor')}" if bad else "all finite", "not_finite": bad}
+
+
+def bar(items: Iterable) -> tqdm:
+    return tqdm(items, "reading", unit="tensor", leave=False, disable=None)
+
+
+def tensor_facts(checkpoint: Checkpoint) -> dict[str, str]:
+    tensors = sorted(checkpoint.tensors.items())
+    return {key: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for key, tensor in tensors}
+
+
+def differences(first_name: str, second_name: str, values: bool) -> dict[str, list[str]]:
+    """What differs -> a line for each tensor or metadata entry. Numbers are compared only with `values`."""
+    first, second = (open_checkpoint(find(name)[0]) for name in (first_name, second_name))
+    ours, theirs = (
+        tensor_facts(checkpoint) | {f"metadata {name}": text for name, text in sorted(checkpoint.metadata.items())}
+        for checkpoint in (first, second)
+    )
+    found = {
+        f"only in {first.path}": [name for name in ours if name not in theirs],
+        f"only in {second.path}": [name for name in theirs if name not in ours],
+        "different": [
+            f"{name}: {ours[name]}, {theirs[name]}" for name in ours if ours[name] != theirs.get(name, ours[name])
+        ],
+        "numbers": [],
+    }
+    for key in bar(sorted(first.keys & second.keys) if values else ()):
+        if first.shape(key) == second.shape(key):
+            a, b = (checkpoint.tensors[key].load(torch.float64, CPU) for checkpoint in (first, second))
+            unlike = ~((a == b) | (a.isnan() & b.isnan()))
+            if unlike.any():
+                largest = (a - b)[unlike].abs().max().item()
+                found["numbers"].append(f"{key}: {int(unlike.sum()):,} of {a.numel():,}, by up to {largest:.3g}")
+    return {what: lines for what, lines in found.items() if lines}

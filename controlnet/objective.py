@@ -99,8 +99,7 @@ def loss_inputs(
 class ControlLoss(nn.Module):
     """The loss as a module's forward pass, which DistributedDataParallel and torch.compile can wrap.
 
-    With a locked base (`requires_grad_(False)`) gradients go to the control alone; with an unlocked decoder to that,
-    too. `min_snr` is the gamma of `min_snr_weights`; None weighs all timesteps alike.
+    Gradients go to the control and, if it is unlocked, to the decoder. `min_snr` is the gamma of `min_snr_weights`; None weighs all timesteps alike.
     """
 
     def __init__(self, unet: UNet, control: ControlNet, schedule: Schedule, min_snr: float | None = None):

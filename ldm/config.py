@@ -1,7 +1,7 @@
 """The architecture of Stable Diffusion as numbers: frozen dataclasses and their named instances.
 
-A level is one resolution of the UNet or the VAE; level 0 is the finest. Tuples have one entry a level. Numbers that no
-model can be built from raise ValueError, wherever they come from.
+A level is one resolution of the UNet or the VAE; level 0 is the finest. Tuples have one entry per level. Numbers that
+no model can be built from raise ValueError, wherever they come from.
 """
 
 import math
@@ -47,19 +47,19 @@ class UNetConfig:
 
     channels: int = 320  # of level 0
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    blocks: int = 2  # residual blocks per level in the encoder; the decoder has one more
     attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
     heads: tuple[int, ...] = (8, 8, 8, 8)  # how many attention heads
     context_width: int = 768
     linear_projections: bool = False  # around a transformer: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
-    fp32_logits: bool = False  # attention logits in fp32 even in half precision: SD 2.1 overflows without
+    fp32_logits: bool = False  # attention logits in fp32 even in half precision: SD 2.1 overflows without it
     groups: int = 32  # of every GroupNorm
     latent_channels: int = 4
 
     def __post_init__(self):
         check_fields(self)
         if not len(self.multipliers) == len(self.attention) == len(self.heads):
-            raise ValueError("multipliers, attention and heads have not one entry a level each")
+            raise ValueError("multipliers, attention and heads must have one entry per level each")
         check_divisible(self.widths, self.groups, "groups")
         for width, heads in zip(self.widths, self.heads, strict=True):
             check_divisible((width,), heads, "heads")
@@ -79,7 +79,7 @@ class VAEConfig:
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    blocks: int = 2  # residual blocks per level in the encoder; the decoder has one more
     groups: int = 32
     latent_channels: int = 4
     scale: float = 0.18215  # a latent times this has a standard deviation of about 1 for the UNet

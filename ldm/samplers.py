@@ -165,11 +165,11 @@ def timesteps_for(name: str, schedule: Schedule, steps: int) -> list[int]:
 
 
 def ddim_timesteps(schedule: Schedule, steps: int) -> list[int]:
-    """DDIM's "uniform" timesteps of the released code: one in every T // steps, from 1 upwards; here falling.
+    """DDIM's "uniform" timesteps of the released code: 1, 1 + T // steps, 1 + 2 (T // steps) ..., here falling.
 
-    The list may be longer than `steps` (30 gives 31). For some `steps` (3, 9, 27, 36, 101, more than 500 ...) the
-    released code's list goes beyond T - 1, so that it fails: then exactly `steps` evenly spaced ones. Trailing for
-    zero terminal SNR.
+    There may be more of them than `steps`: 30 gives 31. For some `steps` (3, 9, 27, 36, 101, more than 500 ...) the
+    last one would be T, where the released code fails: these get exactly `steps` evenly spaced ones. Trailing for zero
+    terminal SNR.
     Raises ValueError for steps outside 1..T.
     """
     T = _check_steps(schedule, steps)
@@ -178,7 +178,7 @@ def ddim_timesteps(schedule: Schedule, steps: int) -> list[int]:
     released = range(1, T + 1, T // steps)
     if released[-1] < T:
         return list(reversed(released))
-    first = 1 if steps < T else 0
+    first = 1 if steps < T else 0  # all of 0 .. T - 1 for T steps
     return [first + i * (T - first) // steps for i in reversed(range(steps))]
 
 

@@ -16,7 +16,7 @@ class Schedule:
 
     betas           (T,) fp64, linear in their square root (Rombach et al., arXiv 2112.10752, the released code)
     alphas_cumprod  (T,) fp32, computed in fp64: the buffer of the released checkpoints
-    alpha, sigma    (T,) fp32, computed in fp64: what a picture and its noise are multiplied with
+    alpha, sigma    (T,) fp32, computed in fp64: what an image and its noise are multiplied by
     """
 
     def __init__(self, config: ScheduleConfig):

@@ -93,8 +93,8 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
         """Ids (B, M) with M <= `positions` -> (B, M, D): the output of a late layer, through the final norm.
 
-        `clip_skip` counts as users do: 1 is the layer that the published model uses, 2 the one before it, and so on.
-        Later layers do not run. Raises ValueError for a layer that does not exist and for too many tokens.
+        `clip_skip` counts the way users do: 1 is the layer that the published model uses, 2 the one before it, and so
+        on. Later layers do not run. Raises ValueError for a layer that does not exist and for too many tokens.
         """
         layers = layers_to_run(self.config, clip_skip)
         if ids.shape[1] > self.config.positions:
@@ -108,7 +108,7 @@ class TextEncoder(nn.Module):
 
 def layers_to_run(config: TextConfig, clip_skip: int) -> int:
     """How many layers run, from the first. Raises ValueError if `clip_skip` names a layer that does not exist."""
-    released = config.layers if config.family == "clip" else config.layers - 1
+    released = config.layers if config.family == "clip" else config.layers - 1  # SD 2.x reads the penultimate layer
     if not 1 <= clip_skip <= released:
         raise ValueError(f"clip_skip is {clip_skip}; this text model accepts 1 to {released}.")
     return released - clip_skip + 1

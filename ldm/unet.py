@@ -100,8 +100,8 @@ class Checkpointed(nn.Module):
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Gradient checkpointing for every part of `model` that knows it: each block then keeps only its input, and is run
-    again in the backward pass."""
+    """Gradient checkpointing for every part of `model` that supports it: each block then keeps only its input, and is
+    run again in the backward pass."""
     for module in model.modules():
         if isinstance(module, Checkpointed):
             module.checkpointing = on
@@ -111,7 +111,7 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
 class Encoded:
     """What the encoder hands over to the decoder."""
 
-    skips: list[Tensor]  # one a block, (B, C, h, w) each as in the table above
+    skips: list[Tensor]  # one per block, (B, C, h, w) each as in the table above
     middle: Tensor  # (B, C, h, w)
     time: Tensor  # (B, T)
 
@@ -197,6 +197,6 @@ class UNet(nn.Module):
         return self.decode(self.encoder(x, t, context), context, control)
 
     def decode(self, encoded: Encoded, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
-        """The second half of `forward`, for callers that run the encoder by themselves (without gradients, or once)."""
+        """The second half of `forward`, for callers that run the encoder separately (without gradients, or once)."""
         encoded = add_residuals(encoded, control)
         return self.decoder(encoded.middle, encoded.skips, encoded.time, context)

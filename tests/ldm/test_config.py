@@ -17,7 +17,7 @@ def test_presets_survive_their_description(config):
         (UNetConfig, {"channels": 10**12}, "channels is 1000000000000"),
         (UNetConfig, {"channels": True}, "channels is True"),
         (UNetConfig, {"multipliers": [1, 2, 4, 4]}, "multipliers is \\[1, 2, 4, 4\\]"),
-        (UNetConfig, {"attention": (True, True)}, "not one entry a level each"),
+        (UNetConfig, {"attention": (True, True)}, "one entry per level each"),
         (UNetConfig, {"groups": 7}, "320 channels cannot be shared by 7 groups"),
         (UNetConfig, {"heads": (8, 8, 8, 7)}, "1280 channels cannot be shared by 7 heads"),
         (VAEConfig, {"scale": float("nan")}, "scale is nan"),

@@ -1,12 +1,24 @@
-"""ControlNet on Stable Diffusion (arXiv 2302.05543): see model.py."""
+"""ControlNet on Stable Diffusion (arXiv 2302.05543): the method is in model.py, objective.py and guidance.py."""
 
-__all__ = ["ControlNet"]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .guidance import Control
+    from .inference.generate import generate
+    from .model import ControlNet
+
+__all__ = ["Control", "ControlNet", "generate"]
+
+HOMES = {"Control": ".guidance", "ControlNet": ".model", "generate": ".inference.generate"}
 
 
 def __getattr__(name: str):
-    """ControlNet, imported when it is asked for: controlnet.hints needs no torch, nor does the programs' --help."""
-    if name == "ControlNet":
-        from .model import ControlNet
+    """A public name is imported when it is asked for (PEP 562): parts of this package work without PyTorch."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOMES[name], __name__), name)
 
-        return ControlNet
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

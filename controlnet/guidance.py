@@ -108,7 +108,7 @@ class Control:
     hint: Tensor | HintImage  # (1 or B, 3, H, W) in [0, 1], or what `generate` makes it from
     scale: float = 1.0
     layers: Sequence[float] = ()  # a weight for each residual, times `scale`; none: all 1
-    prompt_only: bool = False  # spares the negative prompt's branch
+    prompt_only: bool = False  # does not act on the negative prompt's branch
     start: float = 0.0  # acts from here to `end`, as fractions of the steps
     end: float = 1.0
     mask: Tensor | None = None  # (1 or B, 1, H, W) in [0, 1]: where in the image it acts; None: everywhere
@@ -142,7 +142,8 @@ class Control:
 
         `image` is a path, a PIL image or an array, uint8 or floats in [0, 1]; `detect` is a detector with its options,
         as in "canny:low=50,high=150", and None if the image is the hint itself (controlnet/hints/hint_image.py). The
-        weights of `mode`, one of `MODES`, are multiplied by those of `layers`. `settings` are the other fields.
+        weights of `mode`, one of `MODES`, are multiplied by those of `layers`. `settings` are keyword
+        arguments for the other fields.
 
         Raises ValueError for an unknown mode or detector, an image that cannot be read and as `Control` does.
         """
@@ -257,7 +258,7 @@ def middle_weights(config: UNetConfig) -> list[float]:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a control acts beside its scale, range and mask."""
+    """How a control acts, besides its scale, range and mask."""
 
     weights: Callable[[UNetConfig], list[float]] = equal_weights
     prompt_only: bool = False

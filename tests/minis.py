@@ -7,8 +7,9 @@ from reference import FIXTURES, MINI_SD1, MINI_SD2, fill
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from controlnet.layouts import control_map
 from controlnet.model import ControlNet
-from ldm.checkpoints.key_maps import KeyMap, control_map, unet_map, vae_map
+from ldm.checkpoints.key_maps import KeyMap, unet_map, vae_map
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 

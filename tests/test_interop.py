@@ -13,12 +13,12 @@ import torch
 from reference import MINI_SD1, MINI_SD2, fill, filled_checkpoint, load_manifest
 from small import small_control, small_sd
 
+from controlnet.config import ControlConfig
 from controlnet.guidance import Control, guided
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoints.checkpoint import open_checkpoint
-from ldm.config import ControlConfig
-from ldm.samplers import ddim_timesteps, sample_ddim
+from ldm.checkpoints.open import open_checkpoint
+from ldm.samplers import ddim_timesteps, sample_loop
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: a missing file must fail here
 os.environ["TQDM_DISABLE"] = "1"
@@ -128,7 +128,7 @@ def test_five_controlled_steps_are_those_of_diffusers_pipeline(pair):
     x, hint = noise(1, 4, 8, 8), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     prompt, negative = sd.encode_text(["a red circle"]), sd.encode_text(["blue"])
     denoise = guided(sd.unet, prompt, negative, cfg, [Control(pair.control, hint, scale)])
-    latents = sample_ddim(denoise, x, ddim_timesteps(sd.schedule, 5), sd.schedule, 0.0)
+    latents = sample_loop("ddim", denoise, x, ddim_timesteps(sd.schedule, 5), sd.schedule)
     pictures = {}
     for kind, ours in (("latent", latents), ("pt", (sd.decode(latents) / 2 + 0.5).clamp(0, 1))):
         pictures[kind] = (

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from controlnet import ControlNet
-from controlnet.training.preview import picture_for
+from controlnet.training.validation import image_for
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
 from controlnet.worlds.measures import colour_agreement, foreground, iou
 from ldm import StableDiffusion
-from ldm.stable_diffusion import WEIGHTS
+from ldm.checkpoints.published import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_pictures_follow_their_hints_and_prompts(sd, name):
     control = ControlNet.load(WEIGHTS / f"{TINY_CONTROL_OF[name]}.safetensors", sd.unet)
     world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
     samples = [world[i] for i in range(4)]
-    pictures = [picture_for(sd, control, sample, seed, steps=10) for seed, sample in enumerate(samples)]
+    pictures = [image_for(sd, control, sample, seed, steps=10) for seed, sample in enumerate(samples)]
     own = [iou(foreground(p), s.mask) for p, s in zip(pictures, samples, strict=True)]
     next_ones = [iou(foreground(p), s.mask) for p, s in zip(pictures, samples[1:] + samples[:1], strict=True)]
     colours = [colour_agreement(p, s.image, s.mask) for p, s in zip(pictures, samples, strict=True)]

@@ -1,4 +1,4 @@
-"""A result that is not finite stops with the name of the layer it comes from, instead of a black picture."""
+"""A result that is not finite is an error that names the layer it comes from, instead of a black image."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def finite(compute: Callable[[], Tensor], networks: dict[str, nn.Module]) -> Tensor:
     """The result of `compute`, which runs `networks`. Raises FloatingPointError if it has NaN or infinite values.
 
-    Only then it is computed a second time, with a look at every layer: a look costs a GPU a halt.
+    Layers are checked only after a failure, when it is computed again: each check makes the CPU wait for the GPU.
     """
     result = compute()
     if not result.isfinite().all():
@@ -22,26 +22,24 @@ def finite(compute: Callable[[], Tensor], networks: dict[str, nn.Module]) -> Ten
 @contextmanager
 def stopping_at_bad_layers(networks: dict[str, nn.Module]) -> Iterator[None]:
     """Inside, the first layer whose output is not finite raises FloatingPointError."""
-
-    def look(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if not output.isfinite().all():
-                raise FloatingPointError(sentence(name, output))
-
-        return hook
-
-    layers = [
-        (f"{network}.{name}", layer)
-        for network, parent in networks.items()
-        for name, layer in parent.named_modules()
-        if not list(layer.children())
-    ]
-    handles = [layer.register_forward_hook(look(name)) for name, layer in layers]
+    handles = []
+    for network, parent in networks.items():
+        for name, layer in parent.named_modules():
+            if not list(layer.children()):
+                handles.append(layer.register_forward_hook(check_output(f"{network}.{name}")))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_output(layer: str) -> Callable:
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if not output.isfinite().all():
+            raise FloatingPointError(sentence(layer, output))
+
+    return hook
 
 
 def sentence(layer: str, output: Tensor) -> str:

@@ -1,61 +1,57 @@
-"""From a prompt and hints to pictures, in one call.
+"""From a prompt and hints to images, in one call.
 
     sd = StableDiffusion.load("sd15")
-    net = ControlNet.load("weights/control_sd15_canny.safetensors", sd.unet)
-    image = read_image("edges.png")
-    hint = make_hint(image, default_size(sd.config, image))
-    pictures = generate(sd, "a bird", [Control(net, hint)], count=4)
+    net = ControlNet.load("canny", sd)
+    images = generate(sd, "a bird", [Control.from_image(net, "bird.jpg", detect="canny")], count=4)
 
-Sizes are (height, width) in pixels. Shapes: H W pixels, h = H/8, w = W/8.
+Sizes are (height, width) in pixels. Shapes: H W pixels, h = H/8, w = W/8, M prompt tokens, D context width.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from controlnet.common.images import Size, described, fitted_size, resized, to_hints, to_picture
+from controlnet.common.images import Size, fitted_size, size_text, to_pil
 from controlnet.guidance import Control, guided
+from controlnet.hints.hint_image import HintImage
+from controlnet.reuse import reusing
 from ldm.config import Config
 from ldm.samplers import Denoise, Noise, OnStep, sample, timesteps_for
 from ldm.stable_diffusion import StableDiffusion
 
 from .finite import finite
-from .image_to_image import Init, Start
-from .offload import decode, on_device, posterior_of
+from .image_to_image import Init, begin, steps_done
+from .offload import decode, encode, on_device
 from .prompts import encode_prompts
 
-# The guidance when none is asked for: the released Stable Diffusion's default, and less for the small base.
-DEFAULT_CFG = 7.5
-DEFAULT_CFG_OF = {"tiny": 2.5}
-
-LARGEST_SIDE = 16384  # pixels: a slip of the hand is not to fill the memory
+LARGEST_SIDE = 16384  # pixels: guards against typos that exhaust the memory
 
 
-def default_cfg(config: Config) -> float:
-    return DEFAULT_CFG_OF.get(config.name, DEFAULT_CFG)
+@dataclass(frozen=True)
+class Progress:
+    """What the callback of `generate` is told after each step."""
 
+    image: int  # which of `count`, from 0
+    step: int  # how many of `steps` are done
+    steps: int
+    x: Tensor  # the latents (1, 4, h, w), fp32
+    x0: Tensor  # the data that this step predicts, like x
+    decode: Callable[[Tensor], Image.Image] = field(repr=False)  # of latents (1, 4, h, w)
 
-def size_multiple(config: Config) -> int:
-    """What both sides of a picture must be a multiple of: 64 for SD. The VAE makes it 8 times smaller, and the UNet
-    halves that between its levels and has to come back to the same size."""
-    return config.vae.downscale * 2 ** (len(config.unet.multipliers) - 1)
+    @torch.no_grad()
+    def preview(self, side: int = 256) -> Image.Image:
+        """x0 as an RGB image, its longer side near `side` pixels or less: latents are averaged before they are decoded.
 
-
-def default_size(config: Config, image: Image.Image | None = None) -> Size:
-    """The model's resolution, as a square or, with its short side, in the shape of a hint's `image`."""
-    if image is None:
-        return config.resolution, config.resolution
-    return fitted_size(image, config.resolution, size_multiple(config))
-
-
-def make_hint(image: Image.Image, size: Size) -> Tensor:
-    """An RGB picture -> a hint (1, 3, H, W) in [0, 1] of exactly `size`."""
-    return to_hints([np.array(resized(image, size))])
+        It is decoded here, so a preview that nobody asks for costs nothing.
+        """
+        factor = max(1, 8 * max(self.x0.shape[-2:]) // side)
+        return self.decode(F.avg_pool2d(self.x0, factor))
 
 
 @torch.no_grad()
@@ -63,6 +59,7 @@ def generate(
     sd: StableDiffusion,
     prompt: str,
     controls: Sequence[Control] = (),
+    *,
     negative: str = "",
     count: int = 1,
     size: Size | None = None,
@@ -71,90 +68,118 @@ def generate(
     cfg: float | None = None,
     eta: float = 0.0,
     seed: int = 0,
-    on_step: OnStep | None = None,
     init: Init | None = None,
     clip_skip: int = 1,
     long_prompts: bool = False,
-    low_memory: torch.device | str | None = None,
     reuse: int = 1,
+    cpu_offload: torch.device | str | None = None,
+    progress: bool = False,
+    callback: Callable[[Progress], None] | None = None,
 ) -> list[Image.Image]:
-    """`count` pictures of `size`; without it, of the hints' size, or fitted to `init`, or square.
+    """`count` RGB images of `size`. By default that is the size of hints that are tensors, or it is fitted to `init` or
+    to the first hint's image, or it is a square.
 
-    Picture i has the seed `seed + i` and is the same whatever `count` is. Latents are fp32 also where the networks
-    are not. `on_step` is the sampler's (see ldm/samplers.py), called for one picture after the other. `cfg` None is
-    `default_cfg`. Prompts are read as prompts.py says. The ControlNets must be on the device and in the dtype of `sd`;
-    hints and masks are brought there.
+    Image i has the seed `seed + i` and is the same whatever `count` is. Latents are fp32 even where the networks are
+    not. `cfg` None is `default_cfg`. prompts.py says how prompts are read. The ControlNets must be on the device and in
+    the dtype of `sd`; hints and masks are brought there. `progress` shows a bar, `callback` is called after each step.
 
-    `low_memory` names the device to compute on while `sd` and the ControlNets wait on the CPU: each is there only
-    while it is used, the branches of the guidance are evaluated one after the other, and pictures are encoded and
-    decoded in strips. The picture is the same to rounding.
+    `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (reuse.py): faster, and
+    another image, though at 2 a similar one.
 
-    `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (see reuse.py): faster,
-    and another picture, though at 2 a similar one.
+    `cpu_offload` names the device to compute on while `sd` and the ControlNets wait on the CPU: each is there only
+    while it is used, the branches of the guidance are evaluated one after the other, and the VAE is tiled. The image is
+    the same to rounding.
 
-    Raises ValueError for a size the model cannot make, hints of other sizes, a negative `cfg`, a seed outside
-    0..2^63 - 1, a `reuse` below 1, or what `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip,
-    weights of words), FloatingPointError with the layer's name for a result that is not finite.
+    Raises TypeError for controls that are none, ValueError for a size that the model cannot make, hints of other sizes,
+    a negative `cfg`, a seed outside 0..2^63 - 1, a `reuse` below 1, or what `sample` or `encode_prompts` do not accept
+    (sampler, steps, eta, clip_skip, weights of words), FloatingPointError with the layer's name for a result that is
+    not finite.
     """
-    height, width = size = picture_size(sd.config, controls, size, init)
+    check_controls(controls)
+    height, width = size = image_size(sd.config, controls, size, init)
     check_seeds(seed, count)
     cfg = default_cfg(sd.config) if cfg is None else cfg
     check_cfg(cfg)
     timesteps = timesteps_for(sampler, sd.schedule, steps)
-    start = None
-    if init is not None:
+    skip = len(timesteps) - steps_done(init.strength, len(timesteps)) if init else 0
+    timesteps = timesteps[skip:]
+    controls = [at_size(control, size) for control in controls]
+    tiled = cpu_offload is not None
+
+    # Each image draws from its own generator, in a fixed order: x, the posterior's noise, then the sampler's.
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    shape = (1, sd.config.unet.latent_channels, height // sd.config.vae.downscale, width // sd.config.vae.downscale)
+    noises = [torch.randn(shape, generator=generator) for generator in generators]
+    if init:
         init = init.resized(size)
-        with on_device(low_memory, sd.vae):
-            posterior = posterior_of(sd.vae, init.image, low_memory is not None)
-        start = Start(init, posterior, sd.config.vae.scale, sd.schedule, timesteps)
-    skip = start.skip if start else 0
-    with on_device(low_memory, sd.text_encoder):
+        with on_device(cpu_offload, sd.vae):
+            known = [encode(sd, init.image, generator, tiled) for generator in generators]
+    with on_device(cpu_offload, sd.text_encoder):
         contexts = prompt_contexts(sd, prompt, negative, clip_skip, long_prompts)
 
-    shape = (1, sd.config.unet.latent_channels, height // sd.config.vae.downscale, width // sd.config.vae.downscale)
-    with on_device(low_memory, sd.unet, *(control.net for control in controls)):
-        denoise = make_denoise(sd, *contexts, cfg, controls, timesteps[skip:], low_memory is None, reuse)
-        latents = []
-        for i in range(count):
-            noise = noise_of(seed + i)
-            x = noise(torch.empty(shape, device=next(sd.unet.parameters()).device))  # only shape and device count
-            keep = None
-            if start:
-                x, keep = start.begin(x, noise)
+    def preview(x0: Tensor) -> Image.Image:
+        with on_device(cpu_offload, sd.vae):
+            return to_pil(decode(sd, x0, tiled)[0])
+
+    latents, bar = [], tqdm(total=count * len(timesteps), unit="step", disable=not progress)
+    with bar, on_device(cpu_offload, sd.unet, *(control.net for control in controls)):
+        denoise = make_denoise(sd, *contexts, cfg, controls, timesteps, cpu_offload is None, reuse)
+        for i, generator in enumerate(generators):
+            x, noise, keep = noises[i].to(sd.device), noise_from(generator), None
+            if init:
+                x, keep = begin(init, known[i].to(x), x, noise, sd.schedule, timesteps)
+            on_step = reporter(bar, callback, i, len(timesteps), preview)
             latents.append(sample(sampler, denoise, x, sd.schedule, steps, eta, noise, keep, on_step, skip))
 
-    with on_device(low_memory, sd.vae):
-        pictures = [to_picture(decode(sd.vae, x, low_memory is not None)[0]) for x in latents]
+    with on_device(cpu_offload, sd.vae):
+        images = [to_pil(decode(sd, x, tiled)[0]) for x in latents]
     if init is None or init.mask is None:
-        return pictures
-    return [Image.composite(picture, init.image, init.mask) for picture in pictures]
+        return images
+    return [Image.composite(image, init.image, init.mask) for image in images]
 
 
 # ---------------------------------------------------------------------------------------------------- sizes and seeds
 
 
-def picture_size(config: Config, controls: Sequence[Control], size: Size | None, init: Init | None = None) -> Size:
-    """The size that is meant. Raises ValueError if the model cannot make it or a hint is of another."""
-    if size is None:
-        own = default_size(config, init.image if init else None)
-        size = tuple(controls[0].hint.shape[-2:]) if controls else own
+def default_cfg(config: Config) -> float:
+    """The released Stable Diffusion's default, and less for the small base."""
+    return 2.5 if config.name == "tiny" else 7.5
+
+
+def size_multiple(config: Config) -> int:
+    """What both sides of an image must be a multiple of: 64 for SD. The VAE divides them by 8, and the UNet halves them
+    between its levels and has to come back to the same size."""
+    return config.vae.downscale * 2 ** (len(config.unet.multipliers) - 1)
+
+
+def default_size(config: Config, image: Image.Image | None = None) -> Size:
+    """The model's resolution, as a square or, as its short side, in the aspect ratio of `image`."""
+    if image is None:
+        return config.resolution, config.resolution
+    return fitted_size(image, config.resolution, size_multiple(config))
+
+
+def image_size(config: Config, controls: Sequence[Control], size: Size | None, init: Init | None = None) -> Size:
+    """The size that is meant. Raises ValueError if the model cannot make it or a hint that is a tensor has another."""
+    hints = [control.hint for control in controls]
+    sizes = [tuple(hint.shape[-2:]) for hint in hints if isinstance(hint, Tensor)]
+    images = [source.image for source in (init, *hints) if isinstance(source, Init | HintImage)]
+    size = size or next(iter(sizes), None) or default_size(config, next(iter(images), None))
     check_size(config, size)
-    for control in controls:
-        if control.hint.shape[-2:] != size:
-            raise ValueError(
-                f"a hint is {described(control.hint.shape[-2:])}, expected the picture's {described(size)}: resize it"
-            )
+    for found in sizes:
+        if found != size:
+            raise ValueError(f"a hint is {size_text(found)}, expected the image's {size_text(size)}: resize it")
     return size
 
 
 def check_size(config: Config, size: Size) -> None:
-    """Raises ValueError if the model cannot make pictures of this size."""
+    """Raises ValueError if the model cannot make images of this size."""
     multiple = size_multiple(config)
     if any(not multiple <= side <= LARGEST_SIDE for side in size) or any(side % multiple for side in size):
         nearest = tuple(min(max(1, round(side / multiple)) * multiple, LARGEST_SIDE) for side in size)
         raise ValueError(
-            f"the picture's size is {described(size)}, expected multiples of {multiple} up to {LARGEST_SIDE}: take "
-            f"{described(nearest)}"
+            f"the image's size is {size_text(size)}, expected multiples of {multiple} up to {LARGEST_SIDE}: take "
+            f"{size_text(nearest)}"
         )
 
 
@@ -168,18 +193,37 @@ def check_cfg(cfg: float) -> None:
 
 
 def check_seeds(seed: int, count: int) -> None:
-    """Raises ValueError if a picture's seed is one that a generator does not take."""
+    """Raises ValueError if an image's seed is one that a generator does not take."""
     last = 2**63 - max(1, count)
     if last < 0:
-        raise ValueError(f"the number of pictures is {count}, more than there are seeds: take fewer")
+        raise ValueError(f"the number of images is {count}, more than there are seeds: take fewer")
     if not 0 <= seed <= last:
         raise ValueError(f"the seed is {seed}, expected 0 to {last}: take a number between them")
 
 
-def noise_of(seed: int) -> Noise:
-    """noise(x) -> unit noise like x, drawn on the CPU: the same on every device, and one picture's alone."""
-    generator = torch.Generator().manual_seed(seed)
+def noise_from(generator: torch.Generator) -> Noise:
+    """noise(x) -> unit noise like x, drawn on the CPU: the same on every device."""
     return lambda x: torch.randn(x.shape, generator=generator).to(x)
+
+
+# ---------------------------------------------------------------------------------------------------- controls
+
+
+def check_controls(controls: Sequence[Control]) -> None:
+    """Raises TypeError for anything but a sequence of controls."""
+    for control in controls if isinstance(controls, Sequence) else [controls]:
+        if control is controls or not isinstance(control, Control):
+            raise TypeError(
+                f"found a {type(control).__name__} in controls, expected a list of Control: make each with "
+                "Control.from_image(net, image)"
+            )
+
+
+def at_size(control: Control, size: Size) -> Control:
+    """With a hint that is a tensor."""
+    hint = control.hint
+    hint = hint if isinstance(hint, Tensor) else hint.at(size, control.net.config.hint_channels)
+    return replace(control, hint=hint)
 
 
 # ---------------------------------------------------------------------------------------------------- the networks
@@ -201,10 +245,24 @@ def make_denoise(
     batched: bool,
     reuse: int,
 ) -> Denoise:
-    """The guided UNet for one picture's fp32 latents: it computes in the base's own dtype."""
+    """The guided UNet for one image's fp32 latents: it computes in the base's own dtype."""
     like = next(sd.unet.parameters())
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
-    denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, reuse)
+    make_predictor = None if reuse == 1 else reusing(reuse)
+    denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, make_predictor)
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
     return lambda x, t: finite(lambda: denoise(x.to(like.dtype), t), networks)
+
+
+def reporter(
+    bar: tqdm, callback: Callable[[Progress], None] | None, image: int, steps: int, decode: Callable
+) -> OnStep:
+    """-> what the sampler calls after each step."""
+
+    def on_step(step: int, x: Tensor, x0: Tensor) -> None:
+        bar.update()
+        if callback:
+            callback(Progress(image, step + 1, steps, x, x0, decode))
+
+    return on_step

@@ -1,20 +1,17 @@
 """Which of the small ControlNets a hint is for, where nobody says it.
 
-On a black ground (at least half of the picture),
+On a black ground (at least half of the image),
 - pixels in the limb colours of drawn poses, whose weakest channel is next to nothing  -> "pose"
-- one thin white circle, all of it that lies in the frame                              -> "circles"
+- one thin white circle, complete as far as it lies in the frame                       -> "circles"
 - any other thin white lines                                                           -> "canny"
-and anything else, or nothing at all, is not for guessing.
+and anything else is not guessed.
 """
 
 import numpy as np
 
-# The names of the small ControlNets in weights/.
-TINY_CONTROLS = {"pose": "tiny-pose", "circles": "tiny-fill50k", "canny": "tiny-canny"}
-
 
 def kind_of(pixels: np.ndarray) -> str | None:
-    """A hint, uint8 RGB (H, W, 3) -> a key of TINY_CONTROLS, or None where it could be any or none of them."""
+    """A hint, uint8 RGB (H, W, 3) -> a short name of a small ControlNet, or None where it could be any or none."""
     strongest, weakest = pixels.max(axis=2).astype(int), pixels.min(axis=2).astype(int)
     lit = strongest > max(24, 0.35 * strongest.max())  # (H, W); thin lines that were resized are dim
     if not 0 < lit.mean() <= 0.5:

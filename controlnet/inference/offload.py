@@ -1,7 +1,5 @@
-"""What it takes to make large pictures on small devices: networks on the device only while they are used, the
-autoencoder in strips, and in fp32 where halves overflow."""
+"""Encoding and decoding one image, with networks on the device only while they are used and a tiled VAE if needed."""
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,46 +8,52 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from controlnet.common.devices import borrowed
+from controlnet.common.devices import temporarily_on
 from controlnet.common.images import to_images
-from ldm.fast.tiled_vae import decode_in_strips, posterior_in_strips
-from ldm.vae import AutoencoderKL, Posterior
+from ldm.fast.tiled_vae import decode_tiled, posterior_tiled
+from ldm.stable_diffusion import StableDiffusion
+from ldm.vae import AutoencoderKL
 
 from .finite import finite
 
 
 def on_device(device: torch.device | str | None, *networks: nn.Module) -> AbstractContextManager:
-    """The networks are on `device` inside and back where they were afterwards; None leaves them there."""
-    return nullcontext() if device is None else borrowed(torch.device(device), *networks)
+    """Inside, the networks are on `device`; afterwards they are back where they were. None leaves them there."""
+    return nullcontext() if device is None else temporarily_on(torch.device(device), *networks)
 
 
-def posterior_of(vae: AutoencoderKL, image: Image.Image, in_strips: bool) -> Posterior:
-    """An RGB picture -> the distribution of its latents (1, 4, h, w), in fp32."""
-    images = to_images([np.array(image)])
+def encode(sd: StableDiffusion, image: Image.Image, generator: torch.Generator, tiled: bool) -> Tensor:
+    """`sd.encode` of an RGB image: scaled latents (1, 4, h, w), a sample of the posterior."""
+    images, state = to_images([np.array(image)]), generator.get_state()
 
-    def encode(vae: AutoencoderKL) -> Tensor:
-        like = vae.quant_conv.bias
-        posterior = posterior_in_strips(vae, images.to(like)) if in_strips else vae.posterior(images.to(like))
-        return torch.stack([posterior.mean, posterior.logvar]).float()
+    def compute() -> Tensor:
+        generator.set_state(state)  # the same noise if it is computed again
+        if not tiled:
+            return sd.encode(images, generator)
+        posterior = posterior_tiled(sd.vae, images.to(sd.vae.quant_conv.bias))
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        return sd.config.vae.scale * posterior.sample(noise.to(posterior.mean))
 
-    return Posterior(*in_fp32_if_needed(vae, encode))
-
-
-def decode(vae: AutoencoderKL, latents: Tensor, in_strips: bool) -> Tensor:
-    """Scaled latents (1, 4, h, w) -> images (1, 3, H, W), around [-1, 1] but not clipped to it."""
-
-    def decode(vae: AutoencoderKL) -> Tensor:
-        x = latents.to(vae.post_quant_conv.bias)
-        return decode_in_strips(vae, x) if in_strips else vae.decode(x)
-
-    return in_fp32_if_needed(vae, decode)
+    return in_fp32_if_needed(sd.vae, compute)
 
 
-def in_fp32_if_needed(vae: AutoencoderKL, compute: Callable[[AutoencoderKL], Tensor]) -> Tensor:
-    """compute(vae), and again with a copy in fp32 where halves overflowed: the released autoencoders do at times."""
-    result = compute(vae)
+def decode(sd: StableDiffusion, latents: Tensor, tiled: bool) -> Tensor:
+    """`sd.decode` of scaled latents (1, 4, h, w): an image (1, 3, H, W), around [-1, 1] but not clipped to it."""
+
+    def compute() -> Tensor:
+        return decode_tiled(sd.vae, latents.to(sd.vae.post_quant_conv.bias)) if tiled else sd.decode(latents)
+
+    return in_fp32_if_needed(sd.vae, compute)
+
+
+def in_fp32_if_needed(vae: AutoencoderKL, compute: Callable[[], Tensor]) -> Tensor:
+    """compute(), once more in fp32 if half precision overflowed: the released autoencoders do at times."""
+    result = compute()
     if result.isfinite().all():
         return result
-    if vae.quant_conv.bias.dtype != torch.float32:
-        vae = copy.deepcopy(vae).float()
-    return finite(lambda: compute(vae), {"vae": vae})
+    dtype = vae.quant_conv.bias.dtype
+    vae.float()
+    try:
+        return finite(compute, {"vae": vae})
+    finally:
+        vae.to(dtype)  # exact: each value came from this type

@@ -1,7 +1,7 @@
-"""What a saved picture knows about itself, as PNG text: the options that make it again, and A1111's "parameters".
+"""What a saved image says about itself, as PNG text: the options that make it again, and A1111's "parameters".
 
-`settings` are the options of infer.py by their names with "_" for "-", as JSON knows them: texts, numbers, lists of
-them. "files" holds a fingerprint for each file that was used, by the name that was given.
+`settings` are the options of infer.py by their names (options.py), as JSON: strings, numbers and lists of them. "files"
+holds a fingerprint for each file that was used, by the name that was given.
 """
 
 import hashlib
@@ -24,27 +24,24 @@ def png_texts(settings: dict) -> dict[str, str]:
     return {"parameters": a1111_parameters(settings), KEY: json.dumps(settings, ensure_ascii=False)}
 
 
-def read_settings(path: str | Path, names: Iterable[str], lists: Iterable[str]) -> dict:
-    """The settings of a picture that infer.py made. Raises ValueError if it is none, or one of `names` or `lists`, the
-    names of those that have a value for each hint, is missing."""
+def read_settings(path: str | Path, names: Iterable[str]) -> dict:
+    """The settings of an image that infer.py made. Raises ValueError if it is none, or lacks one of `names`."""
     try:
         with Image.open(path) as image:
             text = image.info.get(KEY)
     except Exception as error:  # a damaged file makes the decoders raise almost anything
-        raise ValueError(f'"{path}" is not readable as a picture ({error}): give a PNG that infer.py made') from error
+        raise ValueError(f'"{path}" is not readable as an image ({error}): give a PNG that infer.py made') from error
     try:
         settings = json.loads(text)
     except (TypeError, ValueError):
         settings = None
     if not isinstance(settings, dict):
-        raise ValueError(f'"{path}" says nothing about how it was made: give a PNG that infer.py made')
-    missing = [name for name in (*names, *lists) if name not in settings]
+        raise ValueError(f'"{path}" does not say how it was made: give a PNG that infer.py made')
+    missing = [name for name in names if name not in settings]
     if missing:
         raise ValueError(f'"{path}" was made by another version of infer.py, which did not know {", ".join(missing)}')
-    strange = [name for name in lists if not isinstance(settings[name], list)]
-    if strange or not isinstance(settings.get("files"), dict):
-        name = [*strange, "files"][0]
-        raise ValueError(f'"{path}" tells its "{name}" in another way than infer.py does: give a PNG that it made')
+    if not isinstance(settings.get("files"), dict):
+        raise ValueError(f'"{path}" has no "files" like those that infer.py records: give a PNG that it made')
     return settings
 
 
@@ -94,8 +91,8 @@ def quoted(value: object) -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Tells files apart: from the size and the first and last 16 MB, so that a base of 4 GB takes no time either. Of a
-    folder, from all that is in it."""
+    """A hash of a file's size and its first and last 16 MB, so that a base of 4 GB takes no time either. Of a folder,
+    one of all files in it."""
     path, part = Path(path), 16 * 2**20
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -108,3 +105,15 @@ def fingerprint(path: str | Path) -> str:
             stream.seek(max(stream.tell(), size - part))
             digest.update(stream.read())
     return digest.hexdigest()[:16]
+
+
+def fingerprints(used: dict[str, Path], recorded: dict[str, str]) -> dict[str, str]:
+    """Of each file, by the name given. Raises ValueError if one that was recorded has changed."""
+    found = {name: fingerprint(path) for name, path in used.items()}
+    for name, value in found.items():
+        if recorded.get(name, value) != value:
+            raise ValueError(
+                f'"{name}" is no longer the file that the image was made with: give that one by its option, or leave '
+                "--again out"
+            )
+    return found

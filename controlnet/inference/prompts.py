@@ -7,7 +7,7 @@
     BREAK         the rest begins a new chunk of 75 tokens
 
 A text encoder reads 77 tokens at once: start, 75 of the prompt, end. A chunk is one such reading, and the context of
-several chunks is their contexts one after the other. Brackets that are not closed end with the prompt; one that was
+several chunks is their contexts one after the other. A bracket that is never closed ends with the prompt; one that was
 never opened is text. Shapes: B prompts, M tokens (77 a chunk), D context width.
 """
 
@@ -110,7 +110,7 @@ def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[Tokens]:
 
 def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
     """Chunks of at most 75 tokens. A part that is longer is cut after its first chunk, or with `long` goes on in the
-    next, wherever in a word or a sentence that is (A1111 moves the end of a sentence to the next chunk)."""
+    next, even in the middle of a word or a sentence (A1111 moves the end of a sentence to the next chunk)."""
     length = tokenizer.positions - 2
     chunks = []
     for tokens in tokens_of(tokenizer, prompt):
@@ -120,7 +120,7 @@ def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
 
 
 def cut_texts(tokenizer: Tokenizer, prompt: str) -> list[str]:
-    """What a prompt loses where it is not read as a long one: the end of each part that has too many tokens."""
+    """What is cut from a prompt that is not read as a long one: the end of each part with too many tokens."""
     ends = [tokens.ids[tokenizer.positions - 2 :] for tokens in tokens_of(tokenizer, prompt)]
     return [tokenizer.decode(ids) for ids in ends if ids]
 
@@ -129,7 +129,7 @@ def cut_texts(tokenizer: Tokenizer, prompt: str) -> list[str]:
 
 
 def encode_prompts(sd: StableDiffusion, prompts: list[str], clip_skip: int = 1, long: bool = False) -> Tensor:
-    """B prompts -> contexts (B, M, D), M = 77 for each chunk of the longest; others are filled up with empty chunks.
+    """B prompts -> contexts (B, M, D), M = 77 times the chunks of the longest; others are padded with empty chunks.
 
     `clip_skip` 1 is the layer that the published model reads, 2 the one before it. Raises ValueError for a layer that
     does not exist and for weights beyond fp32.
@@ -158,8 +158,8 @@ def weighted(context: Tensor, weights: list[float]) -> Tensor:
     result = plain * factors.to(context.device)
     if plain.isfinite().all() and not result.isfinite().all():
         raise ValueError(f"a weight in the prompt is {max(weights, key=abs):g}, which is too large: take one near 1")
-    # The released text encoders have a mean of a tenth of their deviation. A small one's can be next to nothing, and
-    # the ratio of two such means is arbitrary.
+    # The mean of a released text encoder's output is a tenth of its standard deviation. A small encoder's can be close
+    # to zero, where the ratio of two means is arbitrary.
     if plain.mean().abs() > 0.02 * plain.std():
         result = result * (plain.mean() / result.mean())
     return result.to(context.dtype)

@@ -1,4 +1,4 @@
-"""One call from prompt and hints to pictures: what decides over a picture, and what does not."""
+"""One call from prompt and hints to images: what decides over an image, and what does not."""
 
 from dataclasses import replace
 
@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 from small import SMALL, small_control, small_sd
 
-from controlnet.common.images import fitted_size, read_image, resized, save_png, to_picture
+from controlnet.common.image_files import read_image
+from controlnet.common.images import fitted_size, resized, save_png, to_pil
 from controlnet.guidance import Control
-from controlnet.inference.generate import default_cfg, default_size, generate, make_hint, size_multiple
+from controlnet.hints.hint_image import HintImage
+from controlnet.inference.generate import default_cfg, default_size, generate, size_multiple
 from ldm.config import SD15, SD21, TINY
 
 
@@ -33,30 +35,30 @@ def hint(seed=0, size=(64, 64)):
 
 def arrays(sd, prompt="a circle", controls=(), **options):
     """`generate` in two steps, as arrays (count, H, W, 3)."""
-    return np.stack([np.asarray(picture) for picture in generate(sd, prompt, controls, **{"steps": 2, **options})])
+    return np.stack([np.asarray(image) for image in generate(sd, prompt, controls, **{"steps": 2, **options})])
 
 
 def differ(a, b):
     return np.abs(a.astype(int) - b).max() > 3  # clearly, not by a rounding
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
 @pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"sampler": "ddpm"}, {"sampler": "dpm++"}], ids=str)
-def test_a_picture_follows_from_its_seed_alone(sd, options):
-    pictures = arrays(sd, count=3, seed=5, **options)
-    assert pictures.shape == (3, 64, 64, 3) and pictures.dtype == np.uint8 and pictures.std() > 10
-    assert differ(pictures[0], pictures[1])
+def test_an_image_follows_from_its_seed_alone(sd, options):
+    images = arrays(sd, count=3, seed=5, **options)
+    assert images.shape == (3, 64, 64, 3) and images.dtype == np.uint8 and images.std() > 10
+    assert differ(images[0], images[1])
     torch.randn(7)  # the global generator has no part in it
-    assert np.array_equal(arrays(sd, count=1, seed=7, **options)[0], pictures[2])
+    assert np.array_equal(arrays(sd, count=1, seed=7, **options)[0], images[2])
 
 
 def test_stochastic_samplers_draw_new_noise_in_every_step(sd):
     assert differ(arrays(sd, eta=1.0), arrays(sd, eta=0.0))
 
 
-def test_prompt_negative_and_guidance_change_the_picture(sd):
+def test_prompt_negative_and_guidance_change_the_image(sd):
     plain = arrays(sd)
     assert differ(arrays(sd, "a square"), plain)
     assert differ(arrays(sd, negative="a square"), plain)
@@ -71,9 +73,10 @@ def test_the_default_guidance_depends_on_the_base():
 
 def test_every_step_is_reported(sd):
     steps = []
-    arrays(sd, count=2, steps=3, on_step=lambda i, x, x0: steps.append((i, tuple(x.shape), x.dtype)))
-    assert [i for i, _, _ in steps] == [0, 1, 2, 0, 1, 2]
-    assert steps[0][1:] == ((1, 4, 8, 8), torch.float32)
+    arrays(
+        sd, count=2, steps=3, callback=lambda p: steps.append((p.image, p.step, p.steps, tuple(p.x.shape), p.x.dtype))
+    )
+    assert steps == [(image, step, 3, (1, 4, 8, 8), torch.float32) for image in (0, 1) for step in (1, 2, 3)]
 
 
 def test_no_gradients_and_no_changed_arguments():
@@ -92,11 +95,11 @@ def test_half_precision_is_near_full_precision_and_latents_stay_fp32():
     half = small_sd().to(torch.bfloat16)
     control = Control(small_control(half).to(torch.bfloat16), hint())
     dtypes = set()
-    picture = arrays(half, controls=[control], on_step=lambda i, x, x0: dtypes.add(x.dtype))
+    image = arrays(half, controls=[control], callback=lambda p: dtypes.add(p.x.dtype))
     full = small_sd()
     exact = arrays(full, controls=[replace(control, net=small_control(full))])
     assert dtypes == {torch.float32}
-    assert np.abs(picture.astype(int) - exact).mean() < 8
+    assert np.abs(image.astype(int) - exact).mean() < 8
 
 
 # ------------------------------------------------------------------------------------------------------------ controls
@@ -106,11 +109,11 @@ def test_a_control_of_scale_0_is_none(sd, net):
     assert np.array_equal(arrays(sd, controls=[Control(net, hint(), 0.0)]), arrays(sd))
 
 
-def test_control_hint_and_scale_change_the_picture(sd, net):
-    picture = arrays(sd, controls=[Control(net, hint())])
-    assert differ(picture, arrays(sd))
-    assert differ(picture, arrays(sd, controls=[Control(net, hint(1))]))
-    assert differ(picture, arrays(sd, controls=[Control(net, hint(), 0.5)]))
+def test_control_hint_and_scale_change_the_image(sd, net):
+    image = arrays(sd, controls=[Control(net, hint())])
+    assert differ(image, arrays(sd))
+    assert differ(image, arrays(sd, controls=[Control(net, hint(1))]))
+    assert differ(image, arrays(sd, controls=[Control(net, hint(), 0.5)]))
 
 
 def test_controls_add_up(sd, net):
@@ -139,16 +142,16 @@ def test_the_multiple_of_a_size_is_what_the_networks_halve():
     [
         (
             {"size": (64, 100)},
-            "the picture's size is 100x64 (width x height), expected multiples of 32 up to 16384: take 96x64",
+            "the image's size is 100x64 (width x height), expected multiples of 32 up to 16384: take 96x64",
         ),
         (
             {"size": (0, 64)},
-            "the picture's size is 64x0 (width x height), expected multiples of 32 up to 16384: take 64x32",
+            "the image's size is 64x0 (width x height), expected multiples of 32 up to 16384: take 64x32",
         ),
-        ({"size": (64, 10**40)}, f"the picture's size is {10**40}x64 (width x height), expected multiples of 32 up to"),
+        ({"size": (64, 10**40)}, f"the image's size is {10**40}x64 (width x height), expected multiples of 32 up to"),
         ({"cfg": -1.0}, "the guidance (cfg) is -1.0, expected 0 (the negative prompt alone), 1 "),
         ({"cfg": float("nan")}, "the guidance (cfg) is nan, "),
-        ({"count": 2**64}, f"the number of pictures is {2**64}, more than there are seeds"),
+        ({"count": 2**64}, f"the number of images is {2**64}, more than there are seeds"),
         ({"seed": -1}, f"the seed is -1, expected 0 to {2**63 - 1}: "),
         ({"seed": 2**63 - 1, "count": 2}, f"the seed is {2**63 - 1}, expected 0 to {2**63 - 2}: "),
         ({"sampler": "euler"}, 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
@@ -163,11 +166,11 @@ def test_what_cannot_be_made_is_said_in_a_sentence(sd, options, message):
 
 
 def test_a_hint_of_another_size_is_refused(sd, net):
-    with pytest.raises(ValueError, match=r"a hint is 96x64 .* expected the picture's 64x64"):
+    with pytest.raises(ValueError, match=r"a hint is 96x64 .* expected the image's 64x64"):
         arrays(sd, controls=[Control(net, hint()), Control(net, hint(size=(64, 96)))])
 
 
-def test_a_picture_that_is_not_finite_is_refused():
+def test_an_image_that_is_not_finite_is_refused():
     broken = small_sd()
     broken.unet.decoder.conv_out.bias.fill_(torch.nan)
     with pytest.raises(
@@ -183,9 +186,9 @@ def test_a_picture_that_is_not_finite_is_refused():
 def test_values_are_cut_off_as_in_the_published_demos():
     y = torch.linspace(-1.2, 1.2, 3 * 1000).reshape(3, 10, 100)
     want = (y.numpy().transpose(1, 2, 0) * 127.5 + 127.5).clip(0, 255).astype(np.uint8)
-    picture = to_picture(y)
-    assert picture.mode == "RGB" and picture.size == (100, 10)
-    assert np.array_equal(np.asarray(picture), want)
+    image = to_pil(y)
+    assert image.mode == "RGB" and image.size == (100, 10)
+    assert np.array_equal(np.asarray(image), want)
     assert want.min() == 0 and want.max() == 255
 
 
@@ -205,7 +208,7 @@ def test_the_short_side_is_the_resolution_and_each_side_a_multiple(size, resolut
     assert fitted_size(Image.new("RGB", size[::-1]), resolution, multiple) == want
 
 
-def test_a_strip_of_a_picture_is_not_fitted():
+def test_a_strip_of_an_image_is_not_fitted():
     assert fitted_size(Image.new("RGB", (1600, 100)), 128, 32) == (128, 2048)
     with pytest.raises(ValueError, match="1601x100 .* expected at most 16 times as long as wide"):
         fitted_size(Image.new("RGB", (1601, 100)), 128, 32)
@@ -216,7 +219,7 @@ def test_the_default_size_is_the_resolution_in_the_hints_shape():
     assert default_size(SD15, Image.new("RGB", (640, 480))) == (512, 704)
 
 
-def test_pictures_shrink_by_area_and_grow_by_lanczos():
+def test_images_shrink_by_area_and_grow_by_lanczos():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     mean = pixels.reshape(32, 2, 64, 2, 3).mean(axis=(1, 3))
@@ -230,7 +233,7 @@ def test_a_hint_is_between_0_and_1_in_rgb():
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[:, :, 0] = 255
     pixels[:, :48, 1] = 51
-    tensor = make_hint(Image.fromarray(pixels), (64, 96))
+    tensor = HintImage(Image.fromarray(pixels)).at((64, 96))
     assert tensor.shape == (1, 3, 64, 96) and tensor.dtype == torch.float32
     assert torch.equal(tensor[0, :, 0, 0], torch.tensor([1.0, 0.2, 0.0]))
     assert torch.equal(tensor[0, :, 0, 95], torch.tensor([1.0, 0.0, 0.0]))
@@ -244,8 +247,8 @@ def saved(image, path, **options):
 def test_transparent_parts_are_white(tmp_path):
     image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
-    for name, picture in {"rgba.png": image, "palette.png": image.quantize(4), "la.png": image.convert("LA")}.items():
-        pixels = saved(picture, tmp_path / name)
+    for name, other in {"rgba.png": image, "palette.png": image.quantize(4), "la.png": image.convert("LA")}.items():
+        pixels = saved(other, tmp_path / name)
         assert pixels.shape == (1, 2, 3) and (pixels[0, 1] == 255).all() and (pixels[0, 0] < 255).any(), name
     image.putpixel((0, 0), (200, 0, 0, 51))  # a fifth of it
     assert saved(image, tmp_path / "half.png")[0, 0].tolist() == [244, 204, 204]
@@ -256,22 +259,22 @@ def test_16_bits_are_not_clipped(tmp_path):
     assert saved(depth, tmp_path / "depth.png")[0, :, 1].tolist() == [0, 100, 255]
 
 
-def test_a_picture_is_upright_as_its_camera_says(tmp_path):
+def test_an_image_is_upright_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     assert saved(Image.new("RGB", (8, 4)), tmp_path / "turned.png", exif=exif).shape == (8, 4, 3)
 
 
-def test_files_that_are_no_pictures_are_refused(tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
+def test_files_that_are_no_images_are_refused(tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
     for name, what in {
-        "text.png": "is not readable as a picture",
-        "cut.png": "is not readable as a picture",
+        "text.png": "is not readable as an image",
+        "cut.png": "is not readable as an image",
         "float.tiff": "has 32 bits a channel",
-        "none.png": "does not exist: give the path of a picture",
+        "none.png": "does not exist: give the path of an image",
         ".": "is a folder",
     }.items():
         with pytest.raises(ValueError, match=what) as caught:
@@ -279,8 +282,8 @@ def test_files_that_are_no_pictures_are_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_picture_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "picture.png"
+def test_an_image_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "image.png"
     save_png(Image.new("RGB", (4, 4), "red"), path, {"note": "größer – 大"})
     assert Image.open(path).text == {"note": "größer – 大"}
 
@@ -292,4 +295,4 @@ def test_a_picture_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     before = path.read_bytes()
     with pytest.raises(OSError, match="no space left"):
         save_png(Image.new("RGB", (4, 4)), path, {})
-    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["picture.png"]
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["image.png"]

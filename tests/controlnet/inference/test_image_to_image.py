@@ -7,7 +7,7 @@ from PIL import Image
 from small import small_control, small_sd
 from test_generate import arrays, differ, hint
 
-from controlnet.common.images import resized, to_images, to_picture
+from controlnet.common.images import resized, to_images, to_pil
 from controlnet.guidance import Control
 from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
@@ -34,10 +34,10 @@ def left_half(size=(64, 64)):
 # ------------------------------------------------------------------------------------------------------ image to image
 
 
-def test_strength_0_is_the_picture_through_the_autoencoder(sd):
+def test_strength_0_is_the_image_through_the_autoencoder(sd):
     (posterior_noise,) = draws(0, 2)[1:]
     posterior = sd.vae.posterior(to_images([np.array(photo())]))
-    want = to_picture(sd.decode(sd.config.vae.scale * posterior.sample(posterior_noise))[0])
+    want = to_pil(sd.decode(sd.config.vae.scale * posterior.sample(posterior_noise))[0])
     assert np.array_equal(arrays(sd, init=Init(photo(), strength=0))[0], np.asarray(want))
 
 
@@ -46,13 +46,13 @@ def draws(seed, count, shape=(1, 4, 8, 8)):
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
-def test_strength_1_is_text_to_image_of_the_pictures_size(sd):
+def test_strength_1_is_text_to_image_of_the_images_size(sd):
     assert np.array_equal(arrays(sd, init=Init(photo((32, 96)), 1.0), size=(32, 96)), arrays(sd, size=(32, 96)))
 
 
-def test_more_strength_keeps_less_of_the_picture(sd):
+def test_more_strength_keeps_less_of_the_image(sd):
     kept = [arrays(sd, init=Init(photo(), strength), steps=10) for strength in (0, 0.1, 0.5, 0.9)]
-    distances = [np.abs(picture.astype(int) - kept[0]).mean() for picture in kept]
+    distances = [np.abs(image.astype(int) - kept[0]).mean() for image in kept]
     assert distances[0] == 0 and distances == sorted(distances) and len(set(distances)) == 4
 
 
@@ -62,19 +62,19 @@ def test_the_last_steps_are_done_from_as_much_noise(sd, sampler, strength, done,
     steps, begun = [], []
     plain = sd.schedule.q_sample
     monkeypatch.setattr(sd.schedule, "q_sample", lambda x0, t, n: begun.append(t.tolist()) or plain(x0, t, n))
-    generate(sd, "a", init=Init(photo(), strength), steps=10, sampler=sampler, on_step=lambda i, x, x0: steps.append(i))
+    generate(sd, "a", init=Init(photo(), strength), steps=10, sampler=sampler, callback=lambda p: steps.append(p.step))
     assert len(steps) == done
     timesteps = timesteps_for(sampler, sd.schedule, 10)
     assert begun == ([[timesteps[-done]]] if strength < 1 else [])
 
 
-def test_the_start_noise_and_the_posteriors_are_one_pictures_alone(sd):
-    pictures = arrays(sd, init=Init(photo(), 0.6), count=2, seed=4)
-    assert np.array_equal(arrays(sd, init=Init(photo(), 0.6), seed=5)[0], pictures[1])
-    assert differ(*pictures)
+def test_the_start_noise_and_the_posteriors_are_one_images_alone(sd):
+    images = arrays(sd, init=Init(photo(), 0.6), count=2, seed=4)
+    assert np.array_equal(arrays(sd, init=Init(photo(), 0.6), seed=5)[0], images[1])
+    assert differ(*images)
 
 
-def test_the_size_is_fitted_to_the_picture(sd):
+def test_the_size_is_fitted_to_the_image(sd):
     assert arrays(sd, init=Init(photo((100, 200)))).shape[1:3] == (64, 128)
     assert arrays(sd, init=Init(photo((100, 200))), size=(96, 32)).shape[1:3] == (96, 32)
 
@@ -92,9 +92,9 @@ def test_a_control_acts_in_its_part_of_the_steps_that_are_done(sd):
 
 
 def test_what_is_black_in_the_mask_keeps_every_bit(sd):
-    picture = arrays(sd, init=Init(photo(), 1.0, left_half()))[0]
-    assert np.array_equal(picture[:, 32:], np.asarray(photo())[:, 32:])
-    assert differ(picture[:, :32], np.asarray(photo())[:, :32])
+    image = arrays(sd, init=Init(photo(), 1.0, left_half()))[0]
+    assert np.array_equal(image[:, 32:], np.asarray(photo())[:, 32:])
+    assert differ(image[:, :32], np.asarray(photo())[:, :32])
 
 
 def test_what_is_made_anew_knows_the_rest(sd):
@@ -113,14 +113,14 @@ def test_a_white_mask_is_image_to_image(sd):
 
 def test_a_gray_mask_blends(sd):
     gray = Image.new("L", (64, 64), 128)
-    picture = arrays(sd, init=Init(photo(), 1.0, gray))[0].astype(int)
-    assert 0 < np.abs(picture - np.asarray(photo())).mean() < 70
+    image = arrays(sd, init=Init(photo(), 1.0, gray))[0].astype(int)
+    assert 0 < np.abs(image - np.asarray(photo())).mean() < 70
 
 
-def test_mask_and_picture_are_resized_alike(sd):
+def test_mask_and_image_are_resized_alike(sd):
     init = Init(photo((100, 200)), 1.0, left_half((100, 200)))
-    picture = arrays(sd, init=init)[0]
-    assert np.array_equal(picture[:, 66:], np.asarray(resized(photo((100, 200)), (64, 128)))[:, 66:])
+    image = arrays(sd, init=init)[0]
+    assert np.array_equal(image[:, 66:], np.asarray(resized(photo((100, 200)), (64, 128)))[:, 66:])
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_mask_and_picture_are_resized_alike(sd):
     [
         ({"strength": 1.5}, "the strength is 1.5, expected 0 .* to 1"),
         ({"strength": -0.1}, "the strength is -0.1"),
-        ({"mask": left_half((64, 32))}, "the mask is 32x64 .* expected the picture's 64x64"),
+        ({"mask": left_half((64, 32))}, "the mask is 32x64 .* expected the image's 64x64"),
     ],
 )
 def test_an_init_that_makes_no_sense_is_refused(options, message):
@@ -139,10 +139,10 @@ def test_an_init_that_makes_no_sense_is_refused(options, message):
 # ------------------------------------------------------------------------------------------------------ low memory
 
 
-def test_low_memory_makes_the_same_picture(sd):
+def test_low_memory_makes_the_same_image(sd):
     controls = [Control(small_control(sd), hint(), prompt_only=True)]
     for options in ({}, {"init": Init(photo(), 0.7, left_half())}):
-        plain, low = (arrays(sd, controls=controls, low_memory=device, **options) for device in (None, "cpu"))
+        plain, low = (arrays(sd, controls=controls, cpu_offload=device, **options) for device in (None, "cpu"))
         assert np.abs(plain.astype(int) - low).max() <= 1
 
 
@@ -159,7 +159,7 @@ def test_each_network_is_on_the_device_only_while_it_is_used(sd, monkeypatch):
         return plain(module, "cpu")
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    arrays(sd, controls=[control], low_memory="cuda", init=Init(photo()))
+    arrays(sd, controls=[control], cpu_offload="cuda", init=Init(photo()))
     used = [["vae"], ["text"], ["unet", "control"], ["vae"]]
     assert moves == [(name, device) for group in used for device in ("cuda", "cpu") for name in group]
 

@@ -1,0 +1,186 @@
+"""The options of infer.py, each stated once. Nothing here imports PyTorch."""
+
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from controlnet.common.program import (
+    PRECISION_NAMES,
+    flag_of,
+    number,
+    numbers,
+    option,
+    positive,
+    share,
+    size_argument,
+)
+
+# The groups of --help; `passing` options belong to a call, all others are recorded in the images that it makes.
+HINTS = "hints and controls: once for all hints, or once for each"
+in_image = partial(option, "what to make")
+in_init = partial(option, "from an image")
+in_hints = partial(option, HINTS, each=True)
+in_model = partial(option, "model")
+in_sampling = partial(option, "sampling")
+in_run = partial(option, "run")
+
+
+@dataclass(frozen=True)
+class HintOptions:
+    """One --hint and the options that belong to it, by their names."""
+
+    hint: str
+    detect: str = "none"
+    control: str | None = None
+    control_scale: float = 1.0
+    control_layers: list[float] | None = None
+    control_start: float = 0.0
+    control_end: float = 1.0
+    control_mask: str | None = None
+    control_mode: str = "balanced"
+
+
+@dataclass(frozen=True)
+class Options:
+    debug: bool = option("", "show where an error comes from", False, passing=True)
+
+    prompt: str = in_image(
+        "what the image shows; (word), (word:1.3) and [word] count more or less, BREAK begins a new chunk of 75 "
+        r"tokens, \( is a bracket (default: empty)",
+        "",
+        metavar="TEXT",
+    )
+    negative: str = in_image("what it should not show (default: empty)", "", metavar="TEXT")
+    size: str | None = in_image(
+        "pixels, a side or width x height (default: near the base's resolution, in the shape of --init or of the first "
+        "hint)",
+        type=size_argument,
+        metavar="N|WxH",
+    )
+    count: int = in_image("how many images (default: %(default)s)", 1, type=positive, metavar="N", passing=True)
+    seed: int = in_image("of the first image; each has the next (default: %(default)s)", 0, type=int, metavar="N")
+    long_prompts: bool = in_image("read prompts of more than 75 tokens in chunks instead of cutting them", False)
+    again: str | None = in_image(
+        "make this image again with the options that it carries; others that are given replace them",
+        metavar="FILE",
+        passing=True,
+    )
+
+    init: str | None = in_init("begin from this image (image-to-image)", metavar="FILE")
+    strength: float | None = in_init(
+        "how much is made anew: 0 keeps the image, 1 begins from noise (default: 0.75; with --mask 1)",
+        type=share,
+        metavar="X",
+    )
+    mask: str | None = in_init(
+        "white is made anew, black is kept to the bit (inpainting); as large as --init. Also for --detect inpaint",
+        metavar="FILE",
+    )
+
+    hint: list[str] = in_hints("the image that steers: a file, or a name in assets/", metavar="FILE")
+    detect: list[str] = in_hints(
+        "make the hint from the image: canny, canny:low=50,high=150, scribble, depth ... (`python -m tools.make_hints "
+        "--help` lists them), inpaint with --mask, or none (default: none)",
+        metavar="NAME",
+    )
+    control: list[str] = in_hints(
+        "a ControlNet, one for each hint: a file, or a name in weights/, also a short one (pose, canny); for tiny the "
+        "hint tells it: limb colours are a pose, one thin white circle is a circle, other white lines are canny",
+        metavar="FILE",
+    )
+    control_scale: list[float] = in_hints(
+        "how strongly it steers; 0 is not at all (default: 1)", type=number, metavar="X"
+    )
+    control_layers: list[list[float]] = in_hints(
+        "and how strongly in each layer, 13 numbers for SD: encoder from fine to coarse, middle (default: all 1)",
+        type=numbers,
+        metavar="X,X,...",
+    )
+    control_start: list[float] = in_hints("from this part of the steps (default: 0)", type=share, metavar="X")
+    control_end: list[float] = in_hints("to this part of the steps (default: 1)", type=share, metavar="X")
+    control_mask: list[str] = in_hints("where: white steers, black does not (default: everywhere)", metavar="FILE")
+    control_mode: list[str] = in_hints(
+        "balanced; prompt: not for the negative prompt, as all that follow but middle; guess: the earlier a layer, the "
+        "weaker; resolution: the paper's weights 64/h, divided by 8; resolution-literal: not divided; shuffle: for "
+        "shuffle models, whose layers are averaged over the image; middle: the middle layer alone (default: balanced)",
+        metavar="NAME",
+    )
+    guess: bool = option(HINTS, "short for --control-mode guess, for all; a prompt is not needed", False, passing=True)
+
+    base: str = in_model("a file, or sd15, sd21 ... in weights/ (default: %(default)s)", "tiny", metavar="FILE")
+    prediction: str | None = in_model(
+        "what the base predicts, where its file does not tell (default: v for an SD 2.x file of unknown name)",
+        choices=("eps", "v"),
+    )
+    clip_skip: int = in_model(
+        "which layer of the text encoder is read, from the last: 2 for many anime models (default: %(default)s)",
+        1,
+        type=positive,
+        metavar="N",
+    )
+
+    steps: int = in_sampling("of denoising (default: %(default)s)", 20, type=int, metavar="N")
+    sampler: str = in_sampling("ddim, ddpm or dpm++ (default: %(default)s)", "ddim", metavar="NAME")
+    cfg: float | None = in_sampling(
+        "how much the prompt counts; 1 is no guidance (default: 7.5; tiny: 2.5)", type=number, metavar="X"
+    )
+    eta: float = in_sampling(
+        "noise that ddim adds, from 0 to 1, which is as much as ddpm (default: %(default)s)",
+        0.0,
+        type=number,
+        metavar="X",
+    )
+    reuse: int = in_sampling(
+        "compute the ControlNets and all but two blocks of the UNet at every Nth step only: faster, but approximate; 2 "
+        "is a good choice (default: %(default)s, exact)",
+        1,
+        type=positive,
+        metavar="N",
+    )
+
+    out: Path = in_run(
+        "a folder, where the next free number is taken (0001.png ...), or a file ending in .png, which is replaced "
+        "(default: %(default)s)",
+        Path("out"),
+        type=Path,
+        metavar="PATH",
+        passing=True,
+    )
+    save_hint: bool = in_run("also save the hints as the model sees them, beside the first image", False, passing=True)
+    device: str | None = in_run("cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)", metavar="NAME")
+    dtype: str = in_run("of the networks (default: %(default)s)", "fp32", choices=PRECISION_NAMES)
+    low_memory: bool = in_run(
+        "CPU offload: networks are on the device only while they are used; guidance in two passes, tiled VAE", False
+    )
+
+
+RECORDED = tuple(item.name for item in fields(Options) if not item.metadata.get("passing"))
+
+
+def options_for_each_hint(options: Options) -> list[HintOptions]:
+    """Raises ValueError for an option that is given neither once for all hints nor once for each."""
+    count, columns = len(options.hint), {}
+    for item in fields(HintOptions):
+        values, flag = getattr(options, item.name), flag_of(item.name)
+        if values and count == 0:
+            raise ValueError(f"there is a {flag} without a --hint: give a --hint, or leave it out")
+        if len(values) not in (0, 1, count):
+            raise ValueError(f"there are {len(values)} {flag} and {count} --hint, expected one for all or for each")
+        if values:
+            columns[item.name] = values * count if len(values) == 1 else values
+    return [HintOptions(**{name: values[i] for name, values in columns.items()}) for i in range(count)]
+
+
+def check_pairs(options: Options) -> None:
+    """Raises ValueError for an option without the one that it belongs to."""
+    if options.control and len(options.control) != len(options.hint):
+        raise ValueError(
+            f"there are {len(options.hint)} --hint and {len(options.control)} --control, expected one --control for "
+            "each --hint"
+        )
+    if options.strength is not None and options.init is None:
+        raise ValueError("there is a --strength without --init: give the image to begin with, or leave it out")
+    if options.mask is not None and options.init is None and "inpaint" not in options.detect:
+        raise ValueError("there is a --mask without --init: give the image that it is for")
+    if options.mask is None and "inpaint" in options.detect:
+        raise ValueError("--detect inpaint needs a --mask: white where the image is to be made anew")

@@ -16,11 +16,12 @@ by area, transparent parts over white.
 
 import sys
 
-from controlnet.common.program import add_options, new_parser, run
+from controlnet.common.program import add_options, new_parser, run, share_cores
 from controlnet.inference.options import Options
 
 
 def main(argv: list[str] | None = None) -> int:
+    share_cores()
     given = parse_args(argv)
     return run(
         "infer.py",

@@ -1,0 +1,5 @@
+"""Programs around ControlNet: `python -m tools.NAME --help`."""
+
+from controlnet.common.program import share_cores
+
+share_cores()  # before any of them imports PyTorch

@@ -221,7 +221,7 @@ def ddpm_step(spec, t, prev_t, model_output, x, noise):
 
 def train(sd, control, z0, t, noise, context, hint, only_mid=False):
     x = sd.schedule.q_sample(z0, t, noise)
-    control.zero_grad()
+    control.requires_grad_(True).zero_grad()  # what is loaded is locked
     with torch.no_grad():  # locked; the decoder carries the gradient to the residuals
         encoded = sd.unet.encoder(x, t, context)
     residuals = control(x, t, context, hint)

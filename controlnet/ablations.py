@@ -1,4 +1,4 @@
-"""What the paper's section 4.2 compares ControlNet with: no copy of the base, and no zero convolutions (Figure 8)."""
+"""The baselines of the paper's ablation study (section 4.2, Figure 8): no copy of the encoder, no zero convolutions."""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING

@@ -41,17 +41,17 @@ def guided(
     batched: bool = True,
     make_predictor: Callable[[UNet], "Predict"] | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """-> denoise(x, t): the UNet's raw output, eps or v, moved away from the negative prompt's by the factor `cfg`.
+    """-> denoise(x, t): the UNet's raw output, eps or v, extrapolated from the negative prompt's by the scale `cfg`.
 
     At cfg 1 the negative prompt has no effect and is not computed. Otherwise both branches are one batch of twice the
-    size, or two evaluations if not `batched`: the same result in less memory. `timesteps` are those of the whole
-    sampling, in its order: only controls that act in a part of the steps need them. `make_predictor` gives what
-    computes the UNet with its controls: `ExactPredictor` by default, or reuse.py's faster, approximate one.
+    size, or two evaluations if not `batched`: the same result in less memory. `timesteps` are those
+    that will be sampled: only controls that act in a part of the steps need them. `make_predictor` gives what computes
+    the UNet with its controls: `exact` by default, or reuse.py's faster, approximate one.
 
     Raises ValueError if `timesteps` are needed and missing.
     """
     prepared = [PreparedControl(control, timesteps) for control in controls]
-    make_predictor = make_predictor or ExactPredictor
+    make_predictor = make_predictor or exact
     predict, predict_negative = make_predictor(unet), make_predictor(unet)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -70,19 +70,12 @@ def guided(
     return denoise
 
 
-class ExactPredictor:
-    """predict(x, t, context, controls, branch) -> the UNet's output (B, 4, h, w) with the controls' residuals."""
-
-    def __init__(self, unet: UNet):
-        self.unet = unet
-
-    def __call__(
-        self, x: Tensor, t: Tensor, context: Tensor, controls: Sequence["PreparedControl"], branch: Branch
-    ) -> Tensor:
-        return self.unet(x, t, context, total_residuals(x, t, context, controls, branch))
-
-
+# predict(x, t, context, controls, branch) -> the UNet's output (B, 4, h, w), the controls' residuals added
 Predict = Callable[[Tensor, Tensor, Tensor, Sequence["PreparedControl"], Branch], Tensor]
+
+
+def exact(unet: UNet) -> Predict:
+    return lambda x, t, context, controls, branch: unet(x, t, context, total_residuals(x, t, context, controls, branch))
 
 
 def total_residuals(

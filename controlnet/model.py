@@ -32,7 +32,7 @@ from .config import HINT_STRIDES, ControlConfig
 
 
 def zero_conv(c_in: int, c_out: int, kernel: int = 1) -> nn.Conv2d:
-    """A convolution that starts at zero. It learns all the same: the gradient of its weight is its input, not zero."""
+    """A convolution that starts at zero. It learns all the same: its weight's gradient is proportional to its input."""
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
     zeros_(conv.weight)
     zeros_(conv.bias)

@@ -46,7 +46,7 @@ class Draws:
 
     latent_shape: tuple[int, int, int]  # (4, h, w)
     timesteps: int  # T of the schedule
-    prompt_dropout: float  # 0.5 by default and in the paper (section 3.3): hints are to be understood without a prompt
+    prompt_dropout: float  # 0.5 by default and in the paper (section 3.3): hints must be read without one, too
     seed: int
 
     def __call__(self, positions: Iterable[int]) -> Drawn:
@@ -99,7 +99,8 @@ def loss_inputs(
 class ControlLoss(nn.Module):
     """The loss as a module's forward pass, which DistributedDataParallel and torch.compile can wrap.
 
-    Gradients go to the control and, if it is unlocked, to the decoder. `min_snr` is the gamma of `min_snr_weights`; None weighs all timesteps alike.
+    Gradients go to the control and, if it is unlocked, to the decoder. `min_snr` is the gamma of `min_snr_weights`;
+    None weighs all timesteps alike.
     """
 
     def __init__(self, unet: UNet, control: ControlNet, schedule: Schedule, min_snr: float | None = None):

@@ -8,38 +8,6 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-LARGEST = 2**16  # no number of an architecture is larger
-LARGEST_OF = {"blocks": 16, "layers": 128, "multipliers": 64, "vocabulary": 49408}
-
-
-def check_fields(config: Any) -> None:
-    """Each field of a configuration against its default's type and a plausible range. Raises ValueError."""
-    for part in fields(config):
-        value = getattr(config, part.name)
-        if isinstance(part.default, str):
-            if value not in get_args(part.type):
-                raise ValueError(f"{part.name} is {value!r:.80}, expected one of {', '.join(get_args(part.type))}")
-            continue
-        if isinstance(part.default, tuple):
-            kind = type(part.default[0])
-            fits = isinstance(value, tuple) and 1 <= len(value) <= 8 and all(fits_in(v, kind, part.name) for v in value)
-        else:
-            fits = fits_in(value, type(part.default), part.name)
-        if not fits:
-            raise ValueError(f"{part.name} is {value!r:.80}, which no model has")
-
-
-def fits_in(value: Any, kind: type, name: str) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value) and 0 < value <= LARGEST
-    return type(value) is kind and (kind is bool or 1 <= value <= LARGEST_OF.get(name, LARGEST))
-
-
-def check_divisible(widths: tuple[int, ...], parts: int, what: str) -> None:
-    for width in widths:
-        if width % parts:
-            raise ValueError(f"{width} channels cannot be shared by {parts} {what}")
-
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -167,6 +135,43 @@ def dataclass_from_dict(cls, values: dict):
     """A flat configuration dataclass from JSON's dict, lists turned back into tuples."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+LARGEST = 2**16  # no number of an architecture is larger
+LARGEST_OF = {"blocks": 16, "layers": 128, "multipliers": 64, "vocabulary": 49408}
+
+
+def check_fields(config: Any) -> None:
+    """Each field of a configuration against its default's type and a plausible range. Raises ValueError."""
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if isinstance(part.default, str):
+            if value not in get_args(part.type):
+                raise ValueError(f"{part.name} is {value!r:.80}, expected one of {', '.join(get_args(part.type))}")
+            continue
+        if isinstance(part.default, tuple):
+            kind = type(part.default[0])
+            fits = isinstance(value, tuple) and 1 <= len(value) <= 8 and all(fits_in(v, kind, part.name) for v in value)
+        else:
+            fits = fits_in(value, type(part.default), part.name)
+        if not fits:
+            raise ValueError(f"{part.name} is {value!r:.80}, which no model has")
+
+
+def fits_in(value: Any, kind: type, name: str) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value) and 0 < value <= LARGEST
+    return type(value) is kind and (kind is bool or 1 <= value <= LARGEST_OF.get(name, LARGEST))
+
+
+def check_divisible(widths: tuple[int, ...], parts: int, what: str) -> None:
+    for width in widths:
+        if width % parts:
+            raise ValueError(f"{width} channels cannot be shared by {parts} {what}")
+
+
+# ------------------------------------------------------------------------------------------------------ named instances
 
 SD15 = Config("sd15")
 

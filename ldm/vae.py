@@ -23,6 +23,12 @@ class Posterior:
     mean: Tensor  # (B, 4, h, w)
     logvar: Tensor  # (B, 4, h, w), in [-30, 20]
 
+    @classmethod
+    def of(cls, moments: Tensor) -> "Posterior":
+        """Mean and log-variance, one behind the other: (B, 2 * 4, h, w)."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
@@ -161,8 +167,7 @@ class AutoencoderKL(nn.Module):
 
     def posterior(self, images: Tensor) -> Posterior:
         """Images (B, 3, H, W) in [-1, 1] -> the distribution of their unscaled latents (B, 4, H/8, W/8)."""
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+        return Posterior.of(self.quant_conv(self.encoder(images)))
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8): a sample given `noise`, else the mean."""

@@ -1,4 +1,4 @@
-"""Muon, an optimiser for small models that have to learn much from few images.
+"""Muon, an optimizer for small models that have to learn much from few images.
 
 K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), with the scale of J. Liu et al.,
 "Muon is scalable for LLM training" (arXiv 2502.16982), at which AdamW's learning rates fit.

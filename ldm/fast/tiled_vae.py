@@ -43,9 +43,7 @@ def posterior_tiled(vae: AutoencoderKL, images: Tensor, rows: int = ROWS) -> Pos
         if isinstance(level.resample, Downsample):
             x = downsample(level.resample.conv, x, rows)
     x = encoder.middle(x)
-    moments = vae.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(x))))
-    mean, logvar = moments.chunk(2, dim=1)
-    return Posterior(mean, logvar.clamp(-30.0, 20.0))
+    return Posterior.of(vae.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(x)))))
 
 
 def res_block(block: ResBlock, x: Tensor, rows: int) -> Tensor:

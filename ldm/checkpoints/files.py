@@ -1,21 +1,36 @@
 """Files and folders that are there whole or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, no other process's, for what becomes `path`. It is removed at the end."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # left by a process of the same number
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write under; it replaces `path` at the end, and only if nothing failed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A temporary name to write `path` under; it replaces `path` at the end, and only if nothing failed.
+
+    It lies in a folder of its own, and so do the temporary files of whoever writes it.
+    """
+    with temporary_folder(path) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
 
 
 @contextmanager
@@ -24,11 +39,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f'"{path}" exists: give the name of a new folder')
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was interrupted
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with temporary_folder(path) as folder:
+        yield folder
+        os.replace(folder, path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What processes that were killed have left in `folder`. No living one may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,13 +25,18 @@ def gather(module: nn.Module, key_map: KeyMap, dtype: torch.dtype | None = None)
 
 
 def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors under a temporary name in the same folder, then rename: `path` is never half written."""
+    """Write safetensors under a temporary name in the same folder, then rename: `path` is never half written.
+
+    Raises OSError if it cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with new_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as for any new file; safetensors' own are readable by their owner alone
-        # Other programs look for "format" before they read a file.
-        save_file(tensors, temporary, {"format": "pt", **metadata})
+        try:  # other programs look for "format" before they read a file
+            save_file(tensors, temporary, {"format": "pt", **metadata})
+        except SafetensorError as error:  # of a full disk, for example
+            raise OSError(f'"{path}" could not be written ({error})') from error
         temporary.chmod(mode)

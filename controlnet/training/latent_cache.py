@@ -8,20 +8,22 @@ A cache is a folder:
     hints/000000.png ...    only where hints are computed, as in a synthetic dataset or with a detector
 
 It keeps the mean and logvar of the autoencoder's posterior, not one sample of it, so each visit draws a new one. Files
-are whole or not there, so a build that was stopped goes on where it was. They are memory-mapped: the system keeps in
-memory what fits.
+are whole or not there, so a build that was stopped goes on where it was; one that was damaged since is computed again.
+They are memory-mapped: the system keeps in memory what fits.
 """
 
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from controlnet.common.image_files import open_image
@@ -32,9 +34,9 @@ from ldm.stable_diffusion import StableDiffusion
 
 from .folders import BadSample
 from .run_state import write_text
-from .sources import BadSamples, Source, digest
+from .sources import BadSamples, Source, differences, digest
 
-FORMAT = 1
+FORMAT = 2
 SHARD = 256
 
 
@@ -59,29 +61,43 @@ def fingerprint(sd: StableDiffusion, source: Source, size: Size) -> dict:
     }
 
 
+def ends_of_weights(module: nn.Module) -> str:
+    """A hash of the first and the last numbers of each tensor: that of all numbers of a UNet takes seconds."""
+    flat = [tensor.flatten() for tensor in module.state_dict().values()]
+    return digest(*(raw_bytes(end) for tensor in flat for end in (tensor[:4096], tensor[-4096:])))
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def prepare_folder(folder: Path, wanted: dict) -> None:
-    """Makes the folder, or checks that its contents were made from the same. Raises ValueError if they were not."""
+def check_folder(folder: Path, wanted: dict) -> bool:
+    """Whether there is a cache, which is then made from the same. Raises ValueError for any other folder but an empty
+    one; hidden files do not count."""
     card = folder / "cache.json"
-    if card.exists():
-        try:
-            found = dict(json.loads(card.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f'"{card}" is damaged ({error}): remove the folder, and it is computed again') from error
-        differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        if differing:
-            what = ", ".join(f"{key} was {found.get(key)} and is {wanted.get(key)}" for key in differing)
+    if not card.exists():
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(
-                f'the latents in "{folder}" are of other data or another base ({what}): remove that folder'
+                f'"{folder}" holds something else than cached latents: give an empty or new folder as --cache'
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f'"{folder}" holds something else than cached latents: give an empty or new folder as --cache')
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(card, json.dumps(wanted, indent=2) + "\n")
+        return False
+    try:
+        found = dict(json.loads(card.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f'"{card}" is damaged ({error}): remove the folder, and it is computed again') from error
+    if found != wanted:
+        raise ValueError(
+            f'the latents in "{folder}" are of other data or another base ({differences(found, wanted)}): remove that '
+            "folder, or give another one as --cache"
+        )
+    return True
+
+
+def prepare_folder(folder: Path, wanted: dict) -> None:
+    """Makes the folder, unless it is one of the same. Raises ValueError as `check_folder` does."""
+    if not check_folder(folder, wanted):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "cache.json", json.dumps(wanted, indent=2) + "\n")
 
 
 def build(
@@ -95,7 +111,7 @@ def build(
 ) -> None:
     """Computes what is missing in a prepared folder; each of several processes its share of the files."""
     starts = range(0, len(source), SHARD)[rank::world_size]
-    missing = [start for start in starts if not shard_path(folder, start).exists()]
+    missing = [start for start in starts if not is_whole(shard_path(folder, start))]
     total = sum(min(SHARD, len(source) - start) for start in missing)
     with tqdm(total=total, desc="latents", unit="image", disable=rank > 0 or not total) as bar:
         for start in missing:
@@ -104,7 +120,8 @@ def build(
             kept = torch.cat([index for index, _ in rows]) if rows else torch.zeros(0, dtype=torch.int64)
             columns = [torch.cat(column) for column in zip(*(encoded for _, encoded in rows), strict=True)]
             tensors = dict(zip(EncodedPairs._fields, columns, strict=bool(rows)))
-            save_checkpoint(shard_path(folder, start), {"index": kept, **tensors}, {})
+            tensors = {"index": kept, **tensors}
+            save_checkpoint(shard_path(folder, start), tensors, {"crc32": checksum(tensors)})
 
 
 def encoded_rows(
@@ -146,9 +163,9 @@ def hint_path(folder: Path, index: int) -> Path:
 class LatentCache:
     """A complete cache, memory-mapped: row -> the index of its sample, its latents and its hint."""
 
-    def __init__(self, folder: Path, source: Source):
-        self.folder, self.source = folder, source
-        shards = [load_shard(shard_path(folder, start)) for start in range(0, len(source), SHARD)]
+    def __init__(self, folder: Path, source: Source, size: Size):
+        self.folder, self.source, self.size = folder, source, size
+        shards = [load_file(shard_path(folder, start)) for start in range(0, len(source), SHARD)]
         self.shards = [shard for shard in shards if len(shard["index"])]
         self.ends = np.cumsum([len(shard["index"]) for shard in self.shards])
 
@@ -171,13 +188,14 @@ class LatentCache:
         return encoded, to_hints([self.hint(row)])[0]
 
     def hint(self, row: int) -> np.ndarray:
-        """uint8 (H, W, C). Raises BadSample where its file is gone or unreadable by now."""
-        if self.source.hints_are_files:
-            return self.source.hint(self.index(row))
-        try:
-            return np.array(open_image(hint_path(self.folder, self.index(row))))
-        except ValueError as error:
-            raise BadSample(str(error)) from error
+        """uint8 (H, W, C), computed again if the cache's file is lost or of another size. Raises BadSample."""
+        index = self.index(row)
+        if not self.source.hints_are_files:
+            with suppress(ValueError):
+                cached = np.array(open_image(hint_path(self.folder, index)))
+                if cached.shape == (*self.size, 3):
+                    return cached
+        return self.source.hint(index)
 
     def missing(self) -> list[int]:
         """The indices of the bad samples, which have no row."""
@@ -185,8 +203,24 @@ class LatentCache:
         return sorted(set(range(len(self.source))) - set(kept.tolist()))
 
 
-def load_shard(path: Path) -> dict[str, Tensor]:
+def is_whole(path: Path) -> bool:
+    """Whether a shard is there, readable, and holds the bits that were written."""
+    if not path.exists():
+        return False
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f'"{path}" is missing or damaged ({error}): remove it, and it is computed again') from error
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            whole = (file.metadata() or {}).get("crc32") == checksum(tensors)
+    except (OSError, SafetensorError):
+        whole = False
+    if not whole:
+        tqdm.write(f'"{path}" is damaged: it is computed again')
+    return whole
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(raw_bytes(tensor), crc)
+    return f"{crc:08x}"

@@ -5,6 +5,7 @@ OUT/log.jsonl              a JSON object for every step
 OUT/samples/000250.png     grids of validation hints
 OUT/control.safetensors    the ControlNet, as other programs read it
 OUT/state/000250.pt        everything that a step depends on, the newest few of them
+OUT/.lock                  which process writes there (lock.py)
 
 A state holds the number of steps done, the ControlNet's parameters, the states of optimizer, learning-rate schedule and
 loss scaler, the position in the data, and, where there are any, the unlocked decoder and the EMA. It has no random
@@ -12,10 +13,12 @@ states: all that is random follows from the seed and the position (objective.py)
 """
 
 import json
+import math
 import os
 import platform
-import signal
-import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +26,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from controlnet.common.program import flag_of
-from ldm.checkpoints.files import new_file
+from controlnet.common.program import flag_of, note, out_of_memory
+from ldm.checkpoints.files import new_file, remove_leftovers
 
+from .lock import locked
 from .options import TrainSettings
+from .sources import differences
 
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors")
 
@@ -34,6 +39,10 @@ PACKAGES = ("torch", "torchvision", "numpy", "safetensors")
 def write_text(path: Path, text: str) -> None:
     with new_file(path) as temporary:
         temporary.write_text(text)
+
+
+class DamagedState(ValueError):
+    """A file that cannot be read as the state of any run."""
 
 
 def save_state(path: Path, step: int, **parts) -> None:
@@ -50,15 +59,21 @@ def save_state(path: Path, step: int, **parts) -> None:
 def load_state(path: Path, **parts) -> int:
     """Restores the parts in place and returns the number of steps done.
 
-    Raises ValueError if the file is damaged or of another run (another base, another precision); some parts may have
-    changed by then.
+    Raises DamagedState, which has changed no part, and ValueError if it is of another run (another base, another
+    precision); some parts may have changed by then.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # by its checksums, which PyTorch does not look at
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         step = state.pop("step")
     except Exception as error:  # a damaged file makes the reader raise almost anything
-        raise ValueError(
-            f"{path} is not a run's state or it is damaged: remove it, to go on from the one before it if there is one"
+        if out_of_memory(error) or isinstance(error, PermissionError):
+            raise
+        raise DamagedState(
+            f"{path} is not a run's state or it is damaged: remove it, to go on from another or to start again"
         ) from error
     if state.keys() != parts.keys():
         raise ValueError(f"{path} holds {sorted(state)}, but this run needs {sorted(parts)}: it is another kind of run")
@@ -81,11 +96,22 @@ class RunFolder:
         self.control, self.base = path / "control.safetensors", path / "base.safetensors"
 
     def states(self) -> list[Path]:
-        """Oldest first."""
-        return sorted((self.path / "state").glob("[0-9]*.pt"), key=lambda path: int(path.stem))
+        """Oldest first. Files of any other name, copies of the user's for example, are let alone."""
+        paths = (path for path in (self.path / "state").glob("*.pt") if path.stem.isdecimal())
+        return sorted(paths, key=lambda path: int(path.stem))
 
     def grid(self, step: int) -> Path:
         return self.path / "samples" / f"{step:06d}.png"
+
+    @contextmanager
+    def taken(self, resume: bool) -> Iterator[None]:
+        """Nobody else writes to it within `with`. Raises ValueError if another process does, and as `check_new`."""
+        with locked(self.path):
+            if not resume:
+                self.check_new()
+            for folder in (self.path, self.path / "state", self.path / "samples"):
+                remove_leftovers(folder)
+            yield
 
     def check_new(self) -> None:
         """Raises ValueError rather than write over another run."""
@@ -99,9 +125,9 @@ class RunFolder:
                 f"there is no run to resume in {self.path}, expected {self.settings_file}: leave out --resume"
             )
         try:
-            written = json.loads(self.settings_file.read_text())
+            written = json.loads(self.settings_file.read_bytes())
             return {"settings": dict(written["settings"]), "data": dict(written["data"])}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{self.settings_file} is damaged ({error!r}): start another run, with --control "
                 f"{self.control} to go on from what was learned"
@@ -121,11 +147,13 @@ class RunFolder:
         """Writes settings.json, or finds the same `data` (a fingerprint) in that of the run that goes on at `step`."""
         before = self.written()["data"] if step else data
         if before != data:
-            changed = [key for key in data if data[key] != before.get(key)]
-            what = ", ".join(f"{key} was {before.get(key)} and is {data[key]}" for key in changed)
-            raise ValueError(f"the data or the base of the run in {self.path} have changed ({what}): start another run")
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "state").mkdir(exist_ok=True)
+            raise ValueError(
+                f"the run in {self.path} was started with other data or another base ({differences(before, data)}): "
+                f"give the same as --data and --base, or start another run, with --control {self.control} to go on "
+                "from what was learned"
+            )
+        for folder in ("state", "samples"):
+            (self.path / folder).mkdir(exist_ok=True)
         passing = {item.name for item in fields(settings) if item.metadata.get("passing")}
         kept = {
             name: str(value) if isinstance(value, Path) else value
@@ -144,8 +172,8 @@ class RunFolder:
     def cut_log(self, step: int) -> None:
         """Drops log lines after `step`: a run that was killed will do these steps again."""
         if self.log_file.exists():
-            lines = [line for line in self.log_file.read_text().splitlines() if logged_step(line) <= step]
-            write_text(self.log_file, "".join(line + "\n" for line in lines))
+            lines = [line for line in self.log_file.read_bytes().splitlines() if logged_step(line) <= step]
+            write_text(self.log_file, "".join(line.decode(errors="replace") + "\n" for line in lines))
 
     def save(self, step: int, keep: int, **parts) -> None:
         """The state after `step`, and no more than the newest `keep`."""
@@ -154,15 +182,36 @@ class RunFolder:
             path.unlink()
 
     def load(self, **parts) -> int:
-        """-> the number of steps that are done: 0 for a run that was stopped before it had saved any."""
-        return load_state(self.states()[-1], **parts) if self.states() else 0
+        """From the newest state that is whole -> the number of steps that are done: 0 for a run that was stopped before
+        it had saved any. Those after it are renamed."""
+        damaged = []
+        for path in reversed(self.states()):
+            try:
+                step = load_state(path, **parts)
+            except DamagedState:
+                damaged.append(path)
+                continue
+            for other in damaged:
+                with suppress(FileNotFoundError):  # another process of this run was faster
+                    other.rename(other.with_suffix(".damaged"))
+                note(f'"{other}" is damaged, its name ends in .damaged now: going on from step {step}')
+            return step
+        if damaged:
+            raise ValueError(
+                f"no state in {self.path} is whole, the newest is {damaged[0]}: start another run in another folder, "
+                f"with --control {self.control} to go on from what was learned"
+            )
+        return 0
+
+    def how_to_go_on(self) -> str:
+        return f"go on with --resume --out {self.path}" if self.states() else "the same command goes on where it was"
 
 
-def logged_step(line: str) -> float:
+def logged_step(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line that was being written
-        return float("inf")
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # one that was being written, or none of ours
+        return math.inf
 
 
 class Progress:
@@ -195,26 +244,6 @@ class Progress:
             for name, value in values.items():
                 for i, number in enumerate(value if isinstance(value, list) else [value]):
                     self.board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, number, step)
-
-
-class StopSignals:
-    """Within `with`, Ctrl-C and SIGTERM are noted in `received`, so that a step can end and be saved. A second Ctrl-C
-    does not wait."""
-
-    def __enter__(self) -> "StopSignals":
-        self.received: signal.Signals | None = None
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number: int, frame) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        print("\nstopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 @dataclass

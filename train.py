@@ -11,65 +11,72 @@ and other programs, and state/, from which `--resume` goes on exactly where a ru
 
 import sys
 
+from controlnet.common.program import share_cores
 from controlnet.training.options import TrainSettings, parse_args
 
-if __name__ == "__main__":
-    parse_args(__doc__)  # before PyTorch is imported, which takes seconds: --help and mistakes answer at once
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds: --help and mistakes answer at once
+    share_cores()
+    parse_args(__doc__)
 
+import signal
 import time
+from contextlib import nullcontext
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from controlnet.ablations import only_middle, start_as_gaussian
 from controlnet.common.devices import PRECISIONS, peak_memory, temporarily_on
+from controlnet.common.program import note
 from controlnet.common.program import run as run_program
-from controlnet.config import ControlConfig
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, Draws, loss_inputs, zero_conv_norms
-from controlnet.training.data import TrainingData
+from controlnet.training.data import TrainingData, worker_ended
 from controlnet.training.distributed import Process, join_processes
 from controlnet.training.dry_run import plan
-from controlnet.training.optimisation import Optimisation
+from controlnet.training.interruptions import Signals, lasting_output
+from controlnet.training.latent_cache import ends_of_weights
+from controlnet.training.optimisation import Optimisation, warmed_up_ema
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
-from controlnet.training.resolve import resolve
-from controlnet.training.run_state import Position, Progress, RunFolder, StopSignals
+from controlnet.training.resolve import check_hint_channels, control_config, resolve
+from controlnet.training.run_state import Position, Progress, RunFolder
 from controlnet.training.validation import Preview, ValidationLoss
 from controlnet.worlds import EXAMPLE_OF
 from ldm import StableDiffusion
 from ldm.unet import UNet
 
 
-def train(settings: TrainSettings) -> int:
+def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
     """-> the exit status: 0 if all steps are done, else that of the signal which stopped the run after a step."""
-    process = join_processes(settings.device)
     prepare_process(settings)
     training = Training(settings, process)
     start = training.restore()
     training.open_data(start)
 
     if start >= settings.steps and process.is_main:
-        print(f"all steps are done, {start} by now: to go on give more of them as --steps")
+        print(f"all {start} steps are done: raise --steps to train further")
         training.save(start)
     steps = range(start, settings.steps)
     bar = tqdm(steps, "train", settings.steps, initial=start, mininterval=1, disable=not process.is_main)
     progress = Progress(training.run, bar, settings.tensorboard) if process.is_main else None
-    with StopSignals() as stop, bar:
+    stopping = False
+    with signals.waiting(), bar:
         for step in bar:
             done, last = step + 1, step + 1 == settings.steps
             values = {"step": done, **training.step()}
-            stopping = process.any(stop.received is not None)
+            stopping = process.any(signals.received is not None)
             if process.is_main:
                 progress.log(values | training.validate(done, last))
-                if done % settings.save_every == 0 or last or stopping:
+                if done % settings.save_every == 0 or last or stopping or signals.take_save_asked():
                     training.save(done)
             if stopping:
                 break
     process.leave()
-    if stop.received is not None:
-        print(f"\nsaved after step {done}: go on with --resume --out {settings.out}", file=sys.stderr)
-        return 128 + stop.received
+    if stopping:
+        if process.is_main:
+            note(f"\nsaved after step {done}: go on with --resume --out {settings.out}")
+        return 128 + (signals.received or signal.SIGTERM)
     if process.is_main:
         print(f"the ControlNet is {training.run.control}: try it with")
         base, hint = (training.run.base if settings.sd_unlocked else settings.base), EXAMPLE_OF.get(settings.data)
@@ -84,15 +91,16 @@ class Training:
         self.settings, self.process, self.run = settings, process, RunFolder(settings.out)
         torch.manual_seed(settings.seed)
 
-        # Load and lock the base, in the dtype of the computation.
-        dtype = PRECISIONS[settings.precision]
-        self.sd = StableDiffusion.load(settings.base, process.device, dtype, settings.prediction)
-        self.sd.requires_grad_(False)
+        # Load the base, in fp32, and copy its encoder: the trainable copy stays in fp32.
+        self.sd = StableDiffusion.load(settings.base, prediction=settings.prediction)
+        self.unet_fingerprint = ends_of_weights(self.sd.unet)
+        self.control = new_control(self.sd.unet, settings, self.run).to(process.device)
 
-        # The trainable copy of its encoder, in fp32. The decoder stays locked by default.
-        self.control = new_control(self.sd.unet, settings)
-        if settings.sd_unlocked:
-            self.sd.unet.decoder.float().requires_grad_(True)
+        # Lock the base, in the dtype of the computation. Its decoder is trained only if --sd-unlocked says so.
+        unet, dtype = self.sd.unet, PRECISIONS[settings.precision]
+        for network in (unet.encoder, unet.decoder, self.sd.vae, self.sd.text_encoder):
+            trained = settings.sd_unlocked and network is unet.decoder
+            network.requires_grad_(trained).to(process.device, torch.float32 if trained else dtype)
         prepare_networks(self.sd, self.control, settings, process.device)
 
         # The loss and its optimizer: what requires gradients is trained, and nothing else.
@@ -103,29 +111,32 @@ class Training:
         trained = [(name, parameter) for name, parameter in self.loss.named_parameters() if parameter.requires_grad]
         self.optimisation = Optimisation.from_settings(trained, settings, process.device)
 
-        # Where the run stands: a step depends on nothing but these and the settings.
+        # Where the run stands. A step depends on nothing but these and the settings: there is no random state.
         self.position = Position()
         self.parts = {"control": self.control, "optimisation": self.optimisation, "position": self.position}
         self.average = None
         if settings.sd_unlocked:
             self.parts["decoder"] = self.sd.unet.decoder
         if settings.ema:
-            self.average = self.parts["average"] = AveragedModel(
-                self.control, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)
-            )
+            self.average = AveragedModel(self.control, multi_avg_fn=warmed_up_ema(settings.ema))
+            self.parts["average"] = self.average
 
     def restore(self) -> int:
         """-> how many steps are done: none in a new run."""
         return self.run.load(**self.parts) if self.settings.resume else 0
 
     def open_data(self, start: int) -> None:
-        """Images and captions become latents and text states: all of them here and now, unless --no-cache."""
+        """Images and captions become latents and text states: all of them here and now, unless --no-cache. Mismatches
+        are found first."""
         settings, sd = self.settings, self.sd
         self.data = TrainingData(settings, sd, self.process)
         self.draws = Draws(self.data.latent_shape, sd.schedule.config.timesteps, settings.prompt_dropout, settings.seed)
+        if self.process.is_main:
+            self.run.begin(start, settings, self.data.fingerprint | {"UNet": self.unet_fingerprint})
+        if not settings.no_cache:
+            self.data.compute_latents()
         self.batches = self.data.batches(self.position.seen)
         if self.process.is_main:
-            self.run.begin(start, settings, self.data.fingerprint)
             self.validation_loss, self.preview = validation_of(sd, self.data, self.draws, settings)
         if not settings.no_cache:
             for encoder in (sd.vae, sd.text_encoder):
@@ -156,20 +167,24 @@ class Training:
         if self.average:
             self.average.update_parameters(self.control)
         self.position.seen += self.data.samples_per_step
-        return values | {"images_per_second": self.data.samples_per_step / (time.perf_counter() - began)}
+        values["images_per_second"] = self.data.samples_per_step / (time.perf_counter() - began)
+        memory = peak_memory(self.process.device)
+        return values | {"skipped": self.optimisation.skipped, "bad": len(self.data.bad), "memory_gb": memory}
 
     def validate(self, done: int, last: bool) -> dict:
         """Now and then the loss on validation pairs and a grid of images -> what is logged after `done` steps."""
         values = {}
         with self.optimisation.autocast():  # needed: the base is in half precision, the ControlNet in fp32
             if self.validation_loss and (done % self.settings.validate_every == 0 or last):
-                values["validation_loss"] = self.validation_loss(self.loss)
-                values["zero_convs"] = zero_conv_norms(self.control)
+                values["validation_loss"] = self.validation_loss(self.shown_loss)
+                values["zero_convs"] = zero_conv_norms(self.shown)
             if self.preview and (done % self.settings.sample_every == 0 or last):
                 with temporarily_on(self.process.device, self.sd.vae, self.sd.text_encoder):
-                    values |= self.preview.save(self.shown, self.run.grid(done))
-        memory = peak_memory(self.process.device)
-        return values | {"skipped": self.optimisation.skipped, "bad": len(self.data.bad), "memory_gb": memory}
+                    try:
+                        values |= self.preview.save(self.shown, self.run.grid(done))
+                    except FloatingPointError as error:  # half precision may overflow: no reason to end the run
+                        note(f"there is no grid of step {done}: {error}")
+        return values
 
     def save(self, step: int) -> None:
         dtype = PRECISIONS[self.settings.save_dtype]
@@ -181,21 +196,25 @@ class Training:
 
     @property
     def shown(self) -> ControlNet:
-        """What is saved, and what the grids show."""
+        """What is saved, validated and shown in the grids."""
         return self.average.module if self.average else self.control
 
+    @property
+    def shown_loss(self) -> ControlLoss:
+        if self.average is None:
+            return self.loss
+        return ControlLoss(self.sd.unet, self.shown, self.sd.schedule, self.settings.min_snr)
 
-def new_control(unet: UNet, settings: TrainSettings) -> ControlNet:
-    """The ControlNet to train: a copy of the UNet's encoder, one of the paper's ablations, or --control."""
+
+def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlNet:
+    """The ControlNet to train: a copy of the UNet's encoder, one of the paper's ablations, or --control, whose file is
+    no longer needed on resume."""
     if settings.control:
-        control = ControlNet.load(settings.control, unet, dtype=torch.float32).train().requires_grad_(True)
-        if control.config.hint_channels != settings.hint_channels:
-            raise ValueError(
-                f"{settings.control} reads hints of {control.config.hint_channels} channels: say --hint-channels"
-            )
+        source = run.control if settings.resume and run.states() and run.control.exists() else settings.control
+        control = ControlNet.load(source, unet, dtype=torch.float32).train().requires_grad_(True)
+        check_hint_channels(control.config, settings)
     else:
-        architecture = "lite" if settings.architecture == "lite" else "full"
-        control = ControlNet.from_unet(unet, ControlConfig(settings.hint_channels, architecture=architecture))
+        control = ControlNet.from_unet(unet, control_config(settings))
     if settings.architecture == "gaussian":
         start_as_gaussian(control)
     if settings.only_mid_control:
@@ -210,10 +229,27 @@ def validation_of(
     samples, count = data.validation_samples(), settings.sample_count
     if samples:
         preview = Preview(sd, samples[:count]) if count else None
-        return ValidationLoss(sd, samples, draws, settings.batch_size), preview
+        return ValidationLoss(sd, samples, draws, data.empty_prompt, settings.batch_size), preview
     print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
     trained_on = data.first_samples(count)
     return None, Preview(sd, trained_on) if trained_on else None
+
+
+def supervised(settings: TrainSettings) -> int:
+    """`train`, the only process in the run's folder, which a closed pipe does not stop -> the exit status."""
+    process, run = join_processes(settings.device), RunFolder(settings.out)
+    alone = run.taken(settings.resume) if process.is_main else nullcontext()
+    with lasting_output(), alone, Signals() as signals:
+        try:
+            return train(settings, process, signals)
+        except KeyboardInterrupt:
+            if process.is_main:
+                note(f"\ntrain.py: stopped at once: {run.how_to_go_on()}")
+            return 128 + signals.received
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise ValueError(worker_ended(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         settings = resolve(given)
         if not settings.dry_run:
-            return train(settings)
+            return supervised(settings)
         print(plan(settings))
         return 0
 
@@ -230,10 +266,9 @@ def main(argv: list[str] | None = None) -> int:
         "train.py",
         work,
         given.get("debug", False),
-        stopped=f"at once: go on from the last save in {given.get('out', TrainSettings.out)}, if any, with --resume",
         memory_advice="take a smaller --batch-size with more --accumulate, or add --checkpointing or --precision fp16 "
         "(--dry-run tells how much each needs); what was saved is intact",
-        disk_advice="make room or give another folder as --out; what was saved is intact",
+        disk_advice="make room, or give another folder as --out (for latents: --cache); what was saved is intact",
     )
 
 

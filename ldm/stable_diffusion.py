@@ -3,6 +3,7 @@
 Shapes: B batch, H W pixels, h = H/8, w = W/8, D context width.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -94,6 +95,12 @@ class StableDiffusion(nn.Module):
     def parts(self, layout: Layout = "ldm") -> list[tuple[nn.Module, KeyMap]]:
         """What a checkpoint consists of."""
         return list(zip((self.unet, self.vae, self.text_encoder), base_maps(self.config, layout), strict=True))
+
+    def with_parts(self, **networks: nn.Module) -> "StableDiffusion":
+        """The same with other networks under these names (unet, vae, text_encoder); everything else is shared."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, **networks}
+        return other
 
     @property
     def device(self) -> torch.device:

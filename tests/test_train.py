@@ -8,26 +8,33 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
-from multiprocessing import active_children, current_process
+from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small import SMALL, small_control, small_sd
 
 import train
 from controlnet.hints import detect as detector
 from controlnet.model import ControlNet
-from controlnet.objective import ControlLoss
+from controlnet.objective import ControlLoss, zero_conv_norms
+from controlnet.training import latent_cache
 from controlnet.training import options as train_options
 from controlnet.training.folders import list_folder
+from controlnet.training.interruptions import Signals
+from controlnet.training.lock import locked
 from controlnet.training.resolve import resolve
 from controlnet.training.sources import FolderSource, Transform, split
+from controlnet.training.validation import ValidationLoss
+from ldm import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +119,7 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     assert said[0].startswith("training on 8 pairs of fill50k, 2 for validation: a synthetic dataset")
     assert said[-1].endswith(f"--hint circle.png --control {tmp_path / 'control.safetensors'}")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    files = {name for name in files if not name.startswith("cache/")}
+    files = {name for name in files if not name.startswith("cache/") and name != ".lock"}
     want = {"control.safetensors", "state/000002.pt", "samples/000002.png", "log.jsonl", "settings.json"}
     assert files == want
     control = control_of(tmp_path)
@@ -165,10 +172,14 @@ def start(base, out, *arguments):
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
 
 
-def kill_at(process, out, step):
-    """Anywhere in a step, or in a save, after that many lines of the log."""
+def wait_for(process, out, step):
     while process.poll() is None and not ((out / "log.jsonl").exists() and len(logged(out)) >= step):
         time.sleep(0.005)
+
+
+def kill_at(process, out, step):
+    """Anywhere in a step, or in a save, after that many lines of the log."""
+    wait_for(process, out, step)
     time.sleep(random.uniform(0, 0.03))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -178,16 +189,29 @@ def logged(out):
     return (out / "log.jsonl").read_text().splitlines()
 
 
-def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache):
+def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache, capsys):
     killed, how = tmp_path / "killed", ["--steps", "12", *cache]
-    kill_at(start(base, killed, *how), killed, step=random.randint(1, 4))
+    first = start(base, killed, *how)
+    wait_for(first, killed, step=1)
+    first.send_signal(signal.SIGSTOP)
+    for other in (["--steps", "12"], ["--resume"]):  # the folder is taken while it lives
+        assert train.main([*other, "--base", str(base), "--out", str(killed)]) == 2
+        error = capsys.readouterr().err
+        assert f'"{killed}" is being written by process {first.pid} on ' in error and error.strip().count("\n") == 0
+    first.send_signal(signal.SIGCONT)
+    kill_at(first, killed, step=random.randint(1, 4))
+    (killed / "state" / f".000002.pt.{first.pid}.tmp").mkdir(exist_ok=True)
     kill_at(start(base, killed, "--resume", *how), killed, step=random.randint(5, 9))
     assert resume(killed, *how) == 0
+    assert not list(killed.rglob("*.tmp"))
     assert run(base, tmp_path / "whole", *how) == 0
     assert_same_run(tmp_path / "whole", killed)
 
 
-@pytest.mark.parametrize("number, workers", [(signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGTERM, "1")])
+@pytest.mark.parametrize(
+    "number, workers",
+    [(signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGTERM, "1"), (signal.SIGHUP, "1")],
+)
 def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkeypatch, number, workers):
     """Also one that goes to the whole process group, as Ctrl-C in a terminal does."""
     calls, how, original = [], [*cache, "--workers", workers], ControlLoss.forward
@@ -211,6 +235,110 @@ def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkey
     assert_equal(control_of(tmp_path / "whole"), control_of(tmp_path / "parts"))
 
 
+def send(monkeypatch, number, call, module=ControlLoss, name="forward"):
+    """The signal arrives in that call of a function."""
+    calls, original = [], getattr(module, name)
+
+    def function(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, function)
+
+
+def test_a_signal_may_ask_for_a_save_alone(base, tmp_path, cache, monkeypatch):
+    send(monkeypatch, signal.SIGUSR1, call=3)
+    assert run(base, tmp_path, "--steps", "4", "--save-every", "100", *cache) == 0
+    assert [path.name for path in sorted((tmp_path / "state").iterdir())] == ["000003.pt", "000004.pt"]
+
+
+def test_nohup_is_not_overruled():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals, signals.waiting():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_same_command_goes_on_with_the_latents(base, tmp_path, capsys, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_cache, "SHARD", 4)
+        send(patch, number, 2, latent_cache, "encode")
+        assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 128 + number
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error == "train.py: stopped at once: the same command goes on where it was"
+        assert [path.name for path in (tmp_path / "cache").glob("*.safetensors")] == ["000000.safetensors"]
+        calls, original = [], latent_cache.encode
+        patch.setattr(latent_cache, "encode", lambda *given: calls.append(given) or original(*given))
+        assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 0 and len(calls) == 1
+
+
+def test_latents_that_another_run_computes_are_waited_for(base, tmp_path, capsys):
+    context = get_context("fork")
+    ready, folder = context.Event(), tmp_path / "latents"
+
+    def compute():
+        with locked(folder):
+            ready.set()
+            time.sleep(2)
+
+    other = context.Process(target=compute)
+    other.start()
+    assert ready.wait(30) and run(base, tmp_path / "out", "--steps", "1", "--cache", str(folder)) == 0
+    other.join()
+    assert f'"{folder}" is being written by process {other.pid} on' in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_advises_what_works_then(base, tmp_path, cache, capsys, monkeypatch):
+    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGINT, 1)
+        send(patch, signal.SIGINT, 1)
+        assert resume(tmp_path, "--steps", "3") == 130
+    assert capsys.readouterr().err.strip().endswith(f"stopped at once: go on with --resume --out {tmp_path}")
+    assert resume(tmp_path, "--steps", "3") == 0
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_pipe_does_not_end_a_run(base, tmp_path, cache, monkeypatch, name):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as pipe:
+        patch.setattr(sys, name, pipe)
+        assert run(base, tmp_path, "--steps", "2", *cache) == 0
+    assert len(steps_of(tmp_path)) == 2
+
+
+def test_a_killed_data_worker_is_one_sentence(base, tmp_path, cache, capsys, monkeypatch):
+    original = ControlLoss.forward
+
+    def loss(*given):
+        for process in active_children():
+            os.kill(process.pid, signal.SIGKILL)
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ControlLoss, "forward", loss)
+        assert run(base, tmp_path, "--steps", "500", "--workers", "1", *cache) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("train.py: a process that reads data has ended (") and "fewer --workers" in error
+
+
+@pytest.mark.parametrize("rate, steps, said", [("cosine", 4, 1), ("cosine", 2, 0), ("constant", 4, 0)])
+def test_a_rate_that_rises_again_is_said(base, tmp_path, cache, capsys, rate, steps, said):
+    assert run(base, tmp_path, "--steps", "2", "--lr-schedule", rate, *cache) == 0
+    capsys.readouterr()
+    assert resume(tmp_path, "--steps", str(steps)) == 0
+    error = capsys.readouterr().err
+    assert error.count("the learning rate rises again") == said
+    assert not said or "it falls to 0 at step 4 now, no longer at 2\n" in error
+
+
 def test_a_run_can_be_resumed_at_another_rate(base, tmp_path, cache):
     assert run(base, tmp_path, "--steps", "2", *cache) == 0
     before = control_of(tmp_path)
@@ -224,7 +352,7 @@ def test_a_finished_run_is_said_to_be_and_its_control_is_written_again(base, tmp
     before = control_of(tmp_path)
     (tmp_path / "control.safetensors").unlink()
     assert resume(tmp_path) == 0
-    assert "all steps are done" in capsys.readouterr().out
+    assert "all 1 steps are done" in capsys.readouterr().out
     assert_equal(control_of(tmp_path), before)
 
 
@@ -232,8 +360,8 @@ def test_damaged_settings_are_one_sentence(base, tmp_path, cache, capsys):
     assert run(base, tmp_path, "--steps", "1", *cache) == 0
     whole = (tmp_path / "settings.json").read_text()
     capsys.readouterr()
-    for damaged in (whole[:50], "[]", "{}"):
-        (tmp_path / "settings.json").write_text(damaged)
+    for damaged in (whole[:50], "[]", "{}", '{"settings": 1, "data": {}}', "[" * 99_999, "\udcff"):
+        (tmp_path / "settings.json").write_text(damaged, errors="surrogateescape")
         assert resume(tmp_path, "--steps", "2") == 2
         error = capsys.readouterr().err
         assert "settings.json is damaged" in error and error.strip().count("\n") == 0
@@ -260,6 +388,26 @@ def test_half_precision_takes_the_path_of_cuda_and_keeps_the_copy_in_fp32(base, 
     assert all(control[key].abs().max() > 0 for key in control if ".zero_convs." in key)
     scaler = torch.load(tmp_path / "state" / "000002.pt", weights_only=True)["optimisation"]["scaler"]
     assert bool(scaler) == (precision == "fp16")
+
+
+def test_the_copy_starts_from_the_bases_own_weights_not_from_rounded_ones(base, tmp_path):
+    few = ["--images", "2", "--validation", "1", "--steps", "1", "--lr", "1e-30"]
+    assert run(base, tmp_path, "--precision", "bf16", *few) == 0
+    control, weights = control_of(tmp_path), load_file(base)
+    copied = [key for key in control if key.replace("control_model.", "model.diffusion_model.") in weights]
+    assert len(copied) > 50
+    for key in copied:
+        assert torch.equal(control[key], weights[key.replace("control_model.", "model.diffusion_model.")]), key
+
+
+def test_a_grid_that_overflows_is_left_out_and_the_run_goes_on(base, tmp_path, cache, capsys, monkeypatch):
+    def fail(*_):
+        raise FloatingPointError("vae.decoder gives values that are not finite")
+
+    monkeypatch.setattr("controlnet.training.validation.Preview.save", fail)
+    assert run(base, tmp_path, "--steps", "1", "--sample-count", "1", *cache) == 0
+    assert "there is no grid of step 1: vae.decoder" in capsys.readouterr().err
+    assert (tmp_path / "control.safetensors").exists()
 
 
 @pytest.mark.parametrize("how", [["--checkpointing"], ["--batch-size", "1", "--accumulate", "2"], ["--workers", "1"]])
@@ -352,6 +500,16 @@ def test_the_average_is_what_is_saved(base, tmp_path, cache):
     assert not torch.equal(state["control"][key], average)
 
 
+def test_what_is_saved_is_what_is_validated(base, tmp_path, cache, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        ValidationLoss, "__call__", lambda self, loss: seen.append(zero_conv_norms(loss.control)) or 1.0
+    )
+    assert run(base, tmp_path, "--steps", "3", "--ema", "0.9", *cache) == 0
+    saved = ControlNet.load(tmp_path / "control.safetensors", small_sd())
+    assert seen == [steps_of(tmp_path)[-1]["zero_convs"]] == [pytest.approx(zero_conv_norms(saved))]
+
+
 def test_the_control_can_be_saved_in_half(base, tmp_path, cache):
     assert run(base, tmp_path, "--steps", "1", "--save-dtype", "fp16", *cache) == 0
     assert {tensor.dtype for tensor in control_of(tmp_path).values()} == {torch.float16}
@@ -428,6 +586,179 @@ def test_bad_samples_are_skipped_and_counted_up_to_a_share(base, tmp_path, capsy
         assert not (tmp_path / "many" / "control.safetensors").exists()
 
 
+# ----------------------------------------------------------------------------------- what a run finds when it goes on
+
+
+def nothing_is_computed(patch):
+    def encode(*_):
+        raise AssertionError("latents are computed")
+
+    patch.setattr(latent_cache, "encode", encode)
+
+
+@pytest.mark.parametrize("how", ["another folder", "another time", "relative", "in a linked folder"])
+def test_a_run_goes_on_wherever_its_data_base_and_control_lie_by_now(base, tmp_path, monkeypatch, how):
+    data, here, there = own_pairs(tmp_path / "a" / "pairs"), tmp_path / "a", tmp_path / "b"
+    mine, control = here / "base.safetensors", here / "control.safetensors"
+    mine.write_bytes(base.read_bytes())
+    small_control(small_sd()).save(control)
+    assert run(mine, tmp_path / "out", "--steps", "1", "--save-every", "1", *data, "--control", str(control)) == 0
+    control.unlink()
+    if how == "another folder":
+        here.rename(there)
+    elif how == "another time":
+        for path in [*here.rglob("*")]:
+            os.utime(path, (1, 1))
+        there = here
+    elif how == "relative":
+        monkeypatch.chdir(tmp_path)
+        there = Path("a")
+    else:
+        there.symlink_to(here)
+    nothing_is_computed(monkeypatch)
+    new = ["--data", str(there / "pairs"), "--base", str(there / "base.safetensors")]
+    assert resume(tmp_path / "out", "--steps", "2", *new) == 0
+    assert [line["step"] for line in steps_of(tmp_path / "out")] == [1, 2]
+
+
+def edit_caption(folder, base):
+    path = folder / "prompt.json"
+    path.write_text(path.read_text().replace("number", "NUMBER"))
+
+
+def edit_image(folder, base):
+    """Of the same size, as bitmaps are."""
+    for image in (folder / "pictures").glob("target*"):
+        image.write_bytes(image.read_bytes()[:-30] + bytes(30))
+
+
+def remove_pair(folder, base):
+    path = folder / "prompt.json"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+
+
+def rename_hints(folder, base):
+    for path in (folder / "pictures").glob("source*"):
+        path.rename(path.with_name(path.name.replace("source", "hint")))
+    path = folder / "prompt.json"
+    path.write_text(path.read_text().replace("/source", "/hint"))
+
+
+def change_unet(folder, base):
+    sd = StableDiffusion.load(base)
+    next(sd.unet.decoder.parameters()).data *= 2
+    sd.save(base)
+
+
+CHANGES = {
+    "captions": edit_caption,
+    "file contents": edit_image,
+    "samples: 3 where 4 was": remove_pair,
+    "file names": rename_hints,
+    "UNet": change_unet,
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_does_not_go_on_with_other_data_or_another_base(base, tmp_path, capsys, monkeypatch, what):
+    """Which is found before anything is computed or written."""
+    data, out = own_pairs(tmp_path / "pairs"), tmp_path / "out"
+    mine = tmp_path / "base.safetensors"
+    mine.write_bytes(base.read_bytes())
+    assert run(mine, out, "--steps", "1", *data) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    CHANGES[what](tmp_path / "pairs", mine)
+    capsys.readouterr()
+    nothing_is_computed(monkeypatch)
+    assert resume(out, "--steps", "2") == 2
+    error = capsys.readouterr().err
+    assert "other data or another base (" in error and f"{what}" in error.split("(")[1].split(")")[0]
+    assert str(out / "control.safetensors") in error and error.strip().count("\n") == 0
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def spoil(path, how):
+    data = path.read_bytes()
+    if isinstance(how, float):  # a bit
+        at = int(how * len(data))
+        data = data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
+    path.write_bytes({"cut": data[:-1000], "empty": b""}.get(how, data))
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", 0.5])
+def test_a_damaged_state_is_left_for_the_one_before(base, tmp_path, cache, capsys, how):
+    assert run(base, tmp_path, "--steps", "4", *cache) == 0
+    whole = control_of(tmp_path)
+    newest = tmp_path / "state" / "000004.pt"
+    spoil(newest, how)
+    damaged = newest.read_bytes()
+    capsys.readouterr()
+    assert resume(tmp_path) == 0
+    error = capsys.readouterr().err.splitlines()[0]
+    assert error == f'"{newest}" is damaged, its name ends in .damaged now: going on from step 2'
+    assert_equal(control_of(tmp_path), whole)
+    assert newest.with_suffix(".damaged").read_bytes() == damaged
+    assert [line["step"] for line in steps_of(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_without_a_whole_state_is_not_begun_again(base, tmp_path, cache, capsys):
+    assert run(base, tmp_path, "--steps", "4", *cache) == 0
+    before = (tmp_path / "control.safetensors").read_bytes()
+    for path in (tmp_path / "state").iterdir():
+        spoil(path, "cut")
+    for _ in range(2):
+        capsys.readouterr()
+        assert resume(tmp_path, "--steps", "6") == 2
+        error = capsys.readouterr().err
+        assert "no state in" in error and "000004.pt" in error and error.strip().count("\n") == 0
+    assert (tmp_path / "control.safetensors").read_bytes() == before
+
+
+def test_files_of_the_users_own_are_in_nobodys_way(base, tmp_path, cache):
+    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+    names = ["000002 (best).pt", "best.pt", "000002.pt.bak", "2.5.pt", "._000002.pt", ".DS_Store", "\u00b2.pt"]
+    for name in names:
+        (tmp_path / "state" / name).write_bytes(b"mine")
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(
+        log.read_bytes() + b'null\n\xff\xfe\n[1]\n{"step": "2"}\n{"step": null}\n3\n' + b"[" * 99_999 + b'\n{"st'
+    )
+    assert resume(tmp_path, "--steps", "8") == 0
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == sorted([*names, "000006.pt", "000008.pt"])
+    assert all((tmp_path / "state" / name).read_bytes() == b"mine" for name in names)
+    assert [line["step"] for line in steps_of(tmp_path)][-6:] == [3, 4, 5, 6, 7, 8]
+
+
+EDITS = [
+    ("batch_size", -3),
+    ("batch_size", "many"),
+    ("batch_size", 2.5),
+    ("batch_size", [1, 2]),
+    ("batch_size", {}),
+    ("base", 3),
+    ("optimizer", "sgd"),
+    ("optimizer", 1),
+    ("lr", float("nan")),
+    ("lr", 0),
+    ("sd_unlocked", 1),
+    ("prompt_dropout", 7),
+    ("size", "x"),
+    ("seed", None),
+]
+
+
+def test_edited_settings_are_one_sentence(base, tmp_path, cache, capsys):
+    assert run(base, tmp_path, "--steps", "1", *cache) == 0
+    path = tmp_path / "settings.json"
+    written = json.loads(path.read_text())
+    for name, value in EDITS:
+        path.write_text(json.dumps({**written, "settings": {**written["settings"], name: value}}))
+        capsys.readouterr()
+        assert resume(tmp_path) == 2, (name, value)
+        error = capsys.readouterr().err.strip()
+        assert (name in error or str(value) in error) and error.count("\n") == 0
+
+
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
@@ -485,6 +816,48 @@ def test_a_number_that_means_nothing_is_refused(capsys, option, value):
     assert stopped.value.code == 2 and f'argument {option}: it is "{value}", expected' in error
 
 
+def test_a_dry_run_counts_missing_files_and_names_the_first(base, tmp_path, capsys):
+    data, pictures = own_pairs(tmp_path / "pairs", count=8), tmp_path / "pairs" / "pictures"
+    plan = ["--steps", "1", "--dry-run", *data, "--bad-share", "0.4"]
+    trained_on, _ = split(list_folder(tmp_path / "pairs").entries, validation=2)
+    trained_on[0].image.unlink()
+    trained_on[3].hint.unlink()
+    assert run(base, tmp_path / "out", *plan) == 0
+    out = capsys.readouterr().out
+    assert "4 pairs of 64x64 pixels" in out
+    assert f'2 pairs cannot be used: "{trained_on[0].image}" does not exist, "{trained_on[3].hint}" does' in out
+    for path in pictures.iterdir():
+        path.unlink()
+    assert run(base, tmp_path / "out", *plan) == 2
+    error = capsys.readouterr().err
+    assert f'6 of 6 samples are bad (for example "{trained_on[0].image}" does not exist)' in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_opens_the_base_and_the_control(base, tmp_path, capsys):
+    sd, control, out = small_sd(), tmp_path / "control.safetensors", tmp_path / "out"
+    small_control(sd).save(control)
+    assert run(base, out, "--steps", "1", "--dry-run", "--control", str(control)) == 0
+    without_vae = {key: value for key, value in load_file(base).items() if not key.startswith("first_stage_model.")}
+    with safe_open(base, "pt") as file:
+        save_file(without_vae, tmp_path / "base.safetensors", file.metadata())
+    tensors = load_file(control)
+    save_file({key: tensors[key] for key in list(tensors)[1:]}, tmp_path / "cut.safetensors")
+    bad = [
+        (["--control", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--control", str(base)], "holds no ControlNet"),
+        (["--control", str(tmp_path / "cut.safetensors")], "1 key missing"),
+        (["--control", str(control), "--hint-channels", "1", "--data", "nowhere"], "say --hint-channels 3"),
+        (["--base", str(tmp_path / "base.safetensors")], "no autoencoder"),
+    ]
+    for arguments, words in bad:
+        capsys.readouterr()
+        assert run(base, out, "--steps", "1", "--dry-run", *arguments) == 2, words
+        error = capsys.readouterr().err
+        assert words in error and error.strip().count("\n") == 0
+    assert not out.exists()
+
+
 def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsys):
     """Without the base's weights, and with an endless world's default of pictures."""
     plan = ["--steps", "10", "--batch-size", "4", "--accumulate", "5", "--out", str(tmp_path / "out"), "--dry-run"]
@@ -504,17 +877,53 @@ def test_no_memory_is_one_sentence(base, tmp_path, cache, capsys, monkeypatch):
     assert "out of memory: take a smaller --batch-size" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_sentence_and_the_last_state_is_whole(base, tmp_path, cache, capsys):
-    """No file may grow beyond half a state: the system's way to test it without a disk."""
-    assert run(base, tmp_path, "--steps", "2", *cache) == 0
-    before = (tmp_path / "state" / "000002.pt").read_bytes()
+@contextmanager
+def no_file_above(size):
+    """The system's way to test a full disk without a disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        assert resume(tmp_path, "--steps", "4") == 2
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "what was saved is intact" in capsys.readouterr().err.splitlines()[-1]
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002.pt"]
-    assert (tmp_path / "state" / "000002.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["state", "control"])
+def test_a_full_disk_is_one_sentence_and_what_was_saved_is_whole(base, tmp_path, cache, capsys, what):
+    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+    control, state = tmp_path / "control.safetensors", tmp_path / "state" / "000002.pt"
+    before, whole = control_of(tmp_path), state.read_bytes()
+    size = control.stat().st_size
+    assert size < len(whole) // 2
+    capsys.readouterr()
+    with no_file_above(len(whole) // 2 if what == "state" else size // 2):
+        assert resume(tmp_path, "--steps", "4") == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert len(error) == 1 and "what was saved is intact" in error[0]
+    assert str(tmp_path / ("state/000004.pt" if what == "state" else "control.safetensors")) in error[0]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002.pt"] and state.read_bytes() == whole
+    assert what == "state" or assert_equal(control_of(tmp_path), before) is None
+    assert not list(tmp_path.rglob("*.tmp"))
     assert resume(tmp_path, "--steps", "4") == 0
+
+
+def test_a_disk_that_is_full_of_latents_is_one_sentence(base, tmp_path, capsys):
+    with no_file_above(20_000):
+        assert run(base, tmp_path, "--steps", "1") == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert len(error) == 1 and "cache/000000.safetensors" in error[0] and "--cache" in error[0]
+    assert run(base, tmp_path, "--steps", "1") == 0
+
+
+@pytest.mark.parametrize("taken", ["", "state", "samples", "log.jsonl", ".lock", "settings.json"])
+def test_an_unusable_out_is_found_before_latents_are_computed(base, tmp_path, capsys, monkeypatch, taken):
+    out = tmp_path / "out"
+    if taken in ("", "state", "samples"):
+        out.mkdir() if taken else None
+        (out / taken).write_text("a file")
+    else:
+        (out / taken).mkdir(parents=True)
+    nothing_is_computed(monkeypatch)
+    assert run(base, out, "--steps", "1") == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert len(error) == 1 and str(out / taken) in error[0] and "another folder as --out" in error[0]

@@ -9,7 +9,6 @@ fit.
 """
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -217,7 +216,7 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> StableDiffusion
     if start < args.unet_steps:
         pairs = LatentPairs(all_worlds(sd.config.resolution, args.seed), args.pictures, sd)
     bar = tqdm(range(start, args.unet_steps), initial=start, total=args.unet_steps, desc="unet", mininterval=10)
-    mean_loss = 1.0
+    mean_loss = None
     for step in bar:
         generator = seeded(args.seed, 2, step)
         indices = pairs.draw(args.unet_batch, generator)
@@ -231,14 +230,14 @@ def train_unet(sd: StableDiffusion, args: argparse.Namespace) -> StableDiffusion
         optimisation.backward(loss)
         optimisation.step()
         average.update_parameters(trained)
-        mean_loss = 0.99 * mean_loss + 0.01 * loss.item()
+        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
         bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
 
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.unet_steps:
             save_state(state, step + 1, **parts)
             log(args.out, f"unet step {step + 1} loss {mean_loss:.4f}")
-            save_samples(with_parts(sd, average.module), args.out / f"unet-{step + 1:06d}.png")
-    return with_parts(sd, average.module)
+            save_samples(sd.with_parts(**average.module), args.out / f"unet-{step + 1:06d}.png")
+    return sd.with_parts(**average.module)
 
 
 class LatentPairs:
@@ -274,13 +273,6 @@ def mostly_noisy(timesteps: int, count: int, generator: torch.Generator) -> Tens
     return torch.randint(timesteps, (2, count), generator=generator).amax(dim=0)
 
 
-def with_parts(sd: StableDiffusion, parts: nn.ModuleDict) -> StableDiffusion:
-    """`sd` with another UNet and text encoder."""
-    other = copy.copy(sd)
-    other._modules = {**sd._modules, **parts}
-    return other
-
-
 def save_samples(sd: StableDiffusion, path: Path) -> None:
     """A grid with a row of images for the first validation captions of each dataset, always with the same seeds."""
     worlds = all_worlds(sd.config.resolution, held_out=True).worlds
@@ -292,7 +284,7 @@ def save_samples(sd: StableDiffusion, path: Path) -> None:
 
 
 def start_branches_at_zero(unet: UNet) -> None:
-    """The last layer of every residual branch and of the UNet starts at zero, as in DDPM and SD."""
+    """The last layer of every residual branch and of the UNet starts with zero weights, as in DDPM and SD."""
     for module in unet.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.conv2.weight)

@@ -9,9 +9,9 @@ Shapes: B batch, C channels, H W pixels.
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import count, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,14 @@ from controlnet.common.program import height_and_width
 from controlnet.inference.generate import check_size
 from controlnet.objective import EncodedPairs, seeded
 from controlnet.worlds import Sample
+from ldm.checkpoints.files import remove_leftovers
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
 from .distributed import Process
 from .folders import BadSample
-from .latent_cache import LatentCache, build, encode, fingerprint, prepare_folder
+from .latent_cache import LatentCache, build, check_folder, encode, fingerprint, prepare_folder
+from .lock import locked
 from .options import TrainSettings
 from .prepare import with_packed_encoders
 from .sources import PUBLISHED_FILL50K, BadSamples, Sources, WorldSource, open_sources
@@ -76,23 +78,33 @@ class Batch(NamedTuple):
 class Pairs(Dataset):
     """Position -> the pair that stands there (a `Batch` without its first axis); a bad one is replaced by the next.
 
-    `read(index, position)` gives content and hint, or raises BadSample. The order is that of `sample_at`.
+    `read(index, position)` gives content and hint, or raises BadSample. The order is that of `sample_at`. `number` is
+    what an index stands for in the source: a row of a cache for a sample.
     """
 
-    def __init__(self, read: Callable[[int, int], tuple], length: int, seed: int, endless: bool = False):
-        self.read, self.length, self.seed, self.endless = read, length, seed, endless
+    def __init__(
+        self,
+        read: Callable[[int, int], tuple],
+        length: int,
+        seed: int,
+        endless: bool = False,
+        number: Callable[[int], int] = int,
+    ):
+        self.read, self.length, self.seed, self.endless, self.number = read, length, seed, endless, number
 
     def __getitem__(self, position: int) -> Batch:
         wanted = sample_at(position, None if self.endless else self.length, self.seed)
-        for step in range(min(self.length, 100)):
+        tries = min(self.length, 100)
+        for step in range(tries):
             index = (wanted + step) % self.length if step else wanted
             try:
                 content, hint = self.read(index, position)
             except BadSample as error:
                 problem = error
             else:
-                return Batch(torch.tensor(position), content, hint, torch.tensor(wanted if step else -1))
-        raise BadSample(f"100 samples in a row are bad, the last: {problem}")
+                bad = torch.tensor(self.number(wanted) if step else -1)
+                return Batch(torch.tensor(position), content, hint, bad)
+        raise BadSample(f"{tries} samples in a row are bad, the last: {problem}")
 
 
 # ------------------------------------------------------------------------------------------------------ one run's data
@@ -108,46 +120,45 @@ def image_size(size: str | None, config: Config) -> Size:
 
 
 class TrainingData:
-    """The samples of a run. Raises ValueError for data that cannot be trained on.
-
-    Unless `settings.no_cache`, all images and captions are encoded when this is made.
-    """
+    """The samples of a run. Raises ValueError for data that cannot be trained on."""
 
     def __init__(self, settings: TrainSettings, sd: StableDiffusion, process: Process):
         self.settings, self.process = settings, process
-        size = image_size(settings.size, sd.config)
-        self.latent_shape = (sd.config.vae.latent_channels, *(side // sd.config.vae.downscale for side in size))
-        self.sources = open_sources(settings, size)
+        self.size = image_size(settings.size, sd.config)
+        self.latent_shape = (sd.config.vae.latent_channels, *(side // sd.config.vae.downscale for side in self.size))
+        self.sources = open_sources(settings, self.size)
         train = self.sources.train
         self.bad = BadSamples(len(train), self.sources.problems, settings.bad_share)
         self.encoders = with_packed_encoders(sd)
-        self.fingerprint = fingerprint(sd, train, size)
+        self.fingerprint = fingerprint(sd, train, self.size)
         with torch.no_grad():
             self.empty_prompt = sd.encode_text([""])  # (1, 77, D)
         endless = settings.no_cache and isinstance(train, WorldSource) and settings.images is None
         if process.is_main:
             print(summary(self.sources, endless))
-        if settings.no_cache:
-            self.pairs = Pairs(self.read_images, len(train), settings.seed, endless)
-        else:
-            cache = self.cached(settings.cache or settings.out / "cache")
-            self.pairs = Pairs(cache.read, len(cache), settings.seed)
-            self.encoders = None
+        self.pairs = Pairs(self.read_images, len(train), settings.seed, endless)
 
     def read_images(self, index: int, position: int) -> tuple[Images, Tensor]:
         sample = self.sources.train.sample(index, seeded(self.settings.seed, 3, position))
         return Images(to_images([sample.image])[0], sample.caption), to_hints([sample.hint])[0]
 
-    def cached(self, folder: Path) -> LatentCache:
-        train, process = self.sources.train, self.process
-        if process.is_main:
-            prepare_folder(folder, self.fingerprint)
-        process.barrier()
-        build(folder, train, self.encoders, self.bad, self.settings.batch_size, process.rank, process.world_size)
-        process.barrier()
-        cache = LatentCache(folder, train)
+    def compute_latents(self) -> None:
+        """All images and captions are encoded here and now, as far as the cache lacks them."""
+        train, process, folder = self.sources.train, self.process, self.settings.cache or self.settings.out / "cache"
+        check_folder(folder, self.fingerprint)
+        # Of several runs that share a cache one computes it, the others wait and find it complete.
+        with locked(folder, wait=True) if process.is_main else nullcontext():
+            if process.is_main:
+                prepare_folder(folder, self.fingerprint)
+                remove_leftovers(folder)
+                remove_leftovers(folder / "hints")
+            process.barrier()
+            build(folder, train, self.encoders, self.bad, self.settings.batch_size, process.rank, process.world_size)
+            process.barrier()
+        cache = LatentCache(folder, train, self.size)
         self.bad.add(cache.missing())
-        return cache
+        self.pairs = Pairs(cache.read, len(cache), self.settings.seed, number=cache.index)
+        self.encoders = None
 
     def validation_samples(self) -> list[Sample]:
         return list(good_samples(self.sources.validation))
@@ -168,15 +179,36 @@ class TrainingData:
         loader = DataLoader(
             self.pairs, batch_sampler=positions, num_workers=workers, pin_memory=cuda, worker_init_fn=start_worker
         )
-        for batch in loader:
+        for batch in reading(loader):
             self.bad.add(batch.bad.tolist())
             if isinstance(batch.content, Images):
                 batch = batch._replace(content=encode(self.encoders, *batch.content))
             yield batch
 
 
+def reading(loader: DataLoader) -> Iterator[Batch]:
+    """Its batches. Errors of its workers lose their traceback, and their sudden end is a ValueError."""
+    try:
+        yield from loader
+    except ValueError as error:
+        *_, last = str(error).strip().splitlines()
+        raise ValueError(last.split(": ", 1)[1] if str(error).startswith("Caught ") else str(error)) from error
+    except (OSError, EOFError) as error:
+        if loader.num_workers:
+            raise ValueError(worker_ended(error)) from error
+        raise
+
+
+def worker_ended(error: Exception) -> str:
+    reason = str(error).split(". ")[0].rstrip(".") or type(error).__name__
+    return (
+        f"a process that reads data has ended ({reason}), perhaps for lack of memory: go on with --resume and fewer "
+        "--workers, or 0"
+    )
+
+
 def good_samples(source) -> Iterator[Sample]:
-    """All samples of a source but the bad ones, which are said."""
+    """All samples of a source except bad ones, which are reported."""
     for index in range(len(source)):
         try:
             yield source.sample(index)

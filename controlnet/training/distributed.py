@@ -4,6 +4,7 @@ of every step, and the gradients are averaged. In a single process everything he
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -77,5 +78,6 @@ def join_processes(device: str | None) -> Process:
     if picked.type == "cuda":
         picked = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(picked)
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    # The main process may compute latents, or wait for another run's, while the others wait for it.
+    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return Process(dist.get_rank(), world_size, picked)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import ExifTags, Image
 
-from controlnet.common.image_files import open_image, read_image
+from controlnet.common.image_files import FORMATS, open_image, read_image
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -129,6 +130,16 @@ def read_pixels(path: Path) -> np.ndarray:
         return np.array(read_image(path))
     except ValueError as error:
         raise BadSample(str(error)) from error
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(height, width) of an image, upright, from its header alone. Raises BadSample."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return image.size if turned else image.size[::-1]
+    except Exception as error:  # a damaged file makes the decoders raise almost anything
+        raise BadSample(f'"{path}" is not readable as an image ({error})') from error
 
 
 def read_hint(path: Path, channels: int) -> np.ndarray:

@@ -78,12 +78,11 @@ def storages(tree) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def predict(config: Config, settings: TrainSettings, size: Size) -> Memory:
+def predict(config: Config, settings: TrainSettings, size: Size, control_config: ControlConfig) -> Memory:
     """For one process. Nothing of the model's size is allocated, and no weights are needed."""
     with torch.device("meta"):
         sd = StableDiffusion(config).to(PRECISIONS[settings.precision]).requires_grad_(False)
-        architecture = "lite" if settings.architecture == "lite" else "full"
-        control = ControlNet.from_unet(sd.unet, ControlConfig(settings.hint_channels, architecture=architecture))
+        control = ControlNet.from_unet(sd.unet, control_config)
     if settings.only_mid_control:
         only_middle(control)
     if settings.sd_unlocked:
@@ -138,7 +137,7 @@ def step_peak(sd: StableDiffusion, loss: ControlLoss, settings: TrainSettings, s
     with StorageCounter() as counter:
         z0 = torch.zeros(b, config.unet.latent_channels, height // factor, width // factor)
         context = torch.zeros(b, config.text.positions, config.unet.context_width, dtype=dtype)
-        hint = torch.zeros(b, settings.hint_channels, height, width)
+        hint = torch.zeros(b, loss.control.config.hint_channels, height, width)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             value = loss(z0, torch.zeros_like(z0), torch.zeros(b, dtype=torch.int64), context, hint)
         value.backward()

@@ -12,8 +12,8 @@ from controlnet.common.devices import PRECISIONS, optional
 from .muon import Muon
 from .options import TrainSettings
 
-# So many steps in a row without finite gradients are a run that is lost. In fp16 the scale of the loss starts at 2^16
-# and is halved after each: some at the start are normal.
+# After this many steps in a row without finite gradients the run is lost. In fp16 the loss scale starts at 2^16 and is
+# halved after each, so a few at the start are normal.
 MOST_SKIPPED = 20
 
 # A learning-rate schedule: the step -> a factor to the learning rate.
@@ -28,6 +28,19 @@ def constant_schedule(warmup: int) -> LRSchedule:
 def cosine_schedule(warmup: int, steps: int) -> LRSchedule:
     """Linear warm-up, then half a cosine from 1 down to 0 at `steps`."""
     return lambda step: min((step + 1) / max(warmup, 1), 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
+
+
+def warmed_up_ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """For AveragedModel: an exponential moving average that after n updates decays by (1 + n) / (10 + n) at most.
+
+    A short run's average is else mostly what the weights were at its start.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], weights: list[Tensor], n: Tensor | int) -> None:
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
+
+    return update
 
 
 class Optimisation:
@@ -103,12 +116,11 @@ class Optimisation:
         if finite:
             self.skipped_in_a_row = 0
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+            self.scaler.step(self.optimizer)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise FloatingPointError(not_finite(self.names, self.parameters))
-        if finite or self.scaler.is_enabled():  # the scaler knows of the overflow and skips on its own
-            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that a first step was skipped

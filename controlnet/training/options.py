@@ -8,6 +8,7 @@ from controlnet.common.program import (
     PRECISION_NAMES,
     add_options,
     count,
+    limit,
     new_parser,
     option,
     positive,
@@ -16,8 +17,8 @@ from controlnet.common.program import (
     size_argument,
 )
 
-# What depends on the base where nobody says it: the authors' own values for SD (docs/train.md), and for the small base
-# what converges within minutes.
+# What depends on the base if it is not given: for SD the authors' own values (docs/train.md of lllyasviel/ControlNet),
+# for the small base what converges within minutes.
 PAPER = dict(optimizer="adamw", lr=1e-5, lr_schedule="constant", batch_size=4, steps=10000, sample_every=250)
 LAPTOP = dict(optimizer="muon", lr=1e-3, lr_schedule="cosine", batch_size=16, steps=1000, sample_every=50)
 
@@ -37,22 +38,25 @@ in_run = partial(option, "run", fixed=False)
 class TrainSettings:
     """`passing` settings belong to a call, not to the run: settings.json leaves them out."""
 
-    debug: bool = option("", "show where an error comes from", False, fixed=False, passing=True)
+    debug: bool = option("", "show the traceback of an error", False, fixed=False, passing=True)
 
     data: str = in_data(
         "a folder of pairs (prompt.json, metadata.jsonl, or images/ hints/ captions/), or a synthetic dataset: "
         "fill50k, people, shapes, edges (default: %(default)s: data/fill50k if the published set lies there)",
         "fill50k",
+        fixed=False,  # the same data may lie elsewhere by now: their fingerprint is compared
         metavar="NAME",
     )
     images: int | None = in_data(
         "use the first N (default: all; of a synthetic dataset 2000)", type=positive, metavar="N"
     )
-    size: str | None = in_data("in pixels (default: the base's own)", type=size_argument, metavar="N|WxH")
+    size: str | None = in_data(
+        "training resolution in pixels (default: the base's own)", type=size_argument, metavar="N|WxH"
+    )
     detect: str | None = in_data("make the hints from the images: canny, canny:low=50, tile ...", metavar="NAME")
-    hint_channels: int = in_data("(default: %(default)s)", 3, type=positive, metavar="N")
-    random_crop: bool = in_data("another part of the image each time (--no-cache)", False)
-    flip: bool = in_data("mirror half of the pairs (--no-cache)", False)
+    hint_channels: int = in_data("of the hints (default: %(default)s)", 3, type=positive, metavar="N")
+    random_crop: bool = in_data("crop at random, not in the centre (needs --no-cache)", False)
+    flip: bool = in_data("mirror half of the pairs (needs --no-cache)", False)
     validation: int | None = in_data(
         "validation pairs, not trained on (default: 1 in 20, at most 32)", type=count, metavar="N"
     )
@@ -60,18 +64,29 @@ class TrainSettings:
         "share of prompts replaced by the empty one (default: %(default)s)", 0.5, fixed=False, type=share, metavar="P"
     )
     bad_share: float = in_data(
-        "of bad samples, which are skipped (default: %(default)s)", 0.01, fixed=False, type=share, metavar="P"
+        "stop if more than this share of samples cannot be used (default: %(default)s)",
+        0.01,
+        fixed=False,
+        type=share,
+        metavar="P",
     )
     cache: Path | None = in_data(
-        "of the latents, to share it (default: OUT/cache)", fixed=False, type=Path, metavar="DIR"
+        "folder for cached latents; runs on the same data can share it (default: OUT/cache)",
+        fixed=False,
+        type=Path,
+        metavar="DIR",
     )
     no_cache: bool = in_data("encode at each step; synthetic datasets are then endless", False)
-    workers: int | None = in_data("processes that read (default: 0, with CUDA 4)", fixed=False, type=count, metavar="N")
+    workers: int | None = in_data(
+        "data-loading processes (default: 0; with CUDA 4)", fixed=False, type=count, metavar="N"
+    )
 
     base: str = in_method(
-        "the locked model: a file, or tiny, sd15, sd21 (default: %(default)s)", "tiny", fixed=True, metavar="FILE"
+        "the locked model: a file, or tiny, sd15, sd21 (default: %(default)s)", "tiny", metavar="FILE"
     )
-    prediction: str | None = in_method("of an SD 2.x base whose file does not tell", fixed=True, choices=["eps", "v"])
+    prediction: str | None = in_method(
+        "what the UNet predicts, if an SD 2.x file does not say", fixed=True, choices=["eps", "v"]
+    )
     control: str | None = in_method("start from this ControlNet, not from a fresh copy", fixed=True, metavar="FILE")
     architecture: str = in_method(
         "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
@@ -80,8 +95,10 @@ class TrainSettings:
         choices=["full", "lite", "gaussian"],
     )
     steps: int | None = in_method(f"optimizer steps {by_base('steps')}", type=positive, metavar="N")
-    batch_size: int | None = in_method(f"images at once {by_base('batch_size')}", type=positive, metavar="N")
-    accumulate: int = in_method("batches a step (default: %(default)s)", 1, type=positive, metavar="N")
+    batch_size: int | None = in_method(
+        f"images per batch and process {by_base('batch_size')}", type=positive, metavar="N"
+    )
+    accumulate: int = in_method("batches per optimizer step (default: %(default)s)", 1, type=positive, metavar="N")
     optimizer: str | None = in_method(
         f"adamw8bit needs bitsandbytes {by_base('optimizer')}", fixed=True, choices=["adamw", "adamw8bit", "muon"]
     )
@@ -92,10 +109,16 @@ class TrainSettings:
         choices=["constant", "cosine"],
     )
     clip: float = in_method(
-        "largest norm of the gradients; the published trainer: inf (default: 1)", 1.0, type=positive_number, metavar="X"
+        "clip the norm of the gradients to this; the published trainer does not: inf (default: 1)",
+        1.0,
+        type=limit,
+        metavar="X",
     )
     ema: float | None = in_method(
-        "save an exponential moving average of the copy, of 0.999, say", fixed=True, type=share, metavar="DECAY"
+        "save an exponential moving average of the copy with this decay, e.g. 0.999",
+        fixed=True,
+        type=share,
+        metavar="DECAY",
     )
     min_snr: float | None = in_method(
         "weigh timesteps by min(SNR, GAMMA), usually 5", type=positive_number, metavar="GAMMA"
@@ -111,7 +134,7 @@ class TrainSettings:
         "of the computation (default: %(default)s)", "fp32", fixed=True, choices=PRECISION_NAMES
     )
     checkpointing: bool = in_machine("gradient checkpointing: less memory for activations, more time", False)
-    deterministic: bool = in_machine("the same bits each time on CUDA too, slower", False)
+    deterministic: bool = in_machine("bit-identical runs on CUDA, too; slower", False)
     compile: bool = in_machine("torch.compile: slow to start, then faster", False)
     dry_run: bool = in_machine("print the plan and the memory it needs, train nothing", False, passing=True)
 
@@ -120,14 +143,14 @@ class TrainSettings:
     )
     resume: bool = in_run("go on with the run in --out, with its settings", False, passing=True)
     save_dtype: str = in_run("of control.safetensors (default: %(default)s)", "fp32", choices=PRECISION_NAMES)
-    save_every: int = in_run("steps, for the state (default: %(default)s)", 250, type=positive, metavar="N")
-    keep: int = in_run("states, the newest ones (default: %(default)s)", 2, type=positive, metavar="N")
-    validate_every: int = in_run("steps, for validation (default: %(default)s)", 50, type=positive, metavar="N")
+    save_every: int = in_run("steps between saved states (default: %(default)s)", 250, type=positive, metavar="N")
+    keep: int = in_run("how many states to keep (default: %(default)s)", 2, type=positive, metavar="N")
+    validate_every: int = in_run("steps between validations (default: %(default)s)", 50, type=positive, metavar="N")
     sample_every: int | None = in_run(
-        f"steps, for a grid of images {by_base('sample_every')}", type=positive, metavar="N"
+        f"steps between grids of images {by_base('sample_every')}", type=positive, metavar="N"
     )
     sample_count: int = in_run("images in a grid (default: %(default)s)", 8, type=count, metavar="N")
-    tensorboard: bool = in_run("log there too (needs tensorboard)", False)
+    tensorboard: bool = in_run("also log to TensorBoard (needs tensorboard)", False)
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> dict:

@@ -1,4 +1,5 @@
-"""What makes training faster or smaller and changes no result: memory layouts, kernels, gradient checkpointing."""
+"""What makes training faster or smaller and changes results by rounding alone: memory layouts, kernels,
+gradient checkpointing, TF32."""
 
 import copy
 import os
@@ -38,9 +39,7 @@ def prepare_networks(sd: StableDiffusion, control: ControlNet, settings: TrainSe
 def with_packed_encoders(sd: StableDiffusion) -> StableDiffusion:
     """`sd` with packed copies of its autoencoder and text encoder, for encoding many images fast. The originals keep
     their plain weights, which can stay in their file."""
-    packed = copy.copy(sd)
-    packed._modules = {**sd._modules, "vae": packed_copy(sd.vae), "text_encoder": packed_copy(sd.text_encoder)}
-    return packed
+    return sd.with_parts(vae=packed_copy(sd.vae), text_encoder=packed_copy(sd.text_encoder))
 
 
 def packed_copy(network: nn.Module) -> nn.Module:

@@ -1,9 +1,11 @@
 """From what a command line gives to the settings of a run: those of the run to resume, and what depends on the base."""
 
+import math
 from dataclasses import replace
 
 from controlnet.common.devices import optional
-from controlnet.common.program import from_json
+from controlnet.common.program import from_json, note
+from controlnet.config import ControlConfig
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import recognise
@@ -14,15 +16,18 @@ from .run_state import RunFolder
 
 
 def resolve(given: dict) -> TrainSettings:
-    """Raises ValueError for contradictions, for a base that is none, and rather than write over another run."""
+    """Raises ValueError if settings contradict each other, the base cannot be used, or there is no run to resume."""
     settings = TrainSettings(**given)
     run = RunFolder(settings.out)
     if settings.resume:
         before = from_json(TrainSettings, run.written()["settings"], str(run.settings_file))
         run.check_fixed(given, before)
         settings = TrainSettings(**{**before, **given})
-    elif not settings.dry_run:
-        run.check_new()
+        if settings.lr_schedule == "cosine" and given.get("steps", 0) > before.get("steps", math.inf):
+            note(
+                f"the learning rate rises again: it falls to 0 at step {settings.steps} now, no longer at "
+                f"{before['steps']}"
+            )
     if settings.tensorboard:
         optional("tensorboard", "--tensorboard")
     if settings.ema and settings.sd_unlocked:
@@ -33,7 +38,7 @@ def resolve(given: dict) -> TrainSettings:
 
 
 def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
-    """What nobody gives and depends on the base."""
+    """Fills in the defaults that depend on the base."""
     defaults = LAPTOP if config.name == "tiny" else PAPER
     return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
 
@@ -41,3 +46,17 @@ def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
 def config_of(base: str, prediction: str | None) -> Config:
     """A base's architecture from its header alone; a preset's file need not be there."""
     return PRESETS[base] if base in PRESETS else recognise(open_checkpoint(find(base)[0]), prediction).config
+
+
+def control_config(settings: TrainSettings) -> ControlConfig:
+    """Of a fresh ControlNet: "gaussian" is a full copy that starts otherwise."""
+    return ControlConfig(settings.hint_channels, architecture="lite" if settings.architecture == "lite" else "full")
+
+
+def check_hint_channels(config: ControlConfig, settings: TrainSettings) -> None:
+    """Raises ValueError if those of --control are others."""
+    if config.hint_channels != settings.hint_channels:
+        raise ValueError(
+            f"{settings.control} reads hints of {config.hint_channels} channels, expected {settings.hint_channels}: "
+            f"say --hint-channels {config.hint_channels}"
+        )

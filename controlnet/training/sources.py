@@ -4,6 +4,7 @@ Sizes are (height, width) in pixels. Images and hints are uint8 arrays (H, W, C)
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,12 @@ import torch
 from PIL import Image
 
 from controlnet.common.images import Size, resized
-from controlnet.hints import detect, find_detector, parse_options
+from controlnet.hints import detect, find_detector, parse_detector
+from controlnet.inference.png_text import fingerprint as file_fingerprint
 from controlnet.objective import seeded
 from controlnet.worlds import WORLDS, Sample
 
-from .folders import Entry, check_same_shape, list_folder, read_hint, read_pixels
+from .folders import Entry, check_same_shape, list_folder, read_hint, read_pixels, size_of
 from .options import TrainSettings
 
 PUBLISHED_FILL50K = Path("data/fill50k")
@@ -32,19 +34,20 @@ VALIDATION_SHARE, VALIDATION_MOST = 20, 32  # one in twenty of a folder, at most
 
 @dataclass(frozen=True)
 class Transform:
-    """To `size`: resized to cover it, cropped in the middle or at random, perhaps mirrored. Image and hint alike."""
+    """To `size`: resized to cover it, cropped in the middle or at random, perhaps mirrored."""
 
     size: Size
     random_crop: bool = False
     flip: bool = False
 
-    def __call__(
-        self, image: np.ndarray, hint: np.ndarray, generator: torch.Generator | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Without a generator nothing is random: the crop is in the middle, and nothing is mirrored."""
+    def of(self, image_size: Size, generator: torch.Generator | None = None) -> Callable[[np.ndarray], np.ndarray]:
+        """For an image of this size and its hint alike, which then lie on each other, pixel by pixel.
+
+        Without a generator nothing is random: the crop is in the middle, and nothing is mirrored.
+        """
         height, width = self.size
-        scale = max(height / image.shape[0], width / image.shape[1])
-        covering = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
+        scale = max(height / image_size[0], width / image_size[1])
+        covering = max(height, round(image_size[0] * scale)), max(width, round(image_size[1] * scale))
         slack = covering[0] - height, covering[1] - width
         top, left = slack[0] // 2, slack[1] // 2
         if self.random_crop and generator is not None:
@@ -55,7 +58,7 @@ class Transform:
             array = resized_array(array, covering)[top : top + height, left : left + width]
             return np.ascontiguousarray(array[:, ::-1] if mirrored else array)
 
-        return place(image), place(hint)
+        return place
 
 
 def resized_array(array: np.ndarray, size: Size) -> np.ndarray:
@@ -85,6 +88,8 @@ class Source(Protocol):
 
     def fingerprint(self) -> dict: ...
 
+    def missing(self) -> list[Path]: ...
+
 
 class WorldSource:
     """The first `length` samples of a synthetic dataset."""
@@ -113,6 +118,9 @@ class WorldSource:
         pixels = digest(first.image.tobytes(), first.hint.tobytes(), first.caption.encode())
         return {"world": self.name, "seed": self.seed, "held out": self.held_out, "first image": pixels}
 
+    def missing(self) -> list[Path]:
+        return []
+
 
 class FolderSource:
     """Pairs on disk, with hints from files or, with `detect`, made from the images."""
@@ -137,42 +145,55 @@ class FolderSource:
         """Raises BadSample."""
         entry = self.entries[index]
         image = read_pixels(entry.image)
-        if self.make_hint is None:
-            hint = read_hint(entry.hint, self.hint_channels)
-            check_same_shape(image, hint, entry)
-            image, hint = self.transform(image, hint, generator)
-        else:  # on the image as the model sees it: edges are a pixel wide at its size
-            image, _ = self.transform(image, image, generator)
-            hint = self.make_hint(image)
-        return Sample(image, hint, entry.caption)
+        place = self.transform.of(image.shape[:2], generator)
+        if self.make_hint is not None:  # on the image as the model sees it: edges are a pixel wide at its size
+            image = place(image)
+            return Sample(image, self.make_hint(image), entry.caption)
+        hint = read_hint(entry.hint, self.hint_channels)
+        check_same_shape(image, hint, entry)
+        return Sample(place(image), place(hint), entry.caption)
 
     def hint(self, index: int) -> np.ndarray:
         """The hint of `sample` without randomness. Raises BadSample."""
         if self.make_hint is not None:
             return self.sample(index).hint
-        hint = read_hint(self.entries[index].hint, self.hint_channels)
-        return self.transform(hint, hint)[1]
+        entry = self.entries[index]
+        return self.transform.of(size_of(entry.image))(read_hint(entry.hint, self.hint_channels))
 
     def fingerprint(self) -> dict:
-        """By names, sizes and times of the files: reading all of them would take as long as an epoch."""
-        files = [(str(e.image), *stat(e.image), str(e.hint), *stat(e.hint), e.caption) for e in self.entries]
-        return {"folder": digest(repr(files).encode()), "detect": self.detect, "hint channels": self.hint_channels}
+        """By what the data are and not where or since when. Reading all images would take as long as an epoch: of
+        each its size counts, and of a few the contents."""
+        images, few = [e.image for e in self.entries], 1 + len(self.entries) // 256
+        hints = [e.hint for e in self.entries if e.hint is not None]
+        files = images + hints
+        return {
+            "file names": digest_of(os.path.relpath(file, self.name) for file in files),
+            "file sizes": digest_of(file.stat().st_size if file.is_file() else 0 for file in files),
+            "file contents": digest_of(contents(file) for file in images[::few] + hints[::few]),
+            "captions": digest_of(entry.caption for entry in self.entries),
+            "detect": self.detect,
+            "hint channels": self.hint_channels,
+        }
+
+    def missing(self) -> list[Path]:
+        """For each pair that lacks a file the first one that is not there."""
+        files = [[file for file in (e.image, e.hint) if file is not None and not file.is_file()] for e in self.entries]
+        return [gone[0] for gone in files if gone]
 
 
 def photograph_detector(text: str) -> Callable[[np.ndarray], np.ndarray]:
     """ "canny" or "canny:low=50": image -> hint, both uint8 (H, W, 3). Raises ValueError for what makes none."""
-    name, _, options = text.partition(":")
+    name, options = parse_detector(text)
     if not find_detector(name).works_on_photographs:
         raise ValueError(f'"{name}" makes no hints from images, but from files of its own: take another --detect')
-    return partial(detect, name, **parse_options(name, options.split(",") if options else []))
+    return partial(detect, name, **options)
 
 
-def stat(path: Path | None) -> tuple[int, int]:
+def contents(path: Path) -> str:
     try:
-        status = path.stat()
-    except (OSError, AttributeError):
-        return (0, 0)
-    return status.st_size, status.st_mtime_ns
+        return file_fingerprint(path)
+    except OSError:
+        return ""
 
 
 def digest(*parts: bytes) -> str:
@@ -180,6 +201,20 @@ def digest(*parts: bytes) -> str:
     for part in parts:
         sha.update(part)
     return sha.hexdigest()[:16]
+
+
+def digest_of(values: Iterable[str | int]) -> str:
+    return digest(repr(list(values)).encode())
+
+
+# Of these a fingerprint holds a hash, whose value tells nobody anything.
+DIGESTS = {"base", "UNet", "first image", "file names", "file sizes", "file contents", "captions"}
+
+
+def differences(before: dict, now: dict) -> str:
+    """What differs between two fingerprints, in words; "" if nothing does."""
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(key if key in DIGESTS else f"{key}: {now.get(key)} where {before.get(key)} was" for key in keys)
 
 
 @dataclass(frozen=True)
@@ -194,7 +229,7 @@ class Sources:
 def open_sources(settings: TrainSettings, size: Size) -> Sources:
     """What `settings.data` names. The split depends on the data alone, so it is the same for every run.
 
-    Raises ValueError for what is no data, or too little to split, and for settings that contradict each other.
+    Raises ValueError if this is not a dataset or too small to split, and for settings that contradict each other.
     """
     data, detect, channels = settings.data, settings.detect, settings.hint_channels
     if (settings.random_crop or settings.flip) and not settings.no_cache:

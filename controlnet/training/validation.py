@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from controlnet.common.images import save_png, to_hints, to_images
 from controlnet.guidance import Control
@@ -24,10 +25,9 @@ class ValidationLoss:
     """The loss on validation samples, always with the same noise and the same timesteps, spread evenly: its values can
     be compared from step to step, where the training loss jumps with the timesteps that were drawn."""
 
-    def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], draws: Draws, batch_size: int):
-        device = sd.device
-        with torch.no_grad():
-            empty_prompt = sd.encode_text([""])
+    def __init__(
+        self, sd: StableDiffusion, samples: Sequence[Sample], draws: Draws, empty_prompt: Tensor, batch_size: int
+    ):
         self.inputs = []
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
@@ -36,7 +36,7 @@ class ValidationLoss:
             drawn = draws(numbers)._replace(t=t, dropped=torch.zeros(len(batch), dtype=torch.bool))
             encoded = encode(sd, to_images(sample.image for sample in batch), [sample.caption for sample in batch])
             hint = to_hints(sample.hint for sample in batch)
-            self.inputs.append(loss_inputs(encoded, hint, drawn, sd.vae.config.scale, empty_prompt, device))
+            self.inputs.append(loss_inputs(encoded, hint, drawn, sd.vae.config.scale, empty_prompt, sd.device))
 
     @torch.no_grad()
     def __call__(self, loss: ControlLoss) -> float:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from small import small_sd
+from torch.utils.data import DataLoader, Dataset
 
 from controlnet.common.images import to_hints, to_images
-from controlnet.training.data import Pairs, TrainingData, batch_positions, sample_at
+from controlnet.training.data import Pairs, TrainingData, batch_positions, reading, sample_at
 from controlnet.training.distributed import Process
 from controlnet.training.folders import BadSample
 from controlnet.training.options import LAPTOP, TrainSettings
@@ -53,6 +54,38 @@ def test_nothing_but_bad_samples_is_one_sentence():
 
     with pytest.raises(BadSample, match="100 samples in a row are bad, the last: number"):
         Pairs(read, 300, seed=0)[0]
+
+
+class Failing(Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers, error", [(0, ValueError("a: b, see: c")), (1, BadSample("a: b, see: c"))])
+def test_an_error_while_reading_is_one_sentence_whoever_reads(workers, error):
+    with pytest.raises(ValueError) as caught:
+        next(reading(DataLoader(Failing(error), num_workers=workers)))
+    assert str(caught.value) == "a: b, see: c"
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError(), BrokenPipeError()])
+def test_a_lost_worker_is_not_the_disk(error):
+    """What the queue between the processes says when one of them was killed."""
+
+    class Loader:
+        num_workers = 1
+
+        def __iter__(self):
+            raise error
+
+    with pytest.raises(ValueError, match="^a process that reads data has ended .*--resume and fewer --workers"):
+        next(reading(Loader()))
 
 
 def test_an_endless_dataset_is_read_in_its_own_order():

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from small import SMALL, small_sd
 
 from controlnet.common.images import to_hints, to_images
@@ -30,7 +33,7 @@ def built(folder, source, sd, **how):
     bad = BadSamples(len(source), [], 0.5)
     prepare_folder(folder, fingerprint(sd, source, SIZE))
     build(folder, source, sd, bad, batch_size=3, **how)
-    return LatentCache(folder, source)
+    return LatentCache(folder, source, SIZE)
 
 
 def test_a_row_is_what_the_model_says_of_its_sample(sd, tmp_path):
@@ -55,9 +58,9 @@ def test_what_is_there_is_not_computed_again_and_processes_share_the_rest(sd, tm
     bad = BadSamples(10, [], 0.5)
     build(tmp_path, source, sd, bad, 3, rank=1, world_size=2)
     assert calls == [4, 5, 6, 7]
-    (tmp_path / ".000000.safetensors.tmp").write_bytes(b"half a file of a run that was killed")
+    (tmp_path / ".000000.safetensors.1.tmp").mkdir()  # of a run that was killed
     build(tmp_path, source, sd, bad, 3)
-    assert calls == [4, 5, 6, 7, 0, 1, 2, 3, 8, 9] and len(LatentCache(tmp_path, source)) == 10
+    assert calls == [4, 5, 6, 7, 0, 1, 2, 3, 8, 9] and len(LatentCache(tmp_path, source, SIZE)) == 10
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
@@ -116,13 +119,64 @@ def test_a_folder_of_something_else_is_left_alone(sd, tmp_path):
         prepare_folder(tmp_path, {})
 
 
-def test_a_damaged_file_is_named(sd, tmp_path):
-    source = WorldSource("fill50k", SIZE, 4)
+def test_hidden_files_are_nothing_else(tmp_path):
+    """Also those of a process that was killed before cache.json had its name."""
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / ".cache.json.123.tmp").mkdir()
+    prepare_folder(tmp_path, {"a": 1})
+    assert (tmp_path / "cache.json").read_text() == '{\n  "a": 1\n}\n'
+
+
+@pytest.mark.parametrize("card", [b"{", b"[1]", b"\xff", b"[" * 100_000, None])
+def test_a_damaged_card_is_named(tmp_path, card):
+    path = tmp_path / "cache.json"
+    path.mkdir() if card is None else path.write_bytes(card)
+    with pytest.raises(ValueError, match="cache.json.*remove the folder"):
+        prepare_folder(tmp_path, {})
+
+
+def flip(path, where):
+    data = bytearray(path.read_bytes())
+    data[where if where >= 0 else len(data) + where] ^= 4
+    path.write_bytes(data)
+
+
+def damages():
+    yield "cut", lambda path: path.write_bytes(path.read_bytes()[:-100])
+    yield "empty", lambda path: path.write_bytes(b"")
+    yield "foreign", lambda path: path.write_bytes(b"damaged")
+    yield "lost", lambda path: path.unlink()
+    yield "no checksum", lambda path: save_file(load_file(path), path)
+    for where in (3, 12, 40, 150, 2000, -5000, -1):
+        yield f"bit {where}", lambda path, where=where: flip(path, where)
+
+
+@pytest.mark.parametrize("damage", [pytest.param(do, id=name) for name, do in damages()])
+def test_a_damaged_shard_is_computed_again(sd, tmp_path, damage, capsys):
+    source = WorldSource("fill50k", SIZE, 8)
     built(tmp_path, source, sd)
-    (tmp_path / "000000.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="000000.safetensors.*remove it"):
-        LatentCache(tmp_path, source)
-    for card in ("{", "[1]"):
-        (tmp_path / "cache.json").write_text(card)
-        with pytest.raises(ValueError, match="cache.json.*remove the folder"):
-            prepare_folder(tmp_path, {})
+    path, other = tmp_path / "000000.safetensors", tmp_path / "000004.safetensors"
+    before, kept = safetensors.torch.load(path.read_bytes()), other.stat().st_mtime_ns
+    damage(path)
+    built(tmp_path, source, sd)
+    after = load_file(path)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert other.stat().st_mtime_ns == kept
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) <= 1 and all(line == f'"{path}" is damaged: it is computed again' for line in said)
+
+
+@pytest.mark.parametrize("damage", ["lost", "gray", "small", "palette", "foreign"])
+def test_a_cached_hint_that_is_none_is_computed_again(sd, tmp_path, damage):
+    source = WorldSource("fill50k", SIZE, 3)
+    cache = built(tmp_path, source, sd)
+    path = tmp_path / "hints" / "000001.png"
+    if damage == "lost":
+        path.unlink()
+    elif damage == "foreign":
+        path.write_bytes(b"no image")
+    else:
+        image = Image.open(path)
+        {"gray": image.convert("L"), "small": image.resize((32, 32)), "palette": image.quantize()}[damage].save(path)
+    assert np.array_equal(cache.hint(1), source.sample(1).hint)
+    assert torch.equal(cache.read(1, 0)[1], to_hints([source.sample(1).hint])[0])

@@ -10,6 +10,7 @@ from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
 from controlnet.training.memory import Memory, StorageCounter, predict, table
 from controlnet.training.options import PAPER, TrainSettings
+from controlnet.training.resolve import control_config
 from ldm import StableDiffusion
 from ldm.unet import set_checkpointing
 
@@ -19,7 +20,8 @@ SHALLOW = replace(SMALL, unet=TWO_LEVELS)  # what is fake takes time by the laye
 
 
 def predicted(config=SHALLOW, **settings):
-    return predict(config, TrainSettings(**{**PAPER, "batch_size": 1, **settings}), SIZE)
+    settings = TrainSettings(**{**PAPER, "batch_size": 1, **settings})
+    return predict(config, settings, SIZE, control_config(settings))
 
 
 def test_weights_gradients_and_moments_are_what_they_are():

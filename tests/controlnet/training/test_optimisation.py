@@ -7,11 +7,12 @@ import pytest
 import torch
 from small import SMALL
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
-from controlnet.training.optimisation import Optimisation, constant_schedule, cosine_schedule
-from controlnet.training.run_state import load_state, save_state
+from controlnet.training.optimisation import Optimisation, constant_schedule, cosine_schedule, warmed_up_ema
+from controlnet.training.run_state import DamagedState, load_state, save_state
 from ldm.schedule import Schedule
 from ldm.unet import UNet
 
@@ -288,6 +289,39 @@ def test_a_damaged_state_or_one_of_another_base_is_one_sentence(tmp_path):
             load_state(path, model=model)
 
 
+def test_no_bit_of_a_state_changes_without_notice(tmp_path):
+    path = tmp_path / "state.pt"
+    model, *_ = regression()
+    save_state(path, 3, model=model)
+    whole, wanted, noticed = path.read_bytes(), parameters_of(model), 0
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        other, *_ = regression(seed=1)
+        try:
+            load_state(path, model=other)
+        except DamagedState:
+            noticed += 1
+        else:  # between the records, where nothing reads it
+            assert torch.equal(parameters_of(other), wanted), at
+    assert noticed > 100
+
+
+def test_no_memory_and_no_permission_are_no_damage(tmp_path, monkeypatch):
+    """A whole state must not be left for the one before."""
+    path = tmp_path / "state.pt"
+    model, *_ = regression()
+    save_state(path, 3, model=model)
+    for error in (RuntimeError("can't allocate memory"), MemoryError(), PermissionError(13, "denied")):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(torch, "load", fail)
+        with pytest.raises(type(error)) as caught:
+            load_state(path, model=model)
+        assert not isinstance(caught.value, ValueError)
+
+
 def test_a_run_is_not_resumed_in_another_precision(tmp_path):
     path = tmp_path / "state.pt"
     model, *_ = regression()
@@ -327,3 +361,18 @@ def test_a_loss_that_is_not_finite_is_called_that():
         for _ in range(20):
             optimisation.backward(squared_error(model, x, y) * math.nan)
             optimisation.step()
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_an_average_warms_up(decay):
+    """After n updates it keeps (1 + n) / (10 + n) at most: one of a short run is not what the weights were at first."""
+    model = nn.Linear(1, 1, bias=False)
+    average = AveragedModel(model, multi_avg_fn=warmed_up_ema(decay))
+    expected = None
+    for n in range(40):
+        value = math.sin(n)
+        nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+        kept = 0 if n == 0 else min(decay, (1 + n) / (10 + n))
+        expected = value if n == 0 else kept * expected + (1 - kept) * value
+        assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)

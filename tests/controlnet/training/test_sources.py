@@ -27,7 +27,8 @@ def test_image_and_hint_stay_on_each_other(channels):
     transform = Transform((40, 40), random_crop=True, flip=True)
     seen, hint = set(), marked(channels=channels)
     for seed in range(12):
-        image, moved = transform(marked(), hint, seeded(seed))
+        place = transform.of((60, 100), seeded(seed))
+        image, moved = place(marked()), place(hint)
         assert image.shape == (40, 40, 3) and moved.shape == (40, 40, channels)
         assert np.array_equal(image[..., : min(channels, 3)], moved[..., :3])
         seen.add((int(image[0, 0, 1]), bool(image[0, 0, 1] > image[0, -1, 1])))
@@ -35,19 +36,19 @@ def test_image_and_hint_stay_on_each_other(channels):
 
 
 def test_a_crop_without_randomness_is_the_middle():
-    image, hint = Transform((60, 40), random_crop=True, flip=True)(marked(), marked())
-    assert np.array_equal(image, marked()[:, 30:70]) and np.array_equal(hint, image)
+    image = Transform((60, 40), random_crop=True, flip=True).of((60, 100))(marked())
+    assert np.array_equal(image, marked()[:, 30:70])
 
 
 def test_an_image_covers_the_size_and_keeps_its_shape():
-    image, _ = Transform((120, 120))(marked(), marked())
+    image = Transform((120, 120)).of((60, 100))(marked())
     slope = (image[60, 100, 1].astype(int) - image[60, 20, 1]) / 80
     assert image.shape == (120, 120, 3) and slope == pytest.approx(2 / 2, rel=0.05)  # twice as large on both axes
 
 
 def test_a_smaller_hint_is_brought_to_the_images_size():
-    image, hint = Transform((60, 100))(marked(), np.array(Image.fromarray(marked()).resize((50, 30))))
-    assert hint.shape == image.shape and np.abs(hint.astype(int) - image)[4:-4, 4:-4].max() <= 3
+    hint = Transform((60, 100)).of((60, 100))(np.array(Image.fromarray(marked()).resize((50, 30))))
+    assert hint.shape == (60, 100, 3) and np.abs(hint.astype(int) - marked())[4:-4, 4:-4].max() <= 3
 
 
 # -------------------------------------------------------------------------------------------------------- folders
@@ -134,6 +135,20 @@ def test_what_is_no_folder_of_pairs_is_one_sentence(tmp_path, make):
     with pytest.raises(ValueError, match=": ") as caught:
         list_folder(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_hint_lies_on_its_image_whether_it_is_read_with_it_or_alone(tmp_path):
+    """Also one that is narrower by a hundredth, and under an image that the camera turned."""
+    save(tmp_path / "hint.png", marked(80, 79))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(marked(80, 120)).save(tmp_path / "turned.jpg", exif=exif)
+    save(tmp_path / "image.png", marked(80, 80))
+    save(tmp_path / "upright.png", marked(120, 80))
+    for image, hint in (("image.png", "hint.png"), ("turned.jpg", "upright.png")):
+        entries = [Entry(tmp_path / image, tmp_path / hint, "c")]
+        source = FolderSource("x", entries, Transform((64, 64)))
+        assert np.array_equal(source.hint(0), source.sample(0).hint)
 
 
 def test_bad_pairs_say_what_is_wrong_with_them(tmp_path):

@@ -16,7 +16,7 @@ from ldm.checkpoints.diffusers import WEIGHTS_NAME, write_json
 from ldm.checkpoints.files import new_folder
 from ldm.checkpoints.key_maps import Layout, unet_map
 from ldm.checkpoints.load import load_parts, without_weights
-from ldm.checkpoints.open import Checkpoint, open_checkpoint
+from ldm.checkpoints.open import Checkpoint, open_checkpoint, where_to_find
 from ldm.checkpoints.save import gather, save_checkpoint
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, UNetConfig
@@ -182,4 +182,4 @@ def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
             return file
     if path.exists():
         return path
-    raise CheckpointError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: give its path')
+    raise CheckpointError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: {where_to_find(path)}')

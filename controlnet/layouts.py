@@ -17,7 +17,7 @@ from ldm.checkpoints.key_maps import (
 )
 from ldm.checkpoints.load import BASE_PARTS
 from ldm.checkpoints.open import Checkpoint
-from ldm.checkpoints.recognise import described_config, description_errors, identify, kind
+from ldm.checkpoints.recognise import described_config, description_errors, identify, kind, pretender
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import UNetConfig, dataclass_from_dict
 
@@ -119,6 +119,8 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
     `global_average_pooling` overrides what our metadata or diffusers' configuration say; without a word there is none.
     Raises CheckpointError if there is no ControlNet in it, or if it describes itself in a way that makes no sense.
     """
+    if pretender(checkpoint):
+        raise CheckpointError(f'"{checkpoint.path}" holds no ControlNet for SD 1.x or 2.x: it is {kind(checkpoint)}')
     forms = [form for form in CONTROL_FORMS if checkpoint.any_key(form[1] + form[2])]
     if not forms:
         raise CheckpointError(f'"{checkpoint.path}" holds no ControlNet: it is {what_else(checkpoint)}')

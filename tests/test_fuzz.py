@@ -19,9 +19,10 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from controlnet.config import ControlConfig
 from controlnet.model import ControlNet
@@ -165,6 +166,7 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
+CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 HINT = "control_model.input_hint_block.0.weight"
 LIES = {
     "header longer than the file": struct.pack("<Q", 2**40) + b"{}",
@@ -188,6 +190,13 @@ LIES = {
     "no UTF-8": safetensors_file(b'{"\xff":1}'),
     "metadata of the wrong kind": safetensors_file({"__metadata__": {"config": 3}, HINT: entry()}, bytes(8)),
     "a list": safetensors_file([1, 2]),
+    "a scalar": safetensors_file({"x.attn2.to_k.weight": entry(shape=(), offsets=(0, 4))}, bytes(4)),
+    "a scalar for a matrix": safetensors_file({CONTEXT: entry(shape=(), offsets=(0, 4))}, bytes(4)),
+    "zero times huge": safetensors_file({HINT: entry(shape=(0, 2**39, 2**39), offsets=(0, 0))}),
+    "zero times huge in its context": safetensors_file({CONTEXT: entry(shape=(0, 2**62), offsets=(0, 0))}),
+    "300,000 tensors": safetensors_file(
+        {f"{HINT}{i}": entry((), (i, i + 1), "U8") for i in range(300_000)}, bytes(300_000)
+    ),
 }
 
 
@@ -197,6 +206,56 @@ def test_lies_in_the_header(unet, tmp_path, name):
     path.write_bytes(LIES[name])
     with limited_memory():
         assert outcome(path, unet) is not None
+
+
+LIES_OF_JSON = (
+    10**12,
+    -1,
+    "%3000000000s",
+    "text",
+    None,
+    [10**12] * 3,
+    [1] * 10**4,
+    {"a": 1},
+    float("nan"),
+    True,
+    [["x"]],
+)
+
+
+def nested(depth):
+    value = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_lies_in_diffusers_configurations(tmp_path, unet):
+    """Types before arithmetic: in each value of each file of a folder."""
+    StableDiffusion(SPECK).save(tmp_path / "folder", layout="diffusers")
+    weights = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value.clone() for key, value in load_file(weights).items()}, weights)  # without our metadata
+    refused = count = 0
+    generator = random.Random(0)
+    for file in (tmp_path / "folder").glob("*/*config.json"):
+        if file.parent.name == "tokenizer":
+            continue
+        text = file.read_text()
+        for name in json.loads(text):
+            for lie in generator.sample([*LIES_OF_JSON, nested(900)], 2):
+                file.write_text(json.dumps({**json.loads(text), name: lie}))
+                with limited_memory():
+                    refused += outcome(tmp_path / "folder", unet) is not None
+                count += 1
+        for lie in ("[]", '{"a":' * 3000, "9" * 10**5, "\0", '{"sample_size": 1e400}'):
+            file.write_text(lie)
+            outcome(tmp_path / "folder", unet)
+        with open(file, "r+b") as sparse:
+            sparse.truncate(6 * 10**9)
+        with limited_memory():
+            assert "has 6000000000 bytes, expected at most" in outcome(tmp_path / "folder", unet)
+        file.write_text(text)
+    assert refused > 0.3 * count  # most of what diffusers writes is not read
 
 
 def config_lies():
@@ -276,8 +335,118 @@ def test_pickles_that_run_code(unet, tmp_path, form):
         with limited_memory():
             sentence = outcome(path, unet)
         assert sentence is not None and not marker.exists(), program[:80]
-        if i < 8:
+        if program.startswith(b"\x80\x04"):
+            assert "pickle protocol 4, and PyTorch reads weights of protocol 2 alone: if you trust it" in sentence
+        elif i < 8:
             assert "which no checkpoint needs: nothing in it was run" in sentence, sentence
+
+
+CALL = {
+    name: b"c" + name.replace(".", "\n", 1).encode() + b"\n"
+    for name in (
+        "collections.OrderedDict",
+        "builtins.set",
+        "collections.Counter",
+        "_codecs.encode",
+        "builtins.bytearray",
+    )
+} | {
+    name: f"c{module}\n{name}\n".encode()
+    for module, name in (
+        ("torch", "FloatTensor"),
+        ("torch", "FloatStorage"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_sparse_tensor"),
+        ("torch._tensor", "_rebuild_from_type_v2"),
+    )
+}
+
+
+def word(text):
+    return b"X" + struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def number(value):
+    data = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def endless_programs():
+    """Each is a small program of allowed instructions that would take hours, gigabytes or all of the stack."""
+    deep, doubled = b")" + b"\x85" * 300_000, b")" + b"q\x00h\x00\x86" * 60
+    nones = b"](" + b"N" * 30_000 + b"eq\x00"
+    colliding = [number(i * (2**61 - 1)) for i in range(1, 60_000)]
+    storage = b"(" + word("storage") + CALL["FloatStorage"]
+    for key in (deep, doubled):
+        yield "as a key", b"}" + key + b"Ns."
+        yield "as one of many keys", b"}(" + word("a") + b"N" + key + b"Nu."
+        yield "as a storage", b"}" + word("a") + storage + key + word("cpu") + b"K\x04tQs."
+        yield "in a set", CALL["builtins.set"] + b"](" + key + b"e\x85R."
+        yield "called", key + b")R."
+        yield "made", key + b")\x81."
+    for name in ("collections.OrderedDict", "builtins.set", "collections.Counter"):
+        yield f"copies by {name}", b"(" + nones + (CALL[name] + b"h\x00\x85R") * 10_000 + b"t."
+        yield f"collisions in {name}", CALL[name] + b"](" + b"".join(colliding) + b"e\x85R."
+    yield (
+        "copies with a list of arguments",
+        b"(" + nones + b"](h\x00eq\x01" + (CALL["builtins.set"] + b"h\x01R") * 9999 + b"t.",
+    )
+    yield "colliding keys", b"}(" + b"".join(key + b"N" for key in colliding) + b"u."
+    state = b"}(" + b"".join(word(f"a{i}") + b"N" for i in range(20_000)) + b"uq\x00"
+    yield "copied states", b"(" + state + (CALL["collections.OrderedDict"] + b")Rh\x00b") * 20_000 + b"t."
+    punycode = word("".join(chr(0x100 + 7919 * i % 40_000) for i in range(60_000))) + word("punycode") + b"\x86"
+    yield "a slow encoding", CALL["_codecs.encode"] + punycode + b"R."
+    hidden = CALL["_codecs.encode"] + CALL["builtins.set"] + punycode + b"}"
+    yield "a slow encoding within", CALL["_rebuild_from_type_v2"] + b"(" + hidden + b"tR."
+    yield "bytes", b"(" + (CALL["builtins.bytearray"] + b"J\xff\xff\xff\x7f\x85R") * 10 + b"t."
+    yield "numbers in shared lists", shared_lists(40, 2, b"K\x01K\x01") + CALL["FloatTensor"] + b"h\x28\x85Rs."
+    yield "more instructions than any checkpoint", b"(" + b"N" * 600_000 + b"t."
+    yield "large lists in each other", shared_lists(3, 1000, b"N" * 1000) + b"h\x03s."
+    yield "empty lists in each other", shared_lists(3, 1000, b"") + b"h\x03s."
+    yield "a list in itself", b"}" + word("a") + b"]q\x00(" + b"h\x00" * 3000 + b"es."
+
+
+def shared_lists(levels, width, innermost):
+    """Each holds the one before it `width` times; the next value gets the key "a" of the outermost dictionary."""
+    lists = b"".join(b"]q%c(" % i + (b"h%c" % (i - 1) * width if i else innermost) + b"e" for i in range(levels + 1))
+    return b"}" + word("lists") + b"(" + lists + b"ts" + word("a")
+
+
+@pytest.mark.parametrize("form", [archive, legacy], ids=["zip", "legacy"])
+def test_pickles_without_end(unet, tmp_path, form):
+    path = tmp_path / "file.ckpt"
+    programs = list(endless_programs())
+    for name, program in programs if form is archive else programs[::5]:
+        path.write_bytes(form(b"\x80\x02" + program))
+        with limited_memory():
+            sentence = outcome(path, unet)
+        assert sentence is not None, name
+        assert "more instructions" not in name or "500000 instructions" in sentence
+
+
+def test_storage_names_without_end(unet, tmp_path):
+    """They follow the objects in files from before PyTorch 1.6."""
+    path = tmp_path / "file.ckpt"
+    objects, names = pickle.dumps({}, protocol=2), b"\x80\x02](" + b")" + b"q\x00h\x00\x86" * 60 + b"e."
+    path.write_bytes(legacy(objects).removesuffix(pickle.dumps([], protocol=2)) + names)
+    assert outcome(path, unet) is not None
+
+
+def test_large_checkpoints_are_scanned_in_a_moment(tmp_path):
+    """1,000 tensors, the optimizer's state of each, and a megabyte of numbers."""
+    path = tmp_path / "file.ckpt"
+    weights = {f"model.diffusion_model.{i}.weight": torch.zeros(1) for i in range(1000)}
+    states = {i: {"step": i, "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)} for i in range(1000)}
+    for new in (True, False):
+        values = {
+            "state_dict": weights,
+            "optimizer_states": [{"state": states}],
+            "numbers": np.arange(10**6, dtype="u1"),
+        }
+        torch.save(values, path, _use_new_zipfile_serialization=new)
+        started = time.process_time()
+        assert open_checkpoint(path).keys == weights.keys()
+        assert time.process_time() - started < 2
 
 
 def test_the_payloads_would_run(tmp_path):

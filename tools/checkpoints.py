@@ -19,7 +19,15 @@ from ldm.checkpoints.key_maps import Layout
 from ldm.checkpoints.load import BASE_PARTS, FAMILIES, IGNORED, PARTS, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import BaseFile, described_config, description_errors, identify, kind
+from ldm.checkpoints.recognise import (
+    CONTROL,
+    BaseFile,
+    described_config,
+    description_errors,
+    identify,
+    is_base,
+    kind,
+)
 from ldm.checkpoints.save import gather, save_checkpoint
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import SD15, SD21, UNetConfig, dataclass_from_dict
@@ -113,12 +121,13 @@ class Contents:
     parameters: dict[str, int]  # floating-point numbers by part
     dtypes: dict[str, int]  # floating-point numbers by type
     ema: bool
+    problem: str | None  # why a base or a ControlNet that is there cannot be used
 
 
 def contents(checkpoint: Checkpoint, prediction: str | None = None) -> Contents:
     """Never raises for a file that could be opened: what is no model is described as `kind`."""
-    base = attempt(identify, checkpoint, prediction)
-    control = attempt(recognise_control, checkpoint)
+    base, bad_base = attempt(identify, checkpoint, prediction)
+    control, bad_control = attempt(recognise_control, checkpoint)
     names = [name for name, found in (("base", base), ("ControlNet", control)) if found]
     parameters, dtypes = Counter(), Counter()
     for key, tensor in checkpoint.tensors.items():
@@ -127,8 +136,13 @@ def contents(checkpoint: Checkpoint, prediction: str | None = None) -> Contents:
             parameters[PARTS.get(start, "ControlNet" if control and not base else "other")] += tensor.numel
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
     widths = context_widths(checkpoint)
+    what, problem = " with a ".join(names) or kind(checkpoint), None
+    if not names and is_base(checkpoint):  # what is wrong is in what it says of itself
+        what, problem = "base", bad_base
+    elif not names and what == CONTROL:
+        what, problem = "ControlNet", bad_control
     return Contents(
-        " with a ".join(names) or kind(checkpoint),
+        what,
         (base or control).layout if names else None,
         FAMILIES.get(math.prod(widths[0])) if widths else None,
         base,
@@ -136,11 +150,13 @@ def contents(checkpoint: Checkpoint, prediction: str | None = None) -> Contents:
         dict(parameters),
         dict(dtypes),
         checkpoint.any_key("model_ema."),
+        problem,
     )
 
 
 def attempt(function, *arguments):
+    """-> what the function returns, or None, and why it does not."""
     try:
-        return function(*arguments)
-    except CheckpointError:
-        return None
+        return function(*arguments), None
+    except CheckpointError as error:
+        return None, str(error)

@@ -52,7 +52,7 @@ def describe(args: argparse.Namespace) -> int:
         except ValueError as error:  # the other files can still be described
             if args.debug or len(args.files) == 1:
                 raise
-            note(f"describe: {error}")
+            note(f"describe: {error}".replace("\n", " "))
             status = 2
         else:
             if not args.json:

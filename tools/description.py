@@ -31,7 +31,7 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
     checkpoint = open_checkpoint(path)
     by_name = preset is not None and described_base(checkpoint) is None  # as `StableDiffusion.load` has it
     found = contents(checkpoint, preset.schedule.prediction if by_name else None)
-    control_unet = problem = None
+    control_unet, problem = None, found.problem
     try:
         control_unet = control_unet_config(checkpoint, found.control) if found.control else None
         check_fit(checkpoint, found, control_unet)

@@ -11,6 +11,7 @@ one that is pinned here or that the server states. Existing files stay. The mode
 
 import argparse
 import hashlib
+import io
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from controlnet.common.program import new_parser, note, run
 from tools.cli import add_debug, make_folder
 
+MOST_RESTARTS = 3  # for a server that cannot continue where it broke off
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -105,6 +107,8 @@ def fetch(model: Model, pinned: str | None, path: Path) -> None:
         remote = hub.get_hf_file_metadata(url)
         if remote.size is None or len(remote.etag or "") != 64:  # the ETag of a large file is its SHA-256
             raise ValueError("the server does not state its size and SHA-256")
+        if remote.size > 1e9 * model.gigabytes * 1.1:
+            raise ValueError(f"the server states {remote.size!s:.20} bytes, expected {model.gigabytes} GB")
         if pinned not in (None, remote.etag):
             raise ValueError("the file there has another SHA-256 than the one pinned here")
         receive(hub, remote, part)
@@ -121,6 +125,25 @@ def fetch(model: Model, pinned: str | None, path: Path) -> None:
     os.replace(part, path)
 
 
+class PartialFile(io.BufferedWriter):
+    """A server may send for ever. Raises ValueError beyond `size` bytes, and where it begins again and again."""
+
+    def __init__(self, path: Path, size: int):
+        super().__init__(io.FileIO(path, "ab"))
+        self.size, self.restarts = size, 0
+
+    def write(self, data: bytes) -> int:
+        if self.tell() + len(data) > self.size:
+            raise ValueError(f"the server sends more than the {self.size} bytes that it states")
+        return super().write(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        self.restarts += 1
+        if self.restarts > MOST_RESTARTS:
+            raise ValueError("the server begins again and again")
+        return super().truncate(size)
+
+
 def receive(hub, remote, part: Path) -> None:
     """Appends what `part` lacks. Raises ValueError for a disk that is too small, and the library's errors."""
     there = part.stat().st_size if part.exists() else 0
@@ -130,6 +153,7 @@ def receive(hub, remote, part: Path) -> None:
         raise ValueError(f"it needs {missing / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on the disk")
     with open(part, "ab") as file:
         file.truncate(there)
+    with PartialFile(part, remote.size) as file:
         hub.http_get(remote.location, file, resume_size=there, expected_size=remote.size, displayed_filename=part.stem)
 
 

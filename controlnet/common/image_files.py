@@ -1,51 +1,143 @@
 """Reading image files: the one place that opens them. Nothing here imports PyTorch."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# By name, as Pillow decides by content, and hands PostScript to another program.
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "ICO", "PCX", "AVIF"]
+MAX_SIDE = 16384
+MAX_PIXELS = 100_000_000
 
 
 def open_image(path: str | Path) -> Image.Image:
     """The image in a file as it is stored, of any mode, upright as its EXIF orientation says.
 
-    Raises ValueError if there is no such file, or if it cannot be read completely as an image.
+    Raises ValueError if there is no such file, if it cannot be read completely as an image, or for more than `MAX_SIDE`
+    pixels a side or `MAX_PIXELS` in all.
     """
+    if "://" in str(path):
+        raise ValueError(f'"{path}" is an address, expected a file: download the image first')
     path = Path(path)
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+        found = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise ValueError(f'"{path}" {found}: give the path of an image')
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+            if fits(*image.size):  # before the pixels are decoded: a few kilobytes can hold any number of equal ones
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+    except (UnidentifiedImageError, KeyError) as error:  # KeyError: an old Pillow lacks one of the formats
+        raise ValueError(f'"{path}" is not readable as an image, expected {", ".join(FORMATS)}: convert it') from error
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise ValueError(f'"{path}" is not readable as an image ({error}): give a whole PNG, JPEG or WebP') from error
+    if not fits(*image.size):
+        raise ValueError(
+            f'"{path}" has {image.width}x{image.height} pixels, expected at most {MAX_SIDE} a side and '
+            f"{MAX_PIXELS // 10**6} million in all: make it smaller"
+        )
+    return image
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image in a file as 8-bit RGB, with white behind its transparent parts.
+def fits(width: int, height: int) -> bool:
+    return max(width, height) <= MAX_SIDE and width * height <= MAX_PIXELS
+
+
+def read_image(path: str | Path, hint: bool = False) -> Image.Image:
+    """The image in a file as 8-bit RGB, with white behind its transparent parts, or what `to_rgb` takes for a hint.
 
     Raises ValueError as `open_image` does, and for 32 bits a channel, whose range nothing tells.
     """
-    image = open_image(path)
+    return checked_rgb(open_image(path), path, hint)
+
+
+def checked_rgb(image: Image.Image, path: str | Path, hint: bool = False) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f'"{path}" has 32 bits a channel, expected 8 or 16: save it with fewer')
-    return to_rgb(image)
+    return to_rgb(image, hint)
+
+
+def to_rgb(image: Image.Image, hint: bool = False) -> Image.Image:
+    """An image of 8 or 16 bits a channel as 8-bit RGB, with white behind its transparent parts.
+
+    Behind those of a hint is what its strokes stand out from.
+    """
+    if image.mode.startswith("I;16"):  # a depth map, for example; Pillow's own conversion would clip it at 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    ground, result = ground_of_hint(image) if hint else "white", Image.new("RGB", image.size)
+    for top in range(0, image.height, 1024):  # strips, as the steps between would take a gigabyte for a large image
+        box = (0, top, image.width, min(top + 1024, image.height))
+        strip = image.crop(box).convert("RGBA")
+        result.paste(Image.alpha_composite(Image.new("RGBA", strip.size, ground), strip).convert("RGB"), box)
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------- transparency
+
+
+def visible_part(image: Image.Image) -> tuple[np.ndarray, float]:
+    """-> the colours, int (N, 3), of what is not transparent, from at most 512x512 pixels, and its share of all."""
+    size = tuple(min(side, 512) for side in image.size)
+    pixels = np.asarray(image.resize(size, Image.Resampling.NEAREST).convert("RGBA"))
+    visible = pixels[..., 3] > 127
+    return pixels[visible][:, :3].astype(int), float(visible.mean())
+
+
+def ground_of_hint(image: Image.Image) -> str:
+    """White behind dark strokes, black behind light or coloured ones; where most is visible, that shows the ground."""
+    colours, share = visible_part(image)
+    strongest, weakest = colours.max(axis=1, initial=0), colours.min(axis=1, initial=255)
+    light = ((strongest > 127) | (strongest - weakest > 48)).sum() / max(1, len(colours))
+    return "white" if len(colours) and (light < 0.02 or (light < 0.5 and share <= 0.5)) else "black"
+
+
+def erased_part(image: Image.Image) -> Image.Image | None:
+    """Mode L, white where the image is transparent; None if less than one in a hundred pixels is."""
+    if not image.has_transparency_data or visible_part(image)[1] > 0.99:
+        return None
+    return ImageOps.invert(image.convert("RGBA").getchannel("A"))
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
 
 
 def read_mask(path: str | Path) -> Image.Image:
-    """The image in a file as mode L. Raises ValueError as `read_image` does, and if it is black everywhere."""
-    mask = read_image(path).convert("L")
+    """The image in a file as mode L, in which 1 is white if nothing is brighter.
+
+    Of one colour on a transparent ground, white is where it is painted; of an image in colours, where it is erased.
+    Raises ValueError as `read_image` does, and for a mask that is black everywhere.
+    """
+    image = open_image(path)
+    mask = mask_of_transparency(image) or mask_of_values(image) or checked_rgb(image, path).convert("L")
+    if mask.getextrema()[1] == 1:
+        mask = mask.point(lambda value: 255 * value)
     if not mask.getbbox():
         raise ValueError(f'the mask "{path}" is black everywhere: paint white where it should apply')
     return mask
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of 8 or 16 bits a channel as 8-bit RGB, with white behind its transparent parts."""
-    if image.mode.startswith("I;16"):  # a depth map, for example; Pillow's own conversion would clip it at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def mask_of_transparency(image: Image.Image) -> Image.Image | None:
+    """None if nothing is transparent."""
+    erased = erased_part(image)
+    if erased is None:
+        return None
+    colours, _ = visible_part(image)
+    if not len(colours) or np.ptp(colours, axis=0).max() < 32:
+        return ImageOps.invert(erased)
+    if np.ptp(colours, axis=1).max() >= 32:
+        return erased
+    rgba = image.convert("RGBA")  # gray: what is not painted is black
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("L")
+
+
+def mask_of_values(image: Image.Image) -> Image.Image | None:
+    """Of 16 or 32 bits, from 0 to 1; None for another image."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return None
+    values = np.asarray(image).astype(np.float64)
+    in_range = values.min() >= 0 and values.max() <= 1  # false for NaN
+    return Image.fromarray((255 * values).astype(np.uint8)) if in_range else None

@@ -8,12 +8,16 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 SPINS = "10000"  # before a waiting thread sleeps: on an idle machine as fast as endless spinning
+LONGEST_NOTE = 3000  # characters
+REQUIRED = ("torch", "torchvision", "numpy", "PIL", "einops", "safetensors", "tqdm")  # by the names of their modules
 PRECISION_NAMES = ("fp32", "fp16", "bf16")  # devices.PRECISIONS has their types
 
 
@@ -27,16 +31,18 @@ def option(
     *,
     type: Callable[[str], Any] | None = None,
     choices: Iterable[str] | None = None,
+    const: Any = None,
     metavar: str | None = None,
     each: bool = False,
     **marks: Any,
 ) -> Any:
     """A field of a settings dataclass that is also an option of its program: `--batch-size` for `batch_size`.
 
-    A default of False makes it a flag. With `each` the option may be repeated, and its value is a list. `marks` are the
-    program's own notes about it ("fixed" on resume), found in the field's metadata.
+    A default of False makes it a flag. With `each` the option may be repeated, and its value is a list. `const` is the
+    value of an option that is given without one. `marks` are the program's own notes about it ("fixed" on resume),
+    found in the field's metadata.
     """
-    argument = {"help": help, "type": type, "choices": choices, "metavar": metavar}
+    argument = {"help": help, "type": type, "choices": choices, "const": const, "metavar": metavar}
     metadata = {"group": group, "argument": argument, "each": each, **marks}
     return field(default_factory=list, metadata=metadata) if each else field(default=default, metadata=metadata)
 
@@ -58,6 +64,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             arguments = {"help": arguments["help"], "action": "store_true"}
         elif item.metadata["each"]:
             arguments["action"] = "append"
+        elif "const" in arguments:
+            arguments["nargs"] = "?"
         default = None if item.default is MISSING else item.default
         arguments["help"] = arguments["help"].replace("%(default)s", str(default))
         group.add_argument(flag_of(item.name), dest=item.name, default=argparse.SUPPRESS, **arguments)
@@ -118,7 +126,15 @@ def number(text: str) -> float:
 
 
 def positive_number(text: str) -> float:
-    return within(text, "a number above 0", lambda value: value > 0)
+    return within(text, "a number above 0", lambda value: 0 < value < math.inf)
+
+
+def limit(text: str) -> float:
+    return within(text, "a number above 0, or inf", lambda value: value > 0)
+
+
+def not_negative(text: str) -> float:
+    return within(text, "a number from 0 on", lambda value: 0 <= value < math.inf)
 
 
 def share(text: str) -> float:
@@ -156,7 +172,7 @@ def height_and_width(size: str) -> tuple[int, int]:
 
 
 def share_cores() -> None:
-    """Lets OpenMP's threads sleep while they wait for each other, unless the user has chosen: before PyTorch is imported.
+    """Lets OpenMP's threads sleep while they wait, unless the user has chosen. To be called before PyTorch is imported.
 
     They spin by default. Beside other programs on the same cores they then hold back the very threads that they wait
     for: infer.py took 109 to 237 s in place of 5.
@@ -174,7 +190,25 @@ def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
 
 def note(text: str) -> None:
     """To stderr: stdout has the results alone."""
-    print(text, file=sys.stderr)
+    print(plain(text), file=sys.stderr)
+
+
+@contextmanager
+def said_if_slow(text: str, seconds: float = 4.0) -> Iterator[None]:
+    """A note if what is inside takes longer."""
+    timer = Timer(seconds, note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def plain(text: str) -> str:
+    """Without control characters, as what comes from a file or a server may hold commands to the terminal; and cut."""
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    return text if len(text) <= LONGEST_NOTE else f"{text[:LONGEST_NOTE]}..."
 
 
 def run(
@@ -194,11 +228,11 @@ def run(
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: note(f"{name}: {message}")
             return work() or 0
-    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         sentence = in_a_sentence(error, memory_advice, disk_advice)
         if debug or sentence is None:
             raise
-        note(f"{name}: {sentence}")
+        note(f"{name}: {sentence}".replace("\n", " "))
         return 2
     except KeyboardInterrupt:
         note(f"\n{name}: stopped, {stopped}")
@@ -209,6 +243,8 @@ def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str) ->
     """What a user can do something about; None for errors of our own."""
     if out_of_memory(error):
         return f"out of memory: {memory_advice}"
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        return f"{error}: install what is needed with `pip install -r requirements.txt`"
     if isinstance(error, OSError) and disk_advice:
         return f"{error}: {disk_advice}"
     return str(error) if isinstance(error, ValueError | OSError | FloatingPointError) else None
@@ -216,7 +252,13 @@ def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str) ->
 
 def out_of_memory(error: BaseException) -> bool:
     """By its words: CPUs and some devices have no exception of their own for it."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "Cannot allocate memory",
+        "not enough memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 

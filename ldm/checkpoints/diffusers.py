@@ -37,9 +37,16 @@ def config_from_diffusers(configs: dict[str, dict], prediction: str | None) -> C
         vae,
         text_from_diffusers(configs["text_encoder"]),
         schedule_from_diffusers(configs.get("scheduler", {}), prediction),
-        configs["unet"].get("sample_size", 64) * vae.downscale,
+        sample_size(configs["unet"]) * vae.downscale,
     )
     return next((preset for name, preset in PRESETS.items() if preset == replace(config, name=name)), config)
+
+
+def sample_size(values: dict) -> int:
+    size = values.get("sample_size") or 64  # diffusers allows null
+    if type(size) is not int:
+        raise TypeError(f"sample_size is {size!r:.80}")
+    return size
 
 
 def unet_from_diffusers(values: dict) -> UNetConfig:
@@ -97,7 +104,7 @@ def text_from_diffusers(values: dict) -> TextConfig:
 def schedule_from_diffusers(values: dict, prediction: str | None) -> ScheduleConfig:
     found = {theirs: ours for ours, theirs in PREDICTIONS.items()}.get(values.get("prediction_type"))
     if values.get("beta_schedule", "scaled_linear") != "scaled_linear":
-        raise ValueError(f'beta_schedule is "{values["beta_schedule"]}", expected "scaled_linear"')
+        raise ValueError(f'beta_schedule is {values["beta_schedule"]!r:.80}, expected "scaled_linear"')
     return ScheduleConfig(
         prediction or found or "eps",
         zero_terminal_snr=values.get("rescale_betas_zero_snr", False),

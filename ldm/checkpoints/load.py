@@ -111,7 +111,7 @@ def load_parts(
     if broken:
         warnings.warn(
             f'"{checkpoint.path}" has NaN or infinite numbers in {counted(len(broken), "tensor")}, the first in '
-            f"{broken[0]}: expect black or broken images",
+            f"{broken[0]}: expect black or broken images, or get another copy, if there is one in fp32",
             stacklevel=3,
         )
 
@@ -155,8 +155,10 @@ def check_keys(checkpoint: Checkpoint, parts: Parts, ignored: tuple[str, ...]) -
         if lines
     ]
     if problems:
-        cause = likely_cause(found, wanted, missing)
-        raise CheckpointError(f'"{checkpoint.path}" does not fit, {cause}: {"; ".join(problems)}')
+        cause = likely_cause(found, wanted, missing) or (
+            f"it is damaged, or made for another architecture: {'; '.join(problems)}"
+        )
+        raise CheckpointError(f'"{checkpoint.path}" does not fit, {cause}')
 
 
 def unused_keys(parts: Parts) -> set[str]:
@@ -173,22 +175,29 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
+MASKS = ", as inpainting with a mask (infer.py --init and --mask) needs no other"
 FIRST_CONVOLUTIONS = ("input_blocks.0.0.weight", "unet.conv_in.weight")
 
 
-def likely_cause(found: dict[str, tuple], wanted: dict[str, tuple], missing: set[str]) -> str:
-    """The best guess at why a file does not fit. `found` and `wanted` are shapes by key."""
+def likely_cause(found: dict[str, tuple], wanted: dict[str, tuple], missing: set[str]) -> str | None:
+    """Why a file does not fit, where one reason explains all of it. `found` and `wanted` are shapes by key."""
     for key, shape in found.items():
         if key.endswith("attn2.to_k.weight") and shape[-1:] != wanted[key][-1:]:
-            return f"it is {made_for(shape[-1:])}, expected {made_for(wanted[key][-1:])}"
+            return f"it is {made_for(shape[-1:])}, expected {made_for(wanted[key][-1:])}: give files of one family"
         if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1]:
             use = {5: "a depth", 7: "an upscaling", 9: "an inpainting"}.get(shape[1], "another")
-            return f"it is {use} model with {shape[1]} input channels, expected a text-to-image model with 4"
+            return (
+                f"it is {use} model with {shape[1]} input channels, expected a text-to-image model with 4: give the "
+                f"base that it was made from{MASKS if shape[1] == 9 else ''}"
+            )
     for prefix, part in PARTS.items():
         keys = {key for key in wanted if key.startswith(prefix)}
         if keys and keys <= missing:
-            return f"it has no {part} (or another one), expected a whole checkpoint"
-    return "it is damaged, or made for another architecture"
+            return (
+                f"it has no {part} (or another one), expected a whole checkpoint: get the complete version of "
+                "the model, which includes one"
+            )
+    return None
 
 
 def made_for(context_width: tuple[int, ...]) -> str:

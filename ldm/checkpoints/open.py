@@ -75,8 +75,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of one file, and its metadata."""
+    if not path.exists():
+        raise CheckpointError(f'"{path}" does not exist: {where_to_find(path)}')
     if not path.is_file():
-        raise CheckpointError(f'"{path}" does not exist: give the path of a checkpoint or of a folder with one')
+        raise CheckpointError(f'"{path}" is no file: give the path of a checkpoint or of a folder with one')
     with open(path, "rb") as file:
         start = file.read(32)
     try:
@@ -84,32 +86,43 @@ def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             return read_pickle(path), {}
         return read_safetensors(path)
     except Refused as error:
-        raise CheckpointError(
-            f'"{path}" is a pickle that asks for {error}, which no checkpoint needs: nothing in it was run, as it may '
-            "be malicious; get the model as .safetensors"
-        ) from error
+        raise CheckpointError(f'"{path}" is a pickle that asks for {error}, {error.advice}') from error
     except Damaged as error:
         raise CheckpointError(
             f'"{path}" is not readable as a checkpoint: {reason_unreadable(path, start, error)}'
         ) from error
 
 
+def where_to_find(path: Path) -> str:
+    """The advice for a path that does not exist."""
+    if re.match(r"https?:/", str(path)):
+        return "it is a URL, so download the file and give its path"
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        return f"if it is a repository on Hugging Face, `hf download {path} --local-dir FOLDER` and give FOLDER"
+    return "give the path of a checkpoint or of a folder with one"
+
+
 # What a file is that is no checkpoint, by its first bytes.
 FORMATS = (
-    (b"version https://git-lfs", "the pointer that git leaves in place of a large file: fetch it with `git lfs pull`"),
-    (b"<", "a web page: the download went wrong, repeat it"),
-    (b"\x80", "a pickle that PyTorch did not write: save its state_dict with torch.save or as safetensors"),
-    (b"GGUF", "a GGUF file: get the model as .safetensors"),
+    (rb"version https://git-lfs", "the pointer that git leaves in place of a large file: fetch it with `git lfs pull`"),
+    (rb"\s*<", "a web page: the download went wrong, repeat it"),
+    (rb"\x80", "a pickle that PyTorch did not write: save its state_dict with torch.save or as safetensors"),
+    (rb"GGUF", "a GGUF file: get the model as .safetensors"),
+    (rb"\0+\Z", "zeros at its beginning: the download is unfinished, repeat it"),
 )
+SHORT_TEXT = 1000  # bytes of a server's answer in place of a file
 
 
 def reason_unreadable(path: Path, start: bytes, error: Damaged) -> str:
     """What a file is by its first bytes. Those of safetensors are a length (8 bytes) and a JSON object."""
     size = path.stat().st_size
     if not start.startswith((ZIP_MAGIC, LEGACY_MAGIC)) and start[8:9] != b"{":
-        for magic, what in FORMATS:
-            if start.startswith(magic):
+        for pattern, what in FORMATS:
+            if re.match(pattern, start):
                 return f"it is {what}"
+        if 0 < size < SHORT_TEXT and path.read_bytes().isascii():
+            text = " ".join(path.read_text().split())
+            return f'it is a text ("{text:.200}"), such as a failed download leaves: repeat it'
         if size > 8:
             return "it is another kind of file, expected a .safetensors, .ckpt, .pth or .bin checkpoint"
     return f"the file of {size} bytes is incomplete or damaged, download or copy it again ({error})"
@@ -146,6 +159,7 @@ def renamed(tensors: dict[str, StoredTensor], prefix: str, path: Path) -> dict[s
 # --------------------------------------------------------------------------------------------- diffusers' folders
 
 COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")
+LARGEST_JSON = 10_000_000  # bytes
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
@@ -210,6 +224,8 @@ def read_component(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str
 
 def read_json(path: Path) -> dict:
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise Damaged(f"it has {path.stat().st_size} bytes, expected at most {LARGEST_JSON}")
         return parse_json(path.read_bytes())
     except Damaged as error:
         raise CheckpointError(f'"{path}": {error}, download it again') from error

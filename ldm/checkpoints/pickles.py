@@ -8,48 +8,50 @@ names is imported.
 
 import io
 import pickle
-import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
+from .pickle_scan import Refused, Scan
 from .stored import Damaged, StoredTensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of a file from before PyTorch 1.6
 LARGEST_PROGRAM = 10_000_000  # bytes of instructions, the weights apart: a whole base with its optimiser has 1 MB
 
+MOST_INNER = 10_000  # tensors that are deeper than expected
+
 # Names that trainers leave in checkpoints, beside those that PyTorch knows.
 LEFTOVER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
-LEFTOVER_NAMES = {
-    "argparse.Namespace",
-    "builtins.dict",
-    "builtins.float",
-    "builtins.int",
-    "builtins.list",
-    "builtins.str",
-    "collections.defaultdict",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "torch.nn.modules.container.ParameterDict",
-    "typing.Any",
-}
-
-
-class Refused(Exception):
-    """What a pickle asks for beyond tensors and plain data."""
+LEFTOVER_NAMES = frozenset(
+    {
+        "argparse.Namespace",
+        "builtins.dict",
+        "builtins.float",
+        "builtins.int",
+        "builtins.list",
+        "builtins.str",
+        "collections.defaultdict",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "pathlib.PosixPath",
+        "pathlib.WindowsPath",
+        "torch.nn.modules.container.ParameterDict",
+        "typing.Any",
+    }
+)
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
@@ -60,14 +62,15 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         check_archive(path)
-        leftovers = LEFTOVER_NAMES | {name for name in names_in(path) if name.startswith(LEFTOVER_PACKAGES)}
+        names = {name for program in programs(path) for name in Scan(LEFTOVER_NAMES, LEFTOVER_PACKAGES).run(program)}
+        leftovers = LEFTOVER_NAMES | {name for name in names if name.startswith(LEFTOVER_PACKAGES)}
         with safe_globals([stand_in(name) for name in leftovers]):
             values = torch.load(path, map_location="cpu", mmap=is_zip(path), weights_only=True)
         return {
             name: StoredTensor(path, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
-            for name, tensor in tensors_by_name(values).items()
+            for name, tensor in tensors_by_name(values, path.stat().st_size).items()
         }
-    except (Damaged, OSError):
+    except (Damaged, Refused, OSError):
         raise
     except zipfile.BadZipFile as error:
         raise Damaged(f"it is no complete zip archive ({error!s:.200})") from error
@@ -97,15 +100,15 @@ def check_archive(path: Path) -> None:
         raise Damaged("it is a zip archive, but no checkpoint of PyTorch")
 
 
-def names_in(path: Path) -> Iterable[str]:
-    """What the pickle would import: at least all names that PyTorch does not know."""
+def programs(path: Path) -> Iterator[BinaryIO]:
+    """Each pickle of the file, as PyTorch finds it."""
     if is_zip(path):
-        return get_unsafe_globals_in_checkpoint(path)
+        yield io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
+        return
     with open(path, "rb") as file:
         start = io.BytesIO(file.read(LARGEST_PROGRAM))
-    # Four pickles (a magic number, a version, the machine, the objects), then the storages.
-    instructions = (instruction for _ in range(4) for instruction in pickletools.genops(start))
-    return {argument.replace(" ", ".") for opcode, argument, _ in instructions if opcode.name == "GLOBAL"}
+    # A magic number, a version, the machine, the objects, and the names of the storages, which follow.
+    yield from [start] * 5
 
 
 class Leftover:
@@ -132,17 +135,36 @@ def stand_in(name: str) -> type:
     return type(last, (base,), {"__module__": module})
 
 
-def tensors_by_name(values: object) -> dict[str, Tensor]:
+def tensors_by_name(values: object, file_size: int) -> dict[str, Tensor]:
+    """Those of the outermost dictionary or of its "state_dict"; if there are none, those within its values.
+
+    Their names are then joined, and what the file is can be recognised by them.
+    """
     if isinstance(values, dict):
-        values = values.get("state_dict", textual_inversion(values) or values)
+        values = values.get("state_dict", values)
     if not isinstance(values, dict):
         raise Damaged("it holds no tensors by name: save a model's state_dict")
-    tensors = {str(name): value.detach() for name, value in values.items() if is_plain(value)}
+    tensors = plain_tensors(values.items()) or plain_tensors(islice(inner_items(values), MOST_INNER))
     for name, tensor in tensors.items():
+        size = tensor.untyped_storage().nbytes()
         # Strides of 0 make much of little.
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        if tensor.numel() * tensor.element_size() > size or size > file_size:
             raise Damaged(f"{name!r:.200} reaches beyond its data")
     return tensors
+
+
+def plain_tensors(items: Iterable[tuple[object, object]]) -> dict[str, Tensor]:
+    return {str(name): value.detach() for name, value in items if is_plain(value)}
+
+
+def inner_items(values: object, name: str = "", depth: int = 3) -> Iterator[tuple[str, object]]:
+    if isinstance(values, list | tuple):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict) or not values or not depth:
+        yield name.removeprefix("."), values
+        return
+    for key, value in values.items():
+        yield from inner_items(value, f"{name}.{key}", depth - 1)
 
 
 def is_plain(value: object) -> bool:
@@ -152,19 +174,7 @@ def is_plain(value: object) -> bool:
     return value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
 
 
-def textual_inversion(values: dict) -> dict[str, object]:
-    """The tensors of one by names that it can be recognised by; {} for everything else."""
-    parts = {name: values.get(name) for name in ("string_to_param", "string_to_token")}
-    return {
-        f"{name}.{key}": value for name, part in parts.items() if isinstance(part, dict) for key, value in part.items()
-    }
-
-
 def asked_for(message: str) -> str:
     """What PyTorch refused, from its message of many lines."""
     name = re.search(r"GLOBAL (.{1,200}?) (?:was not an allowed|whose module)", message)
-    operand = re.search(r"Unsupported operand (\d+)", message)
-    if name:
-        return repr(name[1])
-    opcode = pickletools.code2op.get(chr(int(operand[1]))) if operand else None
-    return f"the instruction {opcode.name}" if opcode else "something else than tensors"
+    return repr(name[1]) if name else "something else than tensors"

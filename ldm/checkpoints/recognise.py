@@ -28,22 +28,44 @@ CONTEXT_KEYS = {
     "diffusers": f"unet.down_blocks.0.attentions.0.{TRANSFORMER_CONTEXT}",
 }
 
+# Families that are not supported, by a pattern in any key.
+OTHER_FAMILIES = (
+    (r"^(embedder|noise_augmentor)\.", "SD unCLIP"),
+    (r"^conditioner\.embedders\.(0\.transformer|1)\.|(^|\.)(add_embedding|label_emb\.0)\.", "SDXL"),
+    (r"(^|\.)(single_transformer_blocks|double_blocks|controlnet_x_embedder)\.", "Flux"),
+    (r"(^|\.)(joint_blocks|pos_embed\.proj)\.", "SD 3"),
+)
+ANY_CONTROL = r"(^|\.)(input_hint_block|controlnet|controlnet_\w+)\."
+ONLY = "only SD 1.x and 2.x are supported"
+# What looks like a base or a ControlNet and is none.
+PRETENDERS = (
+    (r"^(local|global)_adapter\.", "a Uni-ControlNet, which holds several: get a ControlNet for each kind of hint"),
+    (r"motion_modules\.", "a motion module of AnimateDiff, which makes videos: give the base that it goes with"),
+    (r"(^|\.)(label_emb|class_embedding)\.weight$", "an upscaler, expected a text-to-image model: give SD 1.x or 2.x"),
+    (r"^lllite_", "a ControlNet-LLLite, which is another architecture: get a ControlNet"),
+    (r"^lora_controlnet$", "a Control-LoRA, which is another architecture: get a ControlNet"),
+)
 # What a file is that is not what was asked for, by a pattern in any of its keys; the first row that fits.
 LORA = "a LoRA: give the whole checkpoint that it was merged into"
 CONTROL = "a ControlNet: pass it as --control"
 TEXTUAL_INVERSION = "a textual inversion, which is no model: give the base"
 WHOLE_FOLDER = "give the folder that holds unet/, vae/ and text_encoder/"
-OTHER_FAMILY = "and only SD 1.x and 2.x are supported"
+DEEPER = r"input_hint_block\.|control_model\.|model\.diffusion_model\.|controlnet_cond_embedding\."
 KINDS = (
     (r"^lora_|[._]lora[._]|\.hada_w|\.lokr_w", LORA),
-    (r"^conditioner\.embedders\.|(^|\.)add_embedding\.", f"an SDXL checkpoint, {OTHER_FAMILY}"),
-    (r"(^|\.)label_emb\.", f"a model of the SDXL family, {OTHER_FAMILY}"),
-    (r"(^|\.)joint_blocks\.", f"an SD 3 checkpoint, {OTHER_FAMILY}"),
-    (r"(^|\.)double_blocks\.", f"a Flux checkpoint, {OTHER_FAMILY}"),
     (r"^emb_params$|^string_to_(param|token)\.|^<.*>$|^clip_[lg]$", TEXTUAL_INVERSION),
     (r"^(control_model\.)?input_hint_block\.|^controlnet\.|^controlnet_cond_embedding\.", CONTROL),
-    (r"^adapter\.|^body\.\d|^image_proj", "an adapter, which is neither a base nor a ControlNet"),
-    (r"^model\.diffusion_model\.", f"a diffusion model of another architecture, {OTHER_FAMILY}"),
+    (r"^control\.encoder\.", "the state of a training run, for its --resume: give the run's control.safetensors"),
+    (r"^(optimizer\.)?state\.\d+\.", "the state of an optimizer: give the weights beside it"),
+    (rf"^\w+\.({DEEPER})", "a file whose tensors are a level deeper than a model's: save those alone with torch.save"),
+    (r"^(image_proj|ip_adapter)[._]", "an IP-Adapter, which is neither a base nor a ControlNet: leave it out"),
+    (
+        r"(^|\.)(conv_first|rdb1|RRDB_trunk|model\.1\.sub\.0)\.",
+        "an upscaler of finished images (ESRGAN): give the base",
+    ),
+    (r"^\d+\.\d+\.linear\.", "a hypernetwork, which changes a base: give the base"),
+    (r"^adapter\.|^body\.\d", "a T2I-Adapter: get the ControlNet for the same kind of hint"),
+    (r"^model\.diffusion_model\.", f"a diffusion model of another architecture, and {ONLY}"),
     (r"^down_blocks\.", f"a UNet in diffusers' layout: {WHOLE_FOLDER}"),
     (r"^(input_blocks|output_blocks)\.", "a UNet alone: give the whole checkpoint"),
     (r"^(first_stage_model\.)?(en|de)coder\.(down|up|mid)", "an autoencoder alone: give the whole checkpoint"),
@@ -98,6 +120,8 @@ def identify(checkpoint: Checkpoint, prediction: str | None = None) -> BaseFile:
 
 
 def base_layout(checkpoint: Checkpoint) -> Layout:
+    if pretender(checkpoint):
+        raise not_a_base(checkpoint)
     if checkpoint.any_key("model.diffusion_model."):
         return "ldm"
     if not checkpoint.any_key("unet.") or kind(checkpoint) == LORA:
@@ -106,6 +130,14 @@ def base_layout(checkpoint: Checkpoint) -> Layout:
     if absent:
         raise CheckpointError(f'"{checkpoint.path}" has no {absent[0]}/, expected unet/, vae/ and text_encoder/ in it')
     return "diffusers"
+
+
+def is_base(checkpoint: Checkpoint) -> bool:
+    """Whether the parts of one are there, of this family or a similar one."""
+    try:
+        return base_layout(checkpoint) == "diffusers" or CONTEXT_KEYS["ldm"] in checkpoint.tensors
+    except CheckpointError:
+        return False
 
 
 def config_by_shape(checkpoint: Checkpoint, layout: Layout) -> Config:
@@ -149,16 +181,32 @@ def not_a_base(checkpoint: Checkpoint) -> CheckpointError:
 
 def kind(checkpoint: Checkpoint) -> str:
     """What a file seems to be that is not what was expected."""
-    lines = "\n".join(checkpoint.tensors)  # one search a pattern, not one a key
-    for pattern, what in KINDS:
-        if re.search(pattern, lines, re.MULTILINE):
-            return what
+    found = pretender(checkpoint) or matching(checkpoint, KINDS)
+    if found:
+        return found
+    if not checkpoint.keys:
+        return "a file without tensors: get the model again"
     keys = f"{counted(len(checkpoint.keys), 'key')}: {first_few(sorted(checkpoint.keys))}"
     if len(checkpoint.keys) <= 2 and all(
         tensor.shape[-1:] in ((768,), (1024,)) for tensor in checkpoint.tensors.values()
     ):
         return f"a textual inversion ({keys}), which is no model: give the base"
     return f"something unknown ({keys}), expected keys of the original layout or diffusers'"
+
+
+def pretender(checkpoint: Checkpoint) -> str | None:
+    """What a file is that looks like a base or a ControlNet, but for another family or use; None for all others."""
+    family = matching(checkpoint, OTHER_FAMILIES)
+    if family is None:
+        return matching(checkpoint, PRETENDERS)
+    if matching(checkpoint, ((ANY_CONTROL, "control"),)):
+        return f"a ControlNet for {family}, and {ONLY}: get the one for your base"
+    return f"{'a' if family == 'Flux' else 'an'} {family} checkpoint, and {ONLY}"
+
+
+def matching(checkpoint: Checkpoint, rows: tuple[tuple[str, str], ...]) -> str | None:
+    lines = "\n".join(checkpoint.tensors)  # one search a pattern, not one a key
+    return next((what for pattern, what in rows if re.search(pattern, lines, re.MULTILINE)), None)
 
 
 # --------------------------------------------------------------------------------------------------- descriptions
@@ -189,8 +237,8 @@ def description_errors(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f'"{checkpoint.path}" describes its architecture in a way that this version does not know '
-            f"({str(error):.200}): use the version that wrote it"
+            f"({str(error):.200}): {'use the version that wrote it' if described_config(checkpoint) else ONLY}"
         ) from error

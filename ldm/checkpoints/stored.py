@@ -67,22 +67,29 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LARGEST_HEADER = 5_000_000  # bytes; a whole base with its EMA has 0.4 million
 MIN_MAPPED = 2**17  # bytes; smaller tensors are read, not mapped: mapping one takes as long as reading so many
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """-> the tensors by name, and the metadata. Only the header is read.
 
-    Raises Damaged for a file that the safetensors library does not accept, or with a type that PyTorch lacks.
+    Raises Damaged for a file that the safetensors library does not accept, or with a type that PyTorch lacks, and
+    CheckpointError for a header that no model has.
     """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if LARGEST_HEADER < length < path.stat().st_size:
+        raise CheckpointError(
+            f'"{path}" has a header of {length} bytes, expected at most {LARGEST_HEADER}: get the model from its source'
+        )
     try:
         with safe_open(path, framework="np"):  # checks the whole header
             pass
     except SafetensorError as error:
         raise Damaged(f"{error!s:.200}") from error
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = parse_json(file.read(length))
+        header = parse_json(file.read(8 + length)[8:])
     metadata = header.pop("__metadata__", None) or {}
     try:
         return {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}, metadata

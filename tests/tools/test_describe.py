@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from small import SMALL, small_control, small_sd
 
 from controlnet import ControlNet
+from ldm import StableDiffusion
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.stored import StoredTensor
 from tools import describe
@@ -98,6 +99,42 @@ def test_what_a_reader_sees(folder, capsys):
     assert "float16" in text(capsys, folder / "fresh.safetensors")
     lora = text(capsys, folder / "lora.safetensors")
     assert "a LoRA" in lora and "goes with" not in lora
+
+
+@pytest.mark.parametrize(
+    "file, values, reason",
+    [
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is 'linear', expected"),
+        ("unet/config.json", {"sample_size": [8, 8]}, "sample_size is [8, 8]"),
+        ("unet/config.json", {"block_out_channels": "%3000000000s"}, "block_out_channels is '%3000000000s'"),
+        ("vae/config.json", {"block_out_channels": ["%3000000000s"]}, "block_out_channels is ['%3000000000s']"),
+        ("text_encoder/config.json", {"num_hidden_layers": "3"}, "only SD 1.x and 2.x are supported"),
+    ],
+)
+def test_a_whole_folder_says_why_it_is_not_usable(tmp_path, capsys, file, values, reason):
+    path, config = other_programs_folder(tmp_path), tmp_path / "folder" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    (found,) = facts(capsys, path)
+    assert found["kind"] == "base" and reason in found["not_usable"]
+    with pytest.raises(ValueError) as loading:
+        StableDiffusion.load(path)
+    assert str(loading.value) == found["not_usable"]
+
+
+def test_sample_size_may_be_null(tmp_path, capsys):
+    path = other_programs_folder(tmp_path)
+    config = path / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    (found,) = facts(capsys, path)
+    assert found["kind"] == "base" and "not_usable" not in found and found["resolution"] == 512
+
+
+def other_programs_folder(tmp_path):
+    """A base in diffusers' layout without our metadata."""
+    small_sd().save(tmp_path / "folder", layout="diffusers")
+    weights = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value.clone() for key, value in load_file(weights).items()}, weights)
+    return tmp_path / "folder"
 
 
 def test_numbers_that_are_not_finite_are_found(folder, tmp_path, capsys):

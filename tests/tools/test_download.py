@@ -2,6 +2,8 @@
 
 import hashlib
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +99,57 @@ def test_what_is_refused_before_anything_is_fetched(hub, tmp_path, capsys, monke
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "`pip install huggingface_hub`" in error(tmp_path, capsys)
     assert not hub.asked and not names(tmp_path)
+
+
+BAD_SERVERS = {
+    # what a GET is answered with: status, bytes, whether the connection then breaks
+    "without end": (200, CONTENT * 1000, False, "sends more than the 10240 bytes that it states"),
+    "from the start again and again": (200, CONTENT[:100], True, "the server begins again and again"),
+    "nothing": (206, b"", True, "repeat the command"),
+    "416": (416, b"", False, "repeat the command"),
+    "another file": (200, bytes(len(CONTENT)), False, "arrived damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SERVERS)
+def test_servers_that_lie_through_the_real_library(kind, tmp_path, capsys, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub.file_download")
+    status, data, breaks, words = BAD_SERVERS[kind]
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
+            self.send_header("ETag", f'"{SHA256}"')
+            self.end_headers()
+
+        def do_GET(self):
+            self.send_response(status)
+            if breaks:  # less than it states
+                self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(hub, "hf_hub_url", lambda *_: f"http://127.0.0.1:{server.server_port}/file")
+        monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+        monkeypatch.setattr(hub.constants, "DOWNLOAD_CHUNK_SIZE", 50)
+        monkeypatch.setitem(MODELS, "mini", Model("owner/mini", NAME, 0.001, "none"))
+        (tmp_path / f"{NAME}.part").write_bytes(CONTENT[:50])
+        assert words in error(tmp_path, capsys)
+        server.shutdown()
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= len(CONTENT) and NAME not in names(tmp_path)
+
+
+@pytest.mark.parametrize("size", [10**400, 10**9, 2 * 10**6])
+def test_a_size_that_the_model_has_not(hub, tmp_path, capsys, size):
+    hub.get_hf_file_metadata = lambda url: SimpleNamespace(location=url, etag=SHA256, size=size)
+    assert "bytes, expected 0.001 GB" in error(tmp_path, capsys)
+    assert not names(tmp_path) and not hub.asked
 
 
 def test_names(capsys, tmp_path):

@@ -125,9 +125,10 @@ def test_plain_python_and_numpy_beside_the_weights_are_dropped(tmp_path, new):
 
 
 def test_other_tensors_than_plain_ones_are_dropped(tmp_path):
-    values = {"plain": torch.ones(2), "sparse": torch.eye(2).to_sparse(), "meta": torch.ones(2, device="meta")}
-    torch.save(values, tmp_path / "file.ckpt")
+    torch.save({"plain": torch.ones(2), "meta": torch.ones(2, device="meta")}, tmp_path / "file.ckpt")
     assert list(open_checkpoint(tmp_path / "file.ckpt").tensors) == ["plain"]
+    torch.save({"sparse": torch.eye(2).to_sparse()}, tmp_path / "file.ckpt")  # checking one can take for ever
+    assert "asks for 'torch._utils._rebuild_sparse_tensor'" in error_of(open_checkpoint, tmp_path / "file.ckpt")
 
 
 def test_archives_that_pytorch_would_trust_too_much(tmp_path, monkeypatch):
@@ -293,6 +294,37 @@ def test_loras_of_all_kinds(tmp_path, key):
     save_file({key: torch.zeros(4, 4)}, tmp_path / "file.safetensors")
     assert "it is a LoRA" in error_of(StableDiffusion.load, tmp_path / "file.safetensors")
     assert "it is a LoRA" in error_of(ControlNet.load, tmp_path / "file.safetensors", UNet(SMALL.unet))
+
+
+@pytest.mark.parametrize(
+    "values, what",
+    [
+        ({"params_ema": {"conv_first.weight": 0}}, "an upscaler of finished images (ESRGAN)"),
+        ({320: [{"linear.0.weight": 0}], "name": "x"}, "a hypernetwork"),
+        ({"image_proj": {"proj.weight": 0}, "ip_adapter": {"1.to_k_ip.weight": 0}}, "an IP-Adapter"),
+        ({"module": {"input_hint_block.0.weight": 0}, "ds_config": {}}, "a file whose tensors are a level deeper than a model's"),
+        ({"step": 3, "control": {"encoder.blocks.0.weight": 0}}, "the state of a training run, for its --resume"),
+        ({"state": {0: {"exp_avg": 0}}, "param_groups": []}, "the state of an optimizer"),
+        ({"a": {"b": {"c": 1}}}, "a file without tensors"),
+    ],
+)
+def test_pickles_whose_tensors_are_deeper(tmp_path, values, what):
+    def filled(part):
+        if isinstance(part, dict):
+            return {name: torch.zeros(2) if value == 0 else filled(value) for name, value in part.items()}
+        return [filled(value) for value in part] if isinstance(part, list) else part
+
+    torch.save(filled(values), tmp_path / "file.pt")
+    assert f"it is {what}" in error_of(StableDiffusion.load, tmp_path / "file.pt")
+    assert what in contents(open_checkpoint(tmp_path / "file.pt")).kind
+
+
+def test_plain_data_beside_the_weights_is_harmless(tmp_path):
+    plain = {"dtype": torch.float16, "sizes": torch.Size([1, 2]), "device": torch.device("cpu"), "loss": 0.5, 3: {1, 2}}
+    torch.save({"state_dict": {"a": torch.ones(2)}, **plain}, tmp_path / "file.ckpt")
+    assert list(open_checkpoint(tmp_path / "file.ckpt").tensors) == ["a"]
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "file.ckpt", pickle_protocol=4)
+    assert "save its state_dict with torch.save" in error_of(open_checkpoint, tmp_path / "file.ckpt")
 
 
 def test_textual_inversions(tmp_path):

@@ -316,8 +316,15 @@ def test_files_that_are_no_checkpoints(folder, tmp_path):
         "pickle": (pickle.dumps({"a": 1}), "a pickle that PyTorch did not write"),
         "pointer": (pointer, "git lfs pull"),
         "page": (b"<!DOCTYPE html><html>" + b" " * 1000, "it is a web page"),
+        "page after blank lines": (b"\n\n <!DOCTYPE html><html>", "it is a web page"),
+        "zeros": (bytes(4096), "zeros at its beginning: the download is unfinished"),
+        "answer": (
+            b"Invalid username or password.",
+            'it is a text ("Invalid username or password."), such as a failed',
+        ),
+        "JSON": (b'{"error":"Unauthorized",\n"message":"log in"}', "such as a failed download leaves: repeat it"),
         "text": (
-            b"hello " * 100,
+            b"hello " * 1000,
             "it is another kind of file, expected a .safetensors, .ckpt, .pth or .bin checkpoint",
         ),
     }
@@ -327,6 +334,8 @@ def test_files_that_are_no_checkpoints(folder, tmp_path):
         message = error_of(open_checkpoint, path)
         assert str(path) in message and sentence in message, name
     assert 'none.safetensors" does not exist' in error_of(open_checkpoint, tmp_path / "none.safetensors")
+    assert "`hf download stabilityai/sd-vae --local-dir FOLDER`" in error_of(open_checkpoint, "stabilityai/sd-vae")
+    assert "it is a URL, so download the file" in error_of(open_checkpoint, "https://hub/a/b.safetensors")
     assert "is a folder" in error_of(StableDiffusion.load, tmp_path)
 
 
@@ -336,10 +345,24 @@ def test_files_that_are_no_checkpoints(folder, tmp_path):
         ("control_model.input_hint_block.0.weight", "it is a ControlNet: pass it as --control"),
         ("input_hint_block.0.weight", "it is a ControlNet: pass it as --control"),
         ("conditioner.embedders.0.transformer.x", "it is an SDXL checkpoint"),
+        ("model.diffusion_model.label_emb.0.0.weight", "it is an SDXL checkpoint"),
+        ("model.diffusion_model.label_emb.weight", "it is an upscaler, expected a text-to-image model"),
+        ("unet.class_embedding.weight", "it is an upscaler"),
+        ("embedder.model.visual.proj", "it is an SD unCLIP checkpoint"),
+        ("single_transformer_blocks.0.proj_mlp.weight", "it is a Flux checkpoint"),
+        ("local_adapter.input_blocks.0.0.weight", "it is a Uni-ControlNet"),
+        ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "it is a motion module of AnimateDiff"),
+        ("body.0.block1.weight", "it is a T2I-Adapter"),
+        ("adapter.conv_in.weight", "it is a T2I-Adapter"),
+        ("image_proj.proj.weight", "it is an IP-Adapter"),
+        ("body.0.rdb1.conv1.weight", "it is an upscaler of finished images (ESRGAN)"),
+        ("lllite_unet_input_blocks_1_1.depth_down.0.weight", "it is a ControlNet-LLLite"),
+        ("lora_controlnet", "it is a Control-LoRA"),
         ("model.diffusion_model.joint_blocks.0.x", "it is an SD 3 checkpoint"),
         ("lora_unet_down_blocks_0.weight", "it is a LoRA"),
         ("down_blocks.0.resnets.0.conv1.weight", "it is a UNet in diffusers' layout"),
         ("controlnet_cond_embedding.conv_in.weight", "it is a ControlNet: pass it as --control"),
+        ("state.0.exp_avg", "it is the state of an optimizer"),
         ("encoder.weight", "something unknown (1 key: encoder.weight), expected keys of the original layout"),
         ("model.diffusion_model.x", "it is a diffusion model of another architecture"),
     ],

@@ -1,0 +1,58 @@
+"""Reads files of others within limits: text as JSON, arrays. Nothing here imports PyTorch.
+
+Whatever the files hold, there is a ValueError of one sentence or a result, in seconds and in less than a gigabyte.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LARGEST_JSON = 10_000_000  # bytes
+DEEPEST_JSON = 100  # lists and objects within each other
+LARGEST_ARRAY = 400_000_000  # bytes, with all others of an .npz file
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises ValueError as `parse_json` does and for a large file, OSError for one that is not there."""
+    size = Path(path).stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"it has {size} bytes, expected at most {LARGEST_JSON}")
+    return parse_json(Path(path).read_text(encoding="utf-8-sig"))
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for what is no JSON or nested too deeply: whatever walks through it later would run out of
+    Python's stack."""
+    try:
+        value = json.loads(text)
+        layer, depth = [value], 0
+        while layer and depth <= DEEPEST_JSON:
+            inner = (one.values() if isinstance(one, dict) else one for one in layer if isinstance(one, dict | list))
+            layer, depth = [value for values in inner for value in values], depth + 1
+    except RecursionError:
+        depth = DEEPEST_JSON + 1
+    if depth > DEEPEST_JSON:
+        raise ValueError(f"it is JSON nested deeper than {DEEPEST_JSON} levels")
+    return value
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name, or that of an .npy file under "". Raises ValueError if it is not readable, or
+    larger than `LARGEST_ARRAY` when unpacked."""
+    try:
+        size = Path(path).stat().st_size
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = sum(record.file_size for record in archive.infolist())
+        if size > LARGEST_ARRAY:
+            raise ValueError(f"it has {size} bytes when unpacked, expected at most {LARGEST_ARRAY}")
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            return dict(loaded)
+    except Exception as error:  # a damaged file makes the decoders raise almost anything
+        raise ValueError(f'"{path}" is not readable as an array ({error}): give a .npy or .npz file') from error

@@ -1,6 +1,7 @@
-"""Makes hints for a folder of images, or of pose files and maps: a PNG of the same name for each.
+"""Makes hints for a folder of images, or of pose files and maps, or for a single file: a PNG of the same name for each.
 
     python -m tools.make_hints canny photos/ hints/
+    python -m tools.make_hints canny bird.jpg hints/
     python -m tools.make_hints canny photos/ hints/ --option low=50 --option high=150 --size 512
 
 Subfolders are included. Existing hints are left alone, so a run that was stopped can be continued. Files that cannot be
@@ -22,7 +23,7 @@ from controlnet.hints import (
     find_detector,
     options_of,
     options_text,
-    parse_options,
+    parse_detector,
 )
 from tools.cli import add_debug, make_folder
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.make_hints", __doc__)
     parser.epilog = detectors_help()
     parser.add_argument("detector", metavar="DETECTOR", help="one of those below")
-    parser.add_argument("in_dir", type=Path, metavar="IN_DIR", help="the folder of images, pose files or maps")
+    parser.add_argument("source", metavar="IN", help="the folder of images, pose files or maps, or one of these files")
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder for the hints, created if needed")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the detector, see below; repeatable"
@@ -63,11 +64,11 @@ def detectors_help() -> str:
 
 def make_hints(args: argparse.Namespace) -> int:
     """Makes the missing hints. The exit status is 1 if a file has none in the end."""
-    options = parse_options(args.detector, args.option)
+    detector, options = parse_detector(":".join([args.detector, *filter(None, [",".join(args.option)])]))
     if args.size is not None and (args.size < 64 or args.size % 64):
         raise ValueError(f"--size is {args.size}, expected a multiple of 64 pixels")
-    check_folders(args.in_dir, args.out_dir)
-    places, clashes = hint_places(args.detector, args.in_dir, args.out_dir)
+    check_folders(args.source, args.out_dir)
+    places, clashes = hint_places(detector, Path(args.source), args.out_dir)
     missing = {place: source for place, source in places.items() if args.replace or not place.exists()}
     from tqdm import tqdm
 
@@ -79,7 +80,7 @@ def make_hints(args: argparse.Namespace) -> int:
     failures = []
     for place, source in tqdm(missing.items(), unit="hint", disable=None):
         try:
-            hint = detect_file(args.detector, source, fit, **options)
+            hint = detect_file(detector, source, fit, **options)
         except NotInstalledError:  # the other files would fail as well
             raise
         except Exception as error:  # whatever the detector cannot do with one image, the others get their hints
@@ -97,30 +98,40 @@ def make_hints(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def check_folders(in_dir: Path, out_dir: Path) -> None:
+def check_folders(source: str, out_dir: Path) -> None:
     """Makes OUT_DIR. Raises ValueError if there is nothing to read from or nowhere to write to."""
-    if not in_dir.is_dir():
-        raise ValueError(f'IN_DIR is "{in_dir}", expected a folder')
-    if out_dir.resolve().is_relative_to(in_dir.resolve()):
-        raise ValueError(f'OUT_DIR "{out_dir}" is in IN_DIR, where hints would be taken for images: choose another')
+    path = Path(source)
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f'IN is "{source}", expected a folder or a file')
+    if path.is_dir() and out_dir.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f'OUT_DIR "{out_dir}" is in IN, where hints would be taken for images: choose another')
     make_folder(out_dir, "OUT_DIR")
 
 
-def hint_places(name: str, in_dir: Path, out_dir: Path) -> tuple[dict[Path, Path], list[Failure]]:
+def hint_places(name: str, source: Path, out_dir: Path) -> tuple[dict[Path, Path], list[Failure]]:
     """-> (hint -> the file it is made from, the files whose hint would have the name of an earlier one's)
 
-    Raises ValueError for a folder without files that the detector reads.
+    Raises ValueError for a folder without files that the detector reads. A single file may have any name.
     """
+    if source.is_file():
+        place = out_dir / f"{source.stem}.png"
+        if place.resolve() == source.resolve():
+            raise ValueError(f'the hint would replace "{source}": choose another OUT_DIR')
+        return {place: source}, []
     suffixes = find_detector(name).suffixes
-    sources = [path for path in sorted(in_dir.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
-    if not sources:
-        raise ValueError(f'there is no file for {name} in "{in_dir}", expected {", ".join(suffixes)}')
+    every = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in every if path.suffix.lower() in suffixes]
+    if not files:
+        raise ValueError(f'there is no file for {name} in "{source}", expected {", ".join(suffixes)}')
+    if len(files) < len(every):
+        others = ", ".join(sorted({path.suffix for path in every} - {path.suffix for path in files}))
+        note(f"{len(every) - len(files)} files of other kinds are left out ({others})")
     places, clashes = {}, []
-    for source in sources:
-        place = out_dir / source.relative_to(in_dir).with_suffix(".png")
-        first = places.setdefault(place, source)
-        if first != source:
-            clashes.append((source, f"its hint would have the same name as that of {first}: rename one of them"))
+    for file in files:
+        place = out_dir / file.relative_to(source).with_suffix(".png")
+        first = places.setdefault(place, file)
+        if first != file:
+            clashes.append((file, f"its hint would have the same name as that of {first}: rename one of them"))
     return places, clashes
 
 

@@ -48,6 +48,45 @@ def resized(image: Image.Image, size: Size) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS if grows else Image.Resampling.BOX)
 
 
+FITS = ("stretch", "crop", "pad")
+
+
+def fitted(image: Image.Image, size: Size, fit: str = "stretch", ground: tuple[int, ...] | int = 0) -> Image.Image:
+    """Exactly `size`: stretched; or in its own shape, covering it and cropped in the middle, or within it and padded.
+
+    `ground` is the colour of the padding, black by default.
+    """
+    if fit == "pad":
+        inner = size_within(image, size)
+        padded = Image.new(image.mode, size[::-1], ground)
+        padded.paste(resized(image, inner), tuple(reversed(margins(inner, size))))
+        return padded
+    return resized(cropped(image, size) if fit == "crop" else image, size)
+
+
+def mean_colour(image: Image.Image) -> tuple[int, ...]:
+    return tuple(np.asarray(image).mean(axis=(0, 1)).round().astype(int).tolist())
+
+
+def cropped(image: Image.Image, size: Size) -> Image.Image:
+    """The largest part from the middle in the shape of `size`, to whole pixels."""
+    scale = min(image.height / size[0], image.width / size[1])
+    height, width = (max(1, round(scale * side)) for side in size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def size_within(image: Image.Image, size: Size) -> Size:
+    """The largest size of the image's shape within `size`."""
+    scale = min(size[0] / image.height, size[1] / image.width)
+    return max(1, round(scale * image.height)), max(1, round(scale * image.width))
+
+
+def margins(inner: Size, size: Size) -> Size:
+    """Above and to the left of what is padded from `inner` to `size`."""
+    return (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+
+
 def to_images(arrays: Iterable[np.ndarray]) -> Tensor:
     """uint8 RGB images (H, W, 3) -> (B, 3, H, W) in [-1, 1], the range inside the model."""
     return 2 * to_unit_range(arrays) - 1

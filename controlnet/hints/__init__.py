@@ -17,6 +17,7 @@ from .detectors import (
     find_detector,
     options_of,
     options_text,
+    parse_detector,
     parse_options,
 )
 from .filters import inpaint
@@ -33,5 +34,6 @@ __all__ = [
     "inpaint",
     "options_of",
     "options_text",
+    "parse_detector",
     "parse_options",
 ]

@@ -18,7 +18,10 @@ from .filters import blur, canny_hint, gray, invert, scribble, shuffle, threshol
 from .maps import depth, normal, read_map, segmentation
 from .openpose import pose_hint, read_pose
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".ico", ".pcx",
+)  # fmt: skip  # the usual names of image_files.FORMATS
 MAPS = (".npy", ".npz", *IMAGES)
 
 
@@ -57,6 +60,26 @@ DETECTORS = {
     "sam": Detector(learned.sam, "segments of a photograph, in random colours *"),
 }
 LEARNED_NOTE = "* learned, by the optional package controlnet_aux (pip install controlnet_aux)"
+
+# What others call these, in lower case. In place of a network that we lack stands one for the same kind of hint.
+ALIASES = {
+    "canny_edge": "canny",
+    **dict.fromkeys(("softedge", "softedge_hed", "softedge_hedsafe", "softedge_pidinet", "softedge_pidisafe"), "hed"),
+    **dict.fromkeys(("pidinet", "pidinet_safe", "hed_safe", "scribble_hed", "scribble_pidinet"), "hed"),
+    **dict.fromkeys(("depth_midas", "depth_leres", "depth_leres++", "depth_zoe", "depth_anything"), "midas"),
+    **dict.fromkeys(("depth_anything_v2", "leres", "zoe"), "midas"),
+    **dict.fromkeys(("dwpose", "dw_openpose_full", "openpose_full"), "openpose:hands=true,face=true"),
+    **dict.fromkeys(("openpose_face", "openpose_faceonly"), "openpose:face=true"),
+    "openpose_hand": "openpose:hands=true",
+    **dict.fromkeys(("lineart_realistic", "lineart_standard", "lineart_anime", "lineart_anime_denoise"), "lineart"),
+    "lineart_coarse": "lineart:coarse=true",
+    **dict.fromkeys(("seg", "seg_ofade20k", "seg_ufade20k", "oneformer_ade20k"), "segmentation"),
+    **dict.fromkeys(("normalmap", "normal_map", "normal_bae", "normalbae", "normal_midas"), "normal"),
+    "segment_anything": "sam",
+    **dict.fromkeys(("grayscale", "greyscale", "grey"), "gray"),
+    "tile_resample": "tile",
+    "blur_gaussian": "blur",
+}
 
 
 def detect(name: str, source: Any, **options) -> np.ndarray:
@@ -111,6 +134,13 @@ def options_of(name: str) -> dict[str, Any]:
 def options_text(options: dict[str, Any]) -> str:
     """The options and their values as one types them."""
     return ", ".join(f"{option}={default}" for option, default in options.items()) or "none"
+
+
+def parse_detector(text: str) -> tuple[str, dict[str, Any]]:
+    """ "canny:low=50" -> ("canny", {"low": 50.0}), in any case; also by the names in `ALIASES`. Raises ValueError."""
+    name, _, options = text.partition(":")
+    name, _, implied = ALIASES.get(name.lower(), name.lower()).partition(":")
+    return name, parse_options(name, [*filter(None, implied.split(",")), *filter(None, options.split(","))])
 
 
 def parse_options(name: str, texts: Iterable[str]) -> dict[str, Any]:

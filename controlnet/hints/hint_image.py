@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from controlnet.common.image_files import read_image, to_rgb
-from controlnet.common.images import Size, resized, size_text, to_hints, to_uint8
+from controlnet.common.images import FITS, Size, fitted, margins, size_text, size_within, to_hints, to_uint8
 
-from . import DETECTORS, detect, detect_file, find_detector, inpaint, parse_options
+from . import DETECTORS, detect, detect_file, find_detector, inpaint, parse_detector
 from .maps import read_map
 
 
@@ -20,14 +21,16 @@ from .maps import read_map
 class HintImage:
     """An image and the detector that makes a hint of it, at the size of the image that is generated.
 
-    What a detector finds depends on the resolution, so it sees the image resized. Raises ValueError for "inpaint"
-    without a mask and for a mask of another size.
+    What a detector finds depends on the resolution, so it sees the image resized. `fit` says how, as in
+    `images.fitted`; what is padded is black, or with "inpaint" made anew. Raises ValueError for "inpaint" without a
+    mask, for a mask of another size and for an unknown `fit`.
     """
 
     image: Image.Image  # RGB
     detector: str | None = None  # that works on photographs, or "inpaint"; None: the image is the hint
     options: dict[str, Any] = field(default_factory=dict)  # of the detector
     mask: Image.Image | None = None  # for "inpaint": mode L, white is made anew
+    fit: str = "stretch"
     made: dict[Size, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # detectors are slow
 
     def __post_init__(self):
@@ -35,6 +38,8 @@ class HintImage:
             raise ValueError('the detector "inpaint" needs a mask: white where the image is to be made anew')
         if self.mask is not None:
             check_mask(self.mask, self.image)
+        if self.fit not in FITS:
+            raise ValueError(f'fit is "{self.fit}", expected one of {", ".join(FITS)}')
 
     @classmethod
     def of(
@@ -42,19 +47,20 @@ class HintImage:
         image: str | Path | Image.Image | np.ndarray,
         detect: str | None = None,
         mask: Image.Image | None = None,
+        fit: str = "stretch",
     ) -> "HintImage":
         """`image` is what `as_rgb` takes, or, for a detector of maps or poses, a map or a file of them.
 
         `detect` is a detector with its options, as in "canny:low=50,high=150"; None or "none" takes the image as it
         is. Raises ValueError for an unknown detector or option and for what the detector cannot read.
         """
-        if detect in (None, "none", "inpaint"):
-            return cls(as_rgb(image), "inpaint" if detect == "inpaint" else None, mask=mask)
-        name, _, texts = detect.partition(":")
-        options = parse_options(name, texts.split(",") if texts else [])
+        name = (detect or "none").lower()
+        if name in ("none", "inpaint"):
+            return cls(as_rgb(image), None if name == "none" else name, mask=mask, fit=fit)
+        name, options = parse_detector(detect)
         if find_detector(name).works_on_photographs:
-            return cls(as_rgb(image), name, options)
-        return cls(Image.fromarray(detected_from_map(name, image, options)))
+            return cls(as_rgb(image), name, options, fit=fit)
+        return cls(Image.fromarray(detected_from_map(name, image, options)), fit=fit)
 
     def at(self, size: Size, channels: int = 3) -> Tensor:
         """The hint (1, C, H, W) of `size` in [0, 1], in gray for one channel; "inpaint" has -1 where the mask is white.
@@ -67,11 +73,19 @@ class HintImage:
         return self.made[size] if channels == 3 else to_gray(self.made[size])
 
     def make(self, size: Size) -> Tensor:
-        pixels = np.array(resized(self.image, size))
+        """What is padded is no part of what a detector sees: it would find the edges of the padding."""
+        inner = size_within(self.image, size) if self.fit == "pad" else size
+        hint = self.detected(np.array(fitted(self.image, inner, self.fit)), inner)
+        top, left = margins(inner, size)
+        around = (left, size[1] - inner[1] - left, top, size[0] - inner[0] - top)
+        return F.pad(hint, around, value=-1 if self.detector == "inpaint" else 0) if any(around) else hint
+
+    def detected(self, pixels: np.ndarray, size: Size) -> Tensor:
         if self.detector is None:
             return to_hints([pixels])
         if self.detector == "inpaint":
-            return torch.from_numpy(inpaint(pixels, np.asarray(resized(self.mask, size)))).permute(2, 0, 1)[None]
+            mask = np.asarray(fitted(self.mask, size, self.fit))
+            return torch.from_numpy(inpaint(pixels, mask)).permute(2, 0, 1)[None]
         return to_hints([detect(self.detector, pixels, **self.options)])
 
 
@@ -79,7 +93,7 @@ def check_mask(mask: Image.Image, image: Image.Image) -> None:
     """Raises ValueError for a mask of another size than the image."""
     if mask.size != image.size:
         found, expected = size_text(mask.size[::-1]), size_text(image.size[::-1])
-        raise ValueError(f"the mask is {found}, expected the image's {expected}")
+        raise ValueError(f"the mask is {found}, expected the image's {expected}: crop or resize it to that")
 
 
 def check_channels(channels: int) -> None:
@@ -95,21 +109,22 @@ def to_gray(hint: Tensor) -> Tensor:
 
 
 def as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """An image file, a PIL image or an array as RGB of 8 bits, upright, with white behind its transparent parts.
+    """An image file, a PIL image or an array as RGB of 8 bits, upright, with `to_rgb`'s ground of hints behind what is
+    transparent.
 
     An array is uint8, or floats in [0, 1], of (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). Raises ValueError for another
     one, for a file that cannot be read, and for 32 bits a channel, TypeError for anything else.
     """
     if isinstance(image, str | Path):
-        check_is_image(Path(image))
-        return read_image(image)
+        check_is_image(image)
+        return read_image(image, hint=True)
     if isinstance(image, np.ndarray):
-        return to_rgb(Image.fromarray(to_bytes(image)))
+        return to_rgb(Image.fromarray(to_bytes(image)), hint=True)
     if not isinstance(image, Image.Image):
         raise TypeError(f"the image is of type {type(image).__name__}, expected a path, a PIL image or a NumPy array")
     if image.mode in ("I", "F"):
         raise ValueError(f"the image has 32 bits a channel (mode {image.mode}), expected 8 or 16: convert it first")
-    return to_rgb(ImageOps.exif_transpose(image))
+    return to_rgb(ImageOps.exif_transpose(image), hint=True)
 
 
 def to_bytes(array: np.ndarray) -> np.ndarray:
@@ -127,9 +142,10 @@ def to_bytes(array: np.ndarray) -> np.ndarray:
     )
 
 
-def check_is_image(path: Path) -> None:
+def check_is_image(path: str | Path) -> None:
     """Raises ValueError for a pose or a map, which only the detectors named read."""
-    readers = {name: detector for name, detector in DETECTORS.items() if path.suffix.lower() in detector.suffixes}
+    suffix = Path(path).suffix.lower()
+    readers = {name: detector for name, detector in DETECTORS.items() if suffix in detector.suffixes}
     if readers and not any(detector.works_on_photographs for detector in readers.values()):
         raise ValueError(
             f'"{path}" is not an image: name the detector that reads it with detect: {" or ".join(readers)}'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from controlnet.common.files import read_arrays
 from controlnet.common.image_files import open_image
 
 from .ade20k import ADE20K
@@ -79,7 +80,8 @@ def one_channel(values: np.ndarray) -> np.ndarray:
         values = values.squeeze(axis=0 if values.shape[0] == 1 else 2)
     if values.ndim != 2 or not values.size:
         raise ValueError(
-            f"the map has the shape {values.shape}, expected one number for each pixel, (H, W), not a colour photograph"
+            f"the map has the shape {values.shape}, expected one number for each pixel, (H, W), not colours: "
+            "a map in colours needs no detector, and in a photograph the detector midas finds depth"
         )
     return values
 
@@ -97,14 +99,7 @@ def read_map(path: str | Path) -> np.ndarray:
 
 
 def load_array(path: Path) -> np.ndarray:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            arrays = dict(loaded)
-    except Exception as error:  # a damaged file makes the decoders raise almost anything
-        raise ValueError(f'"{path}" is not readable as an array ({error}): give a .npy or .npz file') from error
+    arrays = read_arrays(path)
     if len(arrays) != 1:
         raise ValueError(f'"{path}" has {len(arrays)} arrays ({", ".join(arrays)}), expected one')
     return np.asarray(arrays.popitem()[1])  # a file within that is no array becomes one of bytes

@@ -1,9 +1,12 @@
 """Draws poses as the published pose models were trained on them: 18 COCO keypoints and their limbs, in colour on black.
 
 Source: OpenPose (Cao et al., arXiv 1812.08008) for the order and colours of its COCO model; ControlNet v1.1 for the
-drawing: limbs at 60 % brightness, joints over them at full brightness, 9 pixels wide at a short side of 512.
-Shapes: P people, H W pixels.
+drawing: limbs at 60 % brightness, joints over them at full brightness, 9 pixels wide at a short side of 512; over these
+hands, thin lines in all hues with blue joints, and faces, white points.
+Shapes: P people, N hands, F faces of K points, H W pixels.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,18 +23,33 @@ LIMBS = (
     (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),  # head
 )  # fmt: skip
 
-# Eighteen steps around the colour wheel, from red through green and blue: RGB (18, 3); joint i has colour i.
-HUES = np.arange(18) / 3
-COLOURS = np.rint(255 * np.clip([abs(HUES - 3) - 1, 2 - abs(HUES - 2), 2 - abs(HUES - 4)], 0, 1)).astype(int).T
+# Of a hand: from the wrist (0) along each finger, the thumb first.
+HAND_LIMBS = tuple((0 if i % 4 == 0 else i, i + 1) for i in range(20))
+
+
+def colour_wheel(steps: int) -> np.ndarray:
+    """From red through green and blue: RGB (steps, 3)."""
+    hues = 6 * np.arange(steps) / steps
+    return np.rint(255 * np.clip([abs(hues - 3) - 1, 2 - abs(hues - 2), 2 - abs(hues - 4)], 0, 1)).astype(int).T
+
+
+COLOURS, HAND_COLOURS = colour_wheel(18), colour_wheel(20)  # joint i of a body and limb i have colour i
+BLUE, WHITE = np.array([0, 0, 255]), np.array([255, 255, 255])
 LIMB_BRIGHTNESS = 0.6
+LARGE = 4096  # pixels of a rectangle
 
 
-def draw_pose(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def draw_pose(
+    keypoints: np.ndarray,
+    size: tuple[int, int],
+    hands: Iterable[np.ndarray] = (),
+    faces: Iterable[np.ndarray] = (),
+) -> np.ndarray:
     """Keypoints (18, 2 or 3) of one person, or (P, 18, 2 or 3), and (height, width) -> uint8 (H, W, 3).
 
-    A keypoint is x, y in pixels (the first pixel spans 0 to 1), optionally with a confidence. With NaN or confidence 0
-    it is missing, and so are its limbs; what lies outside the image is cut off. Edges are anti-aliased, so that small
-    images work too. Raises ValueError for another shape.
+    A hand is (21, 2 or 3), a face (K, 2 or 3). A keypoint is x, y in pixels (the first pixel spans 0 to 1), optionally
+    with a confidence. With NaN or confidence 0 it is missing, and so are its limbs; what lies outside the image is cut
+    off. Edges are anti-aliased, so that small images work too. Raises ValueError for another shape.
     """
     keypoints = np.asarray(keypoints, dtype=np.float64)
     if keypoints.ndim not in (2, 3) or keypoints.shape[-2] != len(KEYPOINTS) or keypoints.shape[-1] not in (2, 3):
@@ -39,39 +57,107 @@ def draw_pose(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     canvas = np.zeros((*size, 3), dtype=np.float32)
     for person in keypoints.reshape(-1, *keypoints.shape[-2:]):
         draw_person(canvas, person)
+    for hand in hands:
+        draw_hand(canvas, hand)
+    for face in faces:
+        draw_joints(canvas, face, 3.5, [WHITE] * len(face))
     return np.rint(canvas).astype(np.uint8)
 
 
 def draw_person(canvas: np.ndarray, keypoints: np.ndarray) -> None:
     """Draws (18, 2 or 3) keypoints onto float (H, W, 3), in place."""
-    half_width = 4.5 * min(canvas.shape[:2]) / 512  # at 512: 4 pixels to each side of the middle one
-    points = keypoints[:, :2]
-    found = np.isfinite(keypoints).all(axis=1) & (keypoints[:, 2:] != 0).all(axis=1)
+    points, found = keypoints[:, :2], is_found(keypoints)
     for (start, end), colour in zip(LIMBS, COLOURS, strict=False):  # the last colour is only a joint's
         if found[start] and found[end]:
-            draw_ellipse(canvas, points[start], points[end], half_width, LIMB_BRIGHTNESS * colour)
-    for point, colour in zip(points[found], COLOURS[found], strict=True):
-        draw_ellipse(canvas, point, point, half_width, colour)
+            draw_ellipse(canvas, points[start], points[end], scaled(4.5, canvas), LIMB_BRIGHTNESS * colour)
+    draw_joints(canvas, keypoints, 4.5, COLOURS)
+
+
+def draw_hand(canvas: np.ndarray, keypoints: np.ndarray) -> None:
+    """Draws (21, 2 or 3) keypoints onto float (H, W, 3), in place."""
+    points, found = keypoints[:, :2], is_found(keypoints)
+    for (start, end), colour in zip(HAND_LIMBS, HAND_COLOURS, strict=True):
+        if found[start] and found[end]:
+            draw_line(canvas, points[start], points[end], scaled(1.5, canvas), colour)
+    draw_joints(canvas, keypoints, 4.5, [BLUE] * len(keypoints))
+
+
+def draw_joints(canvas: np.ndarray, keypoints: np.ndarray, radius: float, colours: Iterable[np.ndarray]) -> None:
+    for keypoint, found, colour in zip(keypoints, is_found(keypoints), colours, strict=True):
+        if found:
+            draw_ellipse(canvas, keypoint[:2], keypoint[:2], scaled(radius, canvas), colour)
+
+
+def is_found(keypoints: np.ndarray) -> np.ndarray:
+    """(..., 2 or 3) -> bool (...): false where a keypoint is missing."""
+    return np.isfinite(keypoints).all(axis=-1) & (keypoints[..., 2:] != 0).all(axis=-1)
+
+
+def scaled(length: float, canvas: np.ndarray) -> float:
+    """From pixels at a short side of 512; one at 512 is 4 pixels to each side of the middle one if it is 4.5."""
+    return length * min(canvas.shape[:2]) / 512
 
 
 def draw_ellipse(canvas: np.ndarray, start: np.ndarray, end: np.ndarray, half_width: float, colour: np.ndarray) -> None:
     """Draws an ellipse from `start` to `end`, at least a disc, onto `canvas`, float (H, W, 3), in place."""
-    centre, along = (start + end) / 2, (end - start) / 2
-    half_length = np.hypot(*along)
-    direction = along / half_length if half_length else np.array([1.0, 0.0])
+    direction, half_length = direction_and_half_length(start, end)
     half_length = max(half_length, half_width)
-
     reach = np.hypot(direction * half_length, direction[::-1] * half_width)  # of the tilted ellipse, along x and y
-    left, top = np.clip(np.floor(centre - reach), 0, canvas.shape[1::-1]).astype(int)
-    right, bottom = np.clip(np.ceil(centre + reach), 0, canvas.shape[1::-1]).astype(int)
-    x = np.arange(left, right, dtype=np.float32) + np.float32(0.5 - centre[0])
-    y = np.arange(top, bottom, dtype=np.float32)[:, None] + np.float32(0.5 - centre[1])
+    pixels, x, y = pixels_around((start + end) / 2, direction, reach, half_width, canvas.shape)
 
     # The distance to the outline, to first order: (f - 1) / |grad f| with f = (u / length)^2 + (v / width)^2.
     u = (x * direction[0] + y * direction[1]) / half_length
     v = (y * direction[0] - x * direction[1]) / half_width
     f = u**2 + v**2
     slope = 2 * np.hypot(u / half_length, v / half_width)
-    share = np.clip(0.5 - (f - 1) / np.maximum(slope, 1e-6), 0, 1)[..., None]  # of each pixel's area that is covered
-    part = canvas[top:bottom, left:right]
-    part += share * (colour - part)
+    paint(canvas, pixels, (f - 1) / np.maximum(slope, 1e-6), colour)
+
+
+def draw_line(canvas: np.ndarray, start: np.ndarray, end: np.ndarray, half_width: float, colour: np.ndarray) -> None:
+    """Draws a straight line with round ends onto `canvas`, float (H, W, 3), in place."""
+    direction, half_length = direction_and_half_length(start, end)
+    reach = np.abs(direction) * half_length + half_width + 1
+    pixels, x, y = pixels_around((start + end) / 2, direction, reach, half_width, canvas.shape)
+    beyond = np.maximum(np.abs(x * direction[0] + y * direction[1]) - half_length, 0)
+    paint(canvas, pixels, np.hypot(beyond, y * direction[0] - x * direction[1]) - half_width, colour)
+
+
+def direction_and_half_length(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, float]:
+    along = (end - start) / 2
+    half_length = np.hypot(*along)
+    return along / half_length if half_length else np.array([1.0, 0.0]), half_length
+
+
+def pixels_around(
+    centre: np.ndarray, direction: np.ndarray, reach: np.ndarray, half_width: float, shape: tuple[int, ...]
+) -> tuple[tuple, np.ndarray, np.ndarray]:
+    """The pixels within `reach` of `centre`, as an index (rows, columns), and x and y from there to their middles.
+
+    Of a large rectangle only those near the line through `centre` are taken, of which many more can be drawn in time.
+    """
+    low, high = (
+        np.clip(edge, 0, shape[1::-1]).astype(int) for edge in (np.floor(centre - reach), np.ceil(centre + reach))
+    )
+    columns, rows = np.arange(low[0], high[0]), np.arange(low[1], high[1])[:, None]
+    pixels = slice(low[1], high[1]), slice(low[0], high[0])
+    if rows.size * columns.size > LARGE:
+        margin = int(1.5 * half_width) + 3  # half the width, measured along x or y: at most sqrt(2) times as much
+        near = np.arange(-margin, margin + 1)
+        if abs(direction[0]) > abs(direction[1]):
+            middle = centre[1] + (columns + 0.5 - centre[0]) * direction[1] / direction[0]
+            columns, rows = np.broadcast_arrays(columns[:, None], np.floor(middle).astype(int)[:, None] + near)
+        else:
+            middle = centre[0] + (rows + 0.5 - centre[1]) * direction[0] / direction[1]
+            columns, rows = np.broadcast_arrays(np.floor(middle).astype(int) + near, rows)
+        inside = (columns >= low[0]) & (columns < high[0]) & (rows >= low[1]) & (rows < high[1])
+        columns, rows = columns[inside], rows[inside]
+        pixels = rows, columns
+    x = columns.astype(np.float32) + np.float32(0.5 - centre[0])
+    y = rows.astype(np.float32) + np.float32(0.5 - centre[1])
+    return pixels, x, y
+
+
+def paint(canvas: np.ndarray, pixels: tuple, distance: np.ndarray, colour: np.ndarray) -> None:
+    """Colours pixels of the canvas, in place, by the share of each that is covered; `distance` is to the outline."""
+    part = canvas[pixels]
+    canvas[pixels] = part + np.clip(0.5 - distance, 0, 1)[..., None] * (colour - part)

@@ -1,34 +1,53 @@
-"""Which of the small ControlNets a hint is for, where nobody says it.
+"""What a hint looks like: for which small ControlNet it is, and whether it is what its ControlNet reads.
 
-On a black ground (at least half of the image),
-- pixels in the limb colours of drawn poses, whose weakest channel is next to nothing  -> "pose"
-- one thin white circle, complete as far as it lies in the frame                       -> "circles"
-- any other thin white lines                                                           -> "canny"
+Where nobody says a ControlNet, on a black ground (at least half of the image),
+- thin lines in the limb colours of drawn poses, whose weakest channel is low            -> "pose"
+- one thin white circle, complete as far as it lies in the frame                         -> "circles"
+- any other thin white lines                                                             -> "canny"
 and anything else is not guessed.
+
+Where a ControlNet's name says what it reads, a hint that looks otherwise gets a note. Hints are uint8 RGB (H, W, 3).
 """
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from controlnet.hints import parse_detector
+from controlnet.hints.ade20k import ADE20K
+
+# ------------------------------------------------------------------------------------------------------------- guessing
+
 
 def kind_of(pixels: np.ndarray) -> str | None:
-    """A hint, uint8 RGB (H, W, 3) -> a short name of a small ControlNet, or None where it could be any or none."""
-    strongest, weakest = pixels.max(axis=2).astype(int), pixels.min(axis=2).astype(int)
-    lit = strongest > max(24, 0.35 * strongest.max())  # (H, W); thin lines that were resized are dim
+    """A hint -> a short name of a small ControlNet, or None where it could be any or none."""
+    strongest, weakest = channels(fewer(pixels, 2048))
+    lit = is_lit(strongest)
     if not 0 < lit.mean() <= 0.5:
         return None
-    coloured = (weakest < 0.25 * strongest)[lit].mean()
-    white = (strongest - weakest < 48)[lit].mean()
-    if coloured > 0.6:
-        return "pose"
-    if white < 0.9 or not is_thin(lit):
+    if (weakest < 0.5 * strongest)[lit].mean() > 0.6:  # half: JPEG makes the colours of thin lines pale
+        return "pose" if is_thin(lit, 20) else None
+    if (strongest - weakest < 48)[lit].mean() < 0.9 or not is_thin(lit, 80):
         return None
     return "circles" if is_circle(lit) else "canny"
 
 
-def is_thin(lit: np.ndarray) -> bool:
-    """Less than a fifth of it is left when the pixels next to the dark are taken away, as far as a 40th of the side."""
+def channels(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The strongest and the weakest of each pixel, int (H, W) each."""
+    return pixels.max(axis=2).astype(int), pixels.min(axis=2).astype(int)
+
+
+def is_lit(strongest: np.ndarray) -> np.ndarray:
+    return strongest > max(24, 0.35 * strongest.max())  # (H, W); thin lines that were resized are dim
+
+
+def is_thin(lit: np.ndarray, part: int) -> bool:
+    """Less than a fifth is left when what is next to the dark is taken away, as deep as one `part` of the side."""
     kept = lit
-    for _ in range(max(1, min(lit.shape) // 80)):
+    for _ in range(max(1, min(lit.shape) // part)):
         padded = np.pad(kept, 1)
         kept = kept & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return kept.sum() < 0.2 * lit.sum()
@@ -53,3 +72,147 @@ def is_circle(lit: np.ndarray) -> bool:
     in_frame = along[((along > 0) & (along < [width - 1, height - 1])).all(axis=1)]
     distances = np.hypot(in_frame[:, :1] - x, in_frame[:, 1:] - y).min(axis=1)
     return bool((distances <= near).mean() > 0.95)
+
+
+# ---------------------------------------------------------------------------------------------------------------- looks
+
+
+def is_flat(pixels: np.ndarray) -> bool:
+    return np.ptp(pixels.reshape(-1, 3), axis=0).max() <= 24
+
+
+def is_lines(pixels: np.ndarray, thinness: int = 20) -> bool:
+    """Light on black and without colour: edges, strokes, also soft ones."""
+    strongest, weakest = channels(pixels)
+    lit = is_lit(strongest)
+    gray = (strongest - weakest < 48)[lit].mean() > 0.9
+    return bool((strongest < 80).mean() > 0.45 and gray and is_thin(lit, thinness))
+
+
+def is_inverted(pixels: np.ndarray) -> bool:
+    return is_lines(255 - pixels)
+
+
+def is_pose(pixels: np.ndarray) -> bool:
+    """Faces are white, and may be most of it."""
+    strongest, weakest = channels(pixels)
+    lit = is_lit(strongest)
+    coloured = (weakest < 0.5 * strongest)[lit].mean()
+    return bool((strongest < 80).mean() > 0.5 and coloured > 0.2 and is_thin(lit, 20))
+
+
+def is_depth(pixels: np.ndarray) -> bool:
+    """Gray, and no thin lines."""
+    return not is_coloured(pixels) and not is_lines(pixels, 80) and not is_lines(255 - pixels, 80)
+
+
+def is_segmentation(pixels: np.ndarray) -> bool:
+    distances = np.abs(pixels.reshape(-1, 1, 3)[::17].astype(int) - ADE20K).max(axis=2).min(axis=1)
+    return bool((distances <= 12).mean() > 0.5) and is_coloured(pixels)
+
+
+def is_normal(pixels: np.ndarray) -> bool:
+    """Vectors of length 1 that point to the camera; black is unknown."""
+    known = pixels[pixels.max(axis=2) > 8]
+    length = np.linalg.norm(known / 127.5 - 1, axis=1)
+    return bool(len(known) and (np.abs(length - 1) < 0.2).mean() > 0.6 and (known[:, 2] > 110).mean() > 0.8)
+
+
+def is_coloured(pixels: np.ndarray) -> bool:
+    strongest, weakest = channels(pixels)
+    return bool((strongest - weakest > 48)[is_lit(strongest)].mean() > 0.05)
+
+
+LINES, POSE, DEPTH = "light lines on black", "limbs in their colours on black", "a gray depth map"
+SEGMENTATION, NORMAL = "a map in ADE20K's colours", "a normal map"
+INVERTED, PHOTOGRAPH, GRAY = "dark lines on white", "a photograph", "a gray image"
+
+# What a hint looks like is the first of these that applies.
+LOOKS = {
+    POSE: is_pose,
+    LINES: is_lines,
+    INVERTED: is_inverted,
+    SEGMENTATION: is_segmentation,
+    NORMAL: is_normal,
+    PHOTOGRAPH: is_coloured,
+    GRAY: is_depth,
+}
+
+# ---------------------------------------------------------------------------------------------------------------- notes
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a ControlNet reads, and the detector that makes it from a photograph."""
+
+    looks: str
+    applies: Callable[[np.ndarray], bool]
+    detector: str | None = None
+
+
+# By a word in the ControlNet's name.
+READS = {
+    **dict.fromkeys(("circles", "fill50k"), Reads(LINES, is_lines)),
+    "canny": Reads(LINES, is_lines, "canny"),
+    "lineart": Reads(LINES, is_lines, "lineart"),
+    "mlsd": Reads(LINES, is_lines, "mlsd"),
+    **dict.fromkeys(("scribble", "softedge", "hed"), Reads(LINES, is_lines, "hed")),
+    **dict.fromkeys(("pose", "openpose", "dwpose"), Reads(POSE, is_pose, "openpose")),
+    **dict.fromkeys(("depth", "midas", "zoe"), Reads(DEPTH, is_depth, "midas")),
+    **dict.fromkeys(("seg", "segmentation"), Reads(SEGMENTATION, is_segmentation)),
+    **dict.fromkeys(("normal", "normalbae", "normals"), Reads(NORMAL, is_normal)),
+}
+THRESHOLDS = {"canny": "low=50,high=100", "mlsd": "score=0.05"}  # below the defaults
+
+
+def reads_of(control: str) -> Reads | None:
+    """From the name of a ControlNet's file or of the folder that it is in."""
+    path = Path(control.lower())
+    words = re.split("[^a-z0-9]+", path.stem) + re.split("[^a-z0-9]+", path.parent.name)
+    return next((READS[word] for word in words if word in READS), None)
+
+
+def doubt(name: str, control: str, pixels: np.ndarray, detect: str = "none", source: np.ndarray | None = None) -> str:
+    """A sentence if a hint is not what its ControlNet reads, "" otherwise.
+
+    `name` is the file's. The hint was made by `detect`, if that is not "none", from the photograph `source`.
+    """
+    detector = None if detect == "none" else parse_detector(detect)[0]
+    if is_flat(pixels) or (source is not None and is_lit(channels(pixels)[0]).mean() < 0.001):
+        lower = f": lower its thresholds, as in {detector}:{THRESHOLDS[detector]}" if detector in THRESHOLDS else ""
+        return f'--detect {detect} finds nothing in "{name}"{lower}' if detector else f'"{name}" is of one colour'
+    if source is not None and is_hint_already(fewer(source), detector):
+        return f'"{name}" looks like a hint already: leave out --detect {detect}'
+    reads, pixels = reads_of(control), fewer(pixels)
+    if reads is None or is_flat(pixels) or reads.applies(pixels):
+        return ""
+    found = looks_like(pixels)
+    made = f'"{name}" looks like {found}' if detector is None else f'--detect {detect} makes of "{name}" {found}'
+    return f"{made}, and {control} reads {reads.looks}{'' if detector else advice(reads, found)}"
+
+
+def looks_like(pixels: np.ndarray) -> str:
+    pixels = fewer(pixels)
+    if is_flat(pixels):
+        return "one colour"
+    return next((looks for looks, applies in LOOKS.items() if applies(pixels)), "something else")
+
+
+def advice(reads: Reads, found: str) -> str:
+    if reads.looks == LINES and found == INVERTED:
+        return ": add --detect invert"
+    return f": add --detect {reads.detector}" if reads.detector and found in (PHOTOGRAPH, GRAY) else ""
+
+
+def is_hint_already(source: np.ndarray, detector: str | None) -> bool:
+    if detector == "openpose":
+        return kind_of(source) == "pose"
+    strongest, weakest = channels(source)
+    drawn = ((strongest < 48) | (weakest > 170)).mean() > 0.9  # black and white, as no photograph is
+    return bool(detector in ("canny", "hed", "lineart", "mlsd") and drawn and is_lines(source))
+
+
+def fewer(pixels: np.ndarray, most: int = 512) -> np.ndarray:
+    """Some of the pixels of a large image, at most that many a side: lines stay thin."""
+    step = -(-max(pixels.shape[:2]) // most)
+    return pixels[::step, ::step]

@@ -148,6 +148,8 @@ def test_a_hint_is_detected_at_the_size_of_the_image_made(net):
     expected = detect("canny", np.asarray(resized(image, SIZE)), low=50, high=150)
     assert expected.any() and torch.equal(hint, to_hints([expected]))
     assert hint_of(image, net, detect="canny", size=(32, 32)).shape == (1, 3, 32, 32)
+    assert torch.equal(hint_of(image, net, detect="Canny:low=50,high=150"), hint)
+    assert torch.equal(hint_of(image, net, detect="None"), hint_of(image, net))
     for wrong, message in {"edges": 'no detector "edges"', "canny:lowest=3": 'canny has no option "lowest=3"'}.items():
         with pytest.raises(ValueError, match=message):
             Control.from_image(net, image, detect=wrong)
@@ -273,5 +275,5 @@ def test_images_are_encoded_and_decoded_by_the_base(sd, monkeypatch):
     for name in ("encode", "decode"):
         plain = getattr(sd, name)
         monkeypatch.setattr(sd, name, lambda *arguments, n=name, f=plain: calls.append(n) or f(*arguments))
-    generate(sd, "a", steps=1, init=Init(read_image(ASSETS / "cat.jpg")))
+    generate(sd, "a", steps=2, init=Init(read_image(ASSETS / "cat.jpg")))
     assert calls == ["encode", "decode"]

@@ -105,6 +105,30 @@ def test_a_run_that_stops_leaves_no_half_written_hint(images, tmp_path, monkeypa
     assert "1 hints made" in capsys.readouterr().out and (out / "more/b.png").exists()
 
 
+@pytest.mark.parametrize("name", ["a.avif", "a.tga", "a.ppm", "a.PGM", "a.jp2", "a.jfif", "a.pcx", "a.dib"])
+def test_images_of_all_formats_are_taken(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)).resize((64, 64))
+    image.convert("L" if name.endswith("PGM") else "RGB").save(tmp_path / "in" / name)
+    assert run("canny", tmp_path / "in", tmp_path / "out") == 0
+    stored = pixels(tmp_path / "in" / name)
+    assert np.array_equal(pixels(tmp_path / "out" / "a.png"), detect("canny", stored)) and stored.std() > 1
+
+
+def test_other_files_are_counted_and_those_of_macos_are_not_looked_at(images, tmp_path, capsys):
+    (images / "._a.png").write_bytes(b"resource fork")
+    (images / "a.psd").write_bytes(b"layers")
+    assert run("gray", images, tmp_path / "hints") == 0
+    assert "2 files of other kinds are left out (.psd, .txt)" in capsys.readouterr().err
+
+
+def test_a_single_file_has_a_hint_too(images, tmp_path, capsys):
+    (tmp_path / "photo").write_bytes((images / "a.png").read_bytes())
+    for source, name in ((images / "a.png", "a.png"), (tmp_path / "photo", "photo.png")):
+        assert run("Canny", source, tmp_path / "hints", "--option", "low=50") == 0
+        assert np.array_equal(pixels(tmp_path / "hints" / name), detect("canny", pixels(images / "a.png"), low=50))
+
+
 def test_poses_and_maps_are_read_from_their_files(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -118,16 +142,20 @@ def test_poses_and_maps_are_read_from_their_files(tmp_path):
 
 def test_what_cannot_begin_is_one_sentence(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "controlnet_aux", None)
+    (images / "notes.txt").unlink()
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     out = tmp_path / "hints"
     for words, sentence in (
         (("cany", images, out), "there is no detector"),
-        (("canny", tmp_path / "nowhere", out), "expected a folder"),
+        (("canny", tmp_path / "nowhere", out), "expected a folder or a file"),
+        (("canny", "https://host/a.png", out), 'IN is "https://host/a.png", expected'),
+        (("canny", "-", out), 'IN is "-", expected'),
+        (("canny", images / "a.png", images), "the hint would replace"),
         (("canny", tmp_path / "empty", out), "there is no file for canny"),
         (("pose", images, out), "expected .json"),
-        (("canny", images, images / "hints"), "is in IN_DIR"),
-        (("canny", images, images), "is in IN_DIR"),
+        (("canny", images, images / "hints"), "is in IN,"),
+        (("canny", images, images), "is in IN,"),
         (("canny", images, tmp_path / "file"), "cannot be a folder (File exists)"),
         (("canny", images, out, "--option", "low=x"), "expected a number"),
         (("canny", images, out, "--size", "100"), "multiple of 64"),

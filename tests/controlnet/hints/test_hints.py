@@ -10,12 +10,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from controlnet.hints import DETECTORS, NotInstalledError, detect, detect_file, inpaint, options_of, parse_options
+from controlnet.hints import (
+    DETECTORS,
+    NotInstalledError,
+    detect,
+    detect_file,
+    find_detector,
+    inpaint,
+    options_of,
+    parse_detector,
+    parse_options,
+)
 from controlnet.hints.canny import canny, connected, to_gray
+from controlnet.hints.detectors import ALIASES
 from controlnet.hints.filters import fetched, pyramid_up, smooth_noise
 from controlnet.hints.learned import annotator, segmenter
 from controlnet.hints.openpose import read_pose
-from controlnet.hints.pose import COLOURS, LIMBS, draw_pose
+from controlnet.hints.pose import COLOURS, HAND_COLOURS, HAND_LIMBS, LIMBS, draw_pose
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "hints"
 LEARNED = ("hed", "mlsd", "midas", "openpose", "lineart", "sam")
@@ -113,6 +124,35 @@ def test_a_pose_is_drawn_like_the_published_ones(opencv):
     assert np.array_equal(drawn[middles[:, 1], middles[:, 0]], published[middles[:, 1], middles[:, 0]])
 
 
+def test_hands_and_faces_are_drawn_like_the_published_ones(opencv):
+    """Fingers in all hues from red, joints blue, faces white; with OpenCV's shapes as above."""
+    published, hands, face = (opencv[f"pose/{name}"] for name in ("hands and face", "hands", "face"))
+    drawn = draw_pose(np.zeros((0, 18, 3)), (512, 512), hands, [face])
+    lit, clearly = published.max(axis=2) > 0, drawn.max(axis=2) > 80
+    assert (lit & clearly).sum() / (lit | clearly).sum() > 0.8
+    for x, y in hands.astype(int).reshape(-1, 2):
+        assert drawn[y, x].tolist() == published[y, x].tolist() == [0, 0, 255]
+    for x, y in face.astype(int):
+        assert drawn[y, x].tolist() == published[y, x].tolist() == [255, 255, 255]
+    for (start, end), colour in zip(HAND_LIMBS, HAND_COLOURS, strict=True):
+        x, y = (hands[0][start].astype(int) + hands[0][end].astype(int)) // 2
+        assert np.abs(drawn[y, x] - published[y, x].astype(int)).max() <= 1
+        assert np.abs(drawn[y, x] - colour).max() <= 1
+    assert not drawn[-1].any() and np.array_equal(drawn, draw_pose(np.zeros((0, 18, 3)), (512, 512), hands, [face]))
+
+
+def test_a_missing_finger_takes_its_lines_along(opencv):
+    hand = np.column_stack([opencv["pose/hands"][0], np.ones(21)])
+    lacking = hand.copy()
+    lacking[6, 2] = 0
+    drawn = [draw_pose(np.zeros((0, 18, 3)), (512, 512), [one]).astype(int) for one in (hand, lacking)]
+    difference = np.abs(drawn[0] - drawn[1]).max(axis=2)
+    for a, b in ((5, 6), (6, 7)):
+        x, y = ((hand[a, :2] + hand[b, :2]) / 2).astype(int)
+        assert difference[y, x] > 50
+    assert not difference[int(hand[0, 1]) - 5 :].any()  # the other lines, which begin at the wrist
+
+
 def test_limbs_join_all_joints_and_no_two_have_a_colour():
     reached = {0}
     for _ in LIMBS:
@@ -151,6 +191,17 @@ def test_people_beside_each_other_are_drawn_as_alone():
     both = draw_pose(np.stack([first, second]), (128, 256))
     assert np.array_equal(both, draw_pose(first, (128, 256)) + draw_pose(second, (128, 256)))
     assert not draw_pose(np.zeros((0, 18, 3)), (64, 64)).any()
+
+
+def test_long_lines_are_drawn_as_on_a_small_canvas():
+    """There all pixels around a line are looked at, on a large one only those near it."""
+    rng = np.random.default_rng(0)
+    for body, hand in zip(rng.uniform(-20, 80, (20, 18, 2)), rng.uniform(-20, 80, (20, 21, 2)), strict=True):
+        body[::3] = np.round(body[::3] / 20) * 20  # some are level, some upright
+        with pytest.MonkeyPatch.context() as patch:
+            drawn = draw_pose(body, (60, 50), [hand])
+            patch.setattr("controlnet.hints.pose.LARGE", 0)
+            assert np.array_equal(draw_pose(body, (60, 50), [hand]), drawn) and drawn.any()
 
 
 def test_a_pose_that_leaves_the_image_is_cut_off():
@@ -196,10 +247,123 @@ def test_the_canvas_is_the_files_or_the_callers(tmp_path):
     )
     with pytest.raises(ValueError, match="at most 16384 pixels"):
         detect_file("pose", pose_file(tmp_path, [numbers], canvas_width=640, canvas_height=48000))
+    with pytest.raises(ValueError, match="is 9000x9000, expected at most .* and 20 million in all"):
+        detect_file("pose", pose_file(tmp_path, [numbers], canvas_width=9000, canvas_height=9000))
     bare = pose_file(tmp_path, [numbers])
-    with pytest.raises(ValueError, match="no canvas_width"):
-        detect_file("pose", bare)
     assert np.array_equal(detect_file("pose", bare, height=512, width=512), draw_pose(person(), (512, 512)))
+
+
+def test_a_pose_without_a_canvas_lies_in_the_middle_of_one(tmp_path):
+    points = person()[:, :2]
+    width, height = np.ceil(points.min(axis=0) + points.max(axis=0)).astype(int).tolist()
+    with pytest.warns(UserWarning, match=f'taking {width}x{height} .*"pose:width={width},height={height}"'):
+        hint = detect_file("pose", pose_file(tmp_path, [person().ravel().tolist()]))
+    assert np.array_equal(hint, draw_pose(person(), (height, width)))
+    with pytest.warns(UserWarning, match="taking 512x512"):
+        hint = detect_file("pose", pose_file(tmp_path, [(person() / (512, 512, 1)).ravel().tolist()]))
+    assert np.array_equal(hint, draw_pose(person(), (512, 512)))
+
+
+def parts(values):
+    return np.array(values) / ([512, 512, 1][: np.shape(values)[-1]])
+
+
+def flat(values):
+    return np.ravel(values).tolist()
+
+
+BODY, POINTS, SIDES = person(), person()[:, :2], {"width": 512, "height": 512}
+LAYOUTS = {  # file, and how many people are in it
+    "canvas": ({"people": [{"pose_keypoints_2d": flat(BODY)}], **CANVAS}, 1),
+    "width and height": ({"people": [{"pose_keypoints_2d": flat(BODY)}], **SIDES}, 1),
+    "sides as text": ({"people": [{"pose_keypoints_2d": flat(BODY)}], "width": "512", "height": "512.0"}, 1),
+    "parts of the canvas": ({"people": [{"pose_keypoints_2d": flat(parts(BODY))}], **CANVAS}, 1),
+    "without confidence": ({"people": [{"pose_keypoints_2d": flat(POINTS)}], **CANVAS}, 1),
+    "triples": ({"people": [{"pose_keypoints_2d": BODY.tolist()}], **CANVAS}, 1),
+    "pairs": ({"people": [{"pose_keypoints_2d": POINTS.tolist()}], **CANVAS}, 1),
+    "no more than a person": ({"pose_keypoints_2d": flat(BODY), **CANVAS}, 1),
+    "openpose-editor": ({"keypoints": POINTS.tolist(), **SIDES}, 1),
+    "openpose-editor, two": ({"keypoints": [*POINTS.tolist(), *(POINTS / 2).tolist()], **SIDES}, 2),
+    "a list for each": ({"keypoints": [POINTS.tolist(), (POINTS / 2).tolist()], **SIDES}, 2),
+    "numbers of all": ({"keypoints": flat([BODY, BODY * (0.5, 0.5, 1)]), **SIDES}, 2),
+    "numbers for each": ({"keypoints": [flat(BODY), flat(BODY * (0.5, 0.5, 1))], **SIDES}, 2),
+    "parts in pairs": ({"keypoints": parts(POINTS).tolist(), **SIDES}, 1),
+    "a list of one frame": ([{"people": [{"pose_keypoints_2d": flat(BODY)}], **CANVAS}], 1),
+    "a hand alone": ({"people": [{"hand_left_keypoints_2d": []}, {"pose_keypoints_2d": flat(BODY)}], **CANVAS}, 1),
+    "nulls": (
+        {"people": [{"pose_keypoints_2d": flat(BODY), "face_keypoints_2d": None, "hand_left_keypoints_2d": None}]}
+        | CANVAS,
+        1,
+    ),
+    "nobody": ({"people": [], **CANVAS}, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layouts_of_all_editors_are_read(tmp_path, layout):
+    content, people = LAYOUTS[layout]
+    (tmp_path / "pose.json").write_text(json.dumps(content))
+    expected = draw_pose(np.stack([BODY, BODY * (0.5, 0.5, 1)])[:people], (512, 512))
+    assert np.array_equal(detect_file("pose", tmp_path / "pose.json"), expected) and bool(people) == expected.any()
+
+
+def test_of_several_frames_the_first_is_taken_and_that_is_said(tmp_path):
+    frames = [{"people": [{"pose_keypoints_2d": flat(BODY * (s, s, 1))}], **CANVAS} for s in (1, 0.5)]
+    (tmp_path / "pose.json").write_text(json.dumps(frames))
+    with pytest.warns(UserWarning, match="has 2 frames: taking the first"):
+        hint = detect_file("pose", tmp_path / "pose.json")
+    assert np.array_equal(hint, draw_pose(BODY, (512, 512)))
+
+
+def lower(body, share):
+    """As after a crop: moved down, so that this share of the joints is below the frame."""
+    return body + (0, 512 - np.quantile(body[:, 1], 1 - share), 0)
+
+
+PLACES = {
+    "two below the frame": lower(BODY, 0.1),
+    "half below": lower(BODY, 0.45),
+    "left of it": BODY * (-1, 1, 1) + (200, 0, 0),
+    "larger than it": BODY * (1.9, 1.9, 1),
+    "three far outside": np.where(np.isin(np.arange(18), (4, 7, 10))[:, None], BODY * (3, 9, 1), BODY),
+    "in its corner": BODY * (0.02, 0.02, 1),
+}
+
+
+@pytest.mark.parametrize("body", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("missing", [None, [0, 0, 0], [-1, -1, 0], [0, 0, 1], [None, None, None]])
+def test_parts_of_the_canvas_are_told_from_pixels_by_most_of_the_joints(tmp_path, body, missing):
+    """Some of which lie outside, or are missing."""
+    rows = parts(body).tolist()
+    lacking = body.copy()
+    if missing is not None:
+        for joint in (0, 4, 9):
+            rows[joint], lacking[joint, 2] = missing, 0
+    hint = detect_file("pose", pose_file(tmp_path, [[value for row in rows for value in row]], **CANVAS))
+    assert np.array_equal(hint, draw_pose(lacking, (512, 512)))
+    rows = [[*row[:2], c] if c else missing for row, c in zip(body.tolist(), lacking[:, 2].tolist(), strict=True)]
+    in_pixels = [value for row in rows for value in row]
+    assert np.array_equal(detect_file("pose", pose_file(tmp_path, [in_pixels], **CANVAS)), hint)
+
+
+@pytest.mark.parametrize("hands_in_parts", [False, True])
+@pytest.mark.parametrize("points", [70, 68])
+def test_hands_and_faces_are_read_beside_a_body(tmp_path, opencv, hands_in_parts, points):
+    """Hands in pixels beside a body in parts of the canvas, as some editors write them."""
+    hands, face = opencv["pose/hands"], opencv["pose/face"][:points]
+    written = parts(hands) if hands_in_parts else hands
+    whole = {
+        "pose_keypoints_2d": flat(parts(BODY)),
+        "hand_left_keypoints_2d": written[0].tolist(),
+        "hand_right_keypoints_2d": flat(np.column_stack([written[1], np.ones(21)])),
+        "face_keypoints_2d": flat(parts(np.column_stack([face, np.ones(points)]))),
+    }
+    path = tmp_path / "pose.json"
+    for keys in (whole.keys(), [key for key in whole if key != "pose_keypoints_2d"]):
+        path.write_text(json.dumps({"people": [{key: whole[key] for key in keys}], **CANVAS}))
+        bodies = BODY if "pose_keypoints_2d" in keys else np.zeros((0, 18, 3))
+        expected = draw_pose(bodies, (512, 512), hands, [face])
+        assert np.abs(detect_file("pose", path).astype(int) - expected).max() <= 1
 
 
 def test_coordinates_may_be_parts_of_the_canvas_and_frames_a_list(tmp_path):
@@ -217,6 +381,13 @@ def test_null_is_a_missing_keypoint(tmp_path):
     assert np.array_equal(detect_file("pose", path), draw_pose(lacking, (512, 512)))
 
 
+def test_a_keypoint_at_no_possible_place_is_missing(tmp_path):
+    far, lacking = person(), person()
+    far[3, :2], lacking[3, 2] = (1e300, -5), 0
+    hint = detect_file("pose", pose_file(tmp_path, [far.ravel().tolist()], **CANVAS))
+    assert np.array_equal(hint, draw_pose(lacking, (512, 512)))
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
@@ -224,9 +395,17 @@ def test_null_is_a_missing_keypoint(tmp_path):
         ("3", "not readable as a pose"),
         ("{}", "it has no 'people'"),
         ('{"people": [{}]}', "it has no 'pose_keypoints_2d'"),
-        ('{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}', "3 numbers, expected 54"),
+        ('{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}', "3 numbers where those of 18 keypoints or 25"),
+        ('{"people": [{"hand_left_keypoints_2d": [1, 2, 3]}]}', "3 numbers where those of 21 keypoints"),
+        ('{"people": [{"pose_keypoints_2d": [[1, 2], [1]]}]}', "its keypoints are no numbers"),
+        ('{"people": [3]}', "a person is no JSON object"),
+        ('{"people": 3}', "of another type"),
+        ('{"keypoints": 3}', "of another type"),
+        ('{"keypoints": [1, 2, 3]}', "3 numbers where"),
+        ("[]", "it is no JSON object or list of such"),
+        ("[3]", "it is no JSON object or list of such"),
         ('{"people": [{"pose_keypoints_2d": ["a"]}]}', "not readable as a pose"),
-        ("[{}, {}]", "not readable as a pose"),
+        ("[{}]", "it has no 'people'"),
         ('{"people": [], "canvas_width": Infinity}', "not readable as a pose"),
     ],
 )
@@ -236,6 +415,9 @@ def test_what_is_no_pose_is_refused_in_a_sentence(tmp_path, text, sentence):
         read_pose(tmp_path / "pose.json")
     with pytest.raises(ValueError, match="does not exist"):
         read_pose(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match="it is no text: the detector openpose finds poses in a photograph"):
+        read_pose(tmp_path / "photo.jpg")
 
 
 # ---------------------------------------------------------------------------------------------------- filters
@@ -374,6 +556,32 @@ def test_options_are_read_as_their_defaults_are():
     ):
         with pytest.raises(ValueError, match=sentence):
             parse_options(name, [text])
+
+
+@pytest.mark.parametrize(
+    "text, name, options",
+    [
+        ("Canny", "canny", {}),
+        ("CANNY:low=50", "canny", {"low": 50.0}),
+        ("seg", "segmentation", {}),
+        ("SoftEdge_HED", "hed", {}),
+        ("softedge", "hed", {}),
+        ("dwpose", "openpose", {"hands": True, "face": True}),
+        ("openpose_full", "openpose", {"hands": True, "face": True}),
+        ("openpose_full:face=false", "openpose", {"hands": True, "face": False}),
+        ("openpose_hand", "openpose", {"hands": True}),
+        ("depth_midas", "midas", {}),
+        ("lineart_coarse", "lineart", {"coarse": True}),
+        ("tile_resample", "tile", {}),
+    ],
+)
+def test_detectors_are_also_known_by_what_others_call_them(text, name, options):
+    assert parse_detector(text) == (name, options)
+
+
+def test_other_names_mean_detectors_and_hide_none():
+    assert all(alias == alias.lower() and find_detector(parse_detector(alias)[0]) for alias in ALIASES)
+    assert not ALIASES.keys() & DETECTORS.keys()
 
 
 def test_what_a_detector_cannot_work_with_is_refused_in_a_sentence():

@@ -47,7 +47,9 @@ def test_a_channel_of_one_is_no_channel(shape):
 
 
 def test_a_colour_photograph_is_no_depth():
-    with pytest.raises(ValueError, match="not a colour photograph"):
+    with pytest.raises(ValueError, match="not colours: a map in colours needs no detector"):
+        detect("depth", np.arange(48).reshape(4, 4, 3))
+    with pytest.raises(ValueError, match="in a photograph the detector midas finds depth"):
         detect("depth", np.arange(48).reshape(4, 4, 3))
 
 

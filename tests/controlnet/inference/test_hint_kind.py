@@ -1,13 +1,19 @@
 """Which small ControlNet a hint is for: drawn hints of each kind, and what is not for guessing."""
 
+import io
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from controlnet.common.image_files import read_image
 from controlnet.common.images import resized
-from controlnet.hints import detect
-from controlnet.inference.hint_kind import kind_of
-from controlnet.worlds import Fill50k
+from controlnet.hints import DETECTORS, detect
+from controlnet.hints.pose import draw_pose
+from controlnet.inference.hint_kind import READS, doubt, kind_of, looks_like
+from controlnet.worlds import WORLDS, Fill50k
 
 
 def drawn(draw, size=256, ground="black"):
@@ -54,6 +60,17 @@ def test_limbs_in_the_pose_colours_are_a_pose():
         assert kind_of(np.asarray(resized(Image.fromarray(drawn(limbs)), (size, size)))) == "pose"
 
 
+@pytest.mark.parametrize("quality", [60, 75, 95])
+def test_poses_are_poses_also_as_jpeg(quality):
+    """Which takes half of their colours' resolution."""
+    world, kinds = WORLDS["people"](128, 0), []
+    for i in range(10):
+        file = io.BytesIO()
+        Image.fromarray(world[i].hint).save(file, "JPEG", quality=quality)
+        kinds.append(kind_of(np.asarray(Image.open(file))))
+    assert kinds == ["pose"] * 10
+
+
 NOTHING = {
     "black": lambda d: None,
     "lines on white": lambda d: [d.rectangle((0, 0, 256, 256), "white"), d.line((10, 20, 240, 200), "black", 2)],
@@ -66,3 +83,127 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_anything_else_is_not_for_guessing(name):
     assert kind_of(drawn(NOTHING[name])) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- doubts
+
+ROOT = Path(__file__).parents[3]
+ASSETS = {
+    "canny.png": "canny",
+    "circle.png": "fill50k",
+    "depth.png": "depth",
+    "pose.png": "openpose",
+    "scribble.png": "scribble",
+    "segmentation.png": "seg",
+}
+READ_LINES = {"canny", "fill50k", "scribble", "lineart", "softedge", "mlsd"}
+PHOTOGRAPHS = ["assets/cat.jpg", "assets/coffee.jpg", *(f"tests/fixtures/hints/{n}.webp" for n in ("cat", "rocket"))]
+
+
+def pixels_of(name):
+    return np.asarray(read_image(ROOT / name, hint=True))
+
+
+@pytest.mark.parametrize("name", ASSETS)
+def test_our_examples_are_what_their_controls_read_and_no_others(name):
+    pixels = pixels_of(f"assets/{name}")
+    for control in (*READ_LINES, "openpose", "depth", "seg", "normalbae"):
+        right = control in (READ_LINES if ASSETS[name] in READ_LINES else {ASSETS[name]})
+        said = doubt(name, f"control_v11p_sd15_{control}.pth", pixels)
+        assert (said == "") if right else f'"{name}" looks like ' in said, (control, said)
+
+
+@pytest.mark.parametrize(
+    "world, control", [("fill50k", "fill50k"), ("people", "pose"), ("shapes", "canny"), ("edges", "canny")]
+)
+@pytest.mark.parametrize("size, shown", [(64, 64), (128, 128), (128, 512), (256, 256)])
+def test_no_hint_of_our_datasets_is_doubted(world, control, size, shown):
+    dataset = WORLDS[world](size, 3)
+    for i in range(12):
+        hint = np.asarray(resized(Image.fromarray(dataset[i].hint), (shown, shown)))
+        assert doubt("a", f"tiny-{control}", hint) == ""
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize(
+    "control, detector",
+    [("canny", "canny"), ("scribble", "hed"), ("softedge", "hed"), ("openpose", "openpose"), ("depth", "midas")]
+    + [("lineart_anime", "lineart"), ("mlsd", "mlsd")],
+)
+def test_a_photograph_gets_the_detector_that_is_missing(name, control, detector):
+    said = doubt(name, f"weights/control_v11p_sd15_{control}.pth", pixels_of(name))
+    assert f'"{name}" looks like a photograph' in said and said.endswith(f": add --detect {detector}")
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("options", [{}, {"low": 30.0, "high": 80.0}])
+def test_edges_of_a_photograph_are_not_doubted_but_their_negative_and_their_edges(name, options):
+    photograph = pixels_of(name)
+    for size in ((128, 192), (512, 768)):
+        source = np.asarray(resized(Image.fromarray(photograph), size))
+        edges = detect("canny", source, **options)
+        assert doubt(name, "canny", edges, "canny", source) == ""
+        assert doubt("x", "canny", 255 - edges).endswith("reads light lines on black: add --detect invert")
+        assert doubt("x", "canny", 255 - edges, "invert", edges).startswith("--detect invert makes of ")
+        assert doubt("x", "canny", detect("invert", 255 - edges), "invert", 255 - edges) == ""
+        assert "leave out --detect canny" in doubt("x", "canny", detect("canny", edges), "canny", edges)
+    assert "looks like light lines on black" in doubt("x", "depth", edges)
+
+
+def test_a_drawn_pose_has_no_pose_to_find():
+    pose = pixels_of("assets/pose.png")
+    assert "leave out --detect dwpose" in doubt("x", "openpose", pose, "dwpose", pose)
+
+
+@pytest.mark.parametrize("colour", [0, 7, 255])
+def test_an_empty_hint_is_said_whatever_the_control(colour):
+    empty = np.full((64, 64, 3), colour, np.uint8)
+    assert doubt("x.png", "mine", empty) == '"x.png" is of one colour'
+    for detect_text, advice in (
+        ("canny:low=500,high=600", ": lower its thresholds, as in canny:low=50,high=100"),
+        ("openpose", ""),
+    ):
+        said = doubt("x.png", "mine", empty, detect_text, pixels_of("assets/cat.jpg"))
+        assert said == f'--detect {detect_text} finds nothing in "x.png"{advice}'
+
+
+def test_what_a_control_reads_is_in_its_name_or_its_folders():
+    photograph = pixels_of("assets/coffee.jpg")
+    for name in (
+        "tiny-canny",
+        "lllyasviel/sd-controlnet-canny",
+        "canny/diffusion_pytorch_model.safetensors",
+        "My_CANNY",
+    ):
+        assert doubt("x", name, photograph)
+    for name in ("runs/control/control.safetensors", "control_v11f1e_sd15_tile", "purpose", "shuffle", "inpaint"):
+        assert doubt("x", name, photograph) == ""
+
+
+def test_normal_maps_are_told_from_photographs():
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    ball = np.stack([x, -y, np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))], axis=2) * (x**2 + y**2 < 1)[..., None]
+    assert doubt("x", "normalbae", detect("normal", ball)) == ""
+    assert doubt("x", "normalbae", detect("normal", np.dstack([x, y, np.ones_like(x)]))) == ""
+    assert all(doubt("x", "normalbae", pixels_of(name)) for name in PHOTOGRAPHS)
+
+
+def test_a_pose_with_a_face_and_hands_is_a_pose():
+    rng = np.random.default_rng(0)
+    face = rng.uniform(100, 180, (70, 2))
+    hint = draw_pose(np.zeros((0, 18, 3)), (512, 512), [rng.uniform(250, 350, (21, 2))], [face])
+    assert doubt("x", "openpose", hint) == ""
+
+
+def test_every_detector_that_is_recommended_exists():
+    assert {reads.detector for reads in READS.values()} <= {None, *DETECTORS}
+
+
+def test_large_hints_are_looked_at_in_time():
+    """Of 64 million pixels."""
+    circle = drawn(lambda d: d.ellipse((60, 60, 200, 200), outline="white"))
+    large = np.asarray(Image.fromarray(circle).resize((8000, 8000)))
+    began = time.perf_counter()
+    assert kind_of(large) == "circles" and doubt("x", "canny", large) == ""
+    assert looks_like(large) == "light lines on black"
+    assert time.perf_counter() - began < 10

@@ -17,11 +17,11 @@ special tokens like any other text and always decodes entities.
 
 import gzip
 import html
-import math
 import re
 import unicodedata
 from functools import cache
-from itertools import islice, pairwise
+from heapq import heapify, heappop, heappush
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -88,21 +88,32 @@ class Tokenizer:
         return b"".join(self.values[i] for i in ids if i < self.start).decode("utf-8", errors="replace").strip()
 
     def merge(self, word: str) -> list[int]:
-        """One word -> its tokens: the neighbours that rank first in the table are merged until none is in it."""
-        ids = [self.byte_ids[byte] for byte in word.encode("utf-8")]
+        """One word -> its tokens: the neighbours that rank first in the table are merged until none is in it.
+
+        The heap holds the pairs that can be merged, equal ones from left to right, and some that are gone by now: a
+        word as long as a book takes no longer than a text of that length.
+        """
+        ids: list[int | None] = [self.byte_ids[byte] for byte in word.encode("utf-8")]
         ids[-1] += 256  # the same byte at the end of a word
-        while len(ids) > 1:
-            pair = min(pairwise(ids), key=lambda pair: self.merges.get(pair, math.inf))
-            if pair not in self.merges:
-                break
-            merged = []
-            for symbol in ids:  # all occurrences of the pair, from left to right
-                if merged and (merged[-1], symbol) == pair:
-                    merged[-1] = self.merges[pair]
-                else:
-                    merged.append(symbol)
-            ids = merged
-        return ids
+        left, right = list(range(-1, len(ids))), list(range(1, len(ids) + 1))  # each symbol's neighbours
+
+        def pair_at(i: int) -> int | None:
+            """What symbol i and its right neighbour merge to."""
+            return self.merges.get((ids[i], ids[right[i]])) if i >= 0 and right[i] < len(ids) else None
+
+        heap = [(merged, i) for i in range(len(ids)) if (merged := pair_at(i)) is not None]
+        heapify(heap)
+        while heap:
+            merged, i = heappop(heap)
+            if pair_at(i) != merged:
+                continue
+            ids[i], ids[right[i]] = merged, None
+            right[i] = right[right[i]]
+            left[right[i]] = i
+            for j in (left[i], i):
+                if (new := pair_at(j)) is not None:
+                    heappush(heap, (new, j))
+        return [symbol for symbol in ids if symbol is not None]
 
 
 @cache  # read once and shared by all tokenizers, which do not modify it

@@ -1,13 +1,15 @@
 """The command line: what it saves and prints, and what it says when something is wrong."""
 
+import builtins
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,16 @@ from small import SMALL, small_control, small_sd
 
 import infer
 from controlnet.common.image_files import read_image, read_mask
-from controlnet.common.images import resized, save_png, to_hints
+from controlnet.common.images import resized, save_png, to_hints, to_mask
+from controlnet.common.program import said_if_slow
 from controlnet.config import ControlConfig
 from controlnet.guidance import MODES, Control
 from controlnet.hints import detect
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.generate import default_size, generate
 from controlnet.inference.image_to_image import Init
-from controlnet.inference.png_text import A1111_SAMPLERS, fingerprint
+from controlnet.inference.options import A1111_SAMPLERS
+from controlnet.inference.png_text import fingerprint
 from controlnet.model import ControlNet
 from controlnet.worlds.fill50k import draw_circle
 from ldm import StableDiffusion
@@ -136,9 +140,12 @@ def test_the_image_carries_everything_used(weights):
         "negative": "blurry",
         "seed": 7,
         "size": "96x64",
+        "fit": "stretch",
         "init": None,
         "strength": None,
         "mask": None,
+        "mask_blur": 0.0,
+        "only_masked": None,
         "base": "tiny",
         "prediction": None,
         "clip_skip": 1,
@@ -171,8 +178,8 @@ def test_the_image_carries_everything_used(weights):
             "größer, bigger\n"
             "Negative prompt: blurry\n"
             "Steps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 7, Size: 96x64, Model: tiny, Eta: 0.5, "
-            'ControlNet 0: "Module: none, Model: tiny-fill50k, Weight: 0.8, Guidance Start: 0.0, Guidance End: 1.0, '
-            'Control Mode: Balanced"'
+            'ControlNet 0: "Module: none, Model: tiny-fill50k, Weight: 0.8, Resize Mode: Just Resize, '
+            'Guidance Start: 0.0, Guidance End: 1.0, Pixel Perfect: False, Control Mode: Balanced"'
         )
 
 
@@ -219,6 +226,49 @@ def test_every_image_has_its_own_seed_and_number(capsys):
     assert [settings_of(f"out/000{i}.png")["seed"] for i in (1, 2, 3)] == [5, 6, 6]
     assert np.array_equal(pixels_of("out/0002.png"), pixels_of("out/0003.png"))
     assert not np.array_equal(pixels_of("out/0001.png"), pixels_of("out/0002.png"))
+
+
+def test_a_seed_is_drawn_said_and_recorded(capsys):
+    assert run("--seed", "-1", "--count", "2") == 0 and run("--seed", "-1") == 0
+    said = [int(line.removeprefix("the seed is ")) for line in notes(capsys.readouterr())]
+    seeds = [settings_of(f"out/000{i}.png")["seed"] for i in (1, 2, 3)]
+    assert seeds == [said[0], said[0] + 1, said[1]] and said[0] != said[1]
+    assert run("--seed", str(seeds[1])) == 0
+    assert np.array_equal(pixels_of("out/0002.png"), pixels_of("out/0004.png"))
+
+
+@pytest.mark.parametrize("name", ["dpm++", "DPM++", "DPM++ 2M", "dpm++ 2m", "DDIM", "Ddpm"])
+def test_samplers_have_our_names_and_those_in_the_images_in_any_case(name):
+    assert run("--sampler", name) == 0
+    assert settings_of("out/0001.png")["sampler"] == name.lower().removesuffix(" 2m")
+
+
+@pytest.mark.parametrize("prompt", ["-red", "-", "--prompt=--red", "-1"])
+def test_a_prompt_may_begin_with_a_dash(prompt):
+    assert run(*([prompt] if "=" in prompt else ["--prompt", prompt]), "--negative", "-blue, --size 9") == 0
+    settings = settings_of("out/0001.png")
+    assert (settings["prompt"], settings["negative"]) == (prompt.removeprefix("--prompt="), "-blue, --size 9")
+
+
+def test_each_hint_of_a_folder_makes_its_images_with_one_model(place, monkeypatch, capsys):
+    (place / "hints").mkdir()
+    for name, size in {"b.png": (64, 64), "a.png": (96, 64)}.items():
+        photograph(size).save(place / "hints" / name)
+    load, loaded = ControlNet.load, []
+    monkeypatch.setattr(ControlNet, "load", lambda *names, **options: loaded.append(names) or load(*names, **options))
+    options = ["--control", "circles", "--count", "2", "--save-hint"]
+    assert run("--hint", "hints", *options) == 0
+    assert capsys.readouterr().out.split() == [f"out/000{i}.png" for i in (1, 2, 3, 4)] and len(loaded) == 1
+    made = [settings_of(f"out/000{i}.png") for i in (1, 2, 3, 4)]
+    assert [(one["hint"], one["seed"], one["size"]) for one in made] == [
+        (["hints/a.png"], 0, "96x64"),
+        (["hints/a.png"], 1, "96x64"),
+        (["hints/b.png"], 0, "64x64"),
+        (["hints/b.png"], 1, "64x64"),
+    ]
+    assert np.array_equal(pixels_of("out/0003-hint.png"), pixels_of("hints/b.png"))
+    assert run("--hint", "hints/b.png", *options, "--out", "b.png") == 0
+    assert np.array_equal(pixels_of("b-2.png"), pixels_of("out/0004.png"))
 
 
 def test_a_folder_goes_on_after_its_highest_number(place):
@@ -369,28 +419,125 @@ def test_a_prompt_that_is_no_unicode_is_kept_and_read_again(place):
     assert np.array_equal(pixels_of("again.png"), pixels_of("first-2.png"))
 
 
-def test_the_parameters_are_read_by_the_rules_of_a1111(everything):
-    """Its last line is a row of names and values, a value with a comma or colon in JSON's quotes, and the lines before
-    are the prompt up to "Negative prompt:"."""
-    with Image.open("first-2.png") as image:
-        *prompts, last = image.text["parameters"].split("\n")
-    found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
-    values = {name: json.loads(value) if value.startswith('"') else value for name, value in found}
-    assert prompts == ["(größer:1.3), a: b", "Negative prompt: [blurry]"]
-    assert values["ControlNet 0"].startswith("Module: canny, Model: fill50k, Weight: 0.8, Guidance Start: 0.0, ")
-    assert values["ControlNet 0"].endswith("Guidance End: 0.6, Control Mode: ControlNet is more important")
-    assert values["ControlNet 1"].endswith("Control Mode: Balanced")
-    del values["ControlNet 0"], values["ControlNet 1"]
-    assert values == {
-        "Steps": "5",
-        "Sampler": "DDPM",
-        "CFG scale": "3.0",
-        "Seed": "8",
-        "Size": "96x64",
-        "Model": "tiny",
-        "Denoising strength": "0.7",
-        "Eta": "0.0",
-    }
+def test_an_image_from_before_an_option_is_made_again(everything):
+    settings = settings_of("first-2.png")
+    for name in ("fit", "mask_blur", "only_masked"):
+        del settings[name]
+    save_png(photograph((8, 8)), "old.png", {"controlnet": json.dumps(settings)})
+    assert infer.main(["--again", "old.png", "--out", "again.png"]) == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("first-2.png"))
+
+
+# ------------------------------------------------------------------------------------------------- again: which files
+
+
+def move(place, *names):
+    (place / "elsewhere").mkdir()
+    for name in names:
+        (place / name).rename(place / "elsewhere" / name)
+
+
+def test_an_image_is_made_again_from_another_folder_with_the_files_beside_it(everything, place, capsys):
+    move(place, "first-2.png", "photo.png", "left.png")
+    assert infer.main(["--again", "elsewhere/first-2.png", "--out", "again.png"]) == 0
+    said = '"elsewhere/first-2.png" names these files: tiny, fill50k, photo.png, circle.png, left.png'
+    assert said in notes(capsys.readouterr())
+    assert np.array_equal(pixels_of("again.png"), pixels_of("elsewhere/first-2.png"))
+
+
+@pytest.mark.parametrize("missing, option", [("photo.png", "hint"), ("left.png", "mask")])
+def test_other_files_are_opened_only_if_one_says_so(everything, place, capsys, missing, option):
+    (moved,) = {"photo.png", "left.png"} - {missing}
+    move(place, "first-2.png", moved)
+    before = sorted(place.rglob("*"))
+    again = ["--again", "elsewhere/first-2.png", "--out", "again.png"]
+    assert infer.main(again) == 2
+    *_, named, line = notes(capsys.readouterr())
+    assert "names these files: tiny, fill50k, photo.png" in named
+    assert line == (
+        f'infer.py: "elsewhere/first-2.png" names "{missing}" for --{option}, which is neither in weights/ or assets/ '
+        f"nor beside it: give --{option} yourself, or add --trust if you know the file"
+    )
+    assert sorted(place.rglob("*")) == before
+    assert infer.main([*again, "--trust"]) == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("elsewhere/first-2.png"))
+
+
+def test_a_file_that_is_given_needs_no_trust(place):
+    photograph((64, 64)).save("photo.png")
+    assert run("--init", "photo.png", "--out", "first-2.png") == 0
+    move(place, "first-2.png")
+    assert infer.main(["--again", "elsewhere/first-2.png"]) == 2
+    assert infer.main(["--again", "elsewhere/first-2.png", "--init", "photo.png", "--out", "again.png"]) == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("elsewhere/first-2.png"))
+
+
+@pytest.mark.parametrize("option", ["base", "control", "hint", "init", "mask", "control_mask"])
+@pytest.mark.parametrize(
+    "name", ["{place}/secret.png", "../secret.png", "sub/../../secret.png", "secret.png", "a" * 5000, "/etc/passwd"]
+)
+def test_a_strange_image_opens_nothing(everything, place, capsys, monkeypatch, option, name):
+    move(place, "first-2.png", "photo.png", "left.png")
+    photograph((64, 64)).save("secret.png")
+    settings, name = settings_of("elsewhere/first-2.png"), name.format(place=place)
+    settings[option] = [name, name] if isinstance(settings[option], list) else name
+    save_png(photograph((8, 8)), "elsewhere/first-2.png", {"controlnet": json.dumps(settings)})
+    opened, plain = [], builtins.open
+    monkeypatch.setattr(
+        "builtins.open", lambda file, *rest, **more: opened.append(str(file)) or plain(file, *rest, **more)
+    )
+    assert infer.main(["--again", "elsewhere/first-2.png"]) == 2
+    assert f"give --{option.replace('_', '-')} yourself" in capsys.readouterr().err.splitlines()[-1]
+    assert not [file for file in opened if "secret" in file or "passwd" in file]
+
+
+def test_too_many_hints_in_an_image_are_refused(everything, capsys):
+    settings = settings_of("first-2.png")
+    settings |= {name: settings[name][:1] * 1000 for name, value in settings.items() if isinstance(value, list)}
+    save_png(photograph((8, 8)), "first-2.png", {"controlnet": json.dumps(settings)})
+    assert again() == 2
+    assert "there are 1000 --hint for one image, expected at most 32" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- again: A1111's
+
+
+A1111 = (
+    "a (red:1.3) bird, <lora:ink:0.8>\nNegative prompt: blurry\nSteps: 3, Sampler: DPM++ 2M, Schedule type: Karras, "
+    "CFG scale: 4.5, Seed: 9, Size: 96x64, Model hash: 45dee52b, Model: tiny, Denoising strength: 0.5, Clip skip: 1, "
+    'Hires upscale: 2, ControlNet 0: "Module: canny, Model: x"'
+)
+
+
+def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
+    save_png(photograph((8, 8)), "theirs.png", {"parameters": A1111})
+    assert infer.main(["--again", "theirs.png", "--device", "cpu", "--out", "a.png"]) == 0
+    said = capsys.readouterr().err
+    assert "is not by infer.py, whose noise is another: the image will be similar at most" in said
+    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA" in said
+    settings = settings_of("a.png")
+    assert settings["base"] == str(weights / "tiny.safetensors")
+    assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird, <lora:ink:0.8>", "blurry")
+    assert [settings[name] for name in ("steps", "sampler", "cfg", "seed", "size")] == [3, "dpm++", 4.5, 9, "96x64"]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"DPM++ 2M": "Euler a"}, 'there is no sampler "Euler a" here: taking "ddim"'),
+        ({"Model: tiny": "Model: ../../x"}, 'its model "../../x" is not in '),
+        ({"Steps: 3": "Steps: many"}, "has 'many' for \"steps\""),
+        ({"96x64": "97x64"}, "the image's size is 97x64 (width x height), expected multiples of 32"),
+    ],
+)
+def test_what_an_image_of_a1111_says_of_things_that_are_not_here_is_said(capsys, changes, said):
+    text = A1111
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    save_png(photograph((8, 8)), "theirs.png", {"parameters": text})
+    infer.main(["--again", "theirs.png", "--device", "cpu"])
+    printed = capsys.readouterr().err
+    assert said in printed and "Traceback" not in printed
 
 
 # ------------------------------------------------------------------------------------------------------------ controls
@@ -453,8 +600,8 @@ def test_a_detector_has_options(capsys):
 def test_a_hint_of_another_shape_is_stretched_and_that_is_said(capsys):
     hint = ["--hint", "circle.png", "--control", "circles", "--size"]
     assert run(*hint, "96x64") == 0
-    stretched = '"circle.png" is 512x512 (width x height): it is stretched to 96x64 (width x height)'
-    assert stretched in notes(capsys.readouterr())
+    stretched = '"circle.png" is 512x512 (width x height): it is stretched to 96x64 (width x height), '
+    assert f"{stretched}which --fit crop or pad avoids" in notes(capsys.readouterr())
     assert run("--init", str(ROOT / "assets" / "circle.png"), "--size", "96x64", "--strength", "0") == 0
     assert f'"{ROOT / "assets" / "circle.png"}" is 512x512' in capsys.readouterr().err
     assert run(*hint, "64") == 0
@@ -522,6 +669,37 @@ def test_an_init_and_its_mask_go_in(weights):
         assert want.size == (128, 64) and np.array_equal(pixels_of("a.png"), np.asarray(want)), options
 
 
+def test_only_the_masked_part_is_made_and_put_back(weights, capsys):
+    """With hint and control mask of the same view cut like it; without --only-masked a note says what changes."""
+    whole, mask = photograph((300, 200)), Image.new("L", (300, 200))
+    mask.paste(255, (200, 50, 250, 120))
+    whole.save("photo.png")
+    mask.save("mask.png")
+    steered = Image.new("L", (600, 400))
+    steered.paste(255, (0, 0, 450, 400))
+    steered.save("left.png")
+    options = ["--init", "photo.png", "--mask", "mask.png", "--hint", "photo.png", "--control", "circles"]
+    assert run(*options, "--control-mask", "left.png", "--only-masked", "16", "--mask-blur", "2", "--out", "a.png") == 0
+    assert "stretched" not in capsys.readouterr().err
+    sd = StableDiffusion.load(weights / "tiny.safetensors")
+    net = ControlNet.load(weights / "tiny-fill50k.safetensors", sd.unet)
+    init = Init(whole, 1.0, mask, 2, 16)
+    size = default_size(sd.config, init.part(whole))
+    steers = to_mask(resized(init.part(steered, size), size))
+    (want,) = by_hand(sd, "", [Control(net, HintImage(whole), mask=steers)], init=init, steps=2)
+    made = pixels_of("a.png")
+    assert made.shape == (200, 300, 3) and np.array_equal(made, np.asarray(want))
+    kept = np.asarray(init.soft_mask) == 0
+    assert np.array_equal(made[kept], np.asarray(whole)[kept]) and (made != np.asarray(whole))[~kept].any()
+    assert infer.main(["--again", "a.png", "--out", "b.png"]) == 0 and np.array_equal(pixels_of("b.png"), made)
+    capsys.readouterr()
+    assert run(*options) == 0
+    said = notes(capsys.readouterr())
+    assert '"photo.png" is 300x200 (width x height): the image will be 96x64 (width x height); --only-masked' in str(
+        said
+    )
+
+
 def test_strange_images_are_taken_as_a_person_expects():
     """As hint, init and mask in one: what counts is what one sees."""
     seen = left_half((64, 64)).convert("RGB")
@@ -538,14 +716,16 @@ def test_strange_images_are_taken_as_a_person_expects():
     alpha.paste((9, 9, 9, 0), (0, 0, 32, 64))
     alpha.save("alpha.png")
 
-    def made(name):
-        options = ["--hint", name, "--control", "circles", "--init", name, "--mask", name, "--out", f"made-{name}.png"]
+    def made(name, mask=None):
+        options = ["--hint", name, "--control", "circles", "--init", name, "--mask", mask or name]
+        options += ["--out", f"made-{name}.png"]
         assert run(*options, "--steps", "1") == 0
         return pixels_of(f"made-{name}.png")
 
     want = made("seen.png")
-    for name in ("cmyk.tiff", "palette.gif", "moving.gif", "deep.png", "bits.png", "turned.png", "alpha.png"):
+    for name in ("cmyk.tiff", "palette.gif", "moving.gif", "deep.png", "bits.png", "turned.png"):
         assert np.array_equal(made(name), want), name
+    assert np.array_equal(made("alpha.png", mask="seen.png"), want)  # as a mask, what is painted would be white
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -558,7 +738,7 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--base sd15", 'there is no file of "sd15" in '),
         ("--base text.png", '"text.png" is not readable as a checkpoint: '),
         ("--hint none.png", '"none.png" does not exist: give the path of an image'),
-        ("--hint text.png", '"text.png" is not readable as an image '),
+        ("--hint text.png", '"text.png" is not readable as an image'),
         ("--hint circle.png --control none", 'there is no ControlNet "none", neither as a file nor in '),
         ("--hint circle.png --control tiny", '"{weights}/tiny.safetensors" holds no ControlNet: it is a base model'),
         ("--hint circle.png --control sd15.safetensors", '"sd15.safetensors" does not fit, '),
@@ -568,7 +748,7 @@ def test_strange_images_are_taken_as_a_person_expects():
             "--hint circle.png --control-scale 1 --control-scale 2",
             "there are 2 --control-scale and 1 --hint, expected one for all or for each",
         ),
-        ("--size 100", "the image's size is 100x100 (width x height), expected multiples of 32 up to 16384: take"),
+        ("--size 100", "the image's size is 100x100 (width x height), expected multiples of 32 up to 8192: take"),
         ("--hint circle.png --size 0", "the image's size is 0x0 (width x height), expected multiples of 32 up"),
         ("--sampler euler", 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
         ("--steps 0", "the number of steps is 0, expected 1..1000"),
@@ -578,7 +758,13 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--cfg -3", "the guidance (cfg) is -3.0, expected 0 (the negative prompt alone), 1 (the prompt alone)"),
         (f"--count {2**64}", f"the number of images is {2**64}, more than there are seeds"),
         (f"--prompt (a:{10**50})", "a weight in the prompt is 1e+50, which is too large"),
-        ("--seed -1", f"the seed is -1, expected 0 to {2**63 - 1}: "),
+        ("--seed -2", f"the seed is -2, expected 0 to {2**63 - 1}: "),
+        ("--init left.png --only-masked", "only the masked part is to be made, but nothing is masked: give a mask"),
+        ("--init left.png --mask-blur 4", "the mask is to be soft, but nothing is masked: give a mask"),
+        ("--only-masked 4", "there is a --only-masked without --init: give the image that it is for, and a --mask"),
+        ("--mask-blur 4", "there is a --mask-blur without --init: give the image that it is for, and a --mask"),
+        ("--size 16384", "the image's size is 16384x16384 (width x height), expected multiples of 32 up to 8192"),
+        (f"--prompt {'(' * 200}", "a prompt has more than 100 brackets inside each other"),
         ("--strength 0.5", "there is a --strength without --init"),
         ("--mask left.png", "there is a --mask without --init"),
         ("--init left.png --mask wide.png", "the mask is 96x32 (width x height), expected the image's 64x64"),
@@ -684,7 +870,7 @@ def test_numbers_are_checked_before_weights_are_read(monkeypatch):
         "--steps 0",
         "--sampler euler",
         "--eta 2",
-        "--seed -1",
+        "--seed -2",
         "--size 100",
         "--clip-skip 5",
         "--hint none.png",
@@ -712,6 +898,65 @@ def test_too_little_memory_is_a_sentence_and_other_failures_are_not_hidden(monke
         run()
 
 
+def test_a_size_that_does_not_fit_into_memory_is_refused_before_it_is_tried(monkeypatch, capsys):
+    gigabytes = {}
+    monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(1e9 * gigabytes["free"]))
+    monkeypatch.setattr(HintImage, "make", lambda *_: pytest.fail("the hint is made"))
+    hint = ["--hint", "circle.png", "--control", "circles", "--size", "4096"]  # maps of 4 channels
+    for free, options, message in (
+        (0.5, [], "needs about 0.8 GB of memory, but 0.5 GB are free: give a smaller --size"),
+        (0.6, [], "needs about 0.8 GB of memory, but 0.6 GB are free: add --low-memory or give a smaller --size"),
+        (0.5, ["--low-memory"], "needs about 0.5 GB of memory, but 0.5 GB are free: give a smaller --size"),
+        (0.3, ["--dtype", "fp16"], "needs about 0.4 GB of memory, but 0.3 GB are free: add --low-memory or"),
+    ):
+        gigabytes["free"] = free
+        assert run(*hint, *options) == 2
+        assert f"an image of 4096x4096 (width x height) {message}" in capsys.readouterr().err
+    gigabytes["free"] = 0.9
+    with pytest.raises(pytest.fail.Exception, match="the hint is made"):
+        run(*hint)
+    assert "an image of 4096x4096 (width x height) takes long on a CPU" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    assert run() == 2
+    (line,) = notes(capsys.readouterr())
+    assert line == (
+        'infer.py: no image can be saved as "out" (No space left on device): make room there, or give another --out'
+    )
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    assert run("--count", "2") == 0
+    assert notes(capsys.readouterr()) == []
+    monkeypatch.setattr("controlnet.inference.run.SECONDS_BETWEEN_LINES", 0)
+    assert run("--count", "2") == 0
+    lines = notes(capsys.readouterr())
+    assert [line.split(", ")[0] for line in lines] == ["step 1 of 4", "step 2 of 4", "step 3 of 4"]
+    assert all(re.search(r", about \d+\.\d minutes left$", line) for line in lines)
+
+
+def test_loading_is_said_if_it_takes_long(monkeypatch, capsys):
+    monkeypatch.setattr("infer.said_if_slow", partial(said_if_slow, seconds=0.01))
+    load = StableDiffusion.load
+    monkeypatch.setattr(StableDiffusion, "load", lambda *given: time.sleep(0.2) or load(*given))
+    assert run("--base", "tiny") == 0
+    assert notes(capsys.readouterr()) == ["loading tiny ..."]
+
+
+def test_a_stop_is_a_sentence(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StableDiffusion, "load", stop)
+    assert run() == 130
+    assert notes(capsys.readouterr())[-1] == "infer.py: stopped, the images listed above, if any, are saved"
+
+
 def test_debug_shows_where_an_error_comes_from():
     with pytest.raises(ValueError, match="the number of steps is 0"):
         run("--steps", "0", "--debug")
@@ -731,6 +976,15 @@ def test_the_program_runs_from_any_folder(weights):
     done = process("--base", str(weights / "tiny.safetensors"), "--device", "cpu", "--steps", "1", "--out", "a.png")
     assert (done.returncode, done.stdout) == (0, "a.png\n") and "Traceback" not in done.stderr
     assert pixels_of("a.png").shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("package", ["torch", "numpy", "PIL"])
+def test_a_package_that_is_not_installed_is_named(package):
+    code = f"import sys; sys.modules['{package}'] = None; import infer; sys.exit(infer.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    *_, line = done.stderr.splitlines()  # without NumPy PyTorch warns
+    assert done.returncode == 2 and package in line and "Traceback" not in done.stderr
+    assert line.endswith("install what is needed with `pip install -r requirements.txt`")
 
 
 def test_an_error_is_the_exit_status(monkeypatch, capsys):

@@ -30,7 +30,7 @@ from .image_to_image import Init, begin, steps_done
 from .offload import decode, encode, on_device
 from .prompts import encode_prompts
 
-LARGEST_SIDE = 16384  # pixels: guards against typos that exhaust the memory
+LARGEST_SIDE = 8192  # pixels: guards against typos that exhaust time and memory
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def generate(
     callback: Callable[[Progress], None] | None = None,
 ) -> list[Image.Image]:
     """`count` RGB images of `size`. By default that is the size of hints that are tensors, or it is fitted to `init` or
-    to the first hint's image, or it is a square.
+    to the first hint's image, or it is a square. (With `init.only_masked` it is the size at which a part is made.)
 
     Image i has the seed `seed + i` and is the same whatever `count` is. Latents are fp32 even where the networks are
     not. `cfg` None is `default_cfg`. prompts.py says how prompts are read. The ControlNets must be on the device and in
@@ -103,7 +103,9 @@ def generate(
     timesteps = timesteps_for(sampler, sd.schedule, steps)
     skip = len(timesteps) - steps_done(init.strength, len(timesteps)) if init else 0
     timesteps = timesteps[skip:]
-    controls = [at_size(control, size) for control in controls]
+    if init and not timesteps:  # nothing is changed, not even by the autoencoder
+        return [init.resized(size).image if init.only_masked is None else init.image] * count
+    controls = [at_size(control, size, init) for control in controls]
     tiled = cpu_offload is not None
 
     # Each image draws from its own generator, in a fixed order: x, the posterior's noise, then the sampler's.
@@ -111,9 +113,9 @@ def generate(
     shape = (1, sd.config.unet.latent_channels, height // sd.config.vae.downscale, width // sd.config.vae.downscale)
     noises = [torch.randn(shape, generator=generator) for generator in generators]
     if init:
-        init = init.resized(size)
+        start = init.resized(size)
         with on_device(cpu_offload, sd.vae):
-            known = [encode(sd, init.image, generator, tiled) for generator in generators]
+            known = [encode(sd, start.image, generator, tiled) for generator in generators]
     with on_device(cpu_offload, sd.text_encoder):
         contexts = prompt_contexts(sd, prompt, negative, clip_skip, long_prompts)
 
@@ -127,15 +129,13 @@ def generate(
         for i, generator in enumerate(generators):
             x, noise, keep = noises[i].to(sd.device), noise_from(generator), None
             if init:
-                x, keep = begin(init, known[i].to(x), x, noise, sd.schedule, timesteps)
+                x, keep = begin(start, known[i].to(x), x, noise, sd.schedule, timesteps)
             on_step = reporter(bar, callback, i, len(timesteps), preview)
             latents.append(sample(sampler, denoise, x, sd.schedule, steps, eta, noise, keep, on_step, skip))
 
     with on_device(cpu_offload, sd.vae):
         images = [to_pil(decode(sd, x, tiled)[0]) for x in latents]
-    if init is None or init.mask is None:
-        return images
-    return [Image.composite(image, init.image, init.mask) for image in images]
+    return [init.put_back(image) for image in images] if init else images
 
 
 # ---------------------------------------------------------------------------------------------------- sizes and seeds
@@ -163,7 +163,8 @@ def image_size(config: Config, controls: Sequence[Control], size: Size | None, i
     """The size that is meant. Raises ValueError if the model cannot make it or a hint that is a tensor has another."""
     hints = [control.hint for control in controls]
     sizes = [tuple(hint.shape[-2:]) for hint in hints if isinstance(hint, Tensor)]
-    images = [source.image for source in (init, *hints) if isinstance(source, Init | HintImage)]
+    images = [init.part(init.image)] if init else []
+    images += [hint.image for hint in hints if isinstance(hint, HintImage)]
     size = size or next(iter(sizes), None) or default_size(config, next(iter(images), None))
     check_size(config, size)
     for found in sizes:
@@ -219,11 +220,18 @@ def check_controls(controls: Sequence[Control]) -> None:
             )
 
 
-def at_size(control: Control, size: Size) -> Control:
-    """With a hint that is a tensor."""
-    hint = control.hint
-    hint = hint if isinstance(hint, Tensor) else hint.at(size, control.net.config.hint_channels)
-    return replace(control, hint=hint)
+def at_size(control: Control, size: Size, init: Init | None = None) -> Control:
+    """With a hint that is a tensor, of the part that is made of `init`."""
+    if isinstance(control.hint, Tensor):
+        return control
+    return replace(control, hint=hint_part(control.hint, size, init).at(size, control.net.config.hint_channels))
+
+
+def hint_part(hint: HintImage, size: Size, init: Init | None) -> HintImage:
+    """Of an image of the same view as `init`, what is made of it."""
+    if init is None or init.only_masked is None:
+        return hint
+    return replace(hint, image=init.part(hint.image, size), mask=hint.mask and init.part(hint.mask, size))
 
 
 # ---------------------------------------------------------------------------------------------------- the networks

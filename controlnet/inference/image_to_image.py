@@ -3,41 +3,102 @@
 Shapes: H W pixels, h = H/8, w = W/8.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
-from controlnet.common.images import Size, resized, to_mask
+from controlnet.common.images import FITS, Size, fitted, mean_colour, resized, to_mask
 from controlnet.hints.hint_image import check_mask
 from ldm.samplers import BeforeStep, Noise
 from ldm.schedule import Schedule
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom: the first two are in it
 
 
 @dataclass(frozen=True)
 class Init:
     """An image to begin with: image-to-image, and with a mask inpainting.
 
-    Raises ValueError for a strength outside [0, 1] and a mask of another size than the image.
+    With `only_masked` N a part of the image is made, at the size of `generate`, and put back: what is white in the mask
+    and N pixels around it. The result then has the image's own size.
+
+    Raises ValueError for a strength outside [0, 1], a mask of another size than the image, `only_masked` or
+    `mask_blur` without anything masked, and an unknown `fit`.
     """
 
     image: Image.Image  # RGB; it is resized to the size of the image that is made
     strength: float = 0.75  # the part of the steps that is done: 0 keeps the image, 1 begins from noise alone
     mask: Image.Image | None = None  # mode L, as large as `image`: white is made anew, black is kept
+    mask_blur: float = 0  # standard deviation in the image's pixels: makes the mask's edges soft
+    only_masked: int | None = None
+    fit: str = "stretch"  # how it is resized, as in `images.fitted`; what is padded is made anew
 
     def __post_init__(self):
         if not 0 <= self.strength <= 1:
             raise ValueError(
                 f"the strength is {self.strength}, expected 0 (nothing is changed) to 1 (begin from noise)"
             )
+        if self.fit not in FITS:
+            raise ValueError(f'fit is "{self.fit}", expected one of {", ".join(FITS)}')
         if self.mask is not None:
             check_mask(self.mask, self.image)
+        if (self.only_masked is not None or self.mask_blur) and not (self.mask and self.mask.getbbox()):
+            what = "only the masked part is to be made" if self.only_masked is not None else "the mask is to be soft"
+            raise ValueError(f"{what}, but nothing is masked: give a mask with white in it")
+
+    @cached_property
+    def soft_mask(self) -> Image.Image | None:
+        """Its edges fade outwards: of what is white nothing is kept, which may be a hole."""
+        if not self.mask_blur:
+            return self.mask
+        return ImageChops.lighter(self.mask, self.mask.filter(ImageFilter.GaussianBlur(self.mask_blur)))
+
+    def box(self, size: Size | None = None) -> Box:
+        """What is made. With `only_masked` it has the shape of `size`, or sides of at most 2:1, as far as there is
+        image."""
+        if self.only_masked is None:
+            return 0, 0, *self.image.size
+        left, top, right, bottom = self.soft_mask.getbbox()
+        width, height = right - left + 2 * self.only_masked, bottom - top + 2 * self.only_masked
+        shape = size[1] / size[0] if size else min(max(width / height, 0.5), 2.0)
+        width, height = max(width, round(height * shape)), max(height, round(width / shape))
+        left, right = span((left + right) // 2, width, self.image.width)
+        top, bottom = span((top + bottom) // 2, height, self.image.height)
+        return left, top, right, bottom
+
+    def part(self, image: Image.Image, size: Size | None = None) -> Image.Image:
+        """What is made, from any image of the same view: a hint may be larger or smaller."""
+        x, y = image.width / self.image.width, image.height / self.image.height
+        left, top, right, bottom = self.box(size)
+        return image.crop((round(left * x), round(top * y), round(right * x), round(bottom * y)))
 
     def resized(self, size: Size) -> "Init":
-        mask = None if self.mask is None else resized(self.mask, size)
-        return replace(self, image=resized(self.image, size), mask=mask)
+        """What is made of image and mask, exactly `size`."""
+        image = fitted(self.part(self.image, size), size, self.fit, ground=mean_colour(self.image))
+        mask = self.mask and fitted(self.part(self.soft_mask, size), size, self.fit, ground=255)
+        return Init(image, self.strength, mask)
+
+    def put_back(self, image: Image.Image) -> Image.Image:
+        """The result: what was made, and where the mask is black the original to the bit."""
+        if self.mask is None:
+            return image
+        size = image.size[::-1]
+        if self.only_masked is None:
+            kept = self.resized(size)
+            return Image.composite(image, kept.image, kept.mask)
+        box, result = self.box(size), self.image.copy()
+        result.paste(resized(image, (box[3] - box[1], box[2] - box[0])), box, self.soft_mask.crop(box))
+        return result
+
+
+def span(middle: int, length: int, limit: int) -> tuple[int, int]:
+    """`length` pixels around `middle`, moved to lie between 0 and `limit`, or all of these."""
+    start = min(max(0, middle - length // 2), max(0, limit - length))
+    return start, min(start + length, limit)
 
 
 def steps_done(strength: float, steps: int) -> int:

@@ -3,6 +3,7 @@
 Sizes are (height, width) in pixels.
 """
 
+import glob
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +11,18 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from controlnet.checkpoint import TINY_CONTROLS, find_control
-from controlnet.common.image_files import read_image, read_mask
-from controlnet.common.images import Size, resized, size_text, to_mask, to_uint8
+from controlnet.common.devices import PRECISIONS
+from controlnet.common.image_files import checked_rgb, erased_part, open_image, read_image, read_mask
+from controlnet.common.images import Size, fitted, resized, size_text, to_mask, to_uint8
 from controlnet.common.program import height_and_width, note
 from controlnet.guidance import MODES, Control, check_range, layer_weights
+from controlnet.hints import DETECTORS, parse_detector
+from controlnet.hints.detectors import IMAGES
 from controlnet.hints.hint_image import HintImage, check_channels
 from controlnet.layouts import recognise_control
 from controlnet.model import ControlNet
@@ -25,9 +30,10 @@ from ldm.checkpoints.open import open_checkpoint
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
-from .generate import check_size, default_size
-from .hint_kind import kind_of
+from .generate import check_size, default_size, hint_part
+from .hint_kind import INVERTED, PHOTOGRAPH, doubt, kind_of, looks_like
 from .image_to_image import Init
+from .memory import check_memory
 from .options import HintOptions, Options, options_for_each_hint
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -56,41 +62,117 @@ class CheckedHint:
         return Control.from_image(net, self.image, mode=given.control_mode, layers=layers, **settings)
 
 
-def read_inputs(options: Options, config: Config) -> tuple[Size, Init | None, list[CheckedHint]]:
+def hint_runs(options: Options) -> list[Options]:
+    """One for each image of a --hint that is a folder or a pattern like "poses/*.png", whose other hints stay.
+
+    Raises ValueError for a folder or pattern without such files, and for more than one of them.
+    """
+    files = [files_of(hint.hint, hint.detect) for hint in options_for_each_hint(options)]
+    several = [i for i, found in enumerate(files) if found is not None]
+    if not several:
+        return [options]
+    if len(several) > 1:
+        names = " and ".join(f'"{options.hint[i]}"' for i in several)
+        raise ValueError(f"{names} are several hints each, expected one --hint at most that is a folder or a pattern")
+    i = several[0]
+    return [replace(options, hint=[*options.hint[:i], file, *options.hint[i + 1 :]]) for file in files[i]]
+
+
+def files_of(name: str, detect: str) -> list[str] | None:
+    """The files that the detector reads in a folder, or after a pattern; None for the name of one file."""
+    path = Path(name)
+    if path.is_dir():
+        found = [str(file) for file in path.iterdir()]
+    elif glob.has_magic(name) and not path.exists():
+        found = glob.glob(name, recursive=True)
+    else:
+        return None
+    suffixes = IMAGES if detect in ("none", "inpaint") else DETECTORS[parse_detector(detect)[0]].suffixes
+    visible = (file for file in map(Path, found) if file.is_file() and not file.name.startswith("."))
+    files = sorted(str(file) for file in visible if file.suffix.lower() in suffixes)
+    if not files:
+        raise ValueError(f'there is no file for --detect {detect} in "{name}", expected {", ".join(suffixes)}')
+    return files
+
+
+def read_inputs(options: Options, config: Config, device: torch.device) -> tuple[Size, Init | None, list[CheckedHint]]:
     """Raises ValueError for what is missing, cannot be read or does not fit the base."""
-    init = read_image(options.init) if options.init else None
     mask = read_mask(options.mask) if options.mask else None
+    init = read_init(options, mask) if options.init else None
     hints = options_for_each_hint(options)
     files = [find_hint(hint.hint) for hint in hints]
-    images = [read_hint(hint, file, mask) for hint, file in zip(hints, files, strict=True)]
-    named = [(options.init, init)] if init else []
-    named += [(hint.hint, image.image) for hint, image in zip(hints, images, strict=True)]
-    size = height_and_width(options.size) if options.size else default_size(config, named[0][1] if named else None)
+    images = [read_hint(hint, file, mask, options) for hint, file in zip(hints, files, strict=True)]
+    first = init.part(init.image) if init else images[0].image if images else None
+    size = height_and_width(options.size) if options.size else default_size(config, first)
     check_size(config, size)
-    for name, image in named:
-        note_stretch(name, image, size)
+    check_memory(config, size, PRECISIONS[options.dtype], device, options.low_memory)
+    if init:
+        note_changes(options.init, init, size)
+    parts = [hint_part(image, size, init) for image in images]
+    for hint, part in zip(hints, parts, strict=True):
+        note_stretch(hint.hint, part.image, size, options.fit)
+    checked = [check_hint(*each, size, config, init) for each in zip(hints, files, images, parts, strict=True)]
+    return size, init, checked
+
+
+def read_init(options: Options, mask: Image.Image | None) -> Init:
+    """Without a mask it may be what is erased of the image."""
+    stored = open_image(options.init)
+    image = checked_rgb(stored, options.init)
+    if mask is not None:
+        mask = fit_mask(options.mask, mask, image)
+    elif (mask := erased_part(stored)) is not None:
+        note(f'a part of "{options.init}" is transparent: it is made anew, as if it were white in a --mask')
     strength = options.strength if options.strength is not None else (1.0 if mask else 0.75)
-    checked = [check_hint(*each, size, config) for each in zip(hints, files, images, strict=True)]
-    return size, init and Init(init, strength, mask), checked
+    return Init(image, strength, mask, options.mask_blur, options.only_masked, options.fit)
 
 
-def read_hint(options: HintOptions, file: Path, mask: Image.Image | None) -> HintImage:
-    check_range(options.control_start, options.control_end)
-    return HintImage.of(file, options.detect, mask if options.detect == "inpaint" else None)
+def fit_mask(name: str, mask: Image.Image, image: Image.Image) -> Image.Image:
+    """As large as the image, with a note; one of another shape is left to be refused."""
+    same_shape = abs(math.log(image.width * mask.height / (image.height * mask.width))) < 0.03
+    if mask.size == image.size or not same_shape:
+        return mask
+    found, expected = size_text(mask.size[::-1]), size_text(image.size[::-1])
+    note(f'the mask "{name}" is {found}: it is resized to the {expected} of its image')
+    return resized(mask, image.size[::-1])
 
 
-def check_hint(options: HintOptions, file: Path, image: HintImage, size: Size, config: Config) -> CheckedHint:
-    """Raises ValueError for what is missing or does not fit the base, CheckpointError for a file without ControlNet."""
+def read_hint(hint: HintOptions, file: Path, mask: Image.Image | None, options: Options) -> HintImage:
+    check_range(hint.control_start, hint.control_end)
+    if hint.detect != "inpaint":
+        return HintImage.of(file, hint.detect, fit=options.fit)
+    image = read_image(file)
+    return HintImage(image, "inpaint", mask=fit_mask(options.mask, mask, image), fit=options.fit)
+
+
+def check_hint(
+    options: HintOptions, file: Path, image: HintImage, part: HintImage, size: Size, config: Config, init: Init | None
+) -> CheckedHint:
+    """`part` is what is made of the image. Raises ValueError for what is missing or does not fit the base,
+    CheckpointError for a file without ControlNet."""
     layer_weights(options.control_mode, options.control_layers or (), config.unet)
-    mask = to_mask(resized(read_mask(options.control_mask), size)) if options.control_mask else None
-    hint = image.at(size)  # a detector's errors come before the weights are read
+    mask = read_control_mask(options.control_mask, size, image.fit, init) if options.control_mask else None
+    hint = part.at(size)  # a detector's errors come before the weights are read
+    # A hint that was not detected is looked at as it came: thin lines suffer when they are resized.
+    pixels = np.asarray(image.image) if image.detector is None else to_uint8(hint[0])
     if options.control is None:
-        # A hint that was not detected is looked at as it came: thin lines suffer when they are resized.
-        pixels = np.asarray(image.image) if image.detector is None else to_uint8(hint[0])
         options = replace(options, control=choose_control(options.hint, pixels, config))
     control_file = find_control(options.control, config.unet)
     check_channels(recognise_control(open_checkpoint(control_file)).config.hint_channels)
+    if image.detector != "inpaint":
+        source = None if image.detector is None else np.asarray(image.image)
+        if sentence := doubt(options.hint, options.control, pixels, options.detect, source):
+            note(sentence)
     return CheckedHint(options, file, image, control_file, mask)
+
+
+def read_control_mask(name: str, size: Size, fit: str, init: Init | None) -> Tensor:
+    """(1, 1, H, W) in [0, 1], 0 where --fit pads; of the part of `init` that is made."""
+    mask = read_mask(name)
+    if init and init.only_masked is not None:
+        mask = init.part(mask, size)
+    note_stretch(name, mask, size, fit)
+    return to_mask(fitted(mask, size, fit))
 
 
 def load_controls(hints: Sequence[CheckedHint], sd: StableDiffusion) -> list[Control]:
@@ -103,6 +185,8 @@ def load_controls(hints: Sequence[CheckedHint], sd: StableDiffusion) -> list[Con
 
 def find_hint(name: str) -> Path:
     """The file, or the example of that name in assets/, with a note."""
+    if "://" in name:
+        raise ValueError(f'"{name}" is an address, expected a file: download the image first')
     path = Path(name)
     if path.exists() or not (ASSETS / path).is_file():
         return path
@@ -110,10 +194,21 @@ def find_hint(name: str) -> Path:
     return ASSETS / path
 
 
-def note_stretch(name: str, image: Image.Image, size: Size) -> None:
-    """A note if the aspect ratios differ by more than rounding does."""
-    if abs(math.log(image.width / image.height * size[0] / size[1])) > 0.2:
-        note(f'"{name}" is {size_text(image.size[::-1])}: it is stretched to {size_text(size)}')
+def note_changes(name: str, init: Init, size: Size) -> None:
+    """A note if the image that is made is the initial one distorted, or with a mask a smaller one."""
+    if init.only_masked is not None:
+        return
+    note_stretch(name, init.image, size, init.fit, most=0.03)
+    if init.mask and init.image.width * init.image.height > 1.5 * size[0] * size[1]:
+        found = size_text(init.image.size[::-1])
+        note(f'"{name}" is {found}: the image will be {size_text(size)}; --only-masked keeps its size')
+
+
+def note_stretch(name: str, image: Image.Image, size: Size, fit: str, most: float = 0.2) -> None:
+    """A note if the aspect ratios differ by more than rounding does: their logarithms by `most`."""
+    if fit == "stretch" and abs(math.log(image.width / image.height * size[0] / size[1])) > most:
+        found, wanted = size_text(image.size[::-1]), size_text(size)
+        note(f'"{name}" is {found}: it is stretched to {wanted}, which --fit crop or pad avoids')
 
 
 def choose_control(name: str, pixels: np.ndarray, config: Config) -> str:
@@ -125,9 +220,11 @@ def choose_control(name: str, pixels: np.ndarray, config: Config) -> str:
         raise ValueError(f'there is no --control for the hint "{name}", expected one --control for each --hint')
     kind = kind_of(pixels)
     if kind is None:
+        found = looks_like(pixels)
+        detect = {INVERTED: "--detect invert", PHOTOGRAPH: "--detect canny"}.get(found, "--detect")
         raise ValueError(
             f'"{name}" does not tell which of the small ControlNets it is for: say --control with one of '
-            f"{', '.join(TINY_CONTROLS)}, or make a hint of it with --detect"
+            f"{', '.join(TINY_CONTROLS)}, or make a hint of it with {detect}, as it looks like {found}"
         )
     note(f'"{name}" is a hint of the kind "{kind}": taking --control {TINY_CONTROLS[kind]}')
     return TINY_CONTROLS[kind]

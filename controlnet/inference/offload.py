@@ -51,9 +51,11 @@ def in_fp32_if_needed(vae: AutoencoderKL, compute: Callable[[], Tensor]) -> Tens
     result = compute()
     if result.isfinite().all():
         return result
-    dtype = vae.quant_conv.bias.dtype
+    weight = vae.quant_conv.bias
+    dtype, device_type = weight.dtype, weight.device.type
     vae.float()
     try:
-        return finite(compute, {"vae": vae})
+        with torch.autocast(device_type, enabled=False):  # else the layers would be computed in half again
+            return finite(compute, {"vae": vae})
     finally:
         vae.to(dtype)  # exact: each value came from this type

@@ -7,6 +7,7 @@ from pathlib import Path
 from controlnet.common.program import (
     PRECISION_NAMES,
     flag_of,
+    not_negative,
     number,
     numbers,
     option,
@@ -14,8 +15,15 @@ from controlnet.common.program import (
     share,
     size_argument,
 )
+from controlnet.common.program import count as whole_number
 
-# The groups of --help; `passing` options belong to a call, all others are recorded in the images that it makes.
+# What A1111 and its viewers call the samplers.
+A1111_SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM++ 2M"}
+
+MAX_HINTS = 32  # for one image
+
+# The groups of --help; `passing` options belong to a call, all others are recorded in the images that it makes: those
+# that are `later` were not always, and by default do what was done before.
 HINTS = "hints and controls: once for all hints, or once for each"
 in_image = partial(option, "what to make")
 in_init = partial(option, "from an image")
@@ -23,6 +31,12 @@ in_hints = partial(option, HINTS, each=True)
 in_model = partial(option, "model")
 in_sampling = partial(option, "sampling")
 in_run = partial(option, "run")
+
+
+def sampler_name(text: str) -> str:
+    """Also by A1111's name, in upper or lower case."""
+    names = {theirs.lower(): ours for ours, theirs in A1111_SAMPLERS.items()} | {ours: ours for ours in A1111_SAMPLERS}
+    return names.get(text.strip().lower(), text)
 
 
 @dataclass(frozen=True)
@@ -57,12 +71,27 @@ class Options:
         type=size_argument,
         metavar="N|WxH",
     )
+    fit: str = in_image(
+        "how images that go in are brought to the size: stretch, crop (covering it) or pad (within it; default: "
+        "%(default)s)",
+        "stretch",
+        choices=("stretch", "crop", "pad"),
+        later=True,
+    )
     count: int = in_image("how many images (default: %(default)s)", 1, type=positive, metavar="N", passing=True)
-    seed: int = in_image("of the first image; each has the next (default: %(default)s)", 0, type=int, metavar="N")
+    seed: int = in_image(
+        "of the first image; each has the next; -1 draws one (default: %(default)s)", 0, type=int, metavar="N"
+    )
     long_prompts: bool = in_image("read prompts of more than 75 tokens in chunks instead of cutting them", False)
     again: str | None = in_image(
-        "make this image again with the options that it carries; others that are given replace them",
+        "make this image again with the options that it carries; others that are given replace them. Of A1111's images "
+        "as far as they tell",
         metavar="FILE",
+        passing=True,
+    )
+    trust: bool = in_image(
+        "with --again: also open files that are neither in weights/ or assets/ nor beside the image",
+        False,
         passing=True,
     )
 
@@ -76,11 +105,30 @@ class Options:
         "white is made anew, black is kept to the bit (inpainting); as large as --init. Also for --detect inpaint",
         metavar="FILE",
     )
+    mask_blur: float = in_init(
+        "makes the edges of --mask soft: standard deviation in pixels of --init (default: %(default)s)",
+        0.0,
+        type=not_negative,
+        metavar="N",
+        later=True,
+    )
+    only_masked: int | None = in_init(
+        "make what is white in --mask and N pixels around it at the base's resolution, and put it back into --init, "
+        "which keeps its size (N if left out: 32; without this option all of --init is made)",
+        type=whole_number,
+        const=32,
+        metavar="N",
+        later=True,
+    )
 
-    hint: list[str] = in_hints("the image that steers: a file, or a name in assets/", metavar="FILE")
+    hint: list[str] = in_hints(
+        "the image that steers: a file, or a name in assets/; a folder, or a pattern in quotes, for an image from each",
+        metavar="FILE",
+    )
     detect: list[str] = in_hints(
         "make the hint from the image: canny, canny:low=50,high=150, scribble, depth ... (`python -m tools.make_hints "
         "--help` lists them), inpaint with --mask, or none (default: none)",
+        type=str.lower,
         metavar="NAME",
     )
     control: list[str] = in_hints(
@@ -120,7 +168,7 @@ class Options:
     )
 
     steps: int = in_sampling("of denoising (default: %(default)s)", 20, type=int, metavar="N")
-    sampler: str = in_sampling("ddim, ddpm or dpm++ (default: %(default)s)", "ddim", metavar="NAME")
+    sampler: str = in_sampling("ddim, ddpm or dpm++ (default: %(default)s)", "ddim", type=sampler_name, metavar="NAME")
     cfg: float | None = in_sampling(
         "how much the prompt counts; 1 is no guidance (default: 7.5; tiny: 2.5)", type=number, metavar="X"
     )
@@ -155,11 +203,14 @@ class Options:
 
 
 RECORDED = tuple(item.name for item in fields(Options) if not item.metadata.get("passing"))
+ALWAYS_RECORDED = tuple(item.name for item in fields(Options) if not {"passing", "later"} & item.metadata.keys())
 
 
 def options_for_each_hint(options: Options) -> list[HintOptions]:
-    """Raises ValueError for an option that is given neither once for all hints nor once for each."""
+    """Raises ValueError for an option that is given neither once for all hints nor once for each, or too many hints."""
     count, columns = len(options.hint), {}
+    if count > MAX_HINTS:
+        raise ValueError(f"there are {count} --hint for one image, expected at most {MAX_HINTS}: leave some out")
     for item in fields(HintOptions):
         values, flag = getattr(options, item.name), flag_of(item.name)
         if values and count == 0:
@@ -182,5 +233,8 @@ def check_pairs(options: Options) -> None:
         raise ValueError("there is a --strength without --init: give the image to begin with, or leave it out")
     if options.mask is not None and options.init is None and "inpaint" not in options.detect:
         raise ValueError("there is a --mask without --init: give the image that it is for")
+    for name in ("mask_blur", "only_masked"):
+        if getattr(options, name) != getattr(Options, name) and options.init is None:
+            raise ValueError(f"there is a {flag_of(name)} without --init: give the image that it is for, and a --mask")
     if options.mask is None and "inpaint" in options.detect:
         raise ValueError("--detect inpaint needs a --mask: white where the image is to be made anew")

@@ -6,85 +6,43 @@ holds a fingerprint for each file that was used, by the name that was given.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
 
-KEY = "controlnet"
+from controlnet.common.files import parse_json
 
-# What A1111 and its viewers call the samplers.
-A1111_SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM++ 2M"}
+from .a1111 import parameters
 
-# What its ControlNet extension calls our modes, where it has them.
-A1111_MODES = {"balanced": "Balanced", "guess": "ControlNet is more important"}
+KEY, A1111_KEY = "controlnet", "parameters"
+LARGEST_TEXT = 1_000_000  # characters
 
 
 def png_texts(settings: dict) -> dict[str, str]:
-    return {"parameters": a1111_parameters(settings), KEY: json.dumps(settings, ensure_ascii=False)}
+    return {A1111_KEY: parameters(settings), KEY: json.dumps(settings, ensure_ascii=False)}
 
 
-def read_settings(path: str | Path, names: Iterable[str]) -> dict:
-    """The settings of an image that infer.py made. Raises ValueError if it is none, or lacks one of `names`."""
+def read_texts(path: str | Path) -> tuple[dict | None, str | None]:
+    """-> what infer.py recorded in an image, and A1111's text: None for what is not there.
+
+    Raises ValueError for what is no PNG, and for a text that infer.py does not write.
+    """
     try:
-        with Image.open(path) as image:
-            text = image.info.get(KEY)
+        with Image.open(path, formats=["PNG"]) as image:
+            texts = {key: image.info[key] for key in (KEY, A1111_KEY) if isinstance(image.info.get(key), str)}
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise ValueError(f'"{path}" is not readable as an image ({error}): give a PNG that infer.py made') from error
+    if max(map(len, texts.values()), default=0) > LARGEST_TEXT:
+        raise ValueError(f'"{path}" has a text of more than {LARGEST_TEXT} characters: give a PNG that infer.py made')
+    if KEY not in texts:
+        return None, texts.get(A1111_KEY)
     try:
-        settings = json.loads(text)
-    except (TypeError, ValueError):
-        settings = None
+        settings = parse_json(texts[KEY])
+    except ValueError as error:
+        raise ValueError(f'"{path}" does not say how it was made ({error}): give a PNG that infer.py made') from error
     if not isinstance(settings, dict):
         raise ValueError(f'"{path}" does not say how it was made: give a PNG that infer.py made')
-    missing = [name for name in names if name not in settings]
-    if missing:
-        raise ValueError(f'"{path}" was made by another version of infer.py, which did not know {", ".join(missing)}')
-    if not isinstance(settings.get("files"), dict):
-        raise ValueError(f'"{path}" has no "files" like those that infer.py records: give a PNG that it made')
-    return settings
-
-
-# ---------------------------------------------------------------------------------------------------- A1111
-
-
-def a1111_parameters(settings: dict) -> str:
-    """The text that A1111 writes: prompt, negative prompt, and one line of "Name: value" pairs."""
-    lines = [settings["prompt"]]
-    if settings["negative"]:
-        lines.append(f"Negative prompt: {settings['negative']}")
-    lines.append(", ".join(f"{name}: {quoted(value)}" for name, value in a1111_pairs(settings)))
-    return "\n".join(lines)
-
-
-def a1111_pairs(settings: dict) -> Iterator[tuple[str, object]]:
-    yield "Steps", settings["steps"]
-    yield "Sampler", A1111_SAMPLERS[settings["sampler"]]
-    yield "CFG scale", settings["cfg"]
-    yield "Seed", settings["seed"]
-    yield "Size", settings["size"]
-    yield "Model", Path(settings["base"]).stem
-    if settings["init"]:
-        yield "Denoising strength", settings["strength"]
-    if settings["clip_skip"] != 1:
-        yield "Clip skip", settings["clip_skip"]
-    yield "Eta", settings["eta"]
-    for i, control in enumerate(settings["control"]):
-        values = {
-            "Module": settings["detect"][i],
-            "Model": Path(control).stem,
-            "Weight": settings["control_scale"][i],
-            "Guidance Start": settings["control_start"][i],
-            "Guidance End": settings["control_end"][i],
-            "Control Mode": A1111_MODES.get(settings["control_mode"][i], settings["control_mode"][i]),
-        }
-        yield f"ControlNet {i}", ", ".join(f"{name}: {value}" for name, value in values.items())
-
-
-def quoted(value: object) -> str:
-    """As JSON where a comma or a colon would end the value or begin a name for A1111's parser."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+    return settings, texts.get(A1111_KEY)
 
 
 # ---------------------------------------------------------------------------------------------------- files

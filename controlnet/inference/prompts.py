@@ -13,6 +13,7 @@ never opened is text. Shapes: B prompts, M tokens (77 a chunk), D context width.
 
 import re
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from einops import rearrange
@@ -23,12 +24,18 @@ from ldm.tokenizer import Tokenizer
 
 MORE = 1.1  # what a pair of brackets multiplies or divides by
 
+# A prompt comes from anyone's file: these keep the time that it takes within seconds.
+MAX_LENGTH = 50_000  # characters
+MAX_DEPTH = 100  # brackets inside each other
+MAX_CHUNKS = 32
+
+# `++`, `*+` and the run of spaces as one piece: nothing is read twice, whatever follows.
 SYNTAX = re.compile(
     r"""\\(?P<escaped>[()\[\]\\]?)
-    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)     # the end of (word:1.3)
+    | :\s*+(?P<weight>[+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)     # the end of (word:1.3)
     | (?P<bracket>[()\[\]])
-    | \s*\b(?P<new_chunk>BREAK)\b\s*
-    | (?P<text>[^\\()\[\]:B\s]+ | .)                    # up to what could begin one of the above""",
+    | \s*+\b(?P<new_chunk>BREAK)\b\s*
+    | (?P<text>[^\\()\[\]:B\s]+ | \s+ | .)                # up to what could begin one of the above""",
     re.VERBOSE | re.DOTALL,
 )
 
@@ -40,7 +47,12 @@ class Piece:
 
 
 def parse(prompt: str) -> list[list[Piece]]:
-    """A prompt -> its parts between BREAKs, each as pieces of text with their weights, neighbours' weights unequal."""
+    """A prompt -> its parts between BREAKs, each as pieces of text with their weights, neighbours' weights unequal.
+
+    Raises ValueError for more characters or brackets than anyone writes.
+    """
+    if len(prompt) > MAX_LENGTH:
+        raise ValueError(f"a prompt has {len(prompt)} characters, expected at most {MAX_LENGTH}: shorten it")
     pieces: list[Piece | None] = []  # None is a BREAK
     opened = {"(": [], "[": []}  # where, by number of pieces
 
@@ -55,6 +67,8 @@ def parse(prompt: str) -> list[list[Piece]]:
             pieces.append(None)
         elif kind == "bracket" and value in opened:
             opened[value].append(len(pieces))
+            if len(opened[value]) > MAX_DEPTH:
+                raise ValueError(f"a prompt has more than {MAX_DEPTH} brackets inside each other: close or remove some")
         elif kind == "weight" and opened["("]:
             close("(", float(value))
         elif found[0] == ")" and kind == "bracket" and opened["("]:
@@ -71,13 +85,11 @@ def parse(prompt: str) -> list[list[Piece]]:
 
 def joined(pieces: list[Piece | None]) -> list[list[Piece]]:
     parts: list[list[Piece]] = [[]]
-    for piece in pieces:
-        if piece is None:
-            parts.append([])
-        elif parts[-1] and parts[-1][-1].weight == piece.weight:
-            parts[-1][-1].text += piece.text
+    for weight, group in groupby(pieces, lambda piece: piece and piece.weight):
+        if weight is None:
+            parts += [[] for _ in group]
         else:
-            parts[-1].append(Piece(piece.text, piece.weight))
+            parts[-1].append(Piece("".join(piece.text for piece in group), weight))
     return parts
 
 
@@ -110,12 +122,19 @@ def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[Tokens]:
 
 def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
     """Chunks of at most 75 tokens. A part that is longer is cut after its first chunk, or with `long` goes on in the
-    next, even in the middle of a word or a sentence (A1111 moves the end of a sentence to the next chunk)."""
+    next, even in the middle of a word or a sentence (A1111 moves the end of a sentence to the next chunk).
+
+    Raises ValueError for more chunks than `MAX_CHUNKS`, and as `parse` does.
+    """
     length = tokenizer.positions - 2
     chunks = []
     for tokens in tokens_of(tokenizer, prompt):
         end = max(1, len(tokens.ids)) if long else 1
         chunks += [tokens[start : start + length] for start in range(0, end, length)]
+    if len(chunks) > MAX_CHUNKS:
+        raise ValueError(
+            f"a prompt has {len(chunks)} chunks of {length} tokens, expected at most {MAX_CHUNKS}: shorten it"
+        )
     return chunks
 
 

@@ -1,9 +1,11 @@
 """One run of infer.py: check everything, load the networks, make the images one by one."""
 
-import os
+import secrets
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,28 +14,36 @@ from tqdm import tqdm
 
 from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device
 from controlnet.common.images import Size, save_png, to_uint8
-from controlnet.common.program import free_place, from_json, note
+from controlnet.common.program import note
 from controlnet.guidance import Control, acting_timesteps
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import identify
+from ldm.config import Config
 from ldm.fast.packed import pack
 from ldm.samplers import check_eta, timesteps_for
 from ldm.schedule import Schedule
 from ldm.stable_diffusion import StableDiffusion
 from ldm.text_encoder import layers_to_run
+from ldm.tokenizer import Tokenizer
 
+from .again import with_recorded
 from .generate import at_size, check_cfg, check_seeds, default_cfg, generate
 from .image_to_image import Init, steps_done
-from .inputs import CheckedHint, load_controls, read_inputs
+from .inputs import CheckedHint, hint_runs, load_controls, read_inputs
 from .options import RECORDED, HintOptions, Options, check_pairs
-from .png_text import fingerprints, png_texts, read_settings
-from .prompts import cut_texts
+from .png_text import fingerprints, png_texts
+from .prompts import chunks_of, cut_texts
+from .saving import check_out, save_image
+
+__all__ = ["load", "make_images", "prepare", "save", "with_recorded"]
+
+SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked for, checked. No weights are read yet."""
+    """The images of one hint, or of several that act together, checked. No weights are read yet."""
 
     options: Options
     size: Size
@@ -43,6 +53,7 @@ class Job:
     hints: list[CheckedHint]
     steps: int  # that are done, and not left out by image-to-image
     files: dict[str, str]  # fingerprints, by the names given
+    controls: tuple[Control, ...] = ()  # when the weights are loaded
 
     def settings(self, seed: int) -> dict:
         """All that makes the image with this seed again (png_text.py)."""
@@ -54,17 +65,11 @@ class Job:
         return {**settings, "seed": seed, "files": self.files}
 
 
-def with_recorded(given: dict) -> tuple[Options, dict[str, str]]:
-    """The options given, before those of the image for --again if there is one, and the fingerprints of its files."""
-    path = given.get("again")
-    if path is None:
-        return Options(**given), {}
-    recorded = read_settings(path, RECORDED)
-    return Options(**{**from_json(Options, recorded, f'"{path}"'), **given}), recorded["files"]
-
-
-def prepare(options: Options, recorded_files: dict[str, str]) -> Job:
+def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     """Raises ValueError for all that can be wrong and is quick to see, CheckpointError for files that do not fit."""
+    if options.seed == -1:
+        options = replace(options, seed=secrets.randbelow(2**32))
+        note(f"the seed is {options.seed}")
     base, _ = find(options.base)
     config = identify(open_checkpoint(base), options.prediction).config
     cfg = default_cfg(config) if options.cfg is None else options.cfg
@@ -76,75 +81,107 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> Job:
     device = pick_device(options.device)
     check_out(options.out)
     check_pairs(options)
-    size, init, hints = read_inputs(options, config)
-    steps = steps_done(init.strength, len(timesteps)) if init else len(timesteps)
-    note_idle_hints(hints, steps)
+    check_prompts(options, config)
 
-    used = {options.base: base, **{name: Path(name) for name in (options.init, options.mask) if name}}
-    for hint in hints:
-        used |= hint.files()
-    return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files))
+    def job(options: Options) -> Job:
+        size, init, hints = read_inputs(options, config, device)
+        steps = steps_done(init.strength, len(timesteps)) if init else len(timesteps)
+        note_idle_hints(hints, steps)
+        used = {options.base: base, **{name: Path(name) for name in (options.init, options.mask) if name}}
+        for hint in hints:
+            used |= hint.files()
+        return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files))
+
+    return [job(one) for one in hint_runs(options)]
 
 
-def load(job: Job) -> tuple[StableDiffusion, list[Control]]:
-    """The base and the controls, packed for the CPU. Raises CheckpointError for a ControlNet that does not fit."""
-    options, home = job.options, job.device
-    if options.low_memory:
-        home = "cpu"
-    else:
-        keep_freed_memory(job.device, large=False)
+def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
+    """The base, and the jobs with their controls, packed for the CPU.
+
+    Raises CheckpointError for a ControlNet that does not fit.
+    """
+    options, device = jobs[0].options, jobs[0].device
+    if not options.low_memory:
+        keep_freed_memory(device, large=False)
+    home = "cpu" if options.low_memory else device
     sd = StableDiffusion.load(options.base, home, PRECISIONS[options.dtype], options.prediction)
-    note_cut_prompts(sd, options)
-    controls = [at_size(control, job.size) for control in load_controls(job.hints, sd)]
+    controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
+    jobs = [
+        replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs
+    ]
     if not options.low_memory:  # which moves networks about, and needs plain weights for the tiled VAE
-        pack(sd.unet, sd.vae, *(control.net for control in controls))
-    return sd, controls
+        pack(sd.unet, sd.vae, *{control.net for job in jobs for control in job.controls})
+    return sd, jobs
 
 
-def save_hints(job: Job, controls: list[Control]) -> None:
-    """As the model sees them: 0001-hint.png for 0001.png, with more than one hint 0001-hint-1.png and so on."""
-    image = image_path(job.options.out, 0, job.options.count)
-    for i, control in enumerate(controls):
-        path = image.with_name(f"{image.stem}-hint{f'-{i + 1}' if len(controls) > 1 else ''}.png")
-        save_png(Image.fromarray(to_uint8(control.hint[0].expand(3, -1, -1))), path, {})  # also of one channel
-        note(f"the hint is saved as {path}")
-
-
-def make_images(job: Job, sd: StableDiffusion, controls: list[Control]) -> Iterator[Image.Image]:
-    """One by one, with a bar for all of them."""
-    options = job.options
-    with tqdm(total=options.count * job.steps, unit="step", disable=None) as bar:
-        for i in range(options.count):
-            yield from generate(
-                sd,
-                options.prompt,
-                controls,
-                negative=options.negative,
-                size=job.size,
-                steps=options.steps,
-                sampler=options.sampler,
-                cfg=job.cfg,
-                eta=options.eta,
-                seed=options.seed + i,
-                init=job.init,
-                clip_skip=options.clip_skip,
-                long_prompts=options.long_prompts,
-                reuse=options.reuse,
-                cpu_offload=job.device if options.low_memory else None,
-                callback=lambda progress: bar.update(),
-            )
+def make_images(jobs: list[Job], sd: StableDiffusion) -> Iterator[tuple[Job, int, Image.Image]]:
+    """Each with its job and its number among the images of it."""
+    with progress(sum(job.options.count * job.steps for job in jobs)) as step:
+        for job in jobs:
+            options = job.options
+            for i in range(options.count):
+                (image,) = generate(
+                    sd,
+                    options.prompt,
+                    job.controls,
+                    negative=options.negative,
+                    size=job.size,
+                    steps=options.steps,
+                    sampler=options.sampler,
+                    cfg=job.cfg,
+                    eta=options.eta,
+                    seed=options.seed + i,
+                    init=job.init,
+                    clip_skip=options.clip_skip,
+                    long_prompts=options.long_prompts,
+                    reuse=options.reuse,
+                    cpu_offload=job.device if options.low_memory else None,
+                    callback=lambda progress: step(),
+                )
+                yield job, i, image
 
 
 def save(job: Job, i: int, image: Image.Image) -> None:
-    """Image i, with all that makes it again; its path is printed."""
-    path = image_path(job.options.out, i, job.options.count)
-    if path.exists():
-        tqdm.write(f"{path} is replaced", file=sys.stderr)
-    save_png(image, path, png_texts(job.settings(job.options.seed + i)))
+    """Image i, with all that makes it again; its path is printed. Beside the first are the hints, if asked for.
+
+    Raises ValueError if it cannot be written.
+    """
+    options = job.options
+    path = save_image(image, options.out, i, options.count, png_texts(job.settings(options.seed + i)))
     tqdm.write(str(path))
+    if i == 0 and options.save_hint:
+        save_hints(job.controls, path)
+
+
+def save_hints(controls: tuple[Control, ...], image: Path) -> None:
+    """As the model sees them: 0001-hint.png for 0001.png, with more than one hint 0001-hint-1.png and so on."""
+    for i, control in enumerate(controls):
+        path = image.with_name(f"{image.stem}-hint{f'-{i + 1}' if len(controls) > 1 else ''}.png")
+        save_png(Image.fromarray(to_uint8(control.hint[0].expand(3, -1, -1))), path, {})  # also of one channel
+        tqdm.write(f"the hint is saved as {path}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------------- what is said
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[], None]]:
+    """-> what is called after each step: a bar on a terminal, and now and then a line in a file or a pipe."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit="step") as bar:
+            yield bar.update
+        return
+    done, begun = 0, time.monotonic()
+    said = begun
+
+    def step() -> None:
+        nonlocal done, said
+        done, now = done + 1, time.monotonic()
+        if done < total and now - said >= SECONDS_BETWEEN_LINES:
+            said = now
+            note(f"step {done} of {total}, about {(now - begun) / done * (total - done) / 60:.1f} minutes left")
+
+    yield step
 
 
 def note_idle_hints(hints: list[CheckedHint], steps: int) -> None:
@@ -154,34 +191,10 @@ def note_idle_hints(hints: list[CheckedHint], steps: int) -> None:
             note(f'"{hint.options.hint}" acts in none of the {steps} steps, from {start} to {end} of them')
 
 
-def note_cut_prompts(sd: StableDiffusion, options: Options) -> None:
-    """What the text encoder does not read has no effect."""
-    for prompt in () if options.long_prompts else (options.prompt, options.negative):
-        for text in cut_texts(sd.tokenizer, prompt):
+def check_prompts(options: Options, config: Config) -> None:
+    """What the text encoder does not read has no effect: it is said. Raises ValueError for prompts without end."""
+    tokenizer = Tokenizer(config.text)
+    for prompt in (options.prompt, options.negative):
+        chunks_of(tokenizer, prompt, options.long_prompts)
+        for text in () if options.long_prompts else cut_texts(tokenizer, prompt):
             note(f'the prompt is too long, its end is ignored: "{text}" (--long-prompts reads it)')
-
-
-# ----------------------------------------------------------------------------------------------------- where images go
-
-
-def is_file_name(out: Path) -> bool:
-    return out.suffix.lower() == ".png"
-
-
-def check_out(out: Path) -> None:
-    """Raises ValueError for a place where no image can be saved, before time is spent on it."""
-    other_formats = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-    if out.suffix.lower() in other_formats or (is_file_name(out) and out.is_dir()):
-        raise ValueError(f'--out is "{out}", expected a folder or the name of a file ending in .png')
-    place = free_place(out.parent if is_file_name(out) else out)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "cannot be written to" if place.is_dir() else "is a file, not a folder"
-        raise ValueError(f'--out is "{out}", but "{place}" {what}: give another folder, or a name ending in .png')
-
-
-def image_path(out: Path, i: int, count: int) -> Path:
-    """Where image i of `count` goes: the next free number in a folder; else the name given, numbered if needed."""
-    if is_file_name(out):
-        return out if count == 1 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
-    taken = [int(path.stem) for path in out.glob("*.png") if path.stem.isdecimal()]
-    return out / f"{max(taken, default=0) + 1:04d}.png"

@@ -1,7 +1,9 @@
 """The tokenizer against the ids of the published ones, and on vocabularies that nobody published."""
 
 import json
+import random
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,27 @@ def test_where_the_families_differ():
 def test_a_word_has_the_same_ids_the_second_time():
     tokenizer = Tokenizer(TextConfig())
     assert tokenizer.encode("photo photo") == tokenizer.encode("photo") * 2 == CLIP.encode("photo") * 2
+
+
+def test_pairs_are_merged_one_after_the_other_in_the_order_of_the_table():
+    """By the definition, on words of few letters, where the same pairs overlap and return."""
+
+    def merged(tokenizer, word):
+        ids = [tokenizer.byte_ids[byte] for byte in word.encode()]
+        ids[-1] += 256
+        while pairs := [pair for pair in pairwise(ids) if pair in tokenizer.merges]:
+            pair, left = min(pairs, key=tokenizer.merges.get), ids
+            ids = []
+            for symbol in left:
+                if ids and (ids[-1], symbol) == pair:
+                    ids[-1] = tokenizer.merges[pair]
+                else:
+                    ids.append(symbol)
+        return ids
+
+    draw = random.Random(0)
+    for letters in ("ab", "aeinrst", "th", "!?.", "äö大小", "abcdefghijklmnopqrstuvwxyz"):
+        for _ in range(300):
+            word = "".join(draw.choices(letters, k=draw.choice([1, 2, 3, 5, 9, 30])))
+            for tokenizer in (CLIP, SMALL):
+                assert tokenizer.merge(word) == merged(tokenizer, word), word

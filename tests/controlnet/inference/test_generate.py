@@ -142,11 +142,11 @@ def test_the_multiple_of_a_size_is_what_the_networks_halve():
     [
         (
             {"size": (64, 100)},
-            "the image's size is 100x64 (width x height), expected multiples of 32 up to 16384: take 96x64",
+            "the image's size is 100x64 (width x height), expected multiples of 32 up to 8192: take 96x64",
         ),
         (
             {"size": (0, 64)},
-            "the image's size is 64x0 (width x height), expected multiples of 32 up to 16384: take 64x32",
+            "the image's size is 64x0 (width x height), expected multiples of 32 up to 8192: take 64x32",
         ),
         ({"size": (64, 10**40)}, f"the image's size is {10**40}x64 (width x height), expected multiples of 32 up to"),
         ({"cfg": -1.0}, "the guidance (cfg) is -1.0, expected 0 (the negative prompt alone), 1 "),

@@ -9,8 +9,10 @@ from test_generate import arrays, differ, hint
 
 from controlnet.common.images import resized, to_images, to_pil
 from controlnet.guidance import Control
-from controlnet.inference.generate import generate
+from controlnet.hints.hint_image import HintImage
+from controlnet.inference.generate import default_size, generate
 from controlnet.inference.image_to_image import Init
+from controlnet.inference.offload import decode
 from ldm.samplers import timesteps_for
 
 
@@ -34,11 +36,23 @@ def left_half(size=(64, 64)):
 # ------------------------------------------------------------------------------------------------------ image to image
 
 
-def test_strength_0_is_the_image_through_the_autoencoder(sd):
-    (posterior_noise,) = draws(0, 2)[1:]
+@pytest.mark.parametrize("strength", [0, 0.3])  # of two steps none
+@pytest.mark.parametrize("options", [{}, {"mask": left_half()}, {"mask": left_half(), "only_masked": 4}])
+def test_without_steps_the_image_is_kept_to_the_bit(sd, strength, options):
+    images = arrays(sd, init=Init(photo(), strength, **options), count=2)
+    assert images.shape[0] == 2 and all(np.array_equal(image, np.asarray(photo())) for image in images)
+
+
+def test_the_start_is_a_sample_of_the_posterior(sd):
+    x, posterior_noise = draws(0, 2)
     posterior = sd.vae.posterior(to_images([np.array(photo())]))
-    want = to_pil(sd.decode(sd.config.vae.scale * posterior.sample(posterior_noise))[0])
-    assert np.array_equal(arrays(sd, init=Init(photo(), strength=0))[0], np.asarray(want))
+    z0, begun = sd.config.vae.scale * posterior.sample(posterior_noise), []
+    plain = sd.schedule.q_sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd.schedule, "q_sample", lambda *given: begun.append(given) or plain(*given))
+        arrays(sd, init=Init(photo(), strength=0.5))
+    torch.testing.assert_close(begun[0][0], z0)
+    assert torch.equal(begun[0][2], x)
 
 
 def draws(seed, count, shape=(1, 4, 8, 8)):
@@ -51,9 +65,11 @@ def test_strength_1_is_text_to_image_of_the_images_size(sd):
 
 
 def test_more_strength_keeps_less_of_the_image(sd):
-    kept = [arrays(sd, init=Init(photo(), strength), steps=10) for strength in (0, 0.1, 0.5, 0.9)]
-    distances = [np.abs(image.astype(int) - kept[0]).mean() for image in kept]
-    assert distances[0] == 0 and distances == sorted(distances) and len(set(distances)) == 4
+    z0 = sd.encode(to_images([np.array(photo())]), torch.Generator().manual_seed(0))  # a random autoencoder's own
+    kept = np.asarray(to_pil(sd.decode(z0)[0])).astype(int)
+    made = [arrays(sd, init=Init(photo(), strength), steps=10)[0] for strength in (0.1, 0.5, 0.9)]
+    distances = [np.abs(image - kept).mean() for image in made]
+    assert distances == sorted(distances) and len(set(distances)) == 3
 
 
 @pytest.mark.parametrize("strength, done", [(0.5, 5), (0.7, 7), (0.29, 2), (0.95, 9), (1.0, 10)])
@@ -123,9 +139,61 @@ def test_mask_and_image_are_resized_alike(sd):
     assert np.array_equal(image[:, 66:], np.asarray(resized(photo((100, 200)), (64, 128)))[:, 66:])
 
 
+def spot(size, box):
+    """White in the box, so made anew."""
+    image = Image.new("L", size)
+    image.paste(255, box)
+    return image
+
+
+@pytest.mark.parametrize(
+    "box", [(40, 30, 60, 50), (0, 0, 10, 10), (140, 90, 150, 99), (10, 10, 140, 20), (5, 0, 9, 99)]
+)
+@pytest.mark.parametrize("options", [{}, {"mask_blur": 3}, {"size": (64, 128)}, {"only_masked": 0}])
+def test_only_the_masked_part_is_made_and_put_back_at_the_images_size(sd, box, options):
+    whole, mask = photo((99, 150)), spot((150, 99), box)
+    size, settings = options.get("size"), {"only_masked": 8, **options}
+    settings.pop("size", None)
+    init = Init(whole, 1.0, mask, **settings)
+    image = arrays(sd, init=init, size=size)[0]
+    kept = np.asarray(init.soft_mask) == 0
+    assert image.shape == (99, 150, 3) and np.array_equal(image[kept], np.asarray(whole)[kept])
+    assert differ(image[~kept], np.asarray(whole)[~kept])
+    if not settings.get("mask_blur"):
+        left, top, right, bottom = init.box(size or default_size(sd.config, init.part(whole)))
+        assert left <= box[0] and top <= box[1] and right >= box[2] and bottom >= box[3]
+
+
+def test_the_part_is_made_as_if_it_were_an_image_of_its_own(sd):
+    """So a hint of the whole view is cut, too, also a smaller one."""
+    whole, mask, net = photo((128, 256)), spot((256, 128), (96, 32, 160, 96)), small_control(sd)
+    box = (64, 0, 192, 128)
+    for shrink in (1, 2):
+        shape = (256 // shrink, 128 // shrink)
+        hint = HintImage(photo(shape[::-1], seed=5), "inpaint", mask=spot(shape, (90 // shrink, 0, *shape)))
+        init = Init(whole, 1.0, mask, only_masked=32)
+        assert init.box() == box
+        (image,) = generate(sd, "a", [Control(net, hint)], steps=2, init=init)
+        cut = [side // shrink for side in box]
+        part = HintImage(hint.image.crop(cut), "inpaint", mask=hint.mask.crop(cut))
+        (want,) = generate(sd, "a", [Control(net, part)], steps=2, init=Init(whole.crop(box), 1.0, mask.crop(box)))
+        want = np.asarray(resized(want, (128, 128)))[40:88, 40:88]  # enlarging mixes in what is near the edges
+        assert np.array_equal(np.asarray(image)[40:88, 104:152], want)
+
+
+def test_a_blurred_mask_has_soft_edges():
+    soft = np.asarray(Init(photo(), mask=left_half(), mask_blur=4).soft_mask)
+    assert (soft[:, :32] == 255).all() and (soft[:, 48:] == 0).all()  # what is white is made anew
+    assert 100 < soft[32, 32] < 155 and (np.diff(soft[32, 31:48].astype(int)) <= 0).all() and len(np.unique(soft)) > 5
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"only_masked": 4}, "nothing is masked: give a mask"),
+        ({"only_masked": 4, "mask": Image.new("L", (64, 64))}, "nothing is masked: give a mask"),
+        ({"mask_blur": 4}, "the mask is to be soft, but nothing is masked"),
+        ({"fit": "squeeze"}, 'fit is "squeeze", expected one of stretch, crop, pad'),
         ({"strength": 1.5}, "the strength is 1.5, expected 0 .* to 1"),
         ({"strength": -0.1}, "the strength is -0.1"),
         ({"mask": left_half((64, 32))}, "the mask is 32x64 .* expected the image's 64x64"),
@@ -172,6 +240,10 @@ def test_an_autoencoder_whose_halves_overflow_is_computed_in_fp32():
     half.vae.half()
     assert not half.vae.decode(draws(0, 1)[0].half()).isfinite().all()
     assert np.abs(arrays(half).astype(int) - arrays(full)).max() <= 2
+    latents = draws(0, 1)[0]
+    with torch.autocast("cpu", torch.float16):  # which computes fp32 weights in half as well
+        assert not full.vae.decode(latents).isfinite().all()
+        assert decode(full, latents, tiled=False).dtype == torch.float32
     assert half.vae.quant_conv.weight.dtype == torch.float16  # the caller's stays as it was
 
 

@@ -1,6 +1,8 @@
 """Prompts as typed: brackets, weights, BREAK, chunks, what is cut, and the contexts they give."""
 
 import json
+import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from minis import filled, relative, stored
 from reference import FIXTURES, MINI_SD1
 from small import small_sd
 
-from controlnet.inference.prompts import chunks_of, cut_texts, encode_prompts, parse
+from controlnet.inference.prompts import SYNTAX, chunks_of, cut_texts, encode_prompts, parse
 from ldm.checkpoints.key_maps import text_map
 from ldm.config import SD15, SD21
 from ldm.text_encoder import TextEncoder
@@ -76,6 +78,52 @@ def test_long_prompts_go_on_in_chunks_and_others_are_cut_and_said():
     assert [len(part) for part in ids_of(tokenizer, parted)] == [1, 75, 0]
     assert [len(part) for part in ids_of(tokenizer, parted, long=True)] == [1, 75, 1, 0]
     assert cut_texts(tokenizer, parted) == ["castle"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        " " * 40_000,
+        " \t\n" * 10_000 + "BREAKFAST",
+        "a" * 40_000,
+        "".join(chr(97 + i * i % 26) for i in range(40_000)),
+        ":" + "1" * 40_000,
+        ":1." * 10_000,
+        ": " * 20_000,
+        ":" + " " * 40_000 + "1" + " " * 9_000,
+        "B" * 40_000,
+        "\\" * 40_000,
+        ("(" * 99 + "a " + ")" * 99) * 200,
+        "e" + "\u0301\u0323" * 10_000,
+    ],
+    ids=lambda prompt: ascii(prompt[:8]),
+)
+def test_any_prompt_is_read_within_seconds(prompt):
+    begun = time.monotonic()
+    with suppress(ValueError):  # for its number of chunks
+        chunks_of(Tokenizer(SD15.text), prompt, long=True)
+    cut_texts(Tokenizer(SD15.text), prompt)
+    assert time.monotonic() - begun < 5
+
+
+def test_spaces_are_read_once():
+    assert len(list(SYNTAX.finditer(" " * 1000))) == 1
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("BREAK " * 5000, "a prompt has 5001 chunks of 75 tokens, expected at most 32: shorten it"),
+        ("a " * 2401, "a prompt has 33 chunks of 75 tokens"),
+        ("(" * 10_000, "a prompt has more than 100 brackets inside each other"),
+        ("[" * 10_000 + "]" * 10_000, "a prompt has more than 100 brackets inside each other"),
+        ("a" * 50_001, "a prompt has 50001 characters, expected at most 50000: shorten it"),
+    ],
+    ids=lambda text: text[:8],
+)
+def test_a_prompt_without_end_is_refused(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        chunks_of(Tokenizer(SD15.text), prompt, long=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ contexts

@@ -1,0 +1,120 @@
+"""--again: the options of the image that is to be made again, and which files it may have opened.
+
+Anyone may have made the image. It is not trusted with other files than those in weights/ and assets/ and beside itself.
+"""
+
+import os
+from pathlib import Path
+
+from controlnet.common.program import flag_of, from_json, note
+from ldm.checkpoints import published
+from ldm.checkpoints.stored import first_few
+from ldm.config import PRESETS
+
+from .a1111 import read_parameters
+from .options import A1111_SAMPLERS, ALWAYS_RECORDED, RECORDED, Options
+from .png_text import read_texts
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("base", "control", "hint", "init", "mask", "control_mask")  # the options that name files
+LONGEST_NAME = 1000
+
+
+def with_recorded(given: dict) -> tuple[Options, dict[str, str]]:
+    """The options given, before those of the image for --again if there is one, and the fingerprints of its files.
+
+    Raises ValueError for an image that does not tell, or that names files it may not have opened.
+    """
+    path = given.get("again")
+    if path is None:
+        return Options(**given), {}
+    recorded, text = read_texts(path)
+    if recorded is None and text is None:
+        raise ValueError(f'"{path}" does not say how it was made: give a PNG that infer.py made')
+    values, files = of_ours(path, recorded) if recorded else (of_a1111(path, text, given), {})
+    values = from_json(Options, {name: value for name, value in values.items() if name not in given}, f'"{path}"')
+    return Options(**relocated(path, values, files, given.get("trust", False)), **given), files
+
+
+def of_ours(path: str, recorded: dict) -> tuple[dict, dict[str, str]]:
+    missing = [name for name in ALWAYS_RECORDED if name not in recorded]
+    if missing:
+        raise ValueError(f'"{path}" was made by another version of infer.py, which did not know {", ".join(missing)}')
+    files = recorded.get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f'"{path}" has no "files" like those that infer.py records: give a PNG that it made')
+    return {name: recorded[name] for name in RECORDED if name in recorded}, dict(files)
+
+
+# -------------------------------------------------------------------------------------------------------------- A1111's
+
+
+def of_a1111(path: str, text: str, given: dict) -> dict:
+    """As far as A1111's text tells; the rest is said."""
+    values, others = read_parameters(text)
+    note(f'"{path}" is not by infer.py, whose noise is another: the image will be similar at most')
+    model = values.pop("base", None)
+    if model and "base" not in given:
+        files = [published.WEIGHTS / f"{model}{suffix}" for suffix in (".safetensors", ".ckpt")]
+        found = [str(file) for file in files if Path(model).name == model and file.is_file()]
+        if found:
+            values["base"] = found[0]
+        else:
+            note(f'its model "{model}" is not in {published.WEIGHTS}: taking the base "{Options.base}" (see --base)')
+    if values.get("sampler", "").lower() not in map(str.lower, A1111_SAMPLERS.values()) and "sampler" not in given:
+        note(f'there is no sampler "{values.pop("sampler", "")}" here: taking "{Options.sampler}" (see --sampler)')
+    for name, needed in {"strength": "init", "mask_blur": "mask", "only_masked": "mask"}.items():
+        if name in values and needed not in given:
+            others[name] = values.pop(name)
+    if "<lora:" in values["prompt"]:
+        others["LoRA"] = ""
+    if others:
+        note(f"not taken from it: {first_few(others, 20)}")
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def relocated(path: str, values: dict, files: dict[str, str], trust: bool) -> dict:
+    """With the names of files as they are found from here; the keys of `files` change with them."""
+    named = {option: names_in(values.get(option)) for option in FILES}
+    if any(named.values()):
+        note(f'"{path}" names these files: {first_few(dict.fromkeys(sum(named.values(), [])), 20)}')
+    found = dict(values)
+    for option, names in named.items():
+        places = {name: located(path, option, name, trust) for name in names}
+        files |= {place: files[name] for name, place in places.items() if name in files}
+        if names:
+            value = values[option]
+            found[option] = [places.get(name) for name in value] if isinstance(value, list) else places[value]
+    return found
+
+
+def names_in(value: str | list[str | None] | None) -> list[str]:
+    return [name for name in (value if isinstance(value, list) else [value]) if name]
+
+
+def located(path: str, option: str, name: str, trust: bool) -> str:
+    """Where a file that the image at `path` names may be opened; the name alone if it is to be looked up by it."""
+    if option == "base" and name in PRESETS:
+        return name
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f'"{path}" names a file with {len(name)} characters: give {flag_of(option)} yourself')
+    folder = Path(path).absolute().parent
+    roots = [folder, published.WEIGHTS, ROOT / "assets"]
+    for place in (folder / name, Path(name).absolute(), ROOT / name, published.WEIGHTS / name):
+        normal = Path(os.path.normpath(place))
+        if any(normal.is_relative_to(root) for root in roots) and is_there(normal):
+            return name if normal == Path(os.path.normpath(Path(name).absolute())) else str(normal)
+    if not trust and (Path(name).name != name or is_there(Path(name))):
+        raise ValueError(
+            f'"{path}" names "{name}" for {flag_of(option)}, which is neither in weights/ or assets/ nor beside it: '
+            f"give {flag_of(option)} yourself, or add --trust if you know the file"
+        )
+    return name
+
+
+def is_there(path: Path) -> bool:
+    """A file, or a folder that is a model."""
+    return any(os.path.isfile(path / name) for name in (".", "config.json", "model_index.json"))

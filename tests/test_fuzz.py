@@ -34,7 +34,7 @@ from ldm.unet import UNet
 from tools.checkpoints import contents
 
 MUTATIONS = 300  # of each file
-SLOW = 5.0  # seconds of computing that no file may take
+SLOW = 10.0  # seconds of computing that no file may take: the worst here takes one, on an idle machine
 
 # Every kind of layer once, with as few numbers as possible.
 SPECK = Config(

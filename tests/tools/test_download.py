@@ -138,6 +138,7 @@ def test_servers_that_lie_through_the_real_library(kind, tmp_path, capsys, monke
         monkeypatch.setattr(hub, "hf_hub_url", lambda *_: f"http://127.0.0.1:{server.server_port}/file")
         monkeypatch.setattr(hub.time, "sleep", lambda _: None)
         monkeypatch.setattr(hub.constants, "DOWNLOAD_CHUNK_SIZE", 50)
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)  # this server is here; test_interop.py sets it
         monkeypatch.setitem(MODELS, "mini", Model("owner/mini", NAME, 0.001, "none"))
         (tmp_path / f"{NAME}.part").write_bytes(CONTENT[:50])
         assert words in error(tmp_path, capsys)

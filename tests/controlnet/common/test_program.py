@@ -26,7 +26,7 @@ HELP = "import infer; infer.main(['--help'])"
 
 @pytest.mark.parametrize("code", [HELP, "import tools"])
 def test_threads_sleep_before_pytorch_is_there(code):
-    assert policy_after(code) == "False ['PASSIVE', '10000', None]"
+    assert policy_after(code) == "False ['PASSIVE', '3000', None]"
 
 
 def test_train_sets_the_policy_before_it_imports_pytorch():

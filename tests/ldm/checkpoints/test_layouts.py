@@ -302,7 +302,10 @@ def test_loras_of_all_kinds(tmp_path, key):
         ({"params_ema": {"conv_first.weight": 0}}, "an upscaler of finished images (ESRGAN)"),
         ({320: [{"linear.0.weight": 0}], "name": "x"}, "a hypernetwork"),
         ({"image_proj": {"proj.weight": 0}, "ip_adapter": {"1.to_k_ip.weight": 0}}, "an IP-Adapter"),
-        ({"module": {"input_hint_block.0.weight": 0}, "ds_config": {}}, "a file whose tensors are a level deeper than a model's"),
+        (
+            {"module": {"input_hint_block.0.weight": 0}, "ds_config": {}},
+            "a file whose tensors are a level deeper than a model's",
+        ),
         ({"step": 3, "control": {"encoder.blocks.0.weight": 0}}, "the state of a training run, for its --resume"),
         ({"state": {0: {"exp_avg": 0}}, "param_groups": []}, "the state of an optimizer"),
         ({"a": {"b": {"c": 1}}}, "a file without tensors"),

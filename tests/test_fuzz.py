@@ -242,11 +242,11 @@ def test_lies_in_diffusers_configurations(tmp_path, unet):
             continue
         text = file.read_text()
         for name in json.loads(text):
-            for lie in generator.sample([*LIES_OF_JSON, nested(900)], 2):
-                file.write_text(json.dumps({**json.loads(text), name: lie}))
-                with limited_memory():
-                    refused += outcome(tmp_path / "folder", unet) is not None
-                count += 1
+            lie = generator.choice([*LIES_OF_JSON, nested(900)])
+            file.write_text(json.dumps({**json.loads(text), name: lie}))
+            with limited_memory():
+                refused += outcome(tmp_path / "folder", unet) is not None
+            count += 1
         for lie in ("[]", '{"a":' * 3000, "9" * 10**5, "\0", '{"sample_size": 1e400}'):
             file.write_text(lie)
             outcome(tmp_path / "folder", unet)

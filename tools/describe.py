@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 
-from controlnet.common.program import new_parser, note, run
+from controlnet.common.program import new_parser, note, printable, run
 from tools.cli import add_debug
 
 LINES_AT_MOST = 20  # of a kind of difference, and
@@ -65,13 +65,15 @@ def describe(args: argparse.Namespace) -> int:
 def print_facts(facts: dict[str, object]) -> None:
     for name, fact in facts.items():
         if name == "file":
-            print(plain(fact))
+            print(printable(fact))
         elif name in ("metadata", "tensors"):
             print(
-                f"  {name}", *(f"    {plain(key)}  {plain(shortened(value))}" for key, value in fact.items()), sep="\n"
+                f"  {name}",
+                *(f"    {printable(key)}  {printable(shortened(value))}" for key, value in fact.items()),
+                sep="\n",
             )
         else:
-            print(f"  {name.replace('_', ' '):14} {plain(text_of(fact))}")
+            print(f"  {name.replace('_', ' '):14} {printable(text_of(fact))}")
 
 
 def text_of(fact: object) -> str:
@@ -87,7 +89,10 @@ def text_of(fact: object) -> str:
 def difference_text(found: dict[str, list[str]], values: bool) -> str:
     lines = []
     for what, items in found.items():
-        lines += [f"{plain(what)} ({len(items)}):", *(f"  {plain(shortened(item))}" for item in items[:LINES_AT_MOST])]
+        lines += [
+            f"{printable(what)} ({len(items)}):",
+            *(f"  {printable(shortened(item))}" for item in items[:LINES_AT_MOST]),
+        ]
         if len(items) > LINES_AT_MOST:
             lines.append(f"  ... and {len(items) - LINES_AT_MOST} more")
     return "\n".join(lines) or f"alike in keys, shapes, types and metadata{' and numbers' if values else ''}"
@@ -95,11 +100,6 @@ def difference_text(found: dict[str, list[str]], values: bool) -> str:
 
 def shortened(text: str) -> str:
     return text if len(text) <= WIDEST else f"{text[:WIDEST]}..."
-
-
-def plain(text: str) -> str:
-    """Without line ends and control characters: a file may hold anything, such as commands to the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,6 @@ def resized(image: Image.Image, size: Size) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS if grows else Image.Resampling.BOX)
 
 
-FITS = ("stretch", "crop", "pad")
-
-
 def fitted(image: Image.Image, size: Size, fit: str = "stretch", ground: tuple[int, ...] | int = 0) -> Image.Image:
     """Exactly `size`: stretched; or in its own shape, covering it and cropped in the middle, or within it and padded.
 

@@ -19,6 +19,7 @@ SPINS = "3000"  # before a waiting thread sleeps: 0 costs a fifth on an idle mac
 LONGEST_NOTE = 3000  # characters
 REQUIRED = ("torch", "torchvision", "numpy", "PIL", "einops", "safetensors", "tqdm")  # by the names of their modules
 PRECISION_NAMES = ("fp32", "fp16", "bf16")  # devices.PRECISIONS has their types
+FITS = ("stretch", "crop", "pad")  # images.fitted does them
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -205,9 +206,15 @@ def said_if_slow(text: str, seconds: float = 4.0) -> Iterator[None]:
         timer.cancel()
 
 
+def printable(text: str, kept: str = "") -> str:
+    """Without control characters, but for those kept: what comes from a file or a server may hold commands to the
+    terminal."""
+    return "".join(letter if letter.isprintable() or letter in kept else "?" for letter in text)
+
+
 def plain(text: str) -> str:
-    """Without control characters, as what comes from a file or a server may hold commands to the terminal; and cut."""
-    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    """Printable lines, cut to a length."""
+    text = printable(text, kept="\n")
     return text if len(text) <= LONGEST_NOTE else f"{text[:LONGEST_NOTE]}..."
 
 

@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from controlnet.common.image_files import read_image, to_rgb
-from controlnet.common.images import FITS, Size, fitted, margins, size_text, size_within, to_hints, to_uint8
+from controlnet.common.images import Size, fitted, margins, size_text, size_within, to_hints, to_uint8
+from controlnet.common.program import FITS
 
 from . import DETECTORS, detect, detect_file, find_detector, inpaint, parse_detector
 from .maps import read_map

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
-from controlnet.common.images import FITS, Size, fitted, mean_colour, resized, to_mask
+from controlnet.common.images import Size, fitted, mean_colour, resized, to_mask
+from controlnet.common.program import FITS
 from controlnet.hints.hint_image import check_mask
 from ldm.samplers import BeforeStep, Noise
 from ldm.schedule import Schedule

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from controlnet.common.program import (
+    FITS,
     PRECISION_NAMES,
     flag_of,
     not_negative,
@@ -75,7 +76,7 @@ class Options:
         "how images that go in are brought to the size: stretch, crop (covering it) or pad (within it; default: "
         "%(default)s)",
         "stretch",
-        choices=("stretch", "crop", "pad"),
+        choices=FITS,
         later=True,
     )
     count: int = in_image("how many images (default: %(default)s)", 1, type=positive, metavar="N", passing=True)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from minis import inputs, mini_control, mini_unet, relative, stored
-from reference import MINI_SD1, MINI_SD2, filled_checkpoint, load_manifest
+from reference import MINI_SD1, load_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import SMALL, assert_same, error_of, small_control, small_sd
+from written import CONTEXT_KEY, MINIS, empty_unet, file_of, load_mini, rewrite, write_minis
 
 from controlnet.checkpoint import find_control
 from controlnet.config import ControlConfig
@@ -22,35 +23,10 @@ from ldm.config import SD15, SD21, SD21_BASE, TINY
 from ldm.unet import UNet
 from tools.checkpoints import contents
 
-MINIS = {"mini_sd1": MINI_SD1, "mini_sd2": MINI_SD2}
-CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-
 
 @pytest.fixture(scope="module")
 def minis(tmp_path_factory):
-    """The miniatures' files, base and control."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name in MINIS:
-        for part in ("checkpoint", "control_only"):
-            manifest = load_manifest(f"{name}_{part}")
-            filled_checkpoint(manifest, folder / f"{name}_{part}.safetensors")
-    return folder
-
-
-def load_mini(folder, name="mini_sd1"):
-    return StableDiffusion.from_checkpoint(open_checkpoint(folder / f"{name}_checkpoint.safetensors"), MINIS[name])
-
-
-def empty_unet(config):
-    with without_weights():
-        return UNet(config.unet)
-
-
-def file_of(tmp_path, shapes):
-    """A file with zeros of these shapes. Its dtype is small: only the header is read."""
-    path = tmp_path / "file.safetensors"
-    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()}, path)
-    return path
+    return write_minis(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +51,6 @@ def folder(sd, tmp_path):
     """The path of a base in diffusers' layout."""
     sd.save(tmp_path / "folder", layout="diffusers")
     return tmp_path / "folder"
-
-
-def rewrite(path, change, target=None):
-    """The tensors of a safetensors file changed, its metadata kept."""
-    checkpoint = open_checkpoint(path)
-    tensors = {key: value.clone() for key, value in load_file(path).items()}
-    tensors = change(tensors) or tensors
-    save_file(tensors, target or path, checkpoint.metadata)
 
 
 # ------------------------------------------------------------------------------------------------- original layout

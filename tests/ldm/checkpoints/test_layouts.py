@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import SMALL, assert_same, error_of, small_control, small_sd
+from written import rewrite
 
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
@@ -48,14 +49,6 @@ def folder(sd, tmp_path):
     """The path of a base in diffusers' layout."""
     sd.save(tmp_path / "folder", layout="diffusers")
     return tmp_path / "folder"
-
-
-def rewrite(path, change, target=None):
-    """The tensors of a safetensors file changed, its metadata kept."""
-    checkpoint = open_checkpoint(path)
-    tensors = {key: value.clone() for key, value in load_file(path).items()}
-    tensors = change(tensors) or tensors
-    save_file(tensors, target or path, checkpoint.metadata)
 
 
 # --------------------------------------------------------------------------------------------------------- pickles

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import FIXTURES, MINI_SD1, MINI_SD2, fill, filled, filled_checkpoint, load_manifest
+from minis import relative
+from reference import FIXTURES, MINI_SD1, fill, filled, load_manifest
 from safetensors.torch import load_file, save_file
 from small import assert_same, error_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from written import CONTEXT_KEY, MINIS, empty_unet, file_of, load_mini, write_minis
 
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
@@ -29,25 +31,11 @@ from ldm.fast.packed import pack
 from ldm.unet import UNet
 
 ROOT = Path(__file__).parents[3]
-MINIS = {"mini_sd1": MINI_SD1, "mini_sd2": MINI_SD2}
-CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The miniatures' files, base and control."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name in MINIS:
-        for part in ("checkpoint", "control_only"):
-            manifest = load_manifest(f"{name}_{part}")
-            filled_checkpoint(manifest, folder / f"{name}_{part}.safetensors")
-    return folder
-
-
-def load_mini(folder, name="mini_sd1", **arguments):
-    return StableDiffusion.from_checkpoint(
-        open_checkpoint(folder / f"{name}_checkpoint.safetensors"), MINIS[name], **arguments
-    )
+    return write_minis(tmp_path_factory.mktemp("checkpoints"))
 
 
 def load_changed(folder, tmp_path, change, name="mini_sd1"):
@@ -56,16 +44,6 @@ def load_changed(folder, tmp_path, change, name="mini_sd1"):
     change(tensors)
     save_file(tensors, tmp_path / "changed.safetensors")
     return StableDiffusion.from_checkpoint(open_checkpoint(tmp_path / "changed.safetensors"), MINIS[name])
-
-
-def relative(got, want):
-    assert got.shape == want.shape
-    return ((got - want).norm() / want.norm()).item()
-
-
-def empty_unet(config):
-    with without_weights():
-        return UNet(config.unet)
 
 
 # ------------------------------------------------------------------------------------------------------------ values
@@ -253,13 +231,6 @@ def test_models_to_be_filled_compute_nothing(config):
 
 
 # ------------------------------------------------------------------------------------------------------- recognition
-
-
-def file_of(tmp_path, shapes, metadata=None, name="file"):
-    """A file with zeros of these shapes. Its dtype is small: only the header is read."""
-    path = tmp_path / f"{name}.safetensors"
-    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()}, path, metadata)
-    return path
 
 
 def test_families_are_recognised_by_the_context(tmp_path):

@@ -1,0 +1,51 @@
+"""Checkpoint files, written for the tests that load them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from reference import MINI_SD1, MINI_SD2, filled_checkpoint, load_manifest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm import StableDiffusion
+from ldm.checkpoints.load import without_weights
+from ldm.checkpoints.open import open_checkpoint
+from ldm.config import Config
+from ldm.unet import UNet
+
+MINIS = {"mini_sd1": MINI_SD1, "mini_sd2": MINI_SD2}
+CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+def write_minis(folder: Path) -> Path:
+    """The miniatures' files, base and control."""
+    for name in MINIS:
+        for part in ("checkpoint", "control_only"):
+            filled_checkpoint(load_manifest(f"{name}_{part}"), folder / f"{name}_{part}.safetensors")
+    return folder
+
+
+def load_mini(folder: Path, name: str = "mini_sd1", **arguments) -> StableDiffusion:
+    checkpoint = open_checkpoint(folder / f"{name}_checkpoint.safetensors")
+    return StableDiffusion.from_checkpoint(checkpoint, MINIS[name], **arguments)
+
+
+def empty_unet(config: Config) -> UNet:
+    with without_weights():
+        return UNet(config.unet)
+
+
+def file_of(tmp_path: Path, shapes: dict, metadata: dict[str, str] | None = None, name: str = "file") -> Path:
+    """A file with zeros of these shapes. Its dtype is small: only the header is read."""
+    path = tmp_path / f"{name}.safetensors"
+    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()}, path, metadata)
+    return path
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] | None], target: Path | None = None):
+    """The tensors of a safetensors file changed, its metadata kept."""
+    checkpoint = open_checkpoint(path)
+    tensors = {key: value.clone() for key, value in load_file(path).items()}
+    tensors = change(tensors) or tensors
+    save_file(tensors, target or path, checkpoint.metadata)

@@ -206,4 +206,14 @@ TINY = Config(
     resolution=128,
 )
 
+# Its successor, for scenes: a text encoder that can tell which colour belongs to which of several things, and an
+# autoencoder with more channels where the image is sharp. No weights of it ship yet.
+SMALL = replace(
+    TINY,
+    name="small",
+    unet=replace(TINY.unet, context_width=192),
+    vae=replace(TINY.vae, channels=24, multipliers=(1, 2, 4, 6)),
+    text=TextConfig("clip", width=192, heads=6, layers=4, vocabulary=4096),
+)
+
 PRESETS = {config.name: config for config in (SD15, SD21_BASE, SD21, SD20_BASE, SD20, TINY)}

@@ -1,17 +1,13 @@
 """The programs in tools/ run, on models small enough for a test."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 from small import SMALL, small_control, small_sd
 
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
-from tools import convergence, evaluate, pretrain, strip
+from tools import convergence, evaluate, strip
 
 
 @pytest.fixture(scope="module")
@@ -74,68 +70,3 @@ def test_the_convergence_strip_has_a_column_for_each_step_between_hints_and_trut
 def test_a_folder_without_grids_is_no_run(tmp_path, capsys):
     assert convergence.main([str(tmp_path)]) == 2
     assert "has no grids" in capsys.readouterr().err
-
-
-def shrink(monkeypatch):
-    for name, value in dict(TINY=SMALL, SAVE_EVERY=2, MEASURED=1, SHOWN=1).items():
-        monkeypatch.setattr(pretrain, name, value)
-
-
-def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
-    shrink(monkeypatch)
-    steps = ["--vae-steps", "4", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
-
-    def run(out):
-        return pretrain.main(["--out", str(tmp_path / out), *steps])
-
-    assert run("whole") == 0
-    stopping = pretrain.save_state
-
-    def save_and_stop(path, step, **parts):
-        stopping(path, step, **parts)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pretrain, "save_state", save_and_stop)
-    for _ in range(4):  # two saves of the autoencoder, two of the UNet
-        assert run("parts") == 130
-    monkeypatch.setattr(pretrain, "save_state", stopping)
-    assert run("parts") == 0
-    whole, parts = (load_file(tmp_path / name / "tiny.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-
-
-def test_a_finished_base_goes_on_learning_with_the_same_latents(models, tmp_path, monkeypatch):
-    shrink(monkeypatch)
-    base = models / "tiny.safetensors"
-    steps = ["--unet-steps", "1", "--unet-batch", "2", "--pictures", "4"]
-    assert pretrain.main(["--start", str(base), "--out", str(tmp_path), *steps]) == 0
-    before, after = load_file(base), load_file(tmp_path / "tiny.safetensors")
-    changed = {key for key in before if not torch.equal(before[key].half(), after[key])}
-    for part in ("model.diffusion_model.", "cond_stage_model."):
-        assert any(key.startswith(part) for key in changed)
-    assert not any(key.startswith("first_stage_model.") for key in changed)
-
-
-def test_latents_and_captions_of_the_base_belong_together():
-    sd, world = small_sd(), pretrain.Fill50k(SMALL.resolution)
-    pairs = pretrain.LatentPairs(world, 5, sd, chunk=2)
-    assert pairs.captions == [world[i].caption for i in range(5)]
-    want = sd.encode(pretrain.to_images([world[4].image, world[0].image]), sample=False)
-    torch.testing.assert_close(pairs.latents[[4, 0]], want, rtol=1e-3, atol=1e-4)
-
-
-def test_half_of_the_prompts_are_dropped_and_the_others_stay():
-    captions = [f"prompt {i}" for i in range(2000)]
-    dropped = pretrain.drop_prompts(captions, 0.5, pretrain.seeded(0))
-    assert 0.45 < dropped.count("") / 2000 < 0.55
-    assert all(new in ("", old) for new, old in zip(dropped, captions, strict=True))
-    assert pretrain.drop_prompts(captions, 0.0, pretrain.seeded(0)) == captions
-    assert not any(pretrain.drop_prompts(captions, 1.0, pretrain.seeded(0)))
-
-
-def test_latents_get_unit_standard_deviation():
-    vae = small_sd().vae
-    world = pretrain.Fill50k(SMALL.resolution)
-    vae.config = replace(vae.config, scale=pretrain.unit_scale(vae, world))
-    latents = vae.encode(pretrain.to_images(world[i].image for i in range(256)))
-    assert latents.std().item() == pytest.approx(1, rel=1e-3)

@@ -1,0 +1,70 @@
+"""The images that pretraining sees: drawn once from all synthetic datasets, and kept in OUT with their captions.
+
+Drawing takes longer than a step of the autoencoder on them; kept, an image costs a page of a memory-mapped file.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from controlnet.training.run_state import write_text
+from controlnet.worlds import Fill50k, Interleaved, People, Sample, Shapes
+from ldm.checkpoints.files import new_file
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Pictures:
+    images: np.ndarray  # uint8 (N, H, W, 3), a memory-mapped file
+    captions: list[str]
+
+
+def all_worlds(size: int, seed: int = 0, held_out: bool = False) -> Interleaved:
+    return Interleaved([kind(size, seed, held_out=held_out) for kind in (Fill50k, People, Shapes)])
+
+
+def open_pictures(folder: Path, size: int, count: int, seed: int) -> Pictures:
+    """The first `count` samples, drawn if they are not there yet."""
+    images, captions = folder / "pictures.npy", folder / "captions.json"
+    if not captions.exists():
+        draw_pictures(all_worlds(size, seed), count, images, captions)
+    pictures = Pictures(np.load(images, mmap_mode="r"), json.loads(captions.read_text()))
+    if len(pictures.captions) != count:
+        raise ValueError(f"{images} holds {len(pictures.captions)} images, expected {count}: give another --out")
+    return pictures
+
+
+def draw_pictures(world: Interleaved, count: int, images: Path, captions: Path) -> None:
+    """Writes the captions last: files without them are of a run that was stopped."""
+    chunks = DataLoader(Drawings(world, count), CHUNK, num_workers=os.cpu_count() or 1, collate_fn=list)
+    drawn_captions = []
+    with new_file(images) as temporary:
+        file = open_memmap(temporary, "w+", np.uint8, (count, world.size, world.size, 3))
+        for chunk in tqdm(chunks, "drawing", mininterval=10):
+            start = len(drawn_captions)
+            file[start : start + len(chunk)] = [image for image, _ in chunk]
+            drawn_captions += [caption for _, caption in chunk]
+        file.flush()
+    write_text(captions, json.dumps(drawn_captions))
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """The first `count` samples of a dataset, without their hints and ground truth."""
+
+    world: Interleaved
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        sample: Sample = self.world[index]
+        return sample.image, sample.caption

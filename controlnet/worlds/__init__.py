@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from .fill50k import Fill50k
 from .people import People
+from .scenes import Scenes
 from .shapes import Shapes
 from .world import Interleaved, Sample, World, edges
 
@@ -25,6 +26,7 @@ __all__ = [
     "Interleaved",
     "People",
     "Sample",
+    "Scenes",
     "Shapes",
     "World",
 ]
@@ -41,8 +43,14 @@ class Edges(Interleaved):
         return replace(sample, hint=edges(sample.image))
 
 
-WORLDS = {world.name: world for world in (Fill50k, People, Shapes, Edges)}
+WORLDS = {world.name: world for world in (Fill50k, People, Scenes, Shapes, Edges)}
 
 # Dataset -> the hint in assets/ that resembles its own, and the small ControlNet in weights/ trained on it.
-EXAMPLE_OF = {"fill50k": "circle.png", "people": "pose.png", "shapes": "canny.png", "edges": "canny.png"}
+EXAMPLE_OF = {
+    "fill50k": "circle.png",
+    "people": "pose.png",
+    "shapes": "canny.png",
+    "scenes": "canny.png",
+    "edges": "canny.png",
+}
 TINY_CONTROL_OF = {"fill50k": "tiny-fill50k", "people": "tiny-pose", "edges": "tiny-canny"}

@@ -4,14 +4,35 @@ import numpy as np
 
 from controlnet.hints.pose import draw_pose
 
+from .canvas import RGB, Canvas
 from .colours import COLOURS
-from .world import Canvas, Sample, World, distance, distinct_colours
+from .person import (
+    FOREARM,
+    HAIR,
+    HAIR_STYLES,
+    HATS,
+    HEAD_RADIUS,
+    HIP,
+    NECK,
+    REACH,
+    SHIN,
+    SHOES,
+    SHOULDER,
+    SKINS,
+    THIGH,
+    TORSO,
+    UPPER_ARM,
+    Looks,
+    draw_person,
+)
+from .world import Sample, World, distance, distinct_colours
 
 
 class People(World):
-    """Captions: 'person in <colour> shirt and <colour> trousers with <colour> background'.
+    """Captions: mostly 'person in <colour> shirt and <colour> trousers with <colour> background', and sometimes with
+    hair and hat: 'person with long red hair and a cap in ...'.
 
-    The caption does not mention the skin, of one of a few tones, nor the dark hair and shoes.
+    None mentions the skin, of one of a few tones, nor the shoes.
     """
 
     name = "people"
@@ -19,22 +40,51 @@ class People(World):
     def __getitem__(self, index: int) -> Sample:
         rng = self.rng(index)
         ground, shirt, trousers = distinct_colours(rng, self.colours, 3)
-        keypoints = random_pose(rng)
-        skins = [skin for skin in SKINS if distance(skin, COLOURS[ground]) >= 60]  # so that hands and face are visible
-        skin = skins[rng.integers(len(skins))]
-        image, mask = draw_person(self.size, keypoints, skin, shirt, trousers, ground)
-        caption = f"person in {shirt} shirt and {trousers} trousers with {ground} background"
-        keypoints = keypoints * self.size
-        return Sample(image, draw_pose(keypoints, (self.size, self.size)), caption, mask, keypoints)
+        pose = random_pose(rng)
+        looks = random_looks(rng, shirt, trousers, COLOURS[ground])
+        canvas = Canvas(self.size, COLOURS[ground])
+        draw_person(canvas, pose, looks)
+        image, labels = canvas.finish()
+        keypoints = pose * self.size
+        return Sample(
+            image, draw_pose(keypoints, (self.size, self.size)), caption(rng, looks, ground), labels > 0, keypoints
+        )
 
 
-SKINS = ((255, 219, 172), (224, 172, 105), (141, 85, 36))  # every background is 60 or more from one of them
-DARK = (40, 32, 32)  # hair, eyes and shoes
+def random_looks(rng: np.random.Generator, shirt: str, trousers: str, ground: RGB) -> Looks:
+    """Skin, hair and shoes can be told from the background, and the hair from the skin."""
 
-# As fractions of the person's height. Each arm and leg is a chain of two bones.
-HEAD_RADIUS, NECK, TORSO, SHOULDER, HIP = 0.085, 0.115, 0.29, 0.105, 0.065
-UPPER_ARM, FOREARM, THIGH, SHIN = 0.16, 0.15, 0.22, 0.21
-ARM_WIDTH, LEG_WIDTH = 0.062, 0.085
+    def one_of(colours: tuple[RGB, ...], *others: RGB) -> RGB:
+        unlike = [colour for colour in colours if all(distance(colour, other) >= 60 for other in others)]
+        return unlike[rng.integers(len(unlike))]
+
+    skin = one_of(SKINS, ground)
+    hair = one_of(tuple(HAIR.values()), ground, skin)
+    style = str(rng.choice(HAIR_STYLES, p=(0.32, 0.26, 0.16, 0.14, 0.12)))
+    hat = str(rng.choice(HATS)) if rng.random() < 0.3 and style != "bun" else ""
+    return Looks(
+        shirt,
+        trousers,
+        skin,
+        shoes=one_of(SHOES, ground),
+        hair=next(name for name, colour in HAIR.items() if colour == hair),
+        style=style,
+        hat=hat,
+        cap=shirt if rng.random() < 0.5 else trousers,
+        short_sleeves=bool(rng.random() < 0.3),
+    )
+
+
+def caption(rng: np.random.Generator, looks: Looks, ground: str) -> str:
+    """Most without hair and hat, some with one of them or both."""
+    person, told = "person", []
+    if rng.random() < 0.35:
+        style = looks.style if looks.style in ("long", "curly") and rng.random() < 0.5 else ""
+        told = [f"{style} {looks.hair} hair".strip()] if looks.style != "bald" else []
+        told += ["a hat" if rng.random() < 0.4 else f"a {looks.hat}"] if looks.hat else []
+        rng.shuffle(told)
+        person = " with ".join(["person" if told else "bald person", *filter(None, [" and ".join(told)])])
+    return f"{person} in {looks.shirt} shirt and {looks.trousers} trousers with {ground} background"
 
 
 def random_pose(rng: np.random.Generator) -> np.ndarray:
@@ -58,12 +108,13 @@ def random_pose(rng: np.random.Generator) -> np.ndarray:
     head, out = NECK * up, np.array([up[1], -up[0]])
     bones[0] = head - 0.1 * HEAD_RADIUS * up
     for side, eye, ear in ((1, 14, 16), (-1, 15, 17)):
-        bones[eye] = head + HEAD_RADIUS * (0.2 * up + 0.4 * side * out)
-        bones[ear] = head + HEAD_RADIUS * (0.05 * up + side * out)
+        bones[eye] = head + HEAD_RADIUS * (0.1 * up + 0.4 * side * out)
+        bones[ear] = head + HEAD_RADIUS * side * out
 
     height = rng.uniform(0.72, 0.98)
-    low = np.minimum(bones.min(axis=0), head - 1.2 * HEAD_RADIUS) - LEG_WIDTH / 2
-    high = bones.max(axis=0) + LEG_WIDTH / 2
+    hat = head + 2 * HEAD_RADIUS * up
+    low = np.minimum(bones.min(axis=0), hat + REACH) - REACH
+    high = bones.max(axis=0) + REACH
     height = min(height, 0.98 / (high - low).max())
     corner = rng.uniform(0, 1 - height * (high - low))
     return corner + height * (bones - low)
@@ -72,33 +123,3 @@ def random_pose(rng: np.random.Generator) -> np.ndarray:
 def towards(side: int, angle: float) -> np.ndarray:
     """The unit vector at `angle` from straight down, outwards to the person's right (`side` 1) or left (-1)."""
     return np.array([-side * np.sin(angle), np.cos(angle)])
-
-
-def draw_person(
-    size: int, keypoints: np.ndarray, skin: tuple[int, int, int], shirt: str, trousers: str, ground: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keypoints (18, 2), as fractions of the side -> image, uint8 (H, W, 3), and mask, bool (H, W)."""
-    nose, neck, r_shoulder, r_elbow, r_wrist, l_shoulder, l_elbow, l_wrist = keypoints[:8]
-    r_hip, r_knee, r_ankle, l_hip, l_knee, l_ankle = keypoints[8:14]
-    scale = np.linalg.norm((r_hip + l_hip) / 2 - neck) / TORSO  # the person's height
-    shirt, trousers = COLOURS[shirt], COLOURS[trousers]
-    canvas = Canvas(size, ground)
-    for hip, knee, ankle in ((r_hip, r_knee, r_ankle), (l_hip, l_knee, l_ankle)):
-        canvas.limb((hip, knee, ankle), LEG_WIDTH * scale, trousers)
-        canvas.disc(ankle, 0.58 * LEG_WIDTH * scale, DARK)
-    canvas.limb((r_hip, l_hip), 1.1 * LEG_WIDTH * scale, trousers)
-    canvas.polygon(np.stack([r_shoulder, l_shoulder, l_hip, r_hip]), shirt)
-    canvas.limb((r_shoulder, r_hip, l_hip, l_shoulder, r_shoulder), 0.045 * scale, shirt)
-    canvas.limb((neck, nose), 0.05 * scale, skin)
-    for shoulder, elbow, wrist in ((r_shoulder, r_elbow, r_wrist), (l_shoulder, l_elbow, l_wrist)):
-        canvas.limb((shoulder, elbow, wrist), ARM_WIDTH * scale, shirt)
-        canvas.disc(wrist, 0.62 * ARM_WIDTH * scale, skin)
-    radius = HEAD_RADIUS * scale
-    r_ear, l_ear = keypoints[16:]
-    head = (r_ear + l_ear) / 2
-    up = (head - neck) / np.linalg.norm(head - neck)
-    canvas.disc(head + 0.2 * radius * up, 1.08 * radius, DARK)
-    canvas.disc(head - 0.1 * radius * up, 0.92 * radius, skin)
-    for eye in keypoints[14:16]:
-        canvas.disc(eye, 0.16 * radius, DARK)
-    return canvas.finish()

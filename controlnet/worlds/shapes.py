@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from .canvas import Canvas
 from .colours import COLOURS
-from .world import Canvas, Sample, World, distinct_colours, edges
+from .world import Sample, World, distinct_colours, edges
 
 
 class Shapes(World):
@@ -15,15 +16,15 @@ class Shapes(World):
         rng = self.rng(index)
         kinds = rng.choice(tuple(OUTLINES), size=rng.integers(1, 4))
         ground, *colours = distinct_colours(rng, self.colours, 1 + len(kinds))
-        canvas = Canvas(self.size, ground)
+        canvas = Canvas(self.size, COLOURS[ground])
         for kind, colour in zip(kinds, colours, strict=True):
             radius = rng.uniform(0.14, 0.34 if len(kinds) == 1 else 0.26)
             centre = rng.uniform(radius / 2, 1 - radius / 2, size=2)
             canvas.polygon(centre + radius * rotated(OUTLINES[kind], rng.uniform(0, 2 * np.pi)), COLOURS[colour])
-        image, mask = canvas.finish()
+        image, labels = canvas.finish()
         names = [f"{colour} {kind}" for colour, kind in zip(colours, kinds, strict=True)]
         listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-        return Sample(image, edges(image), f"{listed} with {ground} background", mask)
+        return Sample(image, edges(image), f"{listed} with {ground} background", labels > 0)
 
 
 def star(points: int, inner: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the synthetic datasets share: samples, the base class, a canvas to draw on, and distinct colours."""
+"""What the synthetic datasets share: samples, the base class, edges and distinct colours."""
 
 import zlib
 from collections.abc import Sequence
@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from controlnet.hints.canny import canny
 
 from .colours import COLOURS
 
-SUPERSAMPLING = 4
 EDGE_THRESHOLDS = (50, 100)  # of Canny: half the usual, so that 25 levels of gray suffice for an edge
 
 
@@ -51,41 +49,6 @@ class Interleaved:
     def __getitem__(self, index: int) -> Sample:
         turn, world = divmod(index, len(self.worlds))
         return self.worlds[world][turn]
-
-
-# --------------------------------------------------------------------------------------------------------- drawing
-
-
-class Canvas:
-    """An image of plain colours, drawn at four times its size; coordinates are fractions of its side."""
-
-    def __init__(self, size: int, ground: str):
-        self.side = size * SUPERSAMPLING
-        self.image = Image.new("RGB", (self.side, self.side), COLOURS[ground])
-        self.mask = Image.new("L", (self.side, self.side))
-        self.layers = ((ImageDraw.Draw(self.image), None), (ImageDraw.Draw(self.mask), 255))
-
-    def polygon(self, corners: np.ndarray, colour: tuple[int, int, int]) -> None:
-        points = [tuple(corner) for corner in corners * self.side]
-        for draw, fill in self.layers:
-            draw.polygon(points, fill=fill or colour)
-
-    def disc(self, centre: np.ndarray, radius: float, colour: tuple[int, int, int]) -> None:
-        box = [*((centre - radius) * self.side), *((centre + radius) * self.side)]
-        for draw, fill in self.layers:
-            draw.ellipse(box, fill=fill or colour)
-
-    def limb(self, joints: tuple[np.ndarray, ...], width: float, colour: tuple[int, int, int]) -> None:
-        """A line with rounded corners and ends."""
-        points = [tuple(joint * self.side) for joint in joints]
-        for draw, fill in self.layers:
-            draw.line(points, fill=fill or colour, width=round(width * self.side))
-        for joint in joints:
-            self.disc(joint, width / 2, colour)
-
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """-> anti-aliased image, uint8 (H, W, 3), and mask, bool (H, W), of what was drawn."""
-        return np.array(self.image.reduce(SUPERSAMPLING)), np.array(self.mask.reduce(SUPERSAMPLING)) > 127
 
 
 def edges(image: np.ndarray) -> np.ndarray:

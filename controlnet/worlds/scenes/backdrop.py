@@ -1,0 +1,160 @@
+"""Draws a scene's sky, what is far away, and the ground."""
+
+import numpy as np
+
+from ..canvas import RGB, Canvas
+from .layers import Layers
+from .paint import mixed, tint
+from .setting import GROUNDS, SKIES, Setting
+
+WHITE, NAVY = (255, 255, 255), (30, 36, 84)
+HILL, SNOWY_HILL, ROCK, PEAK = (112, 172, 92), (206, 220, 238), (134, 142, 172), (244, 248, 252)
+CLOUD = {"day": WHITE, "sunset": (255, 206, 180), "night": (78, 88, 146), "rain": (214, 220, 228), "snowfall": WHITE}
+RISE = {"grass": (144, 190, 90), "sand": (228, 200, 146), "snow": (216, 226, 241)}  # nearer, the ground's other tone
+X = np.linspace(0, 1, 25)
+
+
+def sky_gradient(setting: Setting) -> np.ndarray:
+    """uint8 (32, 1, 3), from the top of the image to its bottom; below the horizon the last colour goes on."""
+    return np.rint([sky_at(setting, y) for y in np.linspace(0, 1, 32)]).astype(np.uint8)[:, None]
+
+
+def sky_at(setting: Setting, y: float) -> RGB:
+    top, low = SKIES[setting.sky]
+    return mixed(top, low, min(1.0, y / setting.horizon))
+
+
+def draw_backdrop(canvas: Canvas, layers: Layers, setting: Setting, rng: np.random.Generator) -> None:
+    layers.start("sky", 1.0)
+    draw_lights(canvas, setting, rng)
+    draw_clouds(canvas, setting, rng)
+    if setting.far in ("mountains", "snowy mountains"):
+        layers.start("mountain", 0.97)
+        draw_mountains(canvas, setting, rng)
+    elif setting.far == "hills":
+        layers.start("hill", 0.94)
+        draw_hills(canvas, setting, rng)
+    elif setting.far == "sea":
+        layers.start("sea")
+        draw_sea(canvas, setting, rng, setting.shore + 0.05)
+    layers.start(setting.ground)
+    if setting.ground == "sea":
+        draw_sea(canvas, setting, rng, 1.0)
+    else:
+        draw_land(canvas, setting, rng)
+    draw_weather(canvas, setting, rng)
+
+
+def draw_lights(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
+    """Sun, moon and stars."""
+    at = np.array(setting.light_at)
+    if setting.light == "sun":
+        radius, colour = (0.1, (255, 240, 180)) if setting.sky == "sunset" else (0.074, (255, 218, 84))
+        canvas.disc(at, 1.4 * radius, mixed(sky_at(setting, at[1]), colour, 0.55))
+        canvas.disc(at, radius, colour)
+    elif setting.light == "moon":
+        for x, y in rng.uniform((0.03, 0.03), (0.97, setting.horizon - 0.06), (int(rng.integers(9, 16)), 2)):
+            if np.hypot(x - at[0], y - at[1]) > 0.13:
+                canvas.disc(np.array([x, y]), rng.uniform(0.011, 0.015), (236, 236, 212))
+        if rng.random() < 0.4:
+            canvas.disc(at, 0.082, (250, 240, 200))
+        else:
+            canvas.polygon(at + 0.09 * crescent(rng.choice([-1, 1])), (250, 240, 200))
+
+
+def crescent(side: int) -> np.ndarray:
+    """(44, 2) of radius 1, tilted: the outer edge is most of a circle, the inner one an arc between its ends."""
+    ends = 0.62 * np.pi
+    outer, inner = np.linspace(-ends, ends, 25), np.linspace(0.72 * np.pi, -0.72 * np.pi, 19)
+    edge = np.stack([np.cos(outer), np.sin(outer)], axis=1)
+    reach = np.sin(ends) / np.sin(0.72 * np.pi)
+    hollow = np.stack([np.cos(inner), np.sin(inner)], axis=1) * reach
+    hollow[:, 0] += np.cos(ends) - reach * np.cos(0.72 * np.pi)
+    tilt = np.array([[0.9, 0.43], [-0.43, 0.9]])
+    return (np.concatenate([edge, hollow]) @ tilt) * [side, 1]
+
+
+def draw_clouds(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
+    """Side by side, where neither sun nor moon is."""
+    places = rng.permutation([0.12, 0.37, 0.63, 0.88])
+    free = [x for x in places if setting.light == "nothing" or abs(x - setting.light_at[0]) > 0.24]
+    colour = CLOUD[setting.sky]
+    for x in free[: setting.clouds]:
+        x, y, wide = x + rng.uniform(-0.04, 0.04), rng.uniform(0.08, 0.26), rng.uniform(0.085, 0.125)
+        for tone, lift in ((mixed(colour, SKIES[setting.sky][0], 0.25), 0.0), (colour, 0.014)):
+            for dx, dy, radius in ((-0.75, 0.1, 0.42), (0.0, -0.12, 0.6), (0.72, 0.08, 0.45)):
+                canvas.disc(np.array([x + dx * wide, y + dy * wide - lift]), radius * wide, tone)
+            row = y + 0.3 * wide - lift
+            canvas.limb(np.array([[x - 0.8 * wide, row], [x + 0.8 * wide, row]]), 0.42 * wide, tone)
+
+
+def draw_mountains(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
+    rock, snow = setting.lit(ROCK), setting.lit(PEAK)
+    base = setting.horizon + 0.05
+    for x in rng.permutation([0.1, 0.5, 0.9]) + rng.uniform(-0.1, 0.1, 3):
+        high, half = rng.uniform(0.18, 0.32), rng.uniform(0.26, 0.36)
+        top, left, middle, right = np.array(
+            [[x, base - high], [x - half, base], [x + 0.1 * half, base], [x + half, base]]
+        )
+        canvas.polygon(np.stack([left, top, right]), rock)
+        canvas.polygon(np.stack([middle, top, right]), mixed(rock, NAVY, 0.18))
+        if setting.far == "snowy mountains":
+            shares, corners = (
+                np.array([[0, 0.38, 0.24, 0.42, 0.26, 0.38]]).T,
+                (left, left, middle - [0.2 * half, 0], middle, middle + [0.3 * half, 0], right),
+            )
+            canvas.polygon(top + shares * (np.stack(corners) - top), snow)
+
+
+def draw_hills(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
+    colour = setting.lit(SNOWY_HILL if setting.ground == "snow" else HILL)
+    for lift, haze in ((0.075, 0.45), (0.0, 0.2)):
+        waves = np.sin(2 * np.pi * (rng.uniform(0.8, 1.6) * X + rng.uniform()))
+        line = setting.horizon + 0.01 - rng.uniform(0.05, 0.08) * (1 + 0.8 * waves) - lift
+        draw_below(canvas, line, mixed(colour, SKIES[setting.sky][1], haze))
+
+
+def draw_sea(canvas: Canvas, setting: Setting, rng: np.random.Generator, bottom: float) -> None:
+    """From the horizon to `bottom`, darker where it is near."""
+    colour, top = setting.lit(GROUNDS["sea"]), setting.horizon
+    draw_below(canvas, np.full(25, top), colour)
+    if bottom == 1:
+        waves = np.abs(np.sin(np.pi * (5 * np.linspace(0, 1, 61) + rng.uniform())))
+        line = top + 0.42 * (1 - top) + 0.014 * waves
+        draw_below(canvas, line, mixed(colour, NAVY, 0.16))
+    for _ in range(int(rng.integers(4, 9) if bottom == 1 else rng.integers(2, 4))):
+        x, y, half = rng.uniform(0, 1), rng.uniform(top + 0.03, bottom - 0.03), rng.uniform(0.03, 0.07)
+        canvas.limb(np.array([[x - half, y], [x + half, y]]), 0.015, tint(colour, 0.3))
+
+
+def draw_land(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
+    """A ground with a gentle edge, and nearer a second rise of another tone."""
+    rise = setting.shore + rng.uniform(0.4, 0.6) * (1 - setting.shore)
+    for edge, swell, colour in (
+        (setting.shore, 0.008, setting.ground_colour),
+        (rise, 0.022, setting.lit(RISE[setting.ground])),
+    ):
+        draw_below(canvas, edge + swell * np.sin(2 * np.pi * (rng.uniform(0.6, 1.3) * X + rng.uniform())), colour)
+    if setting.ground == "grass":
+        colour = setting.lit((112, 164, 78))
+        for x, y in rng.uniform((0.04, setting.shore + 0.08), (0.96, 0.98), (int(rng.integers(3, 7)), 2)):
+            for lean, high in ((-0.024, 0.03), (0.0, 0.042), (0.024, 0.03)):
+                canvas.polygon(np.array([[x - 0.013, y], [x + lean, y - high], [x + 0.013, y]]), colour)
+
+
+def draw_below(canvas: Canvas, line: np.ndarray, colour: RGB) -> None:
+    """Fills the image below a line, its heights from left to right."""
+    across = np.linspace(0, 1, len(line))
+    canvas.polygon(np.concatenate([np.stack([across, line], axis=1), [[1, 1], [0, 1]]]), colour)
+
+
+def draw_weather(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
+    """Rain or snow in the air, behind the things; what it falls on keeps its labels."""
+    labels = canvas.labels.copy()
+    if setting.sky == "rain":
+        for drop in rng.uniform(-0.05, 1.05, (26, 1, 2)):
+            canvas.limb(drop + [[0, 0], [-0.02, 0.06]], 0.014, (206, 222, 236))
+    elif setting.sky == "snowfall":
+        for flake in rng.uniform(0, 1, (34, 2)):
+            canvas.disc(flake, rng.uniform(0.011, 0.016), WHITE)
+    canvas.labels.paste(labels)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from controlnet.training.run_state import write_text
-from controlnet.worlds import Fill50k, Interleaved, People, Sample, Shapes
+from controlnet.worlds import Fill50k, Interleaved, People, Sample, Scenes, Shapes
 from ldm.checkpoints.files import new_file
 
 CHUNK = 64
@@ -27,14 +27,21 @@ class Pictures:
 
 
 def all_worlds(size: int, seed: int = 0, held_out: bool = False) -> Interleaved:
-    return Interleaved([kind(size, seed, held_out=held_out) for kind in (Fill50k, People, Shapes)])
+    return Interleaved([kind(size, seed, held_out=held_out) for kind in (Scenes, People, Shapes, Fill50k)])
+
+
+def mixture(size: int, seed: int) -> Interleaved:
+    """What is trained on: half of it scenes, which have most to be learned."""
+    scenes = (Scenes(size, 3 * seed + i) for i in range(3))  # by seeds of their own, so that none comes twice
+    others = (kind(size, seed) for kind in (People, Shapes, Fill50k))
+    return Interleaved([world for pair in zip(scenes, others, strict=True) for world in pair])
 
 
 def open_pictures(folder: Path, size: int, count: int, seed: int) -> Pictures:
     """The first `count` samples, drawn if they are not there yet."""
     images, captions = folder / "pictures.npy", folder / "captions.json"
     if not captions.exists():
-        draw_pictures(all_worlds(size, seed), count, images, captions)
+        draw_pictures(mixture(size, seed), count, images, captions)
     pictures = Pictures(np.load(images, mmap_mode="r"), json.loads(captions.read_text()))
     if len(pictures.captions) != count:
         raise ValueError(f"{images} holds {len(pictures.captions)} images, expected {count}: give another --out")

@@ -4,6 +4,7 @@ python -m tools.evaluate
 """
 
 import argparse
+import itertools
 import sys
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from controlnet.common.images import to_images
 from controlnet.common.program import new_parser, run
 from controlnet.inference.generate import generate
 from controlnet.training.validation import image_for
-from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Shapes, World
+from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Scenes, Shapes, World
 from controlnet.worlds.colours import BASIC_COLOURS, COLOURS
 from controlnet.worlds.measures import (
     colour_agreement,
@@ -61,12 +62,14 @@ def evaluate(args: argparse.Namespace) -> None:
     for world, _ in args.control:
         if world not in WORLDS:
             raise ValueError(f'there is no dataset "{world}", expected one of {", ".join(WORLDS)}')
+        if issubclass(WORLDS[world], Scenes):
+            raise ValueError(f"what is seen of {world} cannot be measured yet: give a dataset with plain grounds")
     sd = StableDiffusion.load(args.base)
     controls = [(world, ControlNet.load(path, sd.unet)) for world, path in args.control]
 
     settings = dict(steps=args.steps, cfg=args.cfg)
     print(f"{args.count} held-out samples each, {args.steps} DDIM steps, cfg {args.cfg}")
-    for kind in (Fill50k, People, Shapes):
+    for kind in (Fill50k, People, Shapes, Scenes):
         report_vae(sd, kind(sd.config.resolution, held_out=True), args.count)
     for label, colours in ((f"{len(BASIC_COLOURS)} basic colours", BASIC_COLOURS), ("all colours", tuple(COLOURS))):
         report_colours(sd, label, colours, args.count, settings)
@@ -111,13 +114,13 @@ def report_control(
 ) -> None:
     """How well images follow their hints: the figures' IoU with the true ones and, for people, how far the key points
     are from the figure. In parentheses is the floor: the same against the next sample's figure."""
-    samples = [world[i] for i in range(count)]
+    samples = plain_samples(world, count)
     others = samples[1:] + samples[:1]
     for prompts, prompted in (("with prompt", True), ("without", False)):
         shown = samples if prompted else [replace(sample, caption="") for sample in samples]
         images = [image_for(sd, control, sample, i, **settings) for i, sample in enumerate(bar(shown))]
         masks = [foreground(image) for image in images]
-        line = f"{label} {prompts}: mean IoU {mean_iou(masks, samples):.3f} (mismatched {mean_iou(masks, others):.3f})"
+        line = f"{label} {prompts}: mean IoU {figures_iou(masks, samples):.3f} (mismatched {figures_iou(masks, others):.3f})"
         if samples[0].keypoints is not None:
             own, floor = (mean_distance(masks, people) for people in (samples, others))
             line += f", key points {own:.1f} pixels away ({floor:.1f})"
@@ -127,7 +130,13 @@ def report_control(
         print(line)
 
 
-def mean_iou(masks: list[np.ndarray], samples: list[Sample]) -> float:
+def plain_samples(world: World, count: int) -> list[Sample]:
+    """The first with a plain ground, from which `foreground` tells figures."""
+    samples = (world[i] for i in itertools.count())
+    return list(itertools.islice((sample for sample in samples if sample.truth is None), count))
+
+
+def figures_iou(masks: list[np.ndarray], samples: list[Sample]) -> float:
     return float(np.mean([iou(mask, sample.mask) for mask, sample in zip(masks, samples, strict=True)]))
 
 

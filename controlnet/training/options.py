@@ -42,7 +42,8 @@ class TrainSettings:
 
     data: str = in_data(
         "a folder of pairs (prompt.json, metadata.jsonl, or images/ hints/ captions/), or a synthetic dataset: "
-        "fill50k, people, shapes, edges (default: %(default)s: data/fill50k if the published set lies there)",
+        "fill50k, people, shapes, scenes, canny, scribble, seg, depth (default: %(default)s: data/fill50k if the "
+        "published set lies there)",
         "fill50k",
         fixed=False,  # the same data may lie elsewhere by now: their fingerprint is compared
         metavar="NAME",

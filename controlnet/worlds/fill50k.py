@@ -4,7 +4,7 @@ white circle on black, the image a plain disc on a plain background. Circles may
 import numpy as np
 
 from .colours import COLOURS
-from .world import Sample, World
+from .world import Picture, Sample, World
 
 
 class Fill50k(World):
@@ -18,6 +18,10 @@ class Fill50k(World):
         x, y = rng.uniform(0.1, 0.9, size=2) * self.size
         radius = rng.uniform(0.08, 0.4) * self.size
         return draw_circle(self.size, x, y, radius, str(disc), str(ground))
+
+    def draw(self, index: int) -> Picture:
+        sample = self[index]
+        return Picture(sample.image, sample.caption, sample.mask.astype(np.uint8), sample.mask)
 
 
 def draw_circle(size: int, x: float, y: float, radius: float, disc: str, ground: str) -> Sample:

@@ -84,6 +84,14 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / union) if union else 1.0
 
 
+def mean_iou(shown: np.ndarray, true: np.ndarray) -> float:
+    """The mean over the numbers in `true` of the IoU of their masks; both int (H, W), negative where nothing is.
+
+    Of `Truth.objects` it is that of the things, of `Truth.classes` or ADE20K's classes that of the classes present.
+    """
+    return float(np.mean([iou(shown == number, true == number) for number in np.unique(true) if number >= 0]))
+
+
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1] (B, 3, H, W), averaged over the batch."""
     mse = ((a - b) / 2).square().mean(dim=(1, 2, 3))

@@ -25,7 +25,7 @@ from .person import (
     Looks,
     draw_person,
 )
-from .world import Sample, World, distance, distinct_colours
+from .world import Picture, World, distance, distinct_colours
 
 
 class People(World):
@@ -37,7 +37,7 @@ class People(World):
 
     name = "people"
 
-    def __getitem__(self, index: int) -> Sample:
+    def draw(self, index: int) -> Picture:
         rng = self.rng(index)
         ground, shirt, trousers = distinct_colours(rng, self.colours, 3)
         pose = random_pose(rng)
@@ -45,10 +45,10 @@ class People(World):
         canvas = Canvas(self.size, COLOURS[ground])
         draw_person(canvas, pose, looks)
         image, labels = canvas.finish()
-        keypoints = pose * self.size
-        return Sample(
-            image, draw_pose(keypoints, (self.size, self.size)), caption(rng, looks, ground), labels > 0, keypoints
-        )
+        return Picture(image, caption(rng, looks, ground), labels, labels > 0, keypoints=pose * self.size)
+
+    def hint(self, index: int, picture: Picture) -> np.ndarray:
+        return draw_pose(picture.keypoints, (self.size, self.size))
 
 
 def random_looks(rng: np.random.Generator, shirt: str, trousers: str, ground: RGB) -> Looks:

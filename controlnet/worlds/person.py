@@ -43,7 +43,10 @@ class Looks:
 
 
 def draw_person(canvas: Canvas, keypoints: np.ndarray, looks: Looks) -> None:
-    """Draws a person with keypoints (18, 2), as fractions of the image's side."""
+    """Draws a person with keypoints (18, 2), as fractions of the image's side.
+
+    The labels are 1 for hair behind the shoulders, 2 for the legs, 3 for shirt and arms, 4 for the head.
+    """
     nose, neck, r_shoulder, r_elbow, r_wrist, l_shoulder, l_elbow, l_wrist = keypoints[:8]
     r_hip, r_knee, r_ankle, l_hip, l_knee, l_ankle = keypoints[8:14]
     scale = np.linalg.norm((r_hip + l_hip) / 2 - neck) / TORSO  # the person's height
@@ -54,10 +57,12 @@ def draw_person(canvas: Canvas, keypoints: np.ndarray, looks: Looks) -> None:
             [(-1.12, 0.4), (0, 1.1), (1.12, 0.4), (1.2, -1.3), (0.6, -1.55), (-0.6, -1.55), (-1.2, -1.3)],
             HAIR[looks.hair],
         )
+    canvas.label = 2
     for side, hip, knee, ankle in ((-1, r_hip, r_knee, r_ankle), (1, l_hip, l_knee, l_ankle)):
         canvas.limb((hip, knee, ankle), LEG_WIDTH * scale, trousers)
         draw_shoe(canvas, knee, ankle, side, scale, looks.shoes)
     canvas.limb((r_hip, l_hip), 1.1 * LEG_WIDTH * scale, trousers)
+    canvas.label = 3
     canvas.polygon(np.stack([r_shoulder, l_shoulder, l_hip, r_hip]), shirt)
     canvas.limb((r_shoulder, r_hip, l_hip, l_shoulder, r_shoulder), 0.05 * scale, shirt)
     canvas.limb((neck, nose), 0.055 * scale, looks.skin)
@@ -68,6 +73,7 @@ def draw_person(canvas: Canvas, keypoints: np.ndarray, looks: Looks) -> None:
             canvas.limb((shoulder, shoulder + 0.7 * (elbow - shoulder)), 1.1 * ARM_WIDTH * scale, shirt)
         else:
             canvas.limb((shoulder, elbow, wrist - 0.1 * (wrist - elbow)), ARM_WIDTH * scale, shirt)
+    canvas.label = 4
     draw_head(head, keypoints, looks)
 
 

@@ -4,7 +4,8 @@ import numpy as np
 
 from .canvas import Canvas
 from .colours import COLOURS
-from .world import Sample, World, distinct_colours, edges
+from .hints import edges
+from .world import Picture, World, distinct_colours
 
 
 class Shapes(World):
@@ -12,19 +13,22 @@ class Shapes(World):
 
     name = "shapes"
 
-    def __getitem__(self, index: int) -> Sample:
+    def draw(self, index: int) -> Picture:
         rng = self.rng(index)
         kinds = rng.choice(tuple(OUTLINES), size=rng.integers(1, 4))
         ground, *colours = distinct_colours(rng, self.colours, 1 + len(kinds))
         canvas = Canvas(self.size, COLOURS[ground])
-        for kind, colour in zip(kinds, colours, strict=True):
+        for canvas.label, (kind, colour) in enumerate(zip(kinds, colours, strict=True), 1):
             radius = rng.uniform(0.14, 0.34 if len(kinds) == 1 else 0.26)
             centre = rng.uniform(radius / 2, 1 - radius / 2, size=2)
             canvas.polygon(centre + radius * rotated(OUTLINES[kind], rng.uniform(0, 2 * np.pi)), COLOURS[colour])
         image, labels = canvas.finish()
         names = [f"{colour} {kind}" for colour, kind in zip(colours, kinds, strict=True)]
         listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-        return Sample(image, edges(image), f"{listed} with {ground} background", labels > 0)
+        return Picture(image, f"{listed} with {ground} background", parts=labels, mask=labels > 0)
+
+    def hint(self, index: int, picture: Picture) -> np.ndarray:
+        return edges(picture)
 
 
 def star(points: int, inner: float) -> np.ndarray:

@@ -1,17 +1,40 @@
-"""What the synthetic datasets share: samples, the base class, edges and distinct colours."""
+"""What the synthetic datasets share: pictures, samples and ground truth, the base class, and distinct colours."""
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from controlnet.hints.canny import canny
-
+from .canvas import RGB
 from .colours import COLOURS
 
-EDGE_THRESHOLDS = (50, 100)  # of Canny: half the usual, so that 25 levels of gray suffice for an edge
+
+@dataclass(frozen=True)
+class Thing:
+    """What captions say of one thing in a scene, as "house", "red", "large", "left"."""
+
+    kind: str
+    colour: str
+    size: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is where in a scene. The setting is named as in scenes/setting.py: sky, ground and what is far away."""
+
+    classes: np.ndarray  # uint8 (H, W): numbers in classes.CLASSES
+    objects: np.ndarray  # int8 (H, W): number of the thing that is seen there, -1 where none is
+    depth: np.ndarray  # float32 (H, W), from 0, the nearest, to 1, the sky
+    things: tuple[Thing, ...]
+    sky: str
+    ground: str
+    far: str
+
+    def mask(self, number: int) -> np.ndarray:
+        """bool (H, W): where thing `number` is seen."""
+        return self.objects == number
 
 
 @dataclass(frozen=True)
@@ -21,12 +44,31 @@ class Sample:
     image: np.ndarray  # uint8 (H, W, 3)
     hint: np.ndarray  # uint8 (H, W, 3)
     caption: str
-    mask: np.ndarray | None = None  # bool (H, W): where the object is
+    mask: np.ndarray | None = None  # bool (H, W): where the object is, or the objects
     keypoints: np.ndarray | None = None  # of a person: float (18, 2), x and y in pixels, in the order of COCO-18
+    truth: Truth | None = None  # of a scene
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sample without a hint; hints are made of it (hints.py)."""
+
+    image: np.ndarray
+    caption: str
+    parts: np.ndarray  # uint8 (H, W): equal where the same part is seen; a hand would draw lines between them
+    mask: np.ndarray
+    keypoints: np.ndarray | None = None
+    truth: Truth | None = None
+
+    def with_hint(self, hint: np.ndarray) -> Sample:
+        return Sample(self.image, hint, self.caption, self.mask, self.keypoints, self.truth)
 
 
 class World:
-    """A synthetic dataset of square images, `size` pixels a side, in some `colours`."""
+    """A synthetic dataset of square images, `size` pixels a side, in some `colours`.
+
+    Who needs no hints calls `draw`, which is faster than what indexing does.
+    """
 
     name: str
 
@@ -39,21 +81,30 @@ class World:
     def rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng([self.stream, self.seed, index])
 
+    def draw(self, index: int) -> Picture:
+        raise NotImplementedError
 
-class Interleaved:
-    """Several datasets in turn: of n datasets, sample i is sample i // n of dataset i % n."""
-
-    def __init__(self, worlds: Sequence[World]):
-        self.worlds, self.size = worlds, worlds[0].size
+    def hint(self, index: int, picture: Picture) -> np.ndarray:
+        """The hint, uint8 (H, W, 3), of what `draw(index)` returned."""
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> Sample:
+        picture = self.draw(index)
+        return picture.with_hint(self.hint(index, picture))
+
+
+class InTurn(World):
+    """Several worlds in turn: of n worlds, picture i is picture i // n of world i % n."""
+
+    kinds: tuple[type[World], ...]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.worlds = [kind(*args, **kwargs) for kind in self.kinds]
+
+    def draw(self, index: int) -> Picture:
         turn, world = divmod(index, len(self.worlds))
-        return self.worlds[world][turn]
-
-
-def edges(image: np.ndarray) -> np.ndarray:
-    """The Canny edges of uint8 (H, W, 3) as a hint of the same shape."""
-    return canny(image, *EDGE_THRESHOLDS)[..., None].repeat(3, axis=2)
+        return self.worlds[world].draw(turn)
 
 
 def distinct_colours(rng: np.random.Generator, names: tuple[str, ...], count: int) -> list[str]:
@@ -65,9 +116,9 @@ def distinct_colours(rng: np.random.Generator, names: tuple[str, ...], count: in
             return chosen
 
 
-def distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+def distance(a: RGB, b: RGB) -> float:
     return float(np.linalg.norm(np.subtract(a, b)))
 
 
-def luma(colour: tuple[int, int, int]) -> float:
+def luma(colour: RGB) -> float:
     return float(np.dot(colour, (0.299, 0.587, 0.114)))

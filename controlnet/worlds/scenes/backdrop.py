@@ -7,7 +7,7 @@ from .layers import Layers
 from .paint import mixed, tint
 from .setting import GROUNDS, SKIES, Setting
 
-WHITE, NAVY = (255, 255, 255), (30, 36, 84)
+WHITE, NAVY, MOON = (255, 255, 255), (30, 36, 84), (250, 240, 200)
 HILL, SNOWY_HILL, ROCK, PEAK = (112, 172, 92), (206, 220, 238), (134, 142, 172), (244, 248, 252)
 CLOUD = {"day": WHITE, "sunset": (255, 206, 180), "night": (78, 88, 146), "rain": (214, 220, 228), "snowfall": WHITE}
 RISE = {"grass": (144, 190, 90), "sand": (228, 200, 146), "snow": (216, 226, 241)}  # nearer, the ground's other tone
@@ -25,8 +25,8 @@ def sky_at(setting: Setting, y: float) -> RGB:
 
 
 def draw_backdrop(canvas: Canvas, layers: Layers, setting: Setting, rng: np.random.Generator) -> None:
-    layers.start("sky", 1.0)
-    draw_lights(canvas, setting, rng)
+    draw_light(canvas, layers, setting, rng)
+    layers.start("cloud", 1.0)
     draw_clouds(canvas, setting, rng)
     if setting.far in ("mountains", "snowy mountains"):
         layers.start("mountain", 0.97)
@@ -45,21 +45,28 @@ def draw_backdrop(canvas: Canvas, layers: Layers, setting: Setting, rng: np.rand
     draw_weather(canvas, setting, rng)
 
 
-def draw_lights(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
-    """Sun, moon and stars."""
+def draw_light(canvas: Canvas, layers: Layers, setting: Setting, rng: np.random.Generator) -> None:
+    """The sun in its glow, or the moon among stars; glow and stars are part of the sky."""
     at = np.array(setting.light_at)
     if setting.light == "sun":
         radius, colour = (0.1, (255, 240, 180)) if setting.sky == "sunset" else (0.074, (255, 218, 84))
         canvas.disc(at, 1.4 * radius, mixed(sky_at(setting, at[1]), colour, 0.55))
+        layers.start("sun", 1.0)
         canvas.disc(at, radius, colour)
     elif setting.light == "moon":
-        for x, y in rng.uniform((0.03, 0.03), (0.97, setting.horizon - 0.06), (int(rng.integers(9, 16)), 2)):
-            if np.hypot(x - at[0], y - at[1]) > 0.13:
-                canvas.disc(np.array([x, y]), rng.uniform(0.011, 0.015), (236, 236, 212))
+        draw_stars(canvas, setting, rng)
+        layers.start("moon", 1.0)
         if rng.random() < 0.4:
-            canvas.disc(at, 0.082, (250, 240, 200))
+            canvas.disc(at, 0.082, MOON)
         else:
-            canvas.polygon(at + 0.09 * crescent(rng.choice([-1, 1])), (250, 240, 200))
+            canvas.polygon(at + 0.09 * crescent(rng.choice([-1, 1])), MOON)
+
+
+def draw_stars(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
+    """Not too near the moon."""
+    for star in rng.uniform((0.03, 0.03), (0.97, setting.horizon - 0.06), (int(rng.integers(9, 16)), 2)):
+        if np.hypot(*(star - setting.light_at)) > 0.13:
+            canvas.disc(star, rng.uniform(0.011, 0.015), (236, 236, 212))
 
 
 def crescent(side: int) -> np.ndarray:

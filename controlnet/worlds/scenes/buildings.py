@@ -1,22 +1,28 @@
-"""Things that people built to stay in: houses, castles, windmills, lighthouses, tents, umbrellas."""
+"""Things that people build: houses, castles, windmills, lighthouses, tents, umbrellas."""
+
+from itertools import pairwise
 
 import numpy as np
 
-from .paint import CREAM, INK, STONE, WOOD, mixed, shade
+from ..canvas import RGB, Points
+from .paint import CREAM, INK, LAMP, STONE, WOOD, mixed, shade
 from .pen import Pen
 
 ROOFS = ((166, 74, 58), (92, 84, 104), (120, 76, 60), (70, 96, 120))
 
 
-def contrasting(pen: Pen, colours):
-    """One of the colours, of those unlike the main one."""
-    unlike = [colour for colour in colours if np.linalg.norm(np.subtract(colour, pen.main)) > 90]
+DOORS = (WOOD, CREAM)
+
+
+def one_of(pen: Pen, colours: tuple[RGB, ...]) -> RGB:
+    """Any that can be told from the main one."""
+    unlike = pen.unlike(colours, 90)
     return unlike[pen.rng.integers(len(unlike))]
 
 
 def house(pen: Pen) -> None:
     half, eaves, top = pen.vary(0.34, 0.42), pen.vary(0.42, 0.5), pen.vary(0.86, 0.98)
-    roof, door = contrasting(pen, ROOFS), contrasting(pen, (WOOD, CREAM))
+    roof, door = one_of(pen, ROOFS), one_of(pen, DOORS)
     pen.box(0.17, 0.6, 0.29, top, shade(roof))
     pen.box(-half, 0, half, eaves + 0.03, pen.main)
     pen.box(half * 0.62, 0, half, eaves + 0.03, pen.dark)
@@ -30,7 +36,7 @@ def house(pen: Pen) -> None:
 
 
 def castle(pen: Pen) -> None:
-    roof = contrasting(pen, ROOFS)
+    roof = one_of(pen, ROOFS)
     keep, side = pen.vary(0.6, 0.68), pen.vary(0.4, 0.48)
     pen.box(-0.15, 0.3, 0.15, keep, pen.dark)
     pen.polygon([(-0.2, keep), (0, 1), (0.2, keep)], roof)
@@ -48,34 +54,28 @@ def castle(pen: Pen) -> None:
 
 
 def windmill(pen: Pen) -> None:
-    cap = contrasting(pen, ROOFS)
+    cap = one_of(pen, ROOFS)
     pen.polygon([(-0.25, 0), (0.25, 0), (0.15, 0.6), (-0.15, 0.6)], pen.main)
     pen.polygon([(0.08, 0), (0.25, 0), (0.15, 0.6), (0.06, 0.6)], pen.dark)
     pen.blob([(-0.18, 0.59), (0.18, 0.59), (0.13, 0.72), (0, 0.78), (-0.13, 0.72)], cap)
-    pen.box(-0.08, 0, 0.08, 0.2, contrasting(pen, (WOOD, CREAM)))
+    pen.box(-0.08, 0, 0.08, 0.2, one_of(pen, DOORS))
     pen.disc(0, 0.35, 0.06, pen.glass)
-    turn = pen.vary(0.3, 1.2)
-    for angle in turn + np.arange(4) * np.pi / 2:
+    hub = np.array([0, 0.63])
+    for angle in pen.vary(0.3, 1.2) + np.arange(4) * np.pi / 2:
         along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
-        hub = np.array([0, 0.63])
         sail = [hub + a * along + b * across for a, b in ((0.09, 0.0), (0.38, 0.0), (0.38, 0.13), (0.09, 0.13))]
         pen.polygon(np.array(sail), CREAM)
-        pen.line([tuple(hub), tuple(hub + 0.4 * along)], 0.035, WOOD)
+        pen.line(np.array([hub, hub + 0.4 * along]), 0.035, WOOD)
     pen.disc(0, 0.63, 0.055, WOOD)
 
 
 def lighthouse(pen: Pen) -> None:
-    def tower(low, high, colour, left=-1.0):
-        half_low, half_high = 0.2 - 0.1 * low, 0.2 - 0.1 * high
-        pen.polygon([(left * half_low, low), (half_low, low), (half_high, high), (left * half_high, high)], colour)
-
-    for i, low in enumerate(np.linspace(0, 0.56, 5)):
-        high = low + 0.14
-        plain = CREAM if i % 2 else pen.main
-        tower(low, high, plain)
-        tower(low, high, shade(plain, 0.15), left=0.35)
+    for i, low in enumerate(np.linspace(0, 0.56, 5)):  # stripes of a tower that narrows
+        wide, narrow, colour = 0.2 - 0.1 * low, 0.2 - 0.1 * (low + 0.14), CREAM if i % 2 else pen.main
+        for left, tone in ((-1.0, colour), (0.35, shade(colour, 0.15))):
+            pen.polygon([(left * wide, low), (wide, low), (narrow, low + 0.14), (left * narrow, low + 0.14)], tone)
     pen.box(-0.17, 0.69, 0.17, 0.74, INK)
-    pen.box(-0.09, 0.74, 0.09, 0.86, (255, 226, 120))
+    pen.box(-0.09, 0.74, 0.09, 0.86, LAMP)
     pen.box(-0.02, 0.74, 0.02, 0.86, INK)
     pen.polygon([(-0.14, 0.86), (0, 1), (0.14, 0.86)], pen.main)
     pen.box(-0.065, 0, 0.065, 0.13, INK)
@@ -92,24 +92,20 @@ def tent(pen: Pen) -> None:
 
 
 def umbrella(pen: Pen) -> None:
-    """A parasol, as on beaches."""
+    """A parasol, as on beaches: five gores between six ribs, which bend from the tip to the rim."""
     lean = pen.vary(0.05, 0.15)
     white = CREAM if sum(pen.main) < 660 else STONE
 
-    def leant(points):
+    def leant(points: Points) -> list[tuple[float, float]]:
         return [(x + lean * y, y - lean * x) for x, y in points]
 
     pen.line(leant([(0, 0), (0, 0.92)]), 0.045, WOOD)
     pen.disc(*leant([(0, 0.96)])[0], 0.035, WOOD)
-    edges = np.linspace(-0.5, 0.5, 6)
-    for i in range(5):  # the gores, each from a pole's width at the top to its share of the rim
-        rim = np.linspace(edges[i], edges[i + 1], 5)
-        side = [
-            (x * np.sin(a), 0.52 + 0.42 * np.cos(a)) for x, a in ((edges[i], a) for a in np.linspace(0, np.pi / 2, 6))
-        ]
-        back = [
-            (x * np.sin(a), 0.52 + 0.42 * np.cos(a))
-            for x, a in ((edges[i + 1], a) for a in np.linspace(np.pi / 2, 0, 6))
-        ]
-        low = [(x, 0.52 + 0.035 * np.sin(np.pi * k / 4)) for k, x in enumerate(rim)]
-        pen.polygon(leant(side + low + back), white if i % 2 else pen.main if i < 3 else mixed(pen.main, pen.dark, 0.6))
+    ribs = np.linspace(-0.5, 0.5, 6)
+    bend = np.linspace(0, np.pi / 2, 6)
+    for i, (left, right) in enumerate(pairwise(ribs)):
+        down = [(left * np.sin(a), 0.52 + 0.42 * np.cos(a)) for a in bend]
+        rim = [(x, 0.52 + 0.035 * np.sin(np.pi * k / 4)) for k, x in enumerate(np.linspace(left, right, 5))]
+        up = [(right * np.sin(a), 0.52 + 0.42 * np.cos(a)) for a in bend[::-1]]
+        colour = white if i % 2 else pen.main if i < 3 else mixed(pen.main, pen.dark, 0.6)
+        pen.polygon(leant([*down, *rim, *up]), colour)

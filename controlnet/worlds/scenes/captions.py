@@ -80,7 +80,7 @@ def list_of_words(rng: np.random.Generator, setting: Setting, named: Sequence[Pl
 
 
 def phrase(rng: np.random.Generator, thing: Placed, detail: float = 1.0) -> str:
-    """As "small red house on the left", with less of it most times; `detail` scales how often size and place are told."""
+    """As "small red house on the left", mostly with less; `detail` scales how often size and place are told."""
     size, coloured, place = rng.random(3) < (0.35 * detail, 0.88, 0.3 * detail)
     word = str(rng.choice(thing.kind.words))
     if coloured:
@@ -94,10 +94,9 @@ def where_words(rng: np.random.Generator, setting: Setting, named: Sequence[Plac
     ground = GROUND_WORDS["beach" if setting.far == "sea" else setting.ground]
     homes = {thing.kind.home for thing in named}
     grounds = ground["list"] if listed else ground.get(homes.pop() if len(homes) == 1 else "any", ground["any"])
-    lights = (
-        setting.light if setting.sky == "day" and setting.light == "sun" or setting.light == "moon" else setting.sky
-    )
-    skies = SKY_WORDS[setting.sky if rng.random() < 0.5 else lights]
+    skies = SKY_WORDS[setting.sky]
+    if rng.random() >= 0.5 and setting.sky != "sunset":
+        skies = SKY_WORDS.get(setting.light, skies)
     fars = FAR_WORDS.get(setting.far)
     words = []
     for share, choices in ((0.6, grounds), (0.4, fars and fars[not listed]), (0.7, skies[not listed])):

@@ -32,17 +32,17 @@ class Placed:
         return self.x - half, self.y - self.kind.height * self.scale, self.x + half, self.y
 
 
-def random_things(rng: np.random.Generator, setting: Setting, colours: tuple[str, ...]) -> list[Placed]:
+def random_things(rng: np.random.Generator, setting: Setting) -> list[Placed]:
     """One to four, from far to near, each of another colour."""
     count = rng.choice([1, 2, 3, 4], p=(0.22, 0.36, 0.28, 0.14))
-    names, free, things = kinds_for(rng, setting, count), list(rng.permutation(contrasting(setting, colours))), []
+    names, colours, things = kinds_for(rng, setting, count), list(rng.permutation(contrasting(setting))), []
     for name in names:
         for _ in range(20):
             size = "large" if rng.random() < (0.8 if count == 1 else 0.5) else "small"
-            thing = placed(rng, setting, KINDS[name], str(free[-1]), size)
+            thing = placed(rng, setting, KINDS[name], str(colours[-1]), size)
             if thing and all(apart(thing, other) for other in things):
                 things.append(thing)
-                free.pop()
+                colours.pop()
                 break
     return sorted(things, key=lambda thing: -thing.depth)
 
@@ -55,10 +55,10 @@ def kinds_for(rng: np.random.Generator, setting: Setting, count: int) -> list[st
     return [str(name) for name in rng.choice(list(KINDS), size=count, replace=False, p=shares / shares.sum())]
 
 
-def contrasting(setting: Setting, colours: tuple[str, ...]) -> list[str]:
+def contrasting(setting: Setting) -> list[str]:
     """The colours that can be told from all that may lie behind a thing."""
     behind = np.array([*SKIES[setting.sky], setting.ground_colour])  # (N, 3)
-    return [name for name in colours if np.linalg.norm(behind - PAINTS[name], axis=1).min() >= 72]
+    return [name for name, paint in PAINTS.items() if np.linalg.norm(behind - paint, axis=1).min() >= 72]
 
 
 def placed(rng: np.random.Generator, setting: Setting, kind: Kind, colour: str, size: str) -> Placed | None:
@@ -73,13 +73,12 @@ def placed(rng: np.random.Generator, setting: Setting, kind: Kind, colour: str, 
     if kind.home == "sky":
         y = float(rng.uniform(high + 0.03, max(high + 0.04, setting.horizon - 0.03)))
         return Placed(kind, colour, size, place, x, y, scale, depth=0.25 if size == "large" else 0.75)
-    start = setting.horizon if kind.home == "sea" and setting.far == "sea" else setting.shore
-    if kind.home == "sea" and setting.far == "sea" and size == "small":
-        y = float(rng.uniform(start + 0.05, setting.shore - 0.005))
-    elif size == "small":
-        y = float(rng.uniform(start + 0.07, start + 0.5 * (1 - start)))
-    else:
+    if size == "large":
         y = float(rng.uniform(0.84, 0.96))
+    elif kind.home == "sea" and setting.far == "sea":  # on the sea before the shore
+        y = float(rng.uniform(setting.horizon + 0.05, setting.shore - 0.005))
+    else:
+        y = float(rng.uniform(setting.shore + 0.07, setting.shore + 0.5 * (1 - setting.shore)))
     if kind.name == "fish":  # below the surface
         y = max(y, min(0.97, setting.horizon + high + 0.03))
     return Placed(kind, colour, size, place, x, y, scale, depth=depth_at(setting, y))

@@ -1,5 +1,7 @@
 """What a thing is drawn with: figures in coordinates of its own, in its own colours."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..canvas import RGB, Canvas, Points, closed_curve, open_curve
@@ -22,6 +24,10 @@ class Pen:
 
     def vary(self, low: float, high: float) -> float:
         return float(self.rng.uniform(low, high))
+
+    def unlike(self, colours: Sequence[RGB], least: float = 60) -> list[RGB]:
+        """Those of the colours that can be told from the main one."""
+        return [colour for colour in colours if np.linalg.norm(np.subtract(colour, self.main)) > least]
 
     def placed(self, points: Points) -> np.ndarray:
         return self.foot + np.asarray(points) * self.axes

@@ -14,7 +14,7 @@ CROWNS = (
 
 
 def tree(pen: Pen) -> None:
-    trunk = WOOD if np.linalg.norm(np.subtract(WOOD, pen.main)) > 60 else shade(WOOD, 0.5)
+    trunk = pen.unlike([WOOD, shade(WOOD, 0.5)])[0]
     pen.polygon([(-0.09, 0), (0.09, 0), (0.055, 0.5), (-0.055, 0.5)], trunk)
     pen.line([(0, 0.3), (0.13, 0.48)], 0.05, trunk)
     crown = CROWNS[pen.rng.integers(len(CROWNS))]
@@ -26,7 +26,7 @@ def tree(pen: Pen) -> None:
 
 
 def pine(pen: Pen) -> None:
-    trunk = WOOD if np.linalg.norm(np.subtract(WOOD, pen.main)) > 60 else shade(WOOD, 0.5)
+    trunk = pen.unlike([WOOD, shade(WOOD, 0.5)])[0]
     pen.box(-0.06, 0, 0.06, 0.2, trunk)
     wide = pen.vary(0.3, 0.38)
     for low, high, half in ((0.14, 0.56, wide), (0.36, 0.78, 0.8 * wide), (0.58, 1.0, 0.58 * wide)):
@@ -36,29 +36,25 @@ def pine(pen: Pen) -> None:
 
 def flower(pen: Pen) -> None:
     heart = (250, 206, 70) if pen.main[2] > 110 or pen.main[1] < 110 else WOOD
-    stem = LEAF if np.linalg.norm(np.subtract(LEAF, pen.main)) > 60 else shade(LEAF, 0.4)
+    stem = pen.unlike([LEAF, shade(LEAF, 0.4)])[0]
     sway = pen.vary(-0.05, 0.05)
     pen.curve([(0, 0), (sway, 0.25), (0, 0.6)], 0.055, stem)
     pen.blob([(0, 0.1), (0.14, 0.13), (0.3, 0.28), (0.13, 0.27)], stem)
     pen.blob([(0, 0.05), (-0.12, 0.07), (-0.27, 0.2), (-0.12, 0.2)], stem)
-    count = int(pen.rng.integers(5, 8))
-    turn = pen.vary(0, 1)
-    for i in range(2 * count):
-        angle = turn + (2 * np.pi / count) * ((i % count) + 0.5 * (i < count))
-        reach, radius, tone = (0.19, 0.1, pen.dark) if i < count else (0.18, 0.125, pen.main)
-        pen.disc(reach * np.cos(angle), 0.69 + reach * np.sin(angle), radius, tone)
+    count, turn = int(pen.rng.integers(5, 8)), pen.vary(0, 1)
+    for between, reach, radius, tone in ((0.5, 0.19, 0.1, pen.dark), (0.0, 0.18, 0.125, pen.main)):
+        for i in range(count):  # petals
+            angle = turn + (2 * np.pi / count) * (i + between)
+            pen.disc(reach * np.cos(angle), 0.69 + reach * np.sin(angle), radius, tone)
     pen.disc(0, 0.69, 0.12, heart)
     pen.disc(-0.02, 0.71, 0.07, tint(heart, 0.3))
 
 
 def mushroom(pen: Pen) -> None:
-    stem, spots = (
-        (CREAM, CREAM) if np.linalg.norm(np.subtract(CREAM, pen.main)) > 60 else (tint(WOOD, 0.6), tint(WOOD, 0.4))
-    )
+    stem, spots = (CREAM, CREAM) if pen.unlike([CREAM]) else (tint(WOOD, 0.6), tint(WOOD, 0.4))
     pen.blob([(-0.15, 0.02), (0, -0.01), (0.15, 0.02), (0.12, 0.25), (0.13, 0.48), (-0.13, 0.48), (-0.12, 0.25)], stem)
     pen.polygon([(0.05, 0.01), (0.15, 0.02), (0.11, 0.25), (0.12, 0.45), (0.04, 0.45)], shade(stem, 0.12))
-    high = pen.vary(0.84, 0.92)
-    low = 0.44
+    low, high = 0.44, pen.vary(0.84, 0.92)  # of the cap
     arc = [(0.46 * np.cos(a), low + (high - low) * np.sin(a)) for a in np.linspace(0, np.pi, 17)]
     rim = [(-0.38, low - 0.06), (0, low - 0.1), (0.38, low - 0.06)]
     pen.blob([*arc[::2], *rim], pen.dark)

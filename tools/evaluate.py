@@ -120,7 +120,8 @@ def report_control(
         shown = samples if prompted else [replace(sample, caption="") for sample in samples]
         images = [image_for(sd, control, sample, i, **settings) for i, sample in enumerate(bar(shown))]
         masks = [foreground(image) for image in images]
-        line = f"{label} {prompts}: mean IoU {figures_iou(masks, samples):.3f} (mismatched {figures_iou(masks, others):.3f})"
+        own, floor = (figures_iou(masks, figures) for figures in (samples, others))
+        line = f"{label} {prompts}: mean IoU {own:.3f} (mismatched {floor:.3f})"
         if samples[0].keypoints is not None:
             own, floor = (mean_distance(masks, people) for people in (samples, others))
             line += f", key points {own:.1f} pixels away ({floor:.1f})"

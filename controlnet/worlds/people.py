@@ -76,14 +76,15 @@ def random_looks(rng: np.random.Generator, shirt: str, trousers: str, ground: RG
 
 
 def caption(rng: np.random.Generator, looks: Looks, ground: str) -> str:
-    """Most without hair and hat, some with one of them or both."""
-    person, told = "person", []
+    """Most without hair and hat, some with one of them or both; of short hair a hat leaves little to see."""
+    person = "person"
     if rng.random() < 0.35:
         style = looks.style if looks.style in ("long", "curly") and rng.random() < 0.5 else ""
-        told = [f"{style} {looks.hair} hair".strip()] if looks.style != "bald" else []
+        hidden = looks.style == "bald" or (looks.style == "short" and looks.hat)
+        told = [] if hidden else [f"{style} {looks.hair} hair".strip()]
         told += ["a hat" if rng.random() < 0.4 else f"a {looks.hat}"] if looks.hat else []
         rng.shuffle(told)
-        person = " with ".join(["person" if told else "bald person", *filter(None, [" and ".join(told)])])
+        person = f"person with {' and '.join(told)}" if told else "bald person"
     return f"{person} in {looks.shirt} shirt and {looks.trousers} trousers with {ground} background"
 
 

@@ -25,7 +25,7 @@ def scribble(picture: Picture, rng: np.random.Generator) -> np.ndarray:
     Smooth noise says how far each place of the drawing is off, and where there is no stroke.
     """
     size = len(picture.parts)
-    side, wobble, gaps = FINER * size, rng.uniform(0.01, 0.025), rng.uniform(0.1, 0.28)
+    side, wobble, gaps = FINER * size, rng.uniform(0.01, 0.025), rng.uniform(0.16, 0.34)
     off = np.stack([smooth_noise(rng, side, side, cell=side // 6) for _ in "yx"]) - 0.5  # (2, side, side)
     places = np.mgrid[:side, :side] / FINER + 2 * wobble * size * off
     rows, columns = places.astype(int).clip(0, size - 1)

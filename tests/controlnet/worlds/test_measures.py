@@ -12,6 +12,7 @@ from controlnet.worlds.measures import (
     foreground,
     iou,
     keypoint_distance,
+    mean_iou,
     nearest_colour,
     psnr,
     same_colour,
@@ -54,6 +55,15 @@ def test_iou_of_known_masks():
     a[:2], b[1:3] = True, True
     assert iou(a, b) == pytest.approx(4 / 12)
     assert iou(a, a) == iou(a & False, a & False) == 1
+
+
+def test_the_mean_iou_is_that_of_the_masks_that_are_there():
+    true = np.full((4, 4), -1)
+    true[:2], true[2, :2] = 0, 3
+    shown = true.copy()
+    shown[0], shown[3] = 3, 7  # of 0, half is left; of 3, two of its six pixels are right; 7 is nowhere in the truth
+    assert mean_iou(shown, true) == pytest.approx((1 / 2 + 2 / 6) / 2)
+    assert mean_iou(true, true) == 1 and mean_iou(np.full((4, 4), 5), true) == 0
 
 
 def test_colours_with_two_names_are_the_same():

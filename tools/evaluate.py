@@ -63,7 +63,9 @@ def evaluate(args: argparse.Namespace) -> None:
         if world not in WORLDS:
             raise ValueError(f'there is no dataset "{world}", expected one of {", ".join(WORLDS)}')
         if issubclass(WORLDS[world], Scenes):
-            raise ValueError(f"what is seen of {world} cannot be measured yet: give a dataset with plain grounds")
+            raise ValueError(
+                f"{world} has landscapes, and figures are told from plain grounds: try it on shapes or people"
+            )
     sd = StableDiffusion.load(args.base)
     controls = [(world, ControlNet.load(path, sd.unet)) for world, path in args.control]
 

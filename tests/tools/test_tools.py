@@ -39,6 +39,8 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
 def test_evaluate_knows_its_worlds(capsys):
     assert evaluate.main(["--control", "moon", "control.safetensors"]) == 2
     assert 'there is no dataset "moon"' in capsys.readouterr().err
+    assert evaluate.main(["--control", "seg", "control.safetensors"]) == 2
+    assert "seg has landscapes" in capsys.readouterr().err
 
 
 def test_the_strip_shows_hints_above_images_for_each_control(models, tmp_path):

@@ -48,10 +48,12 @@ def test_scribbles_wobble():
     assert all(near(lines, 1)[strokes].mean() < 0.9 for strokes in hints)
 
 
-def test_a_scribble_depends_on_the_dataset_the_seed_and_the_index():
+def test_every_sample_is_scribbled_with_another_hand():
     dataset = Scribble(64, seed=1)
-    assert np.array_equal(dataset[4].hint, Scribble(64, seed=1)[4].hint)
-    assert not np.array_equal(dataset[4].hint, Scribble(64, seed=2)[4].hint)
+    picture, hint = dataset.draw(4), dataset[4].hint
+    assert np.array_equal(hint, scribble(picture, dataset.rng(4)))
+    for other in (dataset.rng(5), Scribble(64, seed=2).rng(4), Scribble(64, seed=1, held_out=True).rng(4)):
+        assert not np.array_equal(hint, scribble(picture, other))
 
 
 def test_segmentation_has_the_classes_in_the_colours_of_ade20k():

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from controlnet.training.run_state import write_text
-from controlnet.worlds import Fill50k, Interleaved, People, Sample, Scenes, Shapes
+from controlnet.worlds import Fill50k, People, Scenes, Shapes, World
 from ldm.checkpoints.files import new_file
 
 CHUNK = 64
@@ -26,34 +26,34 @@ class Pictures:
     captions: list[str]
 
 
-def all_worlds(size: int, seed: int = 0, held_out: bool = False) -> Interleaved:
-    return Interleaved([kind(size, seed, held_out=held_out) for kind in (Scenes, People, Shapes, Fill50k)])
+def validation_worlds(size: int) -> list[World]:
+    return [kind(size, held_out=True) for kind in (Scenes, People, Shapes, Fill50k)]
 
 
-def mixture(size: int, seed: int) -> Interleaved:
-    """What is trained on: half of it scenes, which have most to be learned."""
+def mixture(size: int, seed: int) -> list[World]:
+    """What is trained on, in turn: half of it scenes, which have most to be learned."""
     scenes = (Scenes(size, 3 * seed + i) for i in range(3))  # by seeds of their own, so that none comes twice
     others = (kind(size, seed) for kind in (People, Shapes, Fill50k))
-    return Interleaved([world for pair in zip(scenes, others, strict=True) for world in pair])
+    return [world for pair in zip(scenes, others, strict=True) for world in pair]
 
 
 def open_pictures(folder: Path, size: int, count: int, seed: int) -> Pictures:
     """The first `count` samples, drawn if they are not there yet."""
     images, captions = folder / "pictures.npy", folder / "captions.json"
     if not captions.exists():
-        draw_pictures(mixture(size, seed), count, images, captions)
+        draw_pictures(Drawings(mixture(size, seed), count), size, images, captions)
     pictures = Pictures(np.load(images, mmap_mode="r"), json.loads(captions.read_text()))
     if len(pictures.captions) != count:
         raise ValueError(f"{images} holds {len(pictures.captions)} images, expected {count}: give another --out")
     return pictures
 
 
-def draw_pictures(world: Interleaved, count: int, images: Path, captions: Path) -> None:
+def draw_pictures(drawings: "Drawings", size: int, images: Path, captions: Path) -> None:
     """Writes the captions last: files without them are of a run that was stopped."""
-    chunks = DataLoader(Drawings(world, count), CHUNK, num_workers=os.cpu_count() or 1, collate_fn=list)
+    chunks = DataLoader(drawings, CHUNK, num_workers=os.cpu_count() or 1, collate_fn=list)
     drawn_captions = []
     with new_file(images) as temporary:
-        file = open_memmap(temporary, "w+", np.uint8, (count, world.size, world.size, 3))
+        file = open_memmap(temporary, "w+", np.uint8, (len(drawings), size, size, 3))
         for chunk in tqdm(chunks, "drawing", mininterval=10):
             start = len(drawn_captions)
             file[start : start + len(chunk)] = [image for image, _ in chunk]
@@ -64,14 +64,15 @@ def draw_pictures(world: Interleaved, count: int, images: Path, captions: Path) 
 
 @dataclass(frozen=True)
 class Drawings:
-    """The first `count` samples of a dataset, without their hints and ground truth."""
+    """`count` images and captions, of several worlds in turn."""
 
-    world: Interleaved
+    worlds: list[World]
     count: int
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        sample: Sample = self.world[index]
-        return sample.image, sample.caption
+        turn, world = divmod(index, len(self.worlds))
+        picture = self.worlds[world].draw(turn)
+        return picture.image, picture.caption

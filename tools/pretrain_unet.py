@@ -23,7 +23,7 @@ from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 from tools.pretrain_common import SAVE_EVERY, SHOWN, log, optimise
-from tools.pretrain_pictures import Pictures, all_worlds
+from tools.pretrain_pictures import Pictures, validation_worlds
 
 
 def fresh_base(config: Config, vae: AutoencoderKL, pictures: Pictures) -> StableDiffusion:
@@ -128,9 +128,9 @@ def mostly_noisy(timesteps: int, count: int, generator: torch.Generator) -> Tens
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:
     """A grid with a row of images for the first validation captions of each dataset, always with the same seeds."""
-    worlds = all_worlds(sd.config.resolution, held_out=True).worlds
+    worlds = validation_worlds(sd.config.resolution)
     rows = [
-        np.hstack([np.asarray(generate(sd, world[i].caption, seed=i, steps=10, cfg=2.5)[0]) for i in range(SHOWN)])
+        np.hstack([np.asarray(generate(sd, world.draw(i).caption, seed=i, steps=10, cfg=2.5)[0]) for i in range(SHOWN)])
         for world in worlds
     ]
     save_png(Image.fromarray(np.vstack(rows)), path, {})

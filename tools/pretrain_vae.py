@@ -18,7 +18,7 @@ from controlnet.worlds.measures import pooled_psnr, psnr
 from ldm.config import Config, VAEConfig
 from ldm.vae import AutoencoderKL
 from tools.pretrain_common import SAVE_EVERY, SHOWN, log, optimise, row_of
-from tools.pretrain_pictures import Pictures, all_worlds
+from tools.pretrain_pictures import Pictures, validation_worlds
 
 MEASURED = 32  # validation images of each dataset, at every save
 
@@ -89,8 +89,8 @@ def vae_report(vae: AutoencoderKL, size: int, grid: Path) -> str:
     """PSNR on validation images of each dataset, beside that of 8x8 average pooling. Saves the first as a grid."""
     report = []
     rows = []
-    for world in all_worlds(size, held_out=True).worlds:
-        images = to_images(world[i].image for i in range(MEASURED))
+    for world in validation_worlds(size):
+        images = to_images(world.draw(i).image for i in range(MEASURED))
         latents = vae.posterior(images).mean
         decoded = vae.decoder(vae.post_quant_conv(latents)).clamp(-1, 1)
         report.append(f"{world.name} {psnr(decoded, images):.2f} dB (pooled {pooled_psnr(images):.2f})")

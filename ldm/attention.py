@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., arXiv 1706.03762) of x (B, N, C) to a context (B, M, D) -> (B, N, C).
 
-    q, k and v have no bias, as in the released models. `heads` is their number. With `fp32_logits` attention runs in
-    fp32 even under autocast or with half-precision weights: SD 2.1's logits exceed the range of fp16.
+    q, k and v have no bias, as in the released models. `heads` is their number. With `fp32_logits` the logits q k^T are
+    fp32 even under autocast or with half-precision weights: SD 2.1's exceed the range of fp16.
     """
 
     def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool = False):
@@ -32,7 +32,9 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(c)) v for q (B, heads, N, c), k and v (B, heads, M, c) -> like q."""
-        if self.fp32_logits and q.dtype != torch.float32:
+        # PyTorch's kernels for CPU and CUDA, fused or not, sum up logits in fp32 whatever q and k are; that of mps does
+        # not.
+        if self.fp32_logits and q.device.type not in ("cpu", "cuda") and q.dtype != torch.float32:
             with torch.autocast(q.device.type, enabled=False):
                 return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
         return F.scaled_dot_product_attention(q, k, v)

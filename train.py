@@ -49,7 +49,7 @@ from ldm.unet import UNet
 
 def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
     """-> the exit status: 0 if all steps are done, else that of the signal which stopped the run after a step."""
-    prepare_process(settings)
+    settings = prepare_process(settings, process.device)
     training = Training(settings, process)
     start = training.restore()
     training.open_data(start)

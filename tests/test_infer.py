@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small import SMALL, small_control, small_sd
 
@@ -27,8 +28,9 @@ from controlnet.hints import detect
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.generate import default_size, generate
 from controlnet.inference.image_to_image import Init
-from controlnet.inference.options import A1111_SAMPLERS
+from controlnet.inference.options import A1111_SAMPLERS, Options
 from controlnet.inference.png_text import fingerprint
+from controlnet.inference.run import prepare
 from controlnet.model import ControlNet
 from controlnet.worlds.fill50k import draw_circle
 from ldm import StableDiffusion
@@ -129,7 +131,7 @@ def test_one_command_makes_an_image_from_the_example_hint(weights, capsys):
 
 def test_the_image_carries_everything_used(weights):
     options = (
-        "--negative blurry --seed 7 --sampler ddim --cfg 3 --eta 0.5 --size 96x64 --control-scale 0.8 --dtype bf16"
+        "--negative blurry --seed 7 --sampler ddim --cfg 3 --eta 0.5 --size 96x64 --control-scale 0.8 --precision bf16"
     )
     assert run("--prompt", "größer, bigger", "--hint", "circle.png", *options.split()) == 0
     assert pixels_of("out/0001.png").shape == (64, 96, 3)
@@ -156,7 +158,7 @@ def test_the_image_carries_everything_used(weights):
         "eta": 0.5,
         "reuse": 1,
         "device": "cpu",
-        "dtype": "bf16",
+        "precision": "bf16",
         "low_memory": False,
         "hint": ["circle.png"],
         "detect": ["none"],
@@ -207,11 +209,29 @@ def test_the_options_decide_over_the_image():
             "--control-scale 0",
             "--steps 3",
             "--reuse 2",
-            "--dtype bf16",
+            "--precision bf16",
         ]
     ):
         assert run(*base, *change.split(), "--out", f"{i}.png") == 0
         assert not np.array_equal(pixels_of(f"{i}.png"), pixels_of("base.png")), change
+
+
+@pytest.mark.parametrize(
+    "device, given, used", [("cuda", None, "fp16"), ("mps", None, "fp32"), ("cuda", "fp32", "fp32")]
+)
+def test_the_precision_is_fp16_on_cuda_unless_another_is_given(weights, device, given, used, monkeypatch, capsys):
+    monkeypatch.setattr("controlnet.inference.run.pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: None)
+    (job,) = prepare(Options(precision=given), {})
+    assert job.settings(seed=0)["precision"] == used
+    said = [line for line in notes(capsys.readouterr()) if "fp16" in line]
+    assert said == (["computing in fp16 (--precision fp32: slower and exact)"] if used == "fp16" else [])
+
+
+def test_the_precision_recorded_is_what_was_computed_in(weights, capsys):
+    assert run("--precision", "tf32") == 0 and run("--dtype", "fp32") == 0
+    assert notes(capsys.readouterr()) == ["cpu has no TF32: computing in fp32"]
+    assert [settings_of(f"out/000{i}.png")["precision"] for i in (1, 2)] == ["fp32", "fp32"]
 
 
 def test_the_default_guidance_is_saved_as_a_number(weights):
@@ -400,7 +420,7 @@ def test_strange_settings_are_refused(everything, capsys):
         "low_memory": "no",
         "seed": None,
         "cfg": True,
-        "dtype": "int8",
+        "precision": "int8",
         "control_mode": ["strong", "balanced"],
         "control_start": [[0.5], {}],
         "hint": "photo.png",
@@ -419,10 +439,11 @@ def test_a_prompt_that_is_no_unicode_is_kept_and_read_again(place):
     assert np.array_equal(pixels_of("again.png"), pixels_of("first-2.png"))
 
 
-def test_an_image_from_before_an_option_is_made_again(everything):
+def test_an_image_from_before_an_option_and_its_name_is_made_again(everything):
     settings = settings_of("first-2.png")
     for name in ("fit", "mask_blur", "only_masked"):
         del settings[name]
+    settings["dtype"] = settings.pop("precision")
     save_png(photograph((8, 8)), "old.png", {"controlnet": json.dumps(settings)})
     assert infer.main(["--again", "old.png", "--out", "again.png"]) == 0
     assert np.array_equal(pixels_of("again.png"), pixels_of("first-2.png"))
@@ -892,7 +913,8 @@ def test_too_little_memory_is_a_sentence_and_other_failures_are_not_hidden(monke
 
     fail_with(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     assert run() == 2
-    assert notes(capsys.readouterr()) == ["infer.py: out of memory: add --low-memory, --dtype fp16 or a smaller --size"]
+    (line,) = notes(capsys.readouterr())
+    assert line == "infer.py: out of memory: add --low-memory, --precision fp16 or a smaller --size"
     fail_with(RuntimeError("a mistake of ours"))
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         run()

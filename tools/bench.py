@@ -2,7 +2,7 @@
 
     python -m tools.bench                        # the small models of weights/: half an hour on two cores
     python -m tools.bench --case sd15-256        # SD 1.5 at full size with random weights
-    python -m tools.bench --case sd15-512 --device cuda --dtype fp16
+    python -m tools.bench --case sd15-512 --device cuda --precision fp16
     python -m tools.bench --only sampling vae --rounds 9
 
 Prints a table to paste. In each round both sides take turns, each in a new process, as its users run it: ours with
@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from controlnet.common.program import new_parser, note, positive, run
+from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, note, positive, run
 
 CASES = {
     "tiny": {"size": 128, "steps": 20, "cfg": 2.5, "batch_size": 8, "checkpointing": False},
@@ -71,7 +71,8 @@ COLUMNS = (
     *("memory, ours", "diffusers", "ours / theirs"),
     *("GEMM peak, ours", "diffusers", "difference"),
 )
-ROUNDING = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}  # the largest relative L2 difference that is rounding alone
+# The largest relative L2 difference that is rounding alone.
+ROUNDING = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
 QUIET = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
 
@@ -88,7 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=positive, default=5, metavar="N", help="processes of each side (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="of a CPU (default: PyTorch's own choice)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
-    add("--dtype", choices=ROUNDING, default="fp32", help="(default: %(default)s)")
+    add("--precision", choices=PRECISION_NAMES, default="fp32", help=f"{PRECISION_HELP} (default: %(default)s)")
     add("--folder", type=Path, metavar="DIR", help="keep the models here, 11 GB for SD 1.5 (default: do not keep them)")
     add("--debug", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
@@ -101,10 +102,10 @@ def bench(args: argparse.Namespace) -> int:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) if tiny or args.folder is None else args.folder
         note(f"the models go to {folder} ...")
-        wanted = (args.case, folder, args.device, args.threads)
+        wanted = (args.case, folder, args.device, args.threads, args.precision)
         machine, described = in_a_process("writing the models", "bench_ours", "prepare", *wanted)
-        setup = CASES[args.case] | machine | {"folder": folder, "precision": args.dtype}
-        print(f"{args.case}, {args.dtype}: {described}; medians of {args.rounds} rounds\n", flush=True)
+        setup = CASES[args.case] | machine | {"folder": folder}
+        print(f"{args.case}, {setup['precision']}: {described}; medians of {args.rounds} rounds\n", flush=True)
         if "reuse" in args.only and not tiny:
             note("reuse is measured with --case tiny alone: judging it takes models that have learned something")
         rows = [row for row in ROWS if row.task in args.only and (tiny or row.task != "reuse")]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from controlnet.common.devices import PRECISIONS
+from controlnet.common.devices import PRECISIONS, pick_device, use_precision
 
 LONG_ENOUGH, MOST_RUNS = 2, 5  # a process repeats its timed run until these seconds or runs are reached
 
@@ -38,7 +38,7 @@ class Setup:
     checkpointing: bool  # gradient checkpointing in training
     folder: Path
     device: str
-    precision: str  # fp32, fp16 or bf16
+    precision: str
     threads: int
 
 
@@ -57,6 +57,7 @@ def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool, co
     """
     setup = Setup(**setup)
     torch.set_num_threads(setup.threads)
+    use_precision(setup.precision, pick_device(setup.device))
     load = getattr(import_module(f"tools.{module}"), task)
     count_flops(one_of_each_kernel)  # also imports what counting needs
     before = resident("VmRSS")

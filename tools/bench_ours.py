@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlnet import ControlNet
-from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device
+from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device, use_precision
 from controlnet.common.images import to_hints
 from controlnet.guidance import Control
 from controlnet.inference.generate import generate
@@ -49,8 +49,8 @@ SMALL_SIDE = 64  # pixels, which every base can make: enough to see whether a mo
 # ---------------------------------------------------------------------------------------------------- models and inputs
 
 
-def prepare(case: str, folder: Path, device: str | None, threads: int | None) -> tuple[dict, str]:
-    """Writes the models of a case -> device and threads, as in Setup, and a description of the machine."""
+def prepare(case: str, folder: Path, device: str | None, threads: int | None, precision: str) -> tuple[dict, str]:
+    """Writes the models of a case -> device, threads and precision, as in Setup, and a description of the machine."""
     device, threads = pick_device(device), threads or torch.get_num_threads()
     folder.mkdir(parents=True, exist_ok=True)
     if case == "tiny":
@@ -62,7 +62,8 @@ def prepare(case: str, folder: Path, device: str | None, threads: int | None) ->
         write_models(folder, fill(sd), fill(ControlNet.from_unet(sd.unet)))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
     packages = [f"{package} {version(package)}" for package in ("torch", "diffusers") if find_spec(package)]
-    return {"device": str(device), "threads": threads}, f"{name}, {threads} threads, {', '.join(packages)}"
+    machine = {"device": str(device), "threads": threads, "precision": use_precision(precision, device)}
+    return machine, f"{name}, {threads} threads, {', '.join(packages)}"
 
 
 def write_models(folder: Path, sd: StableDiffusion, control: ControlNet) -> None:
@@ -163,7 +164,7 @@ def vae(setup: Setup, encode: bool, tiled: bool) -> Work:
 
 def training(setup: Setup, cached: bool) -> Work:
     """One step of train.py from the batch to the changed weights, with latents and text states computed before or in
-    it; without TF32, which their script leaves off, too."""
+    it."""
     device = torch.device(setup.device)
     chosen = {"optimizer": "adamw", "lr": LEARNING_RATE, "warmup": 0}
     settings = TrainSettings(precision=setup.precision, checkpointing=setup.checkpointing, **chosen)
@@ -221,7 +222,7 @@ def start(setup: Setup, infer: bool) -> Work:
     command = [sys.executable, "-c", "import torch"]
     if infer:
         command = [sys.executable, str(ROOT / "infer.py"), "--hint", "circle.png", "--steps", "1"]
-        command += ["--device", setup.device, "--dtype", setup.precision, "--out", str(setup.folder / "start.png")]
+        command += ["--device", setup.device, "--precision", setup.precision, "--out", str(setup.folder / "start.png")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(setup.threads)}
 
     def work() -> Outputs:

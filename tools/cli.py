@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from controlnet.common.program import PRECISION_NAMES, free_place, note
+from controlnet.common.program import DTYPE_NAMES, free_place, note
 
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 
@@ -27,7 +27,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         help="a name ending in .safetensors makes a file in the original layout, any other a folder in diffusers'",
     )
     group.add_argument(
-        "--dtype", choices=PRECISION_NAMES, help="of the weights (default: unchanged; the widest type of a mixture)"
+        "--dtype", choices=DTYPE_NAMES, help="of the weights (default: unchanged; the widest type of a mixture)"
     )
     group.add_argument("--force", action="store_true", help="replace OUT if it exists (default: refuse)")
     add_debug(parser)

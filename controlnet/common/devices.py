@@ -10,12 +10,16 @@ from types import ModuleType
 import torch
 from torch import nn
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from .program import note
+
+# Names of precisions, and the types of the networks. "tf32" is also a setting of CUDA's: see `use_precision`.
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`; for None the default CUDA device if there is one, otherwise the CPU.
 
+    A CUDA device with a number becomes the current one, so that nothing opens a context on the first one.
     Raises ValueError for a name that PyTorch does not know and for a device that this machine does not have.
     """
     if name is None:
@@ -28,7 +32,26 @@ def pick_device(name: str | None) -> torch.device:
     if (device.index or 0) >= available.get(device.type, 0):
         found = ", ".join(f"{kind} ({count})" for kind, count in available.items() if count)
         raise ValueError(f'PyTorch finds no device "{name}" here, only {found}: choose one of these')
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
+
+
+def use_precision(name: str, device: torch.device) -> str:
+    """Lets CUDA compute fp32 products in TF32 for "tf32", and for no other precision: of itself PyTorch would in
+    convolutions. -> the precision that `device` computes in: "fp32" for "tf32" where there is none, which is noted.
+    """
+    if name == "tf32" and not has_tf32(device):
+        note(f"{device} has no TF32: computing in fp32")
+        name = "fp32"
+    # By their older names: torch.compile reads these, and PyTorch refuses that after the newer `fp32_precision` is set.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return name
+
+
+def has_tf32(device: torch.device) -> bool:
+    """NVIDIA's GPUs have it from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def optional(module: str, what: str) -> ModuleType:

@@ -18,7 +18,13 @@ from typing import Any
 SPINS = "3000"  # before a waiting thread sleeps: 0 costs a fifth on an idle machine, 10,000 a half on a busy one
 LONGEST_NOTE = 3000  # characters
 REQUIRED = ("torch", "torchvision", "numpy", "PIL", "einops", "safetensors", "tqdm")  # by the names of their modules
-PRECISION_NAMES = ("fp32", "fp16", "bf16")  # devices.PRECISIONS has their types
+DTYPE_NAMES = ("fp32", "fp16", "bf16")  # of weights in files
+PRECISION_NAMES = ("fp32", "tf32", "fp16", "bf16")  # of a computation; devices.PRECISIONS has the networks' types
+PRECISION_HELP = (
+    "what the networks compute in. fp32: in full, on CUDA too; tf32: on CUDA the factors of products are rounded to 10 "
+    "bits, which is faster; fp16 and bf16: half the memory and faster still, bf16 with fewer digits but "
+    "without overflow"
+)
 FITS = ("stretch", "crop", "pad")  # images.fitted does them
 
 
@@ -35,16 +41,17 @@ def option(
     const: Any = None,
     metavar: str | None = None,
     each: bool = False,
+    older: str | None = None,
     **marks: Any,
 ) -> Any:
     """A field of a settings dataclass that is also an option of its program: `--batch-size` for `batch_size`.
 
     A default of False makes it a flag. With `each` the option may be repeated, and its value is a list. `const` is the
-    value of an option that is given without one. `marks` are the program's own notes about it ("fixed" on resume),
-    found in the field's metadata.
+    value of an option that is given without one, `older` another spelling of its flag. `marks` are the program's own
+    notes about it ("fixed" on resume), found in the field's metadata.
     """
     argument = {"help": help, "type": type, "choices": choices, "const": const, "metavar": metavar}
-    metadata = {"group": group, "argument": argument, "each": each, **marks}
+    metadata = {"group": group, "argument": argument, "each": each, "older": older, **marks}
     return field(default_factory=list, metadata=metadata) if each else field(default=default, metadata=metadata)
 
 
@@ -69,7 +76,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             arguments["nargs"] = "?"
         default = None if item.default is MISSING else item.default
         arguments["help"] = arguments["help"].replace("%(default)s", str(default))
-        group.add_argument(flag_of(item.name), dest=item.name, default=argparse.SUPPRESS, **arguments)
+        flags = filter(None, (flag_of(item.name), item.metadata["older"]))
+        group.add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, **arguments)
 
 
 def from_json(settings: type, values: dict, source: str) -> dict:

@@ -37,6 +37,8 @@ def with_recorded(given: dict) -> tuple[Options, dict[str, str]]:
 
 
 def of_ours(path: str, recorded: dict) -> tuple[dict, dict[str, str]]:
+    if "dtype" in recorded:  # in older images
+        recorded = {"precision": recorded["dtype"], **recorded}
     missing = [name for name in ALWAYS_RECORDED if name not in recorded]
     if missing:
         raise ValueError(f'"{path}" was made by another version of infer.py, which did not know {", ".join(missing)}')

@@ -44,5 +44,5 @@ def check_output(layer: str) -> Callable:
 
 def sentence(layer: str, output: Tensor) -> str:
     precision = str(output.dtype).removeprefix("torch.")
-    remedy = "take a lower guidance or another checkpoint" if precision == "float32" else "take float32 (--dtype fp32)"
+    remedy = "take a lower guidance or another checkpoint" if precision == "float32" else "take --precision fp32"
     return f"{layer}, computed in {precision}, gives values that are not finite: {remedy}"

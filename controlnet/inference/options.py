@@ -6,6 +6,7 @@ from pathlib import Path
 
 from controlnet.common.program import (
     FITS,
+    PRECISION_HELP,
     PRECISION_NAMES,
     flag_of,
     not_negative,
@@ -197,7 +198,12 @@ class Options:
     )
     save_hint: bool = in_run("also save the hints as the model sees them, beside the first image", False, passing=True)
     device: str | None = in_run("cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)", metavar="NAME")
-    dtype: str = in_run("of the networks (default: %(default)s)", "fp32", choices=PRECISION_NAMES)
+    precision: str | None = in_run(
+        f"{PRECISION_HELP}. Latents are always fp32, and an autoencoder that overflows is run again in fp32 (default: "
+        "fp16 with CUDA, else fp32)",
+        choices=PRECISION_NAMES,
+        older="--dtype",
+    )
     low_memory: bool = in_run(
         "CPU offload: networks are on the device only while they are used; guidance in two passes, tiled VAE", False
     )

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device
+from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device, use_precision
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_timesteps
@@ -79,6 +79,7 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     check_seeds(options.seed, options.count)
     layers_to_run(config.text, options.clip_skip)
     device = pick_device(options.device)
+    options = replace(options, precision=use_precision(options.precision or default_precision(device), device))
     check_out(options.out)
     check_pairs(options)
     check_prompts(options, config)
@@ -95,6 +96,14 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     return [job(one) for one in hint_runs(options)]
 
 
+def default_precision(device: torch.device) -> str:
+    """fp16 on CUDA, as published pipelines run there (all networks, the text encoder too), and a note that says so."""
+    if device.type != "cuda":
+        return "fp32"
+    note("computing in fp16 (--precision fp32: slower and exact)")
+    return "fp16"
+
+
 def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     """The base, and the jobs with their controls, packed for the CPU.
 
@@ -104,7 +113,7 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     if not options.low_memory:
         keep_freed_memory(device, large=False)
     home = "cpu" if options.low_memory else device
-    sd = StableDiffusion.load(options.base, home, PRECISIONS[options.dtype], options.prediction)
+    sd = StableDiffusion.load(options.base, home, PRECISIONS[options.precision], options.prediction)
     controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
     jobs = [
         replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from controlnet.common.program import (
+    DTYPE_NAMES,
+    PRECISION_HELP,
     PRECISION_NAMES,
     add_options,
     count,
@@ -132,7 +134,10 @@ class TrainSettings:
         "cpu, cuda, cuda:1 ... (default: cuda if there is one)", metavar="NAME", passing=True
     )
     precision: str = in_machine(
-        "of the computation (default: %(default)s)", "fp32", fixed=True, choices=PRECISION_NAMES
+        f"{PRECISION_HELP}. What is trained stays fp32, and so does the loss (default: %(default)s)",
+        "fp32",
+        fixed=True,
+        choices=PRECISION_NAMES,
     )
     checkpointing: bool = in_machine("gradient checkpointing: less memory for activations, more time", False)
     deterministic: bool = in_machine("bit-identical runs on CUDA, too; slower", False)
@@ -143,7 +148,7 @@ class TrainSettings:
         "the run's folder (default: %(default)s)", Path("runs/control"), passing=True, type=Path, metavar="DIR"
     )
     resume: bool = in_run("go on with the run in --out, with its settings", False, passing=True)
-    save_dtype: str = in_run("of control.safetensors (default: %(default)s)", "fp32", choices=PRECISION_NAMES)
+    save_dtype: str = in_run("of control.safetensors (default: %(default)s)", "fp32", choices=DTYPE_NAMES)
     save_every: int = in_run("steps between saved states (default: %(default)s)", 250, type=positive, metavar="N")
     keep: int = in_run("how many states to keep (default: %(default)s)", 2, type=positive, metavar="N")
     validate_every: int = in_run("steps between validations (default: %(default)s)", 50, type=positive, metavar="N")

@@ -3,11 +3,12 @@ gradient checkpointing, TF32."""
 
 import copy
 import os
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from controlnet.common.devices import keep_freed_memory
+from controlnet.common.devices import keep_freed_memory, use_precision
 from controlnet.model import ControlNet
 from ldm.fast.onednn import use_onednn_linear
 from ldm.fast.packed import pack
@@ -17,12 +18,12 @@ from ldm.unet import set_checkpointing
 from .options import TrainSettings
 
 
-def prepare_process(settings: TrainSettings) -> None:
-    """PyTorch's own settings, for the whole process."""
-    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+def prepare_process(settings: TrainSettings, device: torch.device) -> TrainSettings:
+    """PyTorch's own settings, for the whole process -> `settings` with the precision that `device` really has."""
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
+    return replace(settings, precision=use_precision(settings.precision, device))
 
 
 def prepare_networks(sd: StableDiffusion, control: ControlNet, settings: TrainSettings, device: torch.device) -> None:

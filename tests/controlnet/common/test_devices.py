@@ -1,4 +1,4 @@
-"""Which memory a program keeps."""
+"""Devices, what they compute fp32 in, and which memory a program keeps."""
 
 import platform
 import subprocess
@@ -6,6 +6,62 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from controlnet.common.devices import PRECISIONS, pick_device, use_precision
+from controlnet.common.program import PRECISION_NAMES
+
+# ------------------------------------------------------------------------------------------------- device and precision
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two, of the generation in the list that is returned; what becomes the current one is appended."""
+    capability, current = [8, 0], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return capability, current
+
+
+def test_nothing_is_left_to_be_allocated_on_the_first_gpu_if_another_is_picked(gpus):
+    _, current = gpus
+    assert pick_device(None) == pick_device("cuda") == torch.device("cuda") and current == []
+    assert [pick_device("cuda:1")] == current == [torch.device("cuda:1")]
+    with pytest.raises(ValueError, match="no device"):
+        pick_device("cuda:2")
+    assert len(current) == 1
+
+
+@pytest.fixture
+def default_settings():
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+
+
+@pytest.mark.parametrize("name", PRECISION_NAMES)
+def test_tf32_is_on_for_tf32_alone(gpus, default_settings, name):
+    assert PRECISIONS[name].itemsize == (2 if "16" in name else 4)
+    assert use_precision(name, torch.device("cuda")) == name
+    on = name == "tf32"
+    found = [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]
+    assert [precision == "tf32" for precision in found] == [on, on]
+    # What torch.compile reads raises RuntimeError if the two families of settings contradict each other.
+    assert torch.get_float32_matmul_precision() == ("high" if on else "highest")
+    assert torch.backends.cudnn.allow_tf32 == on
+
+
+def test_devices_without_tf32_compute_in_fp32_and_say_so(gpus, default_settings, capsys):
+    capability, _ = gpus
+    capability[:] = [7, 5]
+    for device in ("cpu", "mps", "cuda"):
+        assert use_precision("tf32", torch.device(device)) == "fp32"
+        assert capsys.readouterr().err == f"{device} has no TF32: computing in fp32\n"
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
 
 FAULTS = """
 import resource, sys, torch

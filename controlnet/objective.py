@@ -10,6 +10,7 @@ context (B, 77, D), hint (B, 3, H, W) in [0, 1].
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,14 +109,24 @@ class ControlLoss(nn.Module):
         self.unet, self.control, self.schedule, self.min_snr = unet, control, schedule, min_snr
 
     def forward(self, z0: Tensor, noise: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
-        z_t = self.schedule.q_sample(z0, t, noise)
+        z_t, dtype = self.schedule.q_sample(z0, t, noise), next(self.unet.encoder.parameters()).dtype
         # Nothing that is trained lies before or inside the locked encoder, so it needs no gradients and keeps no
         # activations. The decoder is locked, too, but the residuals enter it: their gradients come back through it.
-        with torch.no_grad():
-            encoded = self.unet.encoder(z_t, t, context)
-        residuals = self.control(z_t, t, context, hint)
-        output = self.unet.decode(encoded, context, residuals)
+        with torch.no_grad(), own_precision(self.unet.encoder, z_t.device):
+            encoded = self.unet.encoder(z_t.to(dtype), t, context.to(dtype))
+        residuals = [residual.to(dtype) for residual in self.control(z_t, t, context, hint)]
+        with own_precision(self.unet.decoder, z_t.device):
+            output = self.unet.decode(encoded, context.to(dtype), residuals)
         return denoising_loss(self.schedule, output, z0, noise, t, self.min_snr)
+
+
+def own_precision(network: nn.Module, device: torch.device) -> AbstractContextManager:
+    """Switches autocast off around a locked network, which is stored in the type that it is to compute in.
+
+    Autocast is for fp32 parameters that are trained. On CUDA it would also compute all norms in fp32.
+    """
+    locked = not any(parameter.requires_grad for parameter in network.parameters())
+    return torch.autocast(device.type, enabled=False) if locked else nullcontext()
 
 
 def denoising_loss(

@@ -22,8 +22,7 @@ DTYPE_NAMES = ("fp32", "fp16", "bf16")  # of weights in files
 PRECISION_NAMES = ("fp32", "tf32", "fp16", "bf16")  # of a computation; devices.PRECISIONS has the networks' types
 PRECISION_HELP = (
     "what the networks compute in. fp32: in full, on CUDA too; tf32: on CUDA the factors of products are rounded to 10 "
-    "bits, which is faster; fp16 and bf16: half the memory and faster still, bf16 with fewer digits but "
-    "without overflow"
+    "bits, which is faster; fp16 and bf16: half the memory and faster still, bf16 with fewer digits, but no overflow"
 )
 FITS = ("stretch", "crop", "pad")  # images.fitted does them
 

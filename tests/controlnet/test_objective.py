@@ -235,6 +235,32 @@ def test_the_weighted_loss_is_the_weighted_mean_of_each_pictures():
     torch.testing.assert_close(ControlLoss(unet, control, schedule, min_snr=5.0)(*batch), want)
 
 
+@pytest.mark.parametrize("unlocked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_only_what_is_trained_is_under_autocast(dtype, unlocked):
+    """The locked half computes in its own type; gradients come back through it, and the loss is fp32."""
+    unet = small_unet()
+    control = ControlNet.from_unet(unet)
+    for zero_conv in (*control.zero_convs, control.middle_zero_conv, control.hint_encoder.convs[-1]):
+        torch.nn.init.normal_(zero_conv.weight, std=0.1)
+    loss, batch = ControlLoss(unet, control, Schedule(SMALL.schedule)), [part[:1] for part in small_batch()]
+    want = loss(*batch)
+    unet.to(dtype)
+    unet.decoder.to(torch.float32 if unlocked else dtype).requires_grad_(unlocked)
+    parts, found = {"encoder": unet.encoder, "decoder": unet.decoder, "copy": control.encoder}, {}
+    for part, module in parts.items():
+        block = module.blocks[-1]
+        block.register_forward_hook(
+            lambda block, args, y, part=part: found.update({part: (torch.is_autocast_enabled("cpu"), y.dtype)})
+        )
+    with torch.autocast("cpu", dtype):
+        value = loss(*batch)
+    assert found == {"encoder": (False, dtype), "copy": (True, dtype), "decoder": (unlocked, dtype)}
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(want.item(), rel=0.01)
+    value.backward()
+    assert names_with_gradient(control) == {name for name, _ in control.named_parameters()}
+
+
 # ------------------------------------------------------------------------------------------------------ what is drawn
 
 

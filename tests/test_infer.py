@@ -30,6 +30,7 @@ from controlnet.inference.generate import default_size, generate
 from controlnet.inference.image_to_image import Init
 from controlnet.inference.options import A1111_SAMPLERS, Options
 from controlnet.inference.png_text import fingerprint
+from controlnet.inference.run import load as load_networks
 from controlnet.inference.run import prepare
 from controlnet.model import ControlNet
 from controlnet.worlds.fill50k import draw_circle
@@ -226,6 +227,21 @@ def test_the_precision_is_fp16_on_cuda_unless_another_is_given(weights, device, 
     assert job.settings(seed=0)["precision"] == used
     said = [line for line in notes(capsys.readouterr()) if "fp16" in line]
     assert said == (["computing in fp16 (--precision fp32: slower and exact)"] if used == "fp16" else [])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_networks_are_laid_out_for_tensor_cores_unless_these_stay_idle(loads, precision, monkeypatch):
+    """With --low-memory, so that they wait on the CPU."""
+    for network, load in loads.items():  # not those that the other tests share
+        monkeypatch.setattr(network, "load", load.__wrapped__)
+    monkeypatch.setattr("controlnet.inference.run.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    sd, (job,) = load_networks(prepare(Options(precision=precision, low_memory=True, hint=["circle.png"]), {}))
+    for network in (sd.unet, sd.vae, job.controls[0].net):
+        kernels = [p for p in network.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+        last = {p.is_contiguous(memory_format=torch.channels_last) for p in kernels}
+        assert last == {precision != "fp32"}
 
 
 def test_the_precision_recorded_is_what_was_computed_in(weights, capsys):

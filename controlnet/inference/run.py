@@ -105,7 +105,7 @@ def default_precision(device: torch.device) -> str:
 
 
 def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
-    """The base, and the jobs with their controls, packed for the CPU.
+    """The base, and the jobs with their controls, packed for the CPU or laid out for CUDA.
 
     Raises CheckpointError for a ControlNet that does not fit.
     """
@@ -118,8 +118,12 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     jobs = [
         replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs
     ]
+    networks = [sd.unet, sd.vae, *{control.net for job in jobs for control in job.controls}]
+    if device.type == "cuda" and options.precision != "fp32":
+        for network in networks:
+            network.to(memory_format=torch.channels_last)  # what the convolutions of tensor cores read
     if not options.low_memory:  # which moves networks about, and needs plain weights for the tiled VAE
-        pack(sd.unet, sd.vae, *{control.net for job in jobs for control in job.controls})
+        pack(*networks)
     return sd, jobs
 
 

@@ -75,6 +75,7 @@ class Optimisation:
         elif optimizer == "adamw8bit":
             adamw = optional("bitsandbytes.optim", "the 8-bit optimizer").AdamW8bit
             self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
+            self.optimizer.register_step_post_hook(restore_channels_last(self.parameters))
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2, fused=True)
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule)
@@ -141,6 +142,18 @@ class Optimisation:
 
     def _parts(self) -> dict:
         return {"optimizer": self.optimizer, "lr_schedule": self.lr_schedule, "scaler": self.scaler}
+
+
+def restore_channels_last(parameters: list[nn.Parameter]) -> Callable[..., None]:
+    """-> a hook after an optimizer's step, for bitsandbytes: it makes what it updates contiguous, while convolutions
+    are laid out channels last (prepare.py)."""
+    last = [p for p in parameters if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)]
+
+    def hook(*_) -> None:
+        for parameter in last:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    return hook
 
 
 def not_finite(names: list[str], parameters: list[nn.Parameter]) -> str:

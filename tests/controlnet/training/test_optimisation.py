@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +155,29 @@ def test_half_precision_computes_in_half_and_keeps_fp32_parameters(precision, dt
     assert losses == pytest.approx(train(full_optimisation, full_loss, range(3)), rel=0.02)
     assert parameters_of(control).dtype == torch.float32
     assert (parameters_of(control) - before).norm() > 0
+
+
+def test_an_optimizer_that_makes_parameters_contiguous_does_not_undo_channels_last(monkeypatch):
+    """As bitsandbytes does, which is not needed here."""
+
+    class AdamW8bit(torch.optim.AdamW):
+        def step(self):
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                p.data = p.data.contiguous()
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 2, 3)).to(
+        memory_format=torch.channels_last
+    )
+    optimisation = Optimisation(model.named_parameters(), 1e-2, constant_schedule(0), CPU, optimizer="adamw8bit")
+    before = parameters_of(model)
+    for _ in range(2):
+        optimisation.backward(model(torch.ones(1, 3, 8, 8)).square().sum())
+        optimisation.step()
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in model)
+    assert not torch.equal(parameters_of(model), before)
 
 
 def test_only_fp16_scales_its_losses():

@@ -221,7 +221,7 @@ def test_the_options_decide_over_the_image():
     "device, given, used", [("cuda", None, "fp16"), ("mps", None, "fp32"), ("cuda", "fp32", "fp32")]
 )
 def test_the_precision_is_fp16_on_cuda_unless_another_is_given(weights, device, given, used, monkeypatch, capsys):
-    monkeypatch.setattr("controlnet.inference.run.pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr("controlnet.inference.run.use_device", lambda name: torch.device(device))
     monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: None)
     (job,) = prepare(Options(precision=given), {})
     assert job.settings(seed=0)["precision"] == used
@@ -234,7 +234,7 @@ def test_networks_are_laid_out_for_tensor_cores_unless_these_stay_idle(loads, pr
     """With --low-memory, so that they wait on the CPU."""
     for network, load in loads.items():  # not those that the other tests share
         monkeypatch.setattr(network, "load", load.__wrapped__)
-    monkeypatch.setattr("controlnet.inference.run.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("controlnet.inference.run.use_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     sd, (job,) = load_networks(prepare(Options(precision=precision, low_memory=True, hint=["circle.png"]), {}))

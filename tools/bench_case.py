@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from controlnet.common.devices import PRECISIONS, pick_device, use_precision
+from controlnet.common.devices import PRECISIONS, use_device, use_precision
 
 LONG_ENOUGH, MOST_RUNS = 2, 5  # a process repeats its timed run until these seconds or runs are reached
 
@@ -57,7 +57,7 @@ def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool, co
     """
     setup = Setup(**setup)
     torch.set_num_threads(setup.threads)
-    use_precision(setup.precision, pick_device(setup.device))
+    use_precision(setup.precision, use_device(setup.device))
     load = getattr(import_module(f"tools.{module}"), task)
     count_flops(one_of_each_kernel)  # also imports what counting needs
     before = resident("VmRSS")

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlnet import ControlNet
-from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device, use_precision
+from controlnet.common.devices import PRECISIONS, keep_freed_memory, use_device, use_precision
 from controlnet.common.images import to_hints
 from controlnet.guidance import Control
 from controlnet.inference.generate import generate
@@ -51,7 +51,7 @@ SMALL_SIDE = 64  # pixels, which every base can make: enough to see whether a mo
 
 def prepare(case: str, folder: Path, device: str | None, threads: int | None, precision: str) -> tuple[dict, str]:
     """Writes the models of a case -> device, threads and precision, as in Setup, and a description of the machine."""
-    device, threads = pick_device(device), threads or torch.get_num_threads()
+    device, threads = use_device(device), threads or torch.get_num_threads()
     folder.mkdir(parents=True, exist_ok=True)
     if case == "tiny":
         sd = StableDiffusion.load("tiny")

@@ -19,7 +19,6 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float1
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`; for None the default CUDA device if there is one, otherwise the CPU.
 
-    A CUDA device with a number becomes the current one, so that nothing opens a context on the first one.
     Raises ValueError for a name that PyTorch does not know and for a device that this machine does not have.
     """
     if name is None:
@@ -32,6 +31,13 @@ def pick_device(name: str | None) -> torch.device:
     if (device.index or 0) >= available.get(device.type, 0):
         found = ", ".join(f"{kind} ({count})" for kind, count in available.items() if count)
         raise ValueError(f'PyTorch finds no device "{name}" here, only {found}: choose one of these')
+    return device
+
+
+def use_device(name: str | None) -> torch.device:
+    """`pick_device` for the whole process: a CUDA device with a number becomes the current one, else whatever does not
+    name a device would open a context on the first one, which takes memory there."""
+    device = pick_device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device

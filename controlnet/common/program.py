@@ -271,7 +271,9 @@ def out_of_memory(error: BaseException) -> bool:
         "can't allocate memory",
         "Cannot allocate memory",
         "not enough memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
+        "STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
+        "ALLOCATION_FAILED",  # of cuDNN from 9 on
+        "unable to find an engine",  # cuDNN again, which then has no room for a workspace
     )
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 

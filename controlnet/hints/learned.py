@@ -1,7 +1,8 @@
 """Detectors that are networks, from the optional package controlnet_aux (Hugging Face, Apache-2.0).
 
 It downloads a detector's weights from Hugging Face on first use. Each detector turns a uint8 RGB image (H, W, 3) into
-such a hint. `device` is "auto" (a GPU if there is one), or cpu, cuda, cuda:1 and so on.
+such a hint. `device` is "auto" (a GPU if there is one), or cpu, cuda, cuda:1 and so on. In a process that reads data
+for training, which cannot use the GPU of the process that it was forked from, it is the CPU.
 """
 
 from functools import cache
@@ -56,12 +57,19 @@ def package():
     return controlnet_aux
 
 
-@cache
 def annotator(detector_class: type, device: str):
-    from controlnet.common.devices import pick_device  # here, because it imports PyTorch
+    from torch.utils.data import get_worker_info  # here, because it imports PyTorch
 
-    picked = pick_device(None if device == "auto" else device)
-    return loaded(lambda: detector_class.from_pretrained(ANNOTATORS)).to(picked)
+    from controlnet.common.devices import pick_device
+
+    if get_worker_info() is not None:
+        device = "cpu"
+    return annotator_on(pick_device(None if device == "auto" else device), detector_class)
+
+
+@cache
+def annotator_on(device, detector_class: type):
+    return loaded(lambda: detector_class.from_pretrained(ANNOTATORS)).to(device)
 
 
 @cache

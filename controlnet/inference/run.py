@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device, use_precision
+from controlnet.common.devices import PRECISIONS, keep_freed_memory, use_device, use_precision
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_timesteps
@@ -78,7 +78,7 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     check_eta(options.sampler, options.eta)
     check_seeds(options.seed, options.count)
     layers_to_run(config.text, options.clip_skip)
-    device = pick_device(options.device)
+    device = use_device(options.device)
     options = replace(options, precision=use_precision(options.precision or default_precision(device), device))
     check_out(options.out)
     check_pairs(options)

@@ -10,7 +10,7 @@ Shapes: B batch, C channels, H W pixels.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from .latent_cache import LatentCache, build, check_folder, encode, fingerprint,
 from .lock import locked
 from .options import TrainSettings
 from .prepare import with_packed_encoders
-from .sources import PUBLISHED_FILL50K, BadSamples, Sources, WorldSource, open_sources
+from .sources import PUBLISHED_FILL50K, BadSamples, Source, Sources, WorldSource, open_sources
 
 # ---------------------------------------------------------------------------------------------------------- positions
 
@@ -136,11 +136,8 @@ class TrainingData:
         endless = settings.no_cache and isinstance(train, WorldSource) and settings.images is None
         if process.is_main:
             print(summary(self.sources, endless))
-        self.pairs = Pairs(self.read_images, len(train), settings.seed, endless)
-
-    def read_images(self, index: int, position: int) -> tuple[Images, Tensor]:
-        sample = self.sources.train.sample(index, seeded(self.settings.seed, 3, position))
-        return Images(to_images([sample.image])[0], sample.caption), to_hints([sample.hint])[0]
+        # Spawned workers get a copy of `read`: not of this object, with its networks.
+        self.pairs = Pairs(partial(read_images, train, settings.seed), len(train), settings.seed, endless)
 
     def compute_latents(self) -> None:
         """All images and captions are encoded here and now, as far as the cache lacks them."""
@@ -184,6 +181,11 @@ class TrainingData:
             if isinstance(batch.content, Images):
                 batch = batch._replace(content=encode(self.encoders, *batch.content))
             yield batch
+
+
+def read_images(source: Source, seed: int, index: int, position: int) -> tuple[Images, Tensor]:
+    sample = source.sample(index, seeded(seed, 3, position))
+    return Images(to_images([sample.image])[0], sample.caption), to_hints([sample.hint])[0]
 
 
 def reading(loader: DataLoader) -> Iterator[Batch]:

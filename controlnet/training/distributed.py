@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from controlnet.common.devices import pick_device
+from controlnet.common.devices import pick_device, use_device
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,10 @@ def join_processes(device: str | None) -> Process:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        return Process(0, 1, pick_device(device))
+        return Process(0, 1, use_device(device))
     picked = pick_device(device)
     if picked.type == "cuda":
-        picked = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(picked)
+        picked = use_device(f"cuda:{os.environ['LOCAL_RANK']}")
     # The main process may compute latents, or wait for another run's, while the others wait for it.
     dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return Process(dist.get_rank(), world_size, picked)

@@ -169,6 +169,10 @@ class LatentCache:
         self.shards = [shard for shard in shards if len(shard["index"])]
         self.ends = np.cumsum([len(shard["index"]) for shard in self.shards])
 
+    def __reduce__(self):
+        """Spawned workers open the files themselves, in place of getting all latents."""
+        return LatentCache, (self.folder, self.source, self.size)
+
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from controlnet.common.devices import PRECISIONS, pick_device, use_precision
+from controlnet.common.devices import PRECISIONS, pick_device, use_device, use_precision
 from controlnet.common.program import PRECISION_NAMES
 
 # ------------------------------------------------------------------------------------------------- device and precision
@@ -27,10 +27,11 @@ def gpus(monkeypatch):
 
 def test_nothing_is_left_to_be_allocated_on_the_first_gpu_if_another_is_picked(gpus):
     _, current = gpus
-    assert pick_device(None) == pick_device("cuda") == torch.device("cuda") and current == []
-    assert [pick_device("cuda:1")] == current == [torch.device("cuda:1")]
+    assert use_device(None) == use_device("cuda") == torch.device("cuda") and current == []
+    assert pick_device("cuda:1") == torch.device("cuda:1") and current == []
+    assert [use_device("cuda:1")] == current == [torch.device("cuda:1")]
     with pytest.raises(ValueError, match="no device"):
-        pick_device("cuda:2")
+        use_device("cuda:2")
     assert len(current) == 1
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from controlnet.common.program import run
+
 ROOT = Path(__file__).parents[3]
 POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -40,3 +42,22 @@ def test_train_sets_the_policy_before_it_imports_pytorch():
 def test_what_the_user_has_set_stays(name, value):
     want = [value if n == name else None for n in POLICY]
     assert policy_after(HELP, **{name: value}) == f"False {want}"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation",
+    ],
+)
+def test_what_cuda_says_when_memory_is_out(message, capsys):
+    def work():
+        raise RuntimeError(message)
+
+    assert run("infer.py", work, memory_advice="take less") == 2
+    assert capsys.readouterr().err == "infer.py: out of memory: take less\n"

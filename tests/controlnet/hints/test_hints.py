@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from controlnet.hints import (
     DETECTORS,
@@ -659,6 +661,28 @@ def test_a_learned_detector_is_loaded_once_and_its_hint_has_the_images_size(monk
         detect("hed", photograph("coffee"), device="nowhere")
     detect("openpose", photograph("coffee"), hands=True)
     assert annotator(classes["OpenposeDetector"], "auto").options == {"include_hand": True, "include_face": False}
+
+
+class Hints(Dataset):
+    """The device that a worker's detector computes on, for each name."""
+
+    def __init__(self, devices):
+        self.devices = devices
+
+    def __len__(self):
+        return len(self.devices)
+
+    def __getitem__(self, i):
+        return str(annotator(Network, self.devices[i]).device)
+
+
+def test_detectors_stay_on_the_cpu_in_processes_that_read_data(monkeypatch):
+    """Where they were forked from, the GPU cannot be used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    devices = ["auto", "cuda"]
+    assert [str(annotator(Network, device).device) for device in devices] == ["cuda", "cuda"]
+    assert list(DataLoader(Hints(devices), batch_size=None, num_workers=1)) == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize("kind", [OSError, ModuleNotFoundError])

@@ -9,7 +9,7 @@ from small import small_sd
 from torch.utils.data import DataLoader, Dataset
 
 from controlnet.common.images import to_hints, to_images
-from controlnet.training.data import Pairs, TrainingData, batch_positions, reading, sample_at
+from controlnet.training.data import Pairs, TrainingData, batch_positions, reading, sample_at, start_worker
 from controlnet.training.distributed import Process
 from controlnet.training.folders import BadSample
 from controlnet.training.options import LAPTOP, TrainSettings
@@ -96,10 +96,15 @@ def test_an_endless_dataset_is_read_in_its_own_order():
 
 def test_pairs_travel_to_workers_that_are_spawned(tmp_path):
     """Windows and, from Python 3.14, Linux start workers by pickling what they read."""
-    settings = TrainSettings(**{**LAPTOP, "images": 3, "no_cache": True, "validation": 0})
+    settings = TrainSettings(**{**LAPTOP, "images": 3, "no_cache": True, "validation": 0, "cache": tmp_path})
     data = TrainingData(settings, small_sd(), Process(0, 1, torch.device("cpu")))
-    other = pickle.loads(pickle.dumps(data.pairs))
-    assert torch.equal(other[5].hint, data.pairs[5].hint)
+    for _ in range(2):
+        pickled = pickle.dumps((data.pairs, start_worker))
+        assert len(pickled) < 5000  # neither networks nor latents
+        other, _ = pickle.loads(pickled)
+        assert torch.equal(other[5].hint, data.pairs[5].hint)
+        data.compute_latents()
+    assert torch.equal(other[5].content.mean, data.pairs[5].content.mean)
 
 
 def test_arrays_become_tensors_in_the_range_of_their_use():

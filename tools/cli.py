@@ -1,4 +1,4 @@
-"""What the tools share: --debug, and where the results of those that make checkpoints go. PyTorch is not needed."""
+"""What the tools share: --device, --debug, and where the checkpoints that they make go. PyTorch is not needed."""
 
 import argparse
 import os
@@ -14,6 +14,11 @@ PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    help = "cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)"
+    parser.add_argument("--device", metavar="NAME", help=help)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

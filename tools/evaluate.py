@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from controlnet import ControlNet
+from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_images
 from controlnet.common.program import new_parser, run
 from controlnet.inference.generate import generate
@@ -32,7 +33,7 @@ from controlnet.worlds.measures import (
 )
 from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
-from tools.cli import add_debug
+from tools.cli import add_debug, add_device
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=64, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
     parser.add_argument("--cfg", type=float, default=2.5, help="classifier-free guidance (default: %(default)s)")
+    add_device(parser)
     add_debug(parser)
     args = parser.parse_args(argv)
     return run("evaluate", lambda: evaluate(args), args.debug)
@@ -66,7 +68,9 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{world} has landscapes, and figures are told from plain grounds: try it on shapes or people"
             )
-    sd = StableDiffusion.load(args.base)
+    device = use_device(args.device)
+    use_precision("fp32", device)
+    sd = StableDiffusion.load(args.base, device)
     controls = [(world, ControlNet.load(path, sd.unet)) for world, path in args.control]
 
     settings = dict(steps=args.steps, cfg=args.cfg)
@@ -84,7 +88,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def report_vae(sd: StableDiffusion, world: World, count: int) -> None:
     """PSNR of encode -> decode, beside 8x8 average pooling with bilinear upsampling."""
     images = to_images(world[i].image for i in range(count))
-    decoded = sd.decode(sd.encode(images, sample=False)).clamp(-1, 1)
+    decoded = sd.decode(sd.encode(images, sample=False)).clamp(-1, 1).cpu()
     print(
         f"autoencoder, {world.name}: {psnr(decoded, images):.2f} dB (8x8 average pooling: {pooled_psnr(images):.2f} dB)"
     )

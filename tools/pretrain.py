@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from controlnet.common.program import new_parser, run
+from controlnet.common.devices import use_device, use_precision
+from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, run
 from ldm.config import SMALL
 from ldm.stable_diffusion import StableDiffusion
-from tools.cli import add_debug
+from tools.cli import add_debug, add_device
 from tools.pretrain_common import log
 from tools.pretrain_pictures import open_pictures
 from tools.pretrain_unet import fresh_base, train_unet
@@ -34,11 +35,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
+        choices=PRECISION_NAMES,
         default="fp32",
-        help="bf16 is faster on CPUs that compute in it (1.5 times with AVX512-BF16, twice with matrix units), and "
-        "many times slower on others (default: fp32)",
+        help=f"{PRECISION_HELP}. On CPUs bf16 is 1.5 times as fast with AVX512-BF16, twice with matrix units (AMX), "
+        "and many times slower without (default: %(default)s)",
     )
+    add_device(parser)
     vae = parser.add_argument_group("autoencoder")
     vae.add_argument("--vae-steps", type=int, default=16000, help="(default: %(default)s)")
     vae.add_argument("--vae-lr", type=float, default=2e-3, help="(default: %(default)s)")
@@ -53,11 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
+    args.device = use_device(args.device)
+    args.precision = use_precision(args.precision, args.device)
     pictures = open_pictures(args.out, SMALL.resolution, args.pictures, args.seed)
     torch.manual_seed(args.seed)  # after the drawing, whose workers draw a number: a run that goes on has none
     start = StableDiffusion.load(args.start) if args.start else None
     sd = start or fresh_base(SMALL, train_vae(SMALL, pictures, args), pictures)
-    sd = train_unet(sd, pictures, args)
+    sd = train_unet(sd.to(args.device), pictures, args)
     file = args.out / "small.safetensors"
     sd.save(file, torch.float16)
     log(args.out, f"wrote {file}")

@@ -1,10 +1,10 @@
 """What both parts of pretraining use: optimizer, log, grids."""
 
+import argparse
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,12 +22,10 @@ def log(out: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-def optimise(module: nn.Module, lr: float, steps: int, precision: str) -> Optimisation:
+def optimise(module: nn.Module, lr: float, steps: int, args: argparse.Namespace) -> Optimisation:
     """Muon: its step takes a third longer than AdamW's, but it needs a fifth of the steps."""
-    schedule = cosine_schedule(100, steps)
-    return Optimisation(
-        module.named_parameters(), lr, schedule, torch.device("cpu"), precision, clip=1.0, optimizer="muon"
-    )
+    named, schedule = module.named_parameters(), cosine_schedule(100, steps)
+    return Optimisation(named, lr, schedule, args.device, args.precision, clip=1.0, optimizer="muon")
 
 
 def row_of(images: Tensor) -> np.ndarray:

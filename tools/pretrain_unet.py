@@ -39,7 +39,8 @@ def fresh_base(config: Config, vae: AutoencoderKL, pictures: Pictures) -> Stable
 @torch.no_grad()
 def unit_scale(vae: AutoencoderKL, pictures: Pictures, count: int = 256) -> float:
     """The factor that gives latents unit standard deviation, as SD's 0.18215 was found."""
-    return round(1 / vae.posterior(to_images(pictures.images[:count])).mean.std().item(), 5)
+    images = to_images(pictures.images[:count]).to(vae.quant_conv.bias)
+    return round(1 / vae.posterior(images).mean.std().item(), 5)
 
 
 def start_branches_at_zero(unet: UNet) -> None:
@@ -57,7 +58,7 @@ def train_unet(sd: StableDiffusion, pictures: Pictures, args: argparse.Namespace
     sd.to(memory_format=torch.channels_last)
     trained = nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder}).requires_grad_(True)
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimisation = optimise(trained, args.unet_lr, args.unet_steps, args.precision)
+    optimisation = optimise(trained, args.unet_lr, args.unet_steps, args)
     state = args.out / "unet.pt"
     parts = dict(trained=trained, average=average, optimisation=optimisation)
     start = load_state(state, **parts) if state.exists() else 0
@@ -69,8 +70,8 @@ def train_unet(sd: StableDiffusion, pictures: Pictures, args: argparse.Namespace
         generator = seeded(args.seed, 2, step)
         latents, captions = pairs.draw(args.unet_batch, generator)
         captions = drop_prompts(captions, 0.1, generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        t = mostly_noisy(sd.schedule.config.timesteps, len(latents), generator)
+        latents, noise = latents.to(args.device), torch.randn(latents.shape, generator=generator).to(args.device)
+        t = mostly_noisy(sd.schedule.config.timesteps, len(latents), generator).to(args.device)
         with optimisation.autocast():
             output = sd.unet(sd.schedule.q_sample(latents, t, noise), t, sd.encode_text(captions))
             loss = denoising_loss(sd.schedule, output, latents, noise, t)
@@ -102,7 +103,9 @@ class LatentPairs:
         """Read from `file`, or computed and kept there."""
         if not file.exists():
             chunks = tqdm(np.array_split(pictures.images, len(pictures.images) // 32 + 1), "latents", mininterval=10)
-            latents = np.concatenate([sd.encode(to_images(chunk), sample=False).detach().numpy() for chunk in chunks])
+            latents = np.concatenate(
+                [sd.encode(to_images(chunk), sample=False).detach().cpu().numpy() for chunk in chunks]
+            )
             with new_file(file) as temporary:
                 np.save(temporary, latents)
         return cls(torch.from_numpy(np.load(file)), pictures.captions)

@@ -25,19 +25,19 @@ MEASURED = 32  # validation images of each dataset, at every save
 
 def train_vae(config: Config, pictures: Pictures, args: argparse.Namespace) -> AutoencoderKL:
     """With L1 + L2 + a small KL term (for latents without gaps), on growing crops. Returns the EMA."""
-    vae = fresh_vae(config.vae)
+    vae = fresh_vae(config.vae).to(args.device)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimisation = optimise(vae, args.vae_lr, args.vae_steps, args.precision)
+    optimisation = optimise(vae, args.vae_lr, args.vae_steps, args)
     state = args.out / "vae.pt"
     parts = dict(vae=vae, average=average, optimisation=optimisation)
     start = load_state(state, **parts) if state.exists() else 0
 
     for step in tqdm(range(start, args.vae_steps), "vae", args.vae_steps, initial=start, mininterval=10):
         generator = seeded(args.seed, 1, step)
-        images = growing_crops(pictures.images, step / args.vae_steps, generator)
+        images = growing_crops(pictures.images, step / args.vae_steps, generator).to(args.device)
         with optimisation.autocast():
             posterior = vae.posterior(images)
-            noise = torch.randn(posterior.mean.shape, generator=generator)
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
             decoded = vae.decoder(vae.post_quant_conv(posterior.sample(noise))).float()
         loss = F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + 2e-6 * posterior.kl().float().mean()
         optimisation.backward(loss)
@@ -91,8 +91,8 @@ def vae_report(vae: AutoencoderKL, size: int, grid: Path) -> str:
     rows = []
     for world in validation_worlds(size):
         images = to_images(world.draw(i).image for i in range(MEASURED))
-        latents = vae.posterior(images).mean
-        decoded = vae.decoder(vae.post_quant_conv(latents)).clamp(-1, 1)
+        latents = vae.posterior(images.to(vae.quant_conv.bias)).mean
+        decoded = vae.decoder(vae.post_quant_conv(latents)).clamp(-1, 1).cpu()
         report.append(f"{world.name} {psnr(decoded, images):.2f} dB (pooled {pooled_psnr(images):.2f})")
         rows += [row_of(images[:SHOWN]), row_of(decoded[:SHOWN])]
     save_png(Image.fromarray(np.vstack(rows)), grid, {})

@@ -7,7 +7,7 @@ from small import SMALL, small_control, small_sd
 
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
-from tools import convergence, evaluate, strip
+from tools import convergence, evaluate, pretrain, strip
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,13 @@ def test_evaluate_prints_every_measure_with_its_floor(models, capsys):
 def test_evaluate_says_what_is_missing(tmp_path, capsys):
     assert evaluate.main(["--base", str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", [evaluate, pretrain])
+def test_a_device_that_is_not_there_is_a_sentence(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert tool.main(["--device", "cuda:99"]) == 2
+    assert 'PyTorch finds no device "cuda:99" here' in capsys.readouterr().err
 
 
 def test_evaluate_knows_its_worlds(capsys):

@@ -44,7 +44,18 @@ def lineart(image: np.ndarray, *, coarse: bool = False, device: str = "auto") ->
 
 def sam(image: np.ndarray) -> np.ndarray:
     """Segments in random colours, not by class (Kirillov et al., arXiv 2304.02643); on a GPU if there is one."""
+    import torch
+
+    if in_worker() and torch.cuda.is_available():
+        raise ValueError("sam computes on the GPU, which a process that reads data cannot use: add --workers 0")
     return run(segmenter(), image)
+
+
+def in_worker() -> bool:
+    """Whether this is a process that reads data for training."""
+    from torch.utils.data import get_worker_info  # here, because it imports PyTorch
+
+    return get_worker_info() is not None
 
 
 def package():
@@ -58,11 +69,9 @@ def package():
 
 
 def annotator(detector_class: type, device: str):
-    from torch.utils.data import get_worker_info  # here, because it imports PyTorch
+    from controlnet.common.devices import pick_device  # here, because it imports PyTorch
 
-    from controlnet.common.devices import pick_device
-
-    if get_worker_info() is not None:
+    if in_worker():
         device = "cpu"
     return annotator_on(pick_device(None if device == "auto" else device), detector_class)
 

@@ -683,6 +683,9 @@ def test_detectors_stay_on_the_cpu_in_processes_that_read_data(monkeypatch):
     devices = ["auto", "cuda"]
     assert [str(annotator(Network, device).device) for device in devices] == ["cuda", "cuda"]
     assert list(DataLoader(Hints(devices), batch_size=None, num_workers=1)) == ["cpu", "cpu"]
+    monkeypatch.setattr("controlnet.hints.learned.in_worker", lambda: True)
+    with pytest.raises(ValueError, match="--workers 0"):
+        detect("sam", noise(64, 64))
 
 
 @pytest.mark.parametrize("kind", [OSError, ModuleNotFoundError])

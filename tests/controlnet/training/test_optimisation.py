@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
 from controlnet.training.optimisation import Optimisation, constant_schedule, cosine_schedule, warmed_up_ema
+from controlnet.training.options import TrainSettings
+from controlnet.training.prepare import prepare_process
 from controlnet.training.run_state import DamagedState, load_state, save_state
 from ldm.schedule import Schedule
 from ldm.unet import UNet
@@ -178,6 +180,12 @@ def test_an_optimizer_that_makes_parameters_contiguous_does_not_undo_channels_la
         optimisation.step()
     assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in model)
     assert not torch.equal(parameters_of(model), before)
+
+
+def test_a_runs_settings_hold_the_precision_that_its_device_has(capsys):
+    assert prepare_process(TrainSettings(precision="tf32"), CPU).precision == "fp32"
+    assert "has no TF32" in capsys.readouterr().err
+    assert prepare_process(TrainSettings(precision="bf16"), CPU).precision == "bf16"
 
 
 def test_only_fp16_scales_its_losses():

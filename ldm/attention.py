@@ -32,8 +32,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(c)) v for q (B, heads, N, c), k and v (B, heads, M, c) -> like q."""
-        # PyTorch's kernels for CPU and CUDA, fused or not, sum up logits in fp32 whatever q and k are; that of mps does
-        # not.
+        # PyTorch's kernels for CPU and CUDA, fused or not, sum up logits in fp32 whatever q and k are. Not so on mps.
         if self.fp32_logits and q.device.type not in ("cpu", "cuda") and q.dtype != torch.float32:
             with torch.autocast(q.device.type, enabled=False):
                 return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)

@@ -44,8 +44,8 @@ def use_device(name: str | None) -> torch.device:
 
 
 def use_precision(name: str, device: torch.device) -> str:
-    """Lets CUDA compute fp32 products in TF32 for "tf32", and for no other precision: of itself PyTorch would in
-    convolutions. -> the precision that `device` computes in: "fp32" for "tf32" where there is none, which is noted.
+    """Lets CUDA use TF32 in fp32 matrix products and convolutions for "tf32", and for no other precision: by default
+    PyTorch does in convolutions. -> the precision that `device` really has, fp32 in place of tf32 with a note.
     """
     if name == "tf32" and not has_tf32(device):
         note(f"{device} has no TF32: computing in fp32")

@@ -103,11 +103,10 @@ class LatentPairs:
         """Read from `file`, or computed and kept there."""
         if not file.exists():
             chunks = tqdm(np.array_split(pictures.images, len(pictures.images) // 32 + 1), "latents", mininterval=10)
-            latents = np.concatenate(
-                [sd.encode(to_images(chunk), sample=False).detach().cpu().numpy() for chunk in chunks]
-            )
+            with torch.no_grad():
+                latents = torch.cat([sd.encode(to_images(chunk), sample=False).cpu() for chunk in chunks])
             with new_file(file) as temporary:
-                np.save(temporary, latents)
+                np.save(temporary, latents.numpy())
         return cls(torch.from_numpy(np.load(file)), pictures.captions)
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:

@@ -262,12 +262,13 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # those of CPUs
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fp32_logits", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype, rounding", [(torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
-def test_half_precision_has_fp32_logits_in_every_kernel(dtype, rounding, autocast, kernel):
-    """q, k and v stay in half precision, which the fused kernels need."""
+def test_half_precision_has_fp32_logits_in_every_kernel(dtype, rounding, autocast, fp32_logits, kernel):
+    """Also where q, k and v stay in half precision, which the fused kernels need."""
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
-    attention = attention_with_huge_logits(fp32_logits=True).to(dtype)
+    attention = attention_with_huge_logits(fp32_logits).to(dtype)
     logits = attention.q(x).float() @ attention.k(x).float().mT
     assert 65504 < logits.abs().max() < float("inf")
     stored = copy.deepcopy(attention).float() if autocast else attention
@@ -276,14 +277,15 @@ def test_half_precision_has_fp32_logits_in_every_kernel(dtype, rounding, autocas
     assert output.dtype == dtype and relative_to_fp64(output, attention, x) < rounding
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
 @pytest.mark.parametrize("fp32_logits", [True, False])
-def test_devices_whose_kernels_multiply_in_half_precision_get_fp32_if_logits_need_it(fp32_logits, monkeypatch):
+def test_only_cudas_kernels_are_left_to_sum_up_logits(device, fp32_logits, monkeypatch):
     seen = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: seen.extend([q.dtype, k.dtype]) or v)
     with FakeTensorMode():
-        q = torch.empty(1, 1, 6, 32, dtype=torch.float16, device="mps")
+        q = torch.empty(1, 1, 6, 32, dtype=torch.float16, device=device)
     assert Attention(32, 32, heads=1, fp32_logits=fp32_logits).attend(q, q, q).dtype == torch.float16
-    assert seen == [torch.float32 if fp32_logits else torch.float16] * 2
+    assert seen == [torch.float32 if fp32_logits and device != "cuda" else torch.float16] * 2
 
 
 @torch.no_grad()

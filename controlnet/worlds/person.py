@@ -152,19 +152,10 @@ def draw_hair(head: Head, style: str, hair: RGB) -> None:
                 hair,
             )
     parting = {"short": 0.3, "long": 0.0, "curly": 0.1, "bun": 0.0}[style]
-    head.blob(
-        [
-            (-1.05, 0.25),
-            (-0.95, 0.85),
-            (0, 1.25),
-            (0.95, 0.85),
-            (1.05, 0.25),
-            (0.75, 0.56),
-            (parting, 0.72),
-            (-0.75, 0.56),
-        ],
-        hair,
-    )
+    head.blob([
+        (-1.05, 0.25), (-0.95, 0.85), (0, 1.25), (0.95, 0.85), (1.05, 0.25), (0.75, 0.56), (parting, 0.72),
+        (-0.75, 0.56),
+    ], hair)  # fmt: skip
 
 
 def draw_hat(head: Head, looks: Looks) -> None:

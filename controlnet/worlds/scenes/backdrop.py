@@ -100,17 +100,14 @@ def draw_mountains(canvas: Canvas, setting: Setting, rng: np.random.Generator) -
     base = setting.horizon + 0.05
     for x in rng.permutation([0.1, 0.5, 0.9]) + rng.uniform(-0.1, 0.1, 3):
         high, half = rng.uniform(0.18, 0.32), rng.uniform(0.26, 0.36)
-        top, left, middle, right = np.array(
-            [[x, base - high], [x - half, base], [x + 0.1 * half, base], [x + half, base]]
-        )
+        top = np.array([x, base - high])
+        left, middle, right = (np.array([x + share * half, base]) for share in (-1, 0.1, 1))
         canvas.polygon(np.stack([left, top, right]), rock)
         canvas.polygon(np.stack([middle, top, right]), mixed(rock, NAVY, 0.18))
         if setting.far == "snowy mountains":
-            shares, corners = (
-                np.array([[0, 0.38, 0.24, 0.42, 0.26, 0.38]]).T,
-                (left, left, middle - [0.2 * half, 0], middle, middle + [0.3 * half, 0], right),
-            )
-            canvas.polygon(top + shares * (np.stack(corners) - top), snow)
+            down = ((0.38, -1), (0.24, -0.1), (0.42, 0.1), (0.26, 0.4), (0.38, 1))  # of lines from the top to the base
+            edge = [top + share * (np.array([x + across * half, base]) - top) for share, across in down]
+            canvas.polygon(np.stack([top, *edge]), snow)
 
 
 def draw_hills(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:

@@ -23,6 +23,7 @@ def one_of(pen: Pen, colours: tuple[RGB, ...]) -> RGB:
 def house(pen: Pen) -> None:
     half, eaves, top = pen.vary(0.34, 0.42), pen.vary(0.42, 0.5), pen.vary(0.86, 0.98)
     roof, door = one_of(pen, ROOFS), one_of(pen, DOORS)
+    # Chimney, wall and its shade, roof, door, windows.
     pen.box(0.17, 0.6, 0.29, top, shade(roof))
     pen.box(-half, 0, half, eaves + 0.03, pen.main)
     pen.box(half * 0.62, 0, half, eaves + 0.03, pen.dark)
@@ -38,6 +39,7 @@ def house(pen: Pen) -> None:
 def castle(pen: Pen) -> None:
     roof = one_of(pen, ROOFS)
     keep, side = pen.vary(0.6, 0.68), pen.vary(0.4, 0.48)
+    # The keep behind, the wall with its merlons, towers at the sides, the gate.
     pen.box(-0.15, 0.3, 0.15, keep, pen.dark)
     pen.polygon([(-0.2, keep), (0, 1), (0.2, keep)], roof)
     pen.box(-0.04, keep - 0.15, 0.04, keep - 0.05, pen.glass)
@@ -55,6 +57,7 @@ def castle(pen: Pen) -> None:
 
 def windmill(pen: Pen) -> None:
     cap = one_of(pen, ROOFS)
+    # The tower and its shade, the cap, door and window, sails.
     pen.polygon([(-0.25, 0), (0.25, 0), (0.15, 0.6), (-0.15, 0.6)], pen.main)
     pen.polygon([(0.08, 0), (0.25, 0), (0.15, 0.6), (0.06, 0.6)], pen.dark)
     pen.blob([(-0.18, 0.59), (0.18, 0.59), (0.13, 0.72), (0, 0.78), (-0.13, 0.72)], cap)
@@ -83,6 +86,7 @@ def lighthouse(pen: Pen) -> None:
 
 def tent(pen: Pen) -> None:
     top = pen.vary(0.58, 0.66)
+    # Pole, the side, the front, the entrance and its flaps.
     pen.line([(-0.2, top + 0.07), (-0.12, top - 0.1)], 0.03, WOOD)
     pen.polygon([(-0.15, top), (0.28, top - 0.04), (0.5, 0), (0.16, 0)], pen.dark)
     pen.polygon([(-0.5, 0), (-0.15, top), (0.2, 0)], pen.main)

@@ -8,6 +8,7 @@ from .pen import Pen
 
 def car(pen: Pen) -> None:
     roof, back = pen.vary(0.54, 0.62), pen.vary(-0.36, -0.28)
+    # The cabin and its windows, the body, its lights, the wheels.
     pen.blob([(back - 0.06, 0.3), (back + 0.06, roof - 0.04), (-0.05, roof), (0.12, roof - 0.02), (0.3, 0.3)], pen.main)
     pen.polygon([(back + 0.04, 0.33), (back + 0.11, roof - 0.07), (-0.05, roof - 0.06), (-0.05, 0.33)], pen.glass)
     pen.polygon([(0.0, 0.33), (0.0, roof - 0.06), (0.1, roof - 0.07), (0.22, 0.33)], pen.glass)
@@ -27,6 +28,7 @@ def boat(pen: Pen) -> None:
     """A sailing boat."""
     sail = CREAM if pen.rng.random() < 0.7 or sum(pen.main) > 660 else pen.light
     top = pen.vary(0.9, 1.0)
+    # Mast, sails, pennant, hull.
     pen.line([(0, 0.2), (0, top)], 0.035, WOOD)
     pen.polygon([(0.035, 0.27), (0.035, top - 0.03), (0.2, 0.5), (0.4, 0.27)], sail)
     pen.polygon([(-0.035, 0.3), (-0.035, top - 0.08), (-0.3, 0.3)], shade(sail, 0.14))
@@ -39,6 +41,7 @@ def boat(pen: Pen) -> None:
 def rocket(pen: Pen) -> None:
     """In flight."""
     wide = pen.vary(0.17, 0.21)
+    # Flame, fins, nozzle, the body and its shade, nose, band, window.
     pen.blob([(-0.12, 0.16), (0.12, 0.16), (0.07, 0.05), (0, -0.06), (-0.07, 0.05)], (246, 150, 50))
     pen.blob([(-0.06, 0.16), (0.06, 0.16), (0, 0.0)], (255, 222, 110))
     for side in (-1, 1):
@@ -54,17 +57,10 @@ def rocket(pen: Pen) -> None:
     pen.polygon(nozzle, STONE)
     white = CREAM if sum(pen.main) < 660 else (200, 204, 214)
     pen.blob([*body, *[(-x, y) for x, y in body[-2:0:-1]]], white)
-    pen.blob(
-        [
-            (wide * 0.4, 0.9),
-            (wide * 0.75, 0.8),
-            (wide, 0.55),
-            (wide * 0.9, 0.32),
-            (wide * 0.6, 0.16),
-            (wide * 0.5, 0.5),
-        ],
-        shade(white, 0.14),
-    )
+    pen.blob([
+        (wide * 0.4, 0.9), (wide * 0.75, 0.8), (wide, 0.55), (wide * 0.9, 0.32), (wide * 0.6, 0.16),
+        (wide * 0.5, 0.5),
+    ], shade(white, 0.14))  # fmt: skip
     nose = [(0, 1.0), (wide * 0.45, 0.9), (wide * 0.82, 0.76), (0, 0.73)]
     pen.blob([*nose, (-wide * 0.82, 0.76), (-wide * 0.45, 0.9)], pen.main)
     pen.box(-wide * 0.84, 0.27, wide * 0.84, 0.4, pen.main)
@@ -75,6 +71,7 @@ def rocket(pen: Pen) -> None:
 def balloon(pen: Pen) -> None:
     """A hot-air balloon."""
     wide = pen.vary(0.34, 0.39)
+    # Ropes, the envelope's stripes and its shade, the basket.
     for x in (-0.08, 0.08):
         pen.line([(x, 0.12), (1.7 * x, 0.32)], 0.025, WOOD)
     stripes = ((1.0, pen.main), (0.68, CREAM if sum(pen.main) < 640 else tint(STONE, 0.2)), (0.34, pen.main))

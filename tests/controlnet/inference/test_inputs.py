@@ -49,7 +49,7 @@ def left_half(size=(64, 64)):
 
 
 def inputs(**options):
-    return read_inputs(Options(**options), SMALL, torch.device("cpu"))
+    return read_inputs(Options(precision="fp32", **options), SMALL, torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------------------------------------- masks
@@ -388,7 +388,7 @@ def test_a_hint_that_does_not_tell_its_control_says_what_it_looks_like(name, adv
     Image.fromarray(255 - detect("canny", np.asarray(read_image(CAT)))).save("inverted.png")
     Image.new("L", (64, 64)).save("black.png")
     with pytest.raises(ValueError, match=f"does not tell which of the small ControlNets .* {advice}"):
-        read_inputs(Options(hint=[name]), replace(SMALL, name="tiny"), torch.device("cpu"))
+        read_inputs(Options(hint=[name], precision="fp32"), replace(SMALL, name="tiny"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("option", ["hint", "init", "control_mask"])

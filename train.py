@@ -102,6 +102,7 @@ class Training:
             trained = settings.sd_unlocked and network is unet.decoder
             network.requires_grad_(trained).to(process.device, torch.float32 if trained else dtype)
         prepare_networks(self.sd, self.control, settings, process.device)
+        self.sd.schedule = self.sd.schedule.to(process.device)
 
         # The loss and its optimizer: what requires gradients is trained, and nothing else.
         self.loss = ControlLoss(self.sd.unet, self.control, self.sd.schedule, settings.min_snr)

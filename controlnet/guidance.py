@@ -20,6 +20,7 @@ from torch import Tensor
 
 from controlnet.hints.hint_image import HintImage, check_channels
 from ldm.config import UNetConfig
+from ldm.samplers import Denoise
 from ldm.unet import UNet
 
 from .model import ControlNet
@@ -40,7 +41,7 @@ def guided(
     timesteps: Sequence[int] | None = None,
     batched: bool = True,
     make_predictor: Callable[[UNet], "Predict"] | None = None,
-) -> Callable[[Tensor, Tensor], Tensor]:
+) -> Denoise:
     """-> denoise(x, t): the UNet's raw output, eps or v, extrapolated from the negative prompt's by the scale `cfg`.
 
     At cfg 1 the negative prompt has no effect and is not computed. Otherwise both branches are one batch of twice the
@@ -54,28 +55,34 @@ def guided(
     make_predictor = make_predictor or exact
     predict, predict_negative = make_predictor(unet), make_predictor(unet)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        acting = [control for control in prepared if control.acts(t)]
+    def denoise(x: Tensor, t: Tensor, timestep: int | None = None) -> Tensor:
+        timestep = int(t[0]) if timestep is None else timestep  # int waits for the device: samplers give the number
+        acting = [control for control in prepared if control.acts(timestep)]
         if cfg == 1:
-            return predict(x, t, prompt, acting, "prompt")
+            return predict(x, t, timestep, prompt, acting, "prompt")
         if batched:
             contexts = torch.cat([negative, prompt])  # (2 B, M, D)
-            outputs = predict(x.repeat(2, 1, 1, 1), t.repeat(2), contexts, acting, "both")  # (2 B, 4, h, w)
+            outputs = predict(x.repeat(2, 1, 1, 1), t.repeat(2), timestep, contexts, acting, "both")  # (2 B, 4, h, w)
             negative_output, prompt_output = outputs.chunk(2)
         else:
-            negative_output = predict_negative(x, t, negative, acting, "negative")
-            prompt_output = predict(x, t, prompt, acting, "prompt")
+            negative_output = predict_negative(x, t, timestep, negative, acting, "negative")
+            prompt_output = predict(x, t, timestep, prompt, acting, "prompt")
         return negative_output + cfg * (prompt_output - negative_output)
 
     return denoise
 
 
-# predict(x, t, context, controls, branch) -> the UNet's output (B, 4, h, w), the controls' residuals added
-Predict = Callable[[Tensor, Tensor, Tensor, Sequence["PreparedControl"], Branch], Tensor]
+# predict(x, t, timestep, context, controls, branch) -> the UNet's output (B, 4, h, w), the controls' residuals added
+Predict = Callable[[Tensor, Tensor, int, Tensor, Sequence["PreparedControl"], Branch], Tensor]
 
 
 def exact(unet: UNet) -> Predict:
-    return lambda x, t, context, controls, branch: unet(x, t, context, total_residuals(x, t, context, controls, branch))
+    def predict(
+        x: Tensor, t: Tensor, timestep: int, context: Tensor, controls: Sequence["PreparedControl"], branch: Branch
+    ) -> Tensor:
+        return unet(x, t, context, total_residuals(x, t, context, controls, branch))
+
+    return predict
 
 
 def total_residuals(
@@ -173,8 +180,8 @@ class PreparedControl:
                 raise ValueError("a control acts in a part of the steps: pass the argument timesteps")
             self.timesteps = acting_timesteps(timesteps, control.start, control.end)
 
-    def acts(self, t: Tensor) -> bool:
-        return self.timesteps is None or int(t[0]) in self.timesteps  # on CUDA int waits for the device
+    def acts(self, timestep: int) -> bool:
+        return self.timesteps is None or timestep in self.timesteps
 
     def acts_in(self, branch: Branch) -> bool:
         return not (self.control.prompt_only and branch == "negative")

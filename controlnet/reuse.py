@@ -46,9 +46,15 @@ class Reusing:
         self.timestep, self.controls, self.since_key = -1, [], 0
 
     def __call__(
-        self, x: Tensor, t: Tensor, context: Tensor, controls: Sequence[PreparedControl], branch: Branch
+        self,
+        x: Tensor,
+        t: Tensor,
+        timestep: int,
+        context: Tensor,
+        controls: Sequence[PreparedControl],
+        branch: Branch,
     ) -> Tensor:
-        if not self.is_key_step(int(t[0]), list(controls)):
+        if not self.is_key_step(timestep, list(controls)):
             return self.approximate(x, t, context, self.extrapolate(self.timestep))
         residuals = total_residuals(x, t, context, controls, branch)
         output, features = self.exact(x, t, context, residuals)

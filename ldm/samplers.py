@@ -1,6 +1,8 @@
 """From noise to a latent: DDIM, DDPM and DPM-Solver++(2M), each one function of a step under the same loop.
 
-`denoise(x, t)` gives the UNet's raw output for x (B, C, h, w) and t (B,); conditions and guidance are inside it.
+`denoise(x, t, timestep)` gives the UNet's raw output for x (B, C, h, w) and t (B,), which is filled with the number
+`timestep`; conditions and guidance are inside it. To read that number from t on a GPU would be to wait for it, and the
+CPU waits nowhere in the loop: so the GPU always has the next work in its queue.
 x keeps its dtype throughout: pass fp32 even where the network inside `denoise` computes in half precision. Nothing is
 changed in place.
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from .schedule import Schedule
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, Tensor, int], Tensor]
 Noise = Callable[[Tensor], Tensor]  # noise(x) -> fresh unit noise like x, for stochastic samplers
 BeforeStep = Callable[[Tensor, Tensor], Tensor]  # before_step(x, t) -> x: inpainting puts the known part back in
 OnStep = Callable[[int, Tensor, Tensor], None]  # on_step(i, x, x0), after step i: the new x, the x0 just predicted
@@ -75,10 +77,11 @@ def sample_loop(
     ends_at_data = name != "ddim" or schedule.config.zero_terminal_snr
     end = 1.0 if ends_at_data else schedule.alphas_cumprod[0].item()
     alpha_bars = [*schedule.alphas_cumprod[timesteps].tolist(), end]
+    schedule = schedule.to(x.device)
     for i, timestep in enumerate(timesteps):
         t = torch.full((len(x),), timestep, device=x.device)
         x = before_step(x, t) if before_step else x
-        output = denoise(x, t)
+        output = denoise(x, t, timestep)
         now = Prediction(x, schedule.to_x0(x, t, output), schedule.to_eps(x, t, output), alpha_bars[i])
         x, before = step(now, before, alpha_bars[i + 1], eta, noise), now
         if on_step:

@@ -5,6 +5,8 @@ Symbols, as in DPM-Solver (arXiv 2206.00927): x_t = alpha_t x0 + sigma_t eps wit
 Shapes: x, x0, noise, output (B, C, h, w) in any floating dtype, t (B,) whole timesteps in [0, T) on the same device.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ class Schedule:
         self.alphas_cumprod = alphas_cumprod.float()
         self.alpha = alphas_cumprod.sqrt().float()
         self.sigma = (1 - alphas_cumprod).sqrt().float()
+
+    def to(self, device: torch.device | str) -> "Schedule":
+        """The same with `alpha` and `sigma` on a device. Brought there at each use, they would make the CPU wait."""
+        other = copy.copy(self)
+        other.alpha, other.sigma = self.alpha.to(device), self.sigma.to(device)
+        return other
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t, a draw from q(x_t | x0) made with the given noise (DDPM, arXiv 2006.11239, Eq. 4)."""

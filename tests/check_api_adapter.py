@@ -155,7 +155,7 @@ def ddim_sample(
         residuals = [scale * r for scale, r in zip(control_scales, control(x, t, prompt, hint), strict=True)]
         return sd.unet(x, t, prompt, with_middle_alone(residuals) if only_mid else residuals)
 
-    def denoise(x, t):
+    def denoise(x, t, timestep):
         conditional = output(x, t, context, hint is not None)
         if cfg_scale == 1:
             return conditional

@@ -5,18 +5,45 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ldm.samplers import Denoise
+
 
 def finite(compute: Callable[[], Tensor], networks: dict[str, nn.Module]) -> Tensor:
-    """The result of `compute`, which runs `networks`. Raises FloatingPointError if it has NaN or infinite values.
-
-    Layers are checked only after a failure, when it is computed again: each check makes the CPU wait for the GPU.
-    """
+    """The result of `compute`, which runs `networks`. Raises FloatingPointError if it has NaN or infinite values, with
+    the layer's name, for which it is computed again."""
     result = compute()
     if not result.isfinite().all():
         with stopping_at_bad_layers(networks):
             compute()
-        raise FloatingPointError(sentence("the sum of the guidance", result))
+        raise FloatingPointError(sentence(" and ".join(networks), result))
     return result
+
+
+class Watched:
+    """A denoiser that keeps what it is given, so that the layer is found afterwards: a look at each step's result would
+    make the CPU wait for the GPU.
+
+    A look at the end is enough. What is not finite stays so: samplers, masks and later steps add and multiply.
+    """
+
+    def __init__(self, denoise: Denoise, networks: dict[str, nn.Module]):
+        self.denoise, self.networks = denoise, networks
+        self.steps: list[tuple[Tensor, Tensor, int]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, timestep: int) -> Tensor:
+        self.steps.append((x, t, timestep))
+        return self.denoise(x, t, timestep)
+
+    def check(self, latents: Tensor) -> None:
+        """Raises FloatingPointError if what was made of the denoiser's results is not finite."""
+        if latents.isfinite().all():
+            return
+        with stopping_at_bad_layers(self.networks):
+            for step in self.steps:
+                output = self.denoise(*step)
+                if not output.isfinite().all():
+                    raise FloatingPointError(sentence("the sum of the guidance", output))
+        raise FloatingPointError(sentence("the sampler", latents))
 
 
 @contextmanager

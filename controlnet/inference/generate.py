@@ -10,6 +10,7 @@ Sizes are (height, width) in pixels. Shapes: H W pixels, h = H/8, w = W/8, M pro
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,10 @@ from controlnet.guidance import Control, guided
 from controlnet.hints.hint_image import HintImage
 from controlnet.reuse import reusing
 from ldm.config import Config
-from ldm.samplers import Denoise, Noise, OnStep, sample, timesteps_for
+from ldm.samplers import Noise, OnStep, sample, timesteps_for
 from ldm.stable_diffusion import StableDiffusion
 
-from .finite import finite
+from .finite import Watched, finite
 from .image_to_image import Init, begin, steps_done
 from .offload import decode, encode, on_device
 from .prompts import encode_prompts
@@ -119,19 +120,21 @@ def generate(
     with on_device(cpu_offload, sd.text_encoder):
         contexts = prompt_contexts(sd, prompt, negative, clip_skip, long_prompts)
 
-    def preview(x0: Tensor) -> Image.Image:
+    def preview(denoise: Watched, x0: Tensor) -> Image.Image:
+        denoise.check(x0)
         with on_device(cpu_offload, sd.vae):
             return to_pil(decode(sd, x0, tiled)[0])
 
     latents, bar = [], tqdm(total=count * len(timesteps), unit="step", disable=not progress)
     with bar, on_device(cpu_offload, sd.unet, *(control.net for control in controls)):
-        denoise = make_denoise(sd, *contexts, cfg, controls, timesteps, cpu_offload is None, reuse)
         for i, generator in enumerate(generators):
-            x, noise, keep = noises[i].to(sd.device), noise_from(generator), None
+            denoise = make_denoise(sd, *contexts, cfg, controls, timesteps, cpu_offload is None, reuse)
+            x, noise, keep = noises[i].to(sd.device), noise_from([generator]), None
             if init:
                 x, keep = begin(start, known[i].to(x), x, noise, sd.schedule, timesteps)
-            on_step = reporter(bar, callback, i, len(timesteps), preview)
+            on_step = reporter(bar, callback, i, len(timesteps), partial(preview, denoise))
             latents.append(sample(sampler, denoise, x, sd.schedule, steps, eta, noise, keep, on_step, skip))
+            denoise.check(latents[-1])
 
     with on_device(cpu_offload, sd.vae):
         images = [to_pil(decode(sd, x, tiled)[0]) for x in latents]
@@ -202,9 +205,22 @@ def check_seeds(seed: int, count: int) -> None:
         raise ValueError(f"the seed is {seed}, expected 0 to {last}: take a number between them")
 
 
-def noise_from(generator: torch.Generator) -> Noise:
-    """noise(x) -> unit noise like x, drawn on the CPU: the same on every device."""
-    return lambda x: torch.randn(x.shape, generator=generator).to(x)
+def noise_from(generators: list[torch.Generator]) -> Noise:
+    """noise(x) -> unit noise like x (B, 4, h, w), each image's from its own generator on the CPU: the same on every
+    device and in every batch."""
+
+    def noise(x: Tensor) -> Tensor:
+        drawn = [torch.randn(1, *x.shape[1:], generator=generator) for generator in generators]
+        return without_waiting(torch.cat(drawn), x.device)
+
+    return noise
+
+
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. A GPU fetches it from pinned memory when its turn comes, and the CPU goes on."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------- controls
@@ -252,15 +268,15 @@ def make_denoise(
     timesteps: Sequence[int],
     batched: bool,
     reuse: int,
-) -> Denoise:
-    """The guided UNet for one image's fp32 latents: it computes in the base's own dtype."""
+) -> Watched:
+    """The guided UNet for fp32 latents: it computes in the base's own dtype."""
     like = next(sd.unet.parameters())
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
     make_predictor = None if reuse == 1 else reusing(reuse)
     denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, make_predictor)
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
-    return lambda x, t: finite(lambda: denoise(x.to(like.dtype), t), networks)
+    return Watched(lambda x, t, timestep: denoise(x.to(like.dtype), t, timestep), networks)
 
 
 def reporter(

@@ -116,10 +116,11 @@ def begin(
     noise of their shape. The result is as noisy as the first of `timesteps`, those that are done; at strength 1 it is
     x, and only what is black in the mask counts.
     """
+    schedule = schedule.to(x.device)
     if not timesteps:
         x = z0
     elif init.strength < 1:
-        x = schedule.q_sample(z0, torch.tensor(timesteps[:1], device=x.device), x)
+        x = schedule.q_sample(z0, torch.full((1,), timesteps[0], device=x.device), x)
     if init.mask is None:
         return x, None
     mask = F.interpolate(to_mask(init.mask).to(x), z0.shape[-2:], mode="area")

@@ -58,7 +58,7 @@ def test_a_key_step_is_exact_to_the_bit(controlled):
     predict, controls = Reusing(unet, every=2), [PreparedControl(control())] if controlled else []
     for i, (x, t) in enumerate(way()):
         residuals = net(x, t, context, hint) if controlled else None
-        got, want = predict(x, t, context, controls, "prompt"), unet(x, t, context, residuals)
+        got, want = predict(x, t, int(t[0]), context, controls, "prompt"), unet(x, t, context, residuals)
         assert torch.equal(got, want) == (i % 2 == 0)
 
 
@@ -74,7 +74,7 @@ def test_between_key_steps_the_line_through_the_last_two_is_followed_half_the_wa
             unet(x, t, context, added)
     with recorded(last) as got:
         for x, t in steps:
-            predict(x, t, context, controls, "prompt")
+            predict(x, t, int(t[0]), context, controls, "prompt")
     width = unet.encoder.skip_widths[0]
     deep = [arguments[0][:, :-width] for arguments in exact]
     for i, wanted_deep, wanted_residual in [
@@ -93,9 +93,9 @@ def test_half_precision_reuses_too(dtype):
     context, half = inputs("sd1")[2], copy.deepcopy(mini_unet("sd1")).to(dtype)
     full, predict = (Reusing(unet, every=2) for unet in (mini_unet("sd1"), half))
     for x, t in way():
-        output = predict(x.to(dtype), t, context.to(dtype), [], "prompt")
+        output = predict(x.to(dtype), t, int(t[0]), context.to(dtype), [], "prompt")
         assert output.dtype == dtype
-        assert relative(output.float(), full(x, t, context, [], "prompt")) < 0.05
+        assert relative(output.float(), full(x, t, int(t[0]), context, [], "prompt")) < 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance

@@ -50,7 +50,7 @@ def noise_source(seed=1):
 def knows(x0, schedule):
     """The perfect denoiser of a data set with the one picture x0."""
 
-    def denoise(x, t):
+    def denoise(x, t, timestep):
         alpha, sigma = schedule.alpha[t][:, None, None, None], schedule.sigma[t][:, None, None, None]
         return schedule.target(x0, t, (x - alpha * x0) / sigma)
 
@@ -72,7 +72,7 @@ def gaussian_flow(x, a, a_end):
 
 
 def gaussian_denoiser(schedule):
-    def denoise(x, t):
+    def denoise(x, t, timestep):
         a = schedule.alpha.double()[t][:, None, None, None] ** 2
         x0 = gaussian_x0(x, a)
         # v = (alpha x - x0) / sigma, which is also right at alpha = 0.
@@ -165,7 +165,7 @@ def test_dpmpp_runs_on_given_outputs(case):
     timesteps = DPMPP[f"{case}/timesteps"].tolist()
     sample_loop(
         "dpm++",
-        lambda x, t: next(outputs),
+        lambda x, t, timestep: next(outputs),
         DPMPP["x_T"],
         timesteps,
         schedule,
@@ -201,7 +201,7 @@ def test_ddim_finds_what_the_denoiser_knows(prediction, steps):
     torch.testing.assert_close(predicted[-1], x0, atol=1e-5, rtol=1e-4)
     # The end is timestep 0, not the data: x0 keeps the noise that leads back to the start.
     t = torch.full((2,), ddim_timesteps(schedule, steps)[0])
-    eps = schedule.to_eps(x, t, knows(x0, schedule)(x, t))
+    eps = schedule.to_eps(x, t, knows(x0, schedule)(x, t, 0))
     torch.testing.assert_close(y, schedule.q_sample(x0, torch.zeros_like(t), eps), atol=3e-5, rtol=1e-4)
 
 
@@ -304,10 +304,10 @@ def test_what_the_callables_see(name):
     kept, seen, after, draws = x.clone(), [], [], []
     source = noise_source()
 
-    def denoise(x, t):
-        assert t.shape == (3,) and t.dtype == torch.int64 and (x == 7).all()
-        seen.append(int(t[0]))
-        return knows(x0, PLAIN)(x, t)
+    def denoise(x, t, timestep):
+        assert t.tolist() == [timestep] * 3 and t.dtype == torch.int64 and (x == 7).all()
+        seen.append(timestep)
+        return knows(x0, PLAIN)(x, t, timestep)
 
     def before_step(x, t):
         assert t.shape == (3,)
@@ -332,11 +332,30 @@ def test_what_the_callables_see(name):
     assert not y.requires_grad
 
 
+@pytest.mark.parametrize("name, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("dpm++", 0.0)])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("schedule", [PLAIN, ZERO_SNR])
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_what_is_not_finite_at_one_step_is_not_finite_at_the_end(name, eta, bad, schedule, at):
+    """Even if the network, unlike a real one, makes numbers of it: nobody has to look at each step."""
+    timesteps = timesteps_for(name, schedule, 5)
+
+    def denoise(x, t, timestep):
+        output = torch.zeros_like(x)
+        output[0, 0, 0, 0] = bad if timestep == timesteps[at] else 0
+        return output
+
+    known = lambda x, t: 0 * x + schedule.q_sample(randn(1, 4, 8, 8), t, randn(1, 4, 8, 8))  # noqa: E731
+    for keep in (None, known):  # inpainting: all is known
+        y = sample(name, denoise, randn(1, 4, 8, 8), schedule, 5, eta, noise_source(), keep)
+        assert not y[0, 0, 0, 0].isfinite() and y[0, 1:].isfinite().all()
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_x_stays_in_fp32_around_a_half_precision_network(name):
     x, full = randn(1, 4, 8, 8), knows(randn(1, 4, 8, 8, seed=1), PLAIN)
     want = sample(name, full, x, PLAIN, 10, noise=noise_source())
-    y = sample(name, lambda x, t: full(x, t).half(), x, PLAIN, 10, noise=noise_source())
+    y = sample(name, lambda x, t, timestep: full(x, t, timestep).half(), x, PLAIN, 10, noise=noise_source())
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, want, atol=2e-3, rtol=2e-3)
 
@@ -357,13 +376,14 @@ def test_nothing_is_changed_in_place(prediction, name):
     def on_step(i, x, x0):
         give(x), give(x0)
 
-    sample(name, lambda x, t: next(source), give(randn(1, 4, 8, 8)), schedule, 5, 0.0, noise_source(), on_step=on_step)
+    denoise = lambda x, t, timestep: next(source)  # noqa: E731
+    sample(name, denoise, give(randn(1, 4, 8, 8)), schedule, 5, 0.0, noise_source(), on_step=on_step)
     assert len(given) == 5 + 1 + 2 * 5
     assert all(torch.equal(x, before) for x, before in given)
 
 
 def test_errors_are_one_clear_sentence():
-    x, denoise = randn(1, 4, 8, 8), lambda x, t: x
+    x, denoise = randn(1, 4, 8, 8), lambda x, t, timestep: x
     with pytest.raises(ValueError, match='the sampler is "euler", expected one of ddim, ddpm, dpm\\+\\+'):
         sample("euler", denoise, x, PLAIN, 10)
     for name in SAMPLERS:

@@ -264,6 +264,13 @@ def test_values_that_are_not_finite_stop_with_the_layers_name(layer):
         arrays(sd)
 
 
+def test_a_preview_of_what_is_not_finite_names_the_layer_it_comes_from():
+    sd = small_sd()
+    sd.unet.decoder.conv_out.bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="^unet.decoder.conv_out, computed in float32"):
+        arrays(sd, callback=lambda progress: progress.preview())
+
+
 def test_the_control_that_is_not_finite_is_named(sd):
     controls = [Control(small_control(sd), hint()) for _ in range(2)]
     controls[1].net.zero_convs[1].weight[0] = torch.inf

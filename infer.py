@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda: infer(given),
         debug=given.get("debug", False),
         stopped="the images listed above, if any, are saved",
-        memory_advice="add --low-memory, --precision fp16 or a smaller --size",
+        memory_advice="add --low-memory, --precision fp16, a smaller --size or --batch-size",
     )
 
 

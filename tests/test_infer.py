@@ -141,6 +141,7 @@ def test_the_image_carries_everything_used(weights):
     assert settings == {
         "prompt": "größer, bigger",
         "negative": "blurry",
+        "batch_size": 1,
         "seed": 7,
         "size": "96x64",
         "fit": "stretch",
@@ -262,6 +263,34 @@ def test_every_image_has_its_own_seed_and_number(capsys):
     assert [settings_of(f"out/000{i}.png")["seed"] for i in (1, 2, 3)] == [5, 6, 6]
     assert np.array_equal(pixels_of("out/0002.png"), pixels_of("out/0003.png"))
     assert not np.array_equal(pixels_of("out/0001.png"), pixels_of("out/0002.png"))
+
+
+def test_images_of_a_batch_are_saved_with_their_seeds_and_its_size(capsys):
+    """The last batch is what is left."""
+    options = ["--seed", "5", "--eta", "1", "--sampler", "ddim"]
+    assert run("--count", "3", "--batch-size", "2", *options) == 0
+    assert run("--count", "3", *options) == 0
+    assert capsys.readouterr().out.split() == [f"out/000{i}.png" for i in range(1, 7)]
+    made = [settings_of(f"out/000{i}.png") for i in range(1, 7)]
+    assert [one["seed"] for one in made] == [5, 6, 7] * 2
+    assert [one["batch_size"] for one in made] == [2, 2, 1] + [1] * 3
+    for i in (1, 2, 3):
+        assert np.abs(pixels_of(f"out/000{i}.png").astype(int) - pixels_of(f"out/000{i + 3}.png")).max() <= 1
+    assert np.array_equal(pixels_of("out/0003.png"), pixels_of("out/0006.png"))
+
+
+def test_an_image_of_a_batch_is_made_again_alone_or_with_its_batch(capsys):
+    options = ["--hint", "circle.png", "--sampler", "ddpm"]
+    assert run("--count", "2", "--batch-size", "2", "--seed", "3", *options) == 0
+    capsys.readouterr()
+    said = '"out/0001.png" was made in a batch of 2: the image will be the same to rounding'
+    assert infer.main(["--again", "out/0001.png", "--out", "alone.png"]) == 0
+    assert said in notes(capsys.readouterr()) and settings_of("alone.png")["batch_size"] == 1
+    assert np.abs(pixels_of("alone.png").astype(int) - pixels_of("out/0001.png")).max() <= 1
+    assert infer.main(["--again", "out/0001.png", "--count", "2", "--out", "both.png"]) == 0
+    assert said not in notes(capsys.readouterr())
+    for i in (1, 2):
+        assert np.array_equal(pixels_of(f"both-{i}.png"), pixels_of(f"out/000{i}.png"))
 
 
 def test_a_seed_is_drawn_said_and_recorded(capsys):
@@ -457,7 +486,7 @@ def test_a_prompt_that_is_no_unicode_is_kept_and_read_again(place):
 
 def test_an_image_from_before_an_option_and_its_name_is_made_again(everything):
     settings = settings_of("first-2.png")
-    for name in ("fit", "mask_blur", "only_masked"):
+    for name in ("batch_size", "fit", "mask_blur", "only_masked"):
         del settings[name]
     settings["dtype"] = settings.pop("precision")
     save_png(photograph((8, 8)), "old.png", {"controlnet": json.dumps(settings)})
@@ -879,6 +908,7 @@ def control_of_another_base(path):
         "--size 64y64",
         "--size -64",
         "--count 0",
+        "--batch-size 0",
         "--reuse 0",
         "--dtype int8",
         "--pormpt a",
@@ -929,8 +959,8 @@ def test_too_little_memory_is_a_sentence_and_other_failures_are_not_hidden(monke
 
     fail_with(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     assert run() == 2
-    (line,) = notes(capsys.readouterr())
-    assert line == "infer.py: out of memory: add --low-memory, --precision fp16 or a smaller --size"
+    advice = "add --low-memory, --precision fp16, a smaller --size or --batch-size"
+    assert notes(capsys.readouterr()) == [f"infer.py: out of memory: {advice}"]
     fail_with(RuntimeError("a mistake of ours"))
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         run()

@@ -9,50 +9,32 @@ Sizes are (height, width) in pixels. Shapes: H W pixels, h = H/8, w = W/8, M pro
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from controlnet.common.images import Size, fitted_size, size_text, to_pil
+from controlnet.common.images import Size, fitted_size, size_text
 from controlnet.guidance import Control, guided
 from controlnet.hints.hint_image import HintImage
 from controlnet.reuse import reusing
 from ldm.config import Config
-from ldm.samplers import Noise, OnStep, sample, timesteps_for
+from ldm.samplers import sample, timesteps_for
 from ldm.stable_diffusion import StableDiffusion
 
 from .finite import Watched, finite
 from .image_to_image import Init, begin, steps_done
+from .memory import fitting_batch
+from .noise import draw, noise_from
 from .offload import decode, encode, on_device
+from .progress import Progress, reporter
 from .prompts import encode_prompts
 
 LARGEST_SIDE = 8192  # pixels: guards against typos that exhaust time and memory
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the callback of `generate` is told after each step."""
-
-    image: int  # which of `count`, from 0
-    step: int  # how many of `steps` are done
-    steps: int
-    x: Tensor  # the latents (1, 4, h, w), fp32
-    x0: Tensor  # the data that this step predicts, like x
-    decode: Callable[[Tensor], Image.Image] = field(repr=False)  # of latents (1, 4, h, w)
-
-    @torch.no_grad()
-    def preview(self, side: int = 256) -> Image.Image:
-        """x0 as an RGB image, its longer side near `side` pixels or less: latents are averaged before they are decoded.
-
-        It is decoded here, so a preview that nobody asks for costs nothing.
-        """
-        factor = max(1, 8 * max(self.x0.shape[-2:]) // side)
-        return self.decode(F.avg_pool2d(self.x0, factor))
+LARGEST_BATCH = 16  # by default: a larger one fills no GPU better, and its first image comes later
 
 
 @torch.no_grad()
@@ -63,6 +45,7 @@ def generate(
     *,
     negative: str = "",
     count: int = 1,
+    batch_size: int | None = None,
     size: Size | None = None,
     steps: int = 20,
     sampler: str = "ddim",
@@ -80,9 +63,11 @@ def generate(
     """`count` RGB images of `size`. By default that is the size of hints that are tensors, or it is fitted to `init` or
     to the first hint's image, or it is a square. (With `init.only_masked` it is the size at which a part is made.)
 
-    Image i has the seed `seed + i` and is the same whatever `count` is. Latents are fp32 even where the networks are
-    not. `cfg` None is `default_cfg`. prompts.py says how prompts are read. The ControlNets must be on the device and in
-    the dtype of `sd`; hints and masks are brought there. `progress` shows a bar, `callback` is called after each step.
+    Image i has the seed `seed + i`, whatever `count` is. `batch_size` of them are made at once, by default
+    `default_batch_size`; how many others are in its batch changes an image by rounding alone. Latents are fp32 even
+    where the networks are not. `cfg` None is `default_cfg`. prompts.py says how prompts are read. The ControlNets must
+    be on the device and in the dtype of `sd`; hints and masks are brought there. `progress` shows a bar, `callback` is
+    called after each step of each image.
 
     `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (reuse.py): faster, and
     another image, though at 2 a similar one.
@@ -92,53 +77,59 @@ def generate(
     the same to rounding.
 
     Raises TypeError for controls that are none, ValueError for a size that the model cannot make, hints of other sizes,
-    a negative `cfg`, a seed outside 0..2^63 - 1, a `reuse` below 1, or what `sample` or `encode_prompts` do not accept
-    (sampler, steps, eta, clip_skip, weights of words), FloatingPointError with the layer's name for a result that is
-    not finite.
+    a negative `cfg`, a seed outside 0..2^63 - 1, a `batch_size` or `reuse` below 1, or what `sample` or
+    `encode_prompts` do not accept (sampler, steps, eta, clip_skip, weights of words), FloatingPointError with the
+    layer's name for a result that is not finite.
     """
     check_controls(controls)
-    height, width = size = image_size(sd.config, controls, size, init)
+    size = image_size(sd.config, controls, size, init)
     check_seeds(seed, count)
+    check_batch_size(batch_size)
     cfg = default_cfg(sd.config) if cfg is None else cfg
     check_cfg(cfg)
     timesteps = timesteps_for(sampler, sd.schedule, steps)
     skip = len(timesteps) - steps_done(init.strength, len(timesteps)) if init else 0
     timesteps = timesteps[skip:]
+    if count < 1:
+        return []
     if init and not timesteps:  # nothing is changed, not even by the autoencoder
         return [init.resized(size).image if init.only_masked is None else init.image] * count
     controls = [at_size(control, size, init) for control in controls]
     tiled = cpu_offload is not None
+    if batch_size is None:
+        batch_size = default_batch_size(sd, size, count, controls, cpu_offload)
 
     # Each image draws from its own generator, in a fixed order: x, the posterior's noise, then the sampler's.
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    shape = (1, sd.config.unet.latent_channels, height // sd.config.vae.downscale, width // sd.config.vae.downscale)
-    noises = [torch.randn(shape, generator=generator) for generator in generators]
+    noises = draw(generators, latent_shape(sd.config, size))
     if init:
         start = init.resized(size)
         with on_device(cpu_offload, sd.vae):
-            known = [encode(sd, start.image, generator, tiled) for generator in generators]
+            known = encode(sd, start.image, generators, tiled)
     with on_device(cpu_offload, sd.text_encoder):
         contexts = prompt_contexts(sd, prompt, negative, clip_skip, long_prompts)
 
     def preview(denoise: Watched, x0: Tensor) -> Image.Image:
         denoise.check(x0)
         with on_device(cpu_offload, sd.vae):
-            return to_pil(decode(sd, x0, tiled)[0])
+            return decode(sd, x0, tiled)[0]
 
     latents, bar = [], tqdm(total=count * len(timesteps), unit="step", disable=not progress)
     with bar, on_device(cpu_offload, sd.unet, *(control.net for control in controls)):
-        for i, generator in enumerate(generators):
-            denoise = make_denoise(sd, *contexts, cfg, controls, timesteps, cpu_offload is None, reuse)
-            x, noise, keep = noises[i].to(sd.device), noise_from([generator]), None
+        for first in range(0, count, batch_size):
+            batch = slice(first, first + batch_size)
+            x, noise, keep = noises[batch].to(sd.device), noise_from(generators[batch]), None
+            prompts = [context.expand(len(x), -1, -1) for context in contexts]
+            denoise = make_denoise(sd, *prompts, cfg, controls, timesteps, cpu_offload is None, reuse)
             if init:
-                x, keep = begin(start, known[i].to(x), x, noise, sd.schedule, timesteps)
-            on_step = reporter(bar, callback, i, len(timesteps), partial(preview, denoise))
+                x, keep = begin(start, known[batch].to(x), x, noise, sd.schedule, timesteps)
+            on_step = reporter(bar, callback, first, len(timesteps), partial(preview, denoise))
             latents.append(sample(sampler, denoise, x, sd.schedule, steps, eta, noise, keep, on_step, skip))
             denoise.check(latents[-1])
 
     with on_device(cpu_offload, sd.vae):
-        images = [to_pil(decode(sd, x, tiled)[0]) for x in latents]
-    return [init.put_back(image) for image in images] if init else images
+        images = [image for x in latents for image in decode(sd, x, tiled)]
+    return [init.put_back(image, start) for image in images] if init else images
 
 
 # ---------------------------------------------------------------------------------------------------- sizes and seeds
@@ -176,6 +167,11 @@ def image_size(config: Config, controls: Sequence[Control], size: Size | None, i
     return size
 
 
+def latent_shape(config: Config, size: Size) -> tuple[int, int, int]:
+    """(4, h, w)"""
+    return config.unet.latent_channels, *(side // config.vae.downscale for side in size)
+
+
 def check_size(config: Config, size: Size) -> None:
     """Raises ValueError if the model cannot make images of this size."""
     multiple = size_multiple(config)
@@ -205,22 +201,22 @@ def check_seeds(seed: int, count: int) -> None:
         raise ValueError(f"the seed is {seed}, expected 0 to {last}: take a number between them")
 
 
-def noise_from(generators: list[torch.Generator]) -> Noise:
-    """noise(x) -> unit noise like x (B, 4, h, w), each image's from its own generator on the CPU: the same on every
-    device and in every batch."""
+def default_batch_size(
+    sd: StableDiffusion, size: Size, count: int, controls: Sequence[Control], cpu_offload: torch.device | str | None
+) -> int:
+    """How many images of `generate` are made at once: on CUDA as many as fit in memory, up to 16, and on a CPU one.
 
-    def noise(x: Tensor) -> Tensor:
-        drawn = [torch.randn(1, *x.shape[1:], generator=generator) for generator in generators]
-        return without_waiting(torch.cat(drawn), x.device)
+    At batch 1 a GPU waits for its next kernel most of the time. A CPU has enough to do.
+    """
+    device = sd.device if cpu_offload is None else torch.device(cpu_offload)
+    count = min(count, LARGEST_BATCH)
+    return fitting_batch(sd.config, size, sd.dtype, device, count, cpu_offload is not None, len(controls))
 
-    return noise
 
-
-def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`. A GPU fetches it from pinned memory when its turn comes, and the CPU goes on."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises ValueError for a number of images that cannot be made at once."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"the batch size is {batch_size}, expected 1 (one image after the other) or more")
 
 
 # ---------------------------------------------------------------------------------------------------- controls
@@ -277,16 +273,3 @@ def make_denoise(
     denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, make_predictor)
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
     return Watched(lambda x, t, timestep: denoise(x.to(like.dtype), t, timestep), networks)
-
-
-def reporter(
-    bar: tqdm, callback: Callable[[Progress], None] | None, image: int, steps: int, decode: Callable
-) -> OnStep:
-    """-> what the sampler calls after each step."""
-
-    def on_step(step: int, x: Tensor, x0: Tensor) -> None:
-        bar.update()
-        if callback:
-            callback(Progress(image, step + 1, steps, x, x0, decode))
-
-    return on_step

@@ -83,15 +83,14 @@ class Init:
         mask = self.mask and fitted(self.part(self.soft_mask, size), size, self.fit, ground=255)
         return Init(image, self.strength, mask)
 
-    def put_back(self, image: Image.Image) -> Image.Image:
-        """The result: what was made, and where the mask is black the original to the bit."""
+    def put_back(self, image: Image.Image, begun: "Init") -> Image.Image:
+        """The result: what was made, and where the mask is black the original to the bit. `begun` is `resized` to the
+        size of what was made."""
         if self.mask is None:
             return image
-        size = image.size[::-1]
         if self.only_masked is None:
-            kept = self.resized(size)
-            return Image.composite(image, kept.image, kept.mask)
-        box, result = self.box(size), self.image.copy()
+            return Image.composite(image, begun.image, begun.mask)
+        box, result = self.box(image.size[::-1]), self.image.copy()
         result.paste(resized(image, (box[3] - box[1], box[2] - box[0])), box, self.soft_mask.crop(box))
         return result
 
@@ -112,8 +111,8 @@ def begin(
 ) -> tuple[Tensor, BeforeStep | None]:
     """-> the x to begin with, and what keeps the known part at each step, if there is a mask.
 
-    z0 (1, 4, h, w) are the image's latents, a sample of the encoder's posterior as in the released code; x is unit
-    noise of their shape. The result is as noisy as the first of `timesteps`, those that are done; at strength 1 it is
+    z0 (B, 4, h, w) are the image's latents, samples of the encoder's posterior as in the released code; x is unit noise
+    of their shape. The result is as noisy as the first of `timesteps`, those that are done; at strength 1 it is
     x, and only what is black in the mask counts.
     """
     schedule = schedule.to(x.device)
@@ -129,5 +128,5 @@ def begin(
 
 def keep_known(schedule: Schedule, z0: Tensor, mask: Tensor, noise: Noise) -> BeforeStep:
     """Inpainting by blending latents, as in the released DDIM sampler: before each step what is black in the mask
-    (1, 1, h, w) is replaced by z0 (1, 4, h, w) with fresh noise of the level of x."""
+    (1, 1, h, w) is replaced by z0 (B, 4, h, w) with fresh noise of the level of x."""
     return lambda x, t: mask * x + (1 - mask) * schedule.q_sample(z0, t, noise(z0))

@@ -25,6 +25,22 @@ def check_memory(config: Config, size: Size, dtype: torch.dtype, device: torch.d
         note(f"an image of {size_text(size)} takes long on a CPU: try a smaller --size first")
 
 
+def fitting_batch(
+    config: Config, size: Size, dtype: torch.dtype, device: torch.device, count: int, low_memory: bool, controls: int
+) -> int:
+    """How many of `count` images with this many controls fit into the memory that is free on CUDA, sampled and decoded
+    at once: at least 1. On other devices 1."""
+    return decoding_batch(config, size, dtype, device, count, low_memory) if device.type == "cuda" else 1
+
+
+def decoding_batch(
+    config: Config, size: Size, dtype: torch.dtype, device: torch.device, count: int, tiled: bool
+) -> int:
+    """How many of `count` images fit into free memory when they are decoded at once: at least 1."""
+    free = free_memory(device) if count > 1 else None
+    return count if free is None else max(1, min(count, free // decoding_memory(config, size, dtype, tiled)))
+
+
 def decoding_memory(config: Config, size: Size, dtype: torch.dtype, tiled: bool) -> int:
     """Bytes that decoding holds at its peak, the most of all: as measured on a CPU, three feature maps as wide as the
     second level and as large as the image, with a tiled VAE two. (Half a map of that are the kernels' workspaces. The

@@ -1,7 +1,8 @@
-"""Encoding and decoding one image, with networks on the device only while they are used and a tiled VAE if needed."""
+"""Encoding and decoding images, with networks on the device only while they are used and a tiled VAE if needed."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,12 +10,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlnet.common.devices import temporarily_on
-from controlnet.common.images import to_images
+from controlnet.common.images import to_images, to_pil
 from ldm.fast.tiled_vae import decode_tiled, posterior_tiled
 from ldm.stable_diffusion import StableDiffusion
 from ldm.vae import AutoencoderKL
 
 from .finite import finite
+from .memory import decoding_batch
+from .noise import draw
 
 
 def on_device(device: torch.device | str | None, *networks: nn.Module) -> AbstractContextManager:
@@ -22,35 +25,40 @@ def on_device(device: torch.device | str | None, *networks: nn.Module) -> Abstra
     return nullcontext() if device is None else temporarily_on(torch.device(device), *networks)
 
 
-def encode(sd: StableDiffusion, image: Image.Image, generator: torch.Generator, tiled: bool) -> Tensor:
-    """`sd.encode` of an RGB image: scaled latents (1, 4, h, w), a sample of the posterior."""
-    images, state = to_images([np.array(image)]), generator.get_state()
+def encode(sd: StableDiffusion, image: Image.Image, generators: list[torch.Generator], tiled: bool) -> Tensor:
+    """An RGB image -> scaled latents (B, 4, h, w), as by `sd.encode`: for each generator a sample of the posterior."""
+    images = to_images([np.array(image)])
+    height, width = (side // sd.config.vae.downscale for side in images.shape[-2:])
+    noise = draw(generators, (sd.config.vae.latent_channels, height, width))
 
     def compute() -> Tensor:
-        generator.set_state(state)  # the same noise if it is computed again
-        if not tiled:
-            return sd.encode(images, generator)
-        posterior = posterior_tiled(sd.vae, images.to(sd.vae.quant_conv.bias))
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        like = sd.vae.quant_conv.bias
+        posterior = posterior_tiled(sd.vae, images.to(like)) if tiled else sd.vae.posterior(images.to(like))
         return sd.config.vae.scale * posterior.sample(noise.to(posterior.mean))
 
-    return in_fp32_if_needed(sd.vae, compute)
+    latents = compute()
+    return latents if latents.isfinite().all() else in_fp32(sd.vae, compute)
 
 
-def decode(sd: StableDiffusion, latents: Tensor, tiled: bool) -> Tensor:
-    """`sd.decode` of scaled latents (1, 4, h, w): an image (1, 3, H, W), around [-1, 1] but not clipped to it."""
+def decode(sd: StableDiffusion, latents: Tensor, tiled: bool) -> list[Image.Image]:
+    """Scaled latents (B, 4, h, w) -> RGB images, by `sd.decode`: all at once if they fit into memory."""
 
-    def compute() -> Tensor:
+    def compute(latents: Tensor) -> Tensor:
         return decode_tiled(sd.vae, latents.to(sd.vae.post_quant_conv.bias)) if tiled else sd.decode(latents)
 
-    return in_fp32_if_needed(sd.vae, compute)
+    size = tuple(side * sd.config.vae.downscale for side in latents.shape[-2:])
+    dtype = next(sd.vae.parameters()).dtype
+    at_once = decoding_batch(sd.config, size, dtype, latents.device, len(latents), tiled)
+    decoded = [image for part in latents.split(at_once) for image in compute(part)]
+    for i, image in enumerate(decoded):
+        if not image.isfinite().all():
+            (decoded[i],) = in_fp32(sd.vae, partial(compute, latents[i : i + 1]))
+    return [to_pil(image) for image in decoded]
 
 
-def in_fp32_if_needed(vae: AutoencoderKL, compute: Callable[[], Tensor]) -> Tensor:
-    """compute(), once more in fp32 if half precision overflowed: the released autoencoders do at times."""
-    result = compute()
-    if result.isfinite().all():
-        return result
+def in_fp32(vae: AutoencoderKL, compute: Callable[[], Tensor]) -> Tensor:
+    """compute(), which overflowed in half precision, in fp32: the released autoencoders need it at times. Raises
+    FloatingPointError if it is not finite so either."""
     weight = vae.quant_conv.bias
     dtype, device_type = weight.dtype, weight.device.type
     vae.float()

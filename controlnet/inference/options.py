@@ -81,6 +81,13 @@ class Options:
         later=True,
     )
     count: int = in_image("how many images (default: %(default)s)", 1, type=positive, metavar="N", passing=True)
+    batch_size: int | None = in_image(
+        "how many of them at once, which changes them by rounding alone (default: on CUDA as many as fit in memory, up "
+        "to 16; else 1)",
+        type=positive,
+        metavar="N",
+        later=True,
+    )
     seed: int = in_image(
         "of the first image; each has the next; -1 draws one (default: %(default)s)", 0, type=int, metavar="N"
     )

@@ -1,4 +1,4 @@
-"""One run of infer.py: check everything, load the networks, make the images one by one."""
+"""One run of infer.py: check everything, load the networks, make the images batch by batch."""
 
 import secrets
 import sys
@@ -28,7 +28,7 @@ from ldm.text_encoder import layers_to_run
 from ldm.tokenizer import Tokenizer
 
 from .again import with_recorded
-from .generate import at_size, check_cfg, check_seeds, default_cfg, generate
+from .generate import at_size, check_cfg, check_seeds, default_batch_size, default_cfg, generate
 from .image_to_image import Init, steps_done
 from .inputs import CheckedHint, hint_runs, load_controls, read_inputs
 from .options import RECORDED, HintOptions, Options, check_pairs
@@ -54,15 +54,22 @@ class Job:
     steps: int  # that are done, and not left out by image-to-image
     files: dict[str, str]  # fingerprints, by the names given
     controls: tuple[Control, ...] = ()  # when the weights are loaded
+    batch_size: int = 1
 
-    def settings(self, seed: int) -> dict:
-        """All that makes the image with this seed again (png_text.py)."""
+    def batches(self) -> Iterator[range]:
+        """The numbers of the images that are made at once."""
+        count = self.options.count
+        return (range(first, min(first + self.batch_size, count)) for first in range(0, count, self.batch_size))
+
+    def settings(self, i: int) -> dict:
+        """All that makes image i again (png_text.py)."""
         settings = {name: getattr(self.options, name) for name in RECORDED}
         for item in fields(HintOptions):
             settings[item.name] = [getattr(hint.options, item.name) for hint in self.hints]
         size, strength = "{1}x{0}".format(*self.size), self.init.strength if self.init else None
         settings |= {"size": size, "strength": strength, "cfg": self.cfg, "device": str(self.device)}
-        return {**settings, "seed": seed, "files": self.files}
+        settings |= {"seed": self.options.seed + i, "batch_size": next(len(b) for b in self.batches() if i in b)}
+        return {**settings, "files": self.files}
 
 
 def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
@@ -83,6 +90,8 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     check_out(options.out)
     check_pairs(options)
     check_prompts(options, config)
+    if options.again and (options.batch_size or 1) > options.count:
+        note(f'"{options.again}" was made in a batch of {options.batch_size}: the image will be the same to rounding')
 
     def job(options: Options) -> Job:
         size, init, hints = read_inputs(options, config, device)
@@ -118,6 +127,7 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     jobs = [
         replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs
     ]
+    jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
     networks = [sd.unet, sd.vae, *{control.net for job in jobs for control in job.controls}]
     if device.type == "cuda" and options.precision != "fp32":
         for network in networks:
@@ -127,23 +137,31 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     return sd, jobs
 
 
+def batch_size_of(job: Job, sd: StableDiffusion) -> int:
+    options = job.options
+    cpu_offload = job.device if options.low_memory else None
+    return options.batch_size or default_batch_size(sd, job.size, options.count, job.controls, cpu_offload)
+
+
 def make_images(jobs: list[Job], sd: StableDiffusion) -> Iterator[tuple[Job, int, Image.Image]]:
     """Each with its job and its number among the images of it."""
     with progress(sum(job.options.count * job.steps for job in jobs)) as step:
         for job in jobs:
             options = job.options
-            for i in range(options.count):
-                (image,) = generate(
+            for batch in job.batches():
+                images = generate(
                     sd,
                     options.prompt,
                     job.controls,
                     negative=options.negative,
+                    count=len(batch),
+                    batch_size=job.batch_size,
                     size=job.size,
                     steps=options.steps,
                     sampler=options.sampler,
                     cfg=job.cfg,
                     eta=options.eta,
-                    seed=options.seed + i,
+                    seed=options.seed + batch[0],
                     init=job.init,
                     clip_skip=options.clip_skip,
                     long_prompts=options.long_prompts,
@@ -151,7 +169,7 @@ def make_images(jobs: list[Job], sd: StableDiffusion) -> Iterator[tuple[Job, int
                     cpu_offload=job.device if options.low_memory else None,
                     callback=lambda progress: step(),
                 )
-                yield job, i, image
+                yield from ((job, i, image) for i, image in zip(batch, images, strict=True))
 
 
 def save(job: Job, i: int, image: Image.Image) -> None:
@@ -160,7 +178,7 @@ def save(job: Job, i: int, image: Image.Image) -> None:
     Raises ValueError if it cannot be written.
     """
     options = job.options
-    path = save_image(image, options.out, i, options.count, png_texts(job.settings(options.seed + i)))
+    path = save_image(image, options.out, i, options.count, png_texts(job.settings(i)))
     tqdm.write(str(path))
     if i == 0 and options.save_hint:
         save_hints(job.controls, path)

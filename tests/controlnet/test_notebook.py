@@ -272,8 +272,8 @@ def test_the_bar_shows_when_it_is_asked_for(sd, capsys):
 
 def test_images_are_encoded_and_decoded_by_the_base(sd, monkeypatch):
     calls = []
-    for name in ("encode", "decode"):
-        plain = getattr(sd, name)
-        monkeypatch.setattr(sd, name, lambda *arguments, n=name, f=plain: calls.append(n) or f(*arguments))
+    for name, part in {"posterior": sd.vae, "decode": sd}.items():
+        plain = getattr(part, name)
+        monkeypatch.setattr(part, name, lambda *arguments, n=name, f=plain: calls.append(n) or f(*arguments))
     generate(sd, "a", steps=2, init=Init(read_image(ASSETS / "cat.jpg")))
-    assert calls == ["encode", "decode"]
+    assert calls == ["posterior", "decode"]

@@ -13,7 +13,9 @@ from controlnet.common.image_files import read_image
 from controlnet.common.images import fitted_size, resized, save_png, to_pil
 from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_cfg, default_size, generate, size_multiple
+from controlnet.inference.generate import default_batch_size, default_cfg, default_size, generate, size_multiple
+from controlnet.inference.image_to_image import Init
+from controlnet.inference.memory import decoding_memory
 from ldm.config import SD15, SD21, TINY
 
 
@@ -77,6 +79,84 @@ def test_every_step_is_reported(sd):
         sd, count=2, steps=3, callback=lambda p: steps.append((p.image, p.step, p.steps, tuple(p.x.shape), p.x.dtype))
     )
     assert steps == [(image, step, 3, (1, 4, 8, 8), torch.float32) for image in (0, 1) for step in (1, 2, 3)]
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def photo():
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def right_half():
+    """White, so made anew."""
+    return Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 32, axis=1).repeat(64, axis=0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eta": 1.0},
+        {"sampler": "ddpm", "cfg": 1.0},
+        {"sampler": "dpm++", "reuse": 2, "steps": 3},
+        {"init": Init(photo(), 0.5)},
+        {"init": Init(photo(), 1.0, right_half()), "cpu_offload": "cpu"},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_an_image_of_a_batch_is_the_one_made_alone_to_rounding(sd, net, options):
+    """Each has its own noise: at the start, of the autoencoder, of the sampler and of the known part."""
+    controls = [Control(net, hint(), end=0.5), Control(net, hint(1), 0.5, prompt_only=True)]
+    sizes = []
+    handle = sd.unet.encoder.middle.register_forward_hook(lambda _, inputs, output: sizes.append(len(output)))
+    together = arrays(sd, controls=controls, count=3, batch_size=2, seed=5, **options)
+    handle.remove()
+    branches = 1 if {"cpu_offload", "cfg"} & options.keys() else 2
+    assert set(sizes) == {2 * branches, branches}  # the last batch is what is left
+    alone = arrays(sd, controls=controls, count=3, batch_size=1, seed=5, **options)
+    assert np.abs(together.astype(int) - alone).max() <= 1
+    assert np.array_equal(together[2], alone[2]) and differ(alone[0], alone[1])
+    again = arrays(sd, controls=controls, count=2, batch_size=2, seed=5, **options)
+    assert np.array_equal(again, together[:2])
+
+
+def test_every_step_of_each_image_in_a_batch_is_reported(sd):
+    told, alone = [], []
+    arrays(sd, count=3, batch_size=2, callback=told.append)
+    assert [(p.image, p.step) for p in told] == [(0, 1), (1, 1), (0, 2), (1, 2), (2, 1), (2, 2)]
+    arrays(sd, count=3, callback=alone.append)
+    for one in alone:
+        (same,) = [p for p in told if (p.image, p.step) == (one.image, one.step)]
+        assert same.x.shape == (1, 4, 8, 8)
+        torch.testing.assert_close(same.x0, one.x0, atol=1e-3, rtol=1e-3)
+        assert np.abs(np.asarray(same.preview()).astype(int) - np.asarray(one.preview())).max() <= 1
+
+
+def test_no_images_are_no_error(sd):
+    assert generate(sd, "a", count=0) == generate(sd, "a", count=0, batch_size=2, init=Init(photo())) == []
+
+
+def test_a_callback_may_end_a_batch(sd):
+    def stop(progress):
+        if (progress.image, progress.step) == (1, 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        arrays(sd, count=2, batch_size=2, callback=stop)
+
+
+def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(sd, monkeypatch):
+    def default(count, images_that_fit, device="cuda"):
+        free = images_that_fit * decoding_memory(SMALL, (64, 64), torch.float32, tiled=True)
+        monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(free))
+        return default_batch_size(sd, (64, 64), count, [], device)
+
+    assert [default(count, 5.5) for count in (1, 3, 40)] == [1, 3, 5]
+    assert default(40, 1000) == 16 and default(40, 0.5) == 1
+    assert default(40, 1000, "cpu") == default(40, 1000, None) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
 
 
 def test_no_gradients_and_no_changed_arguments():
@@ -156,6 +236,7 @@ def test_the_multiple_of_a_size_is_what_the_networks_halve():
         ({"seed": 2**63 - 1, "count": 2}, f"the seed is {2**63 - 1}, expected 0 to {2**63 - 2}: "),
         ({"sampler": "euler"}, 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
         ({"steps": 0}, "the number of steps is 0, expected 1..1000"),
+        ({"batch_size": 0}, "the batch size is 0, expected 1 (one image after the other) or more"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import small_control, small_sd
+from small import SMALL, small_control, small_sd
 from test_generate import arrays, differ, hint
 
 from controlnet.common.images import resized, to_images, to_pil
@@ -12,6 +12,7 @@ from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.generate import default_size, generate
 from controlnet.inference.image_to_image import Init
+from controlnet.inference.memory import decoding_memory
 from controlnet.inference.offload import decode
 from ldm.samplers import timesteps_for
 
@@ -243,8 +244,36 @@ def test_an_autoencoder_whose_halves_overflow_is_computed_in_fp32():
     latents = draws(0, 1)[0]
     with torch.autocast("cpu", torch.float16):  # which computes fp32 weights in half as well
         assert not full.vae.decode(latents).isfinite().all()
-        assert decode(full, latents, tiled=False).dtype == torch.float32
+        (image,) = decode(full, latents, tiled=False)
+    assert image == to_pil(full.decode(latents)[0])
     assert half.vae.quant_conv.weight.dtype == torch.float16  # the caller's stays as it was
+
+
+def test_of_a_batch_only_what_overflows_is_decoded_again(monkeypatch):
+    sd = small_sd()
+    sd.vae.decoder.conv_in.weight *= 5e3
+    sd.vae.decoder.norm_out.weight *= 0.1
+    latents = torch.cat([1e-3 * draws(0, 1)[0], draws(1, 1)[0], 1e-3 * draws(2, 1)[0]])
+    want = [np.asarray(to_pil(image)).astype(int) for image in sd.decode(latents)]
+    sd.vae.half()
+    calls, plain = [], sd.decode
+    monkeypatch.setattr(sd, "decode", lambda z: calls.append((len(z), sd.vae.quant_conv.bias.dtype)) or plain(z))
+    images = decode(sd, latents, tiled=False)
+    assert calls == [(3, torch.float16), (1, torch.float32)]
+    assert all(np.abs(np.asarray(image) - other).max() <= 2 for image, other in zip(images, want, strict=True))
+
+
+def test_a_batch_is_decoded_in_parts_where_memory_is_short(sd, monkeypatch):
+    latents, calls, plain = torch.cat(draws(0, 5)), [], sd.decode
+    monkeypatch.setattr(sd, "decode", lambda z: calls.append(len(z)) or plain(z))
+    one = decoding_memory(SMALL, (64, 64), torch.float32, tiled=False)
+    want = [np.asarray(image).astype(int) for image in decode(sd, latents, tiled=False)]
+    for free, sizes in ((2.5 * one, [2, 2, 1]), (0, [1] * 5)):
+        calls.clear()
+        monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device, free=free: int(free))
+        images = decode(sd, latents, tiled=False)
+        assert calls == sizes
+        assert all(np.abs(np.asarray(image) - other).max() <= 1 for image, other in zip(images, want, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from controlnet.guidance import Control
-from controlnet.inference.generate import make_denoise, noise_from
+from controlnet.inference.generate import make_denoise
 from controlnet.inference.image_to_image import Init, begin
+from controlnet.inference.noise import noise_from
 from controlnet.model import ControlNet
 from ldm.samplers import sample, timesteps_for
 from ldm.schedule import Schedule

@@ -1,0 +1,47 @@
+"""What is told of images while they are made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ldm.samplers import OnStep
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the callback of `generate` is told after each step of each image."""
+
+    image: int  # which of `count`, from 0
+    step: int  # how many of `steps` are done
+    steps: int
+    x: Tensor  # the latents (1, 4, h, w), fp32
+    x0: Tensor  # the data that this step predicts, like x
+    decode: Callable[[Tensor], Image.Image] = field(repr=False)  # of latents (1, 4, h, w)
+
+    @torch.no_grad()
+    def preview(self, side: int = 256) -> Image.Image:
+        """x0 as an RGB image, its longer side near `side` pixels or less: latents are averaged before they are decoded.
+
+        It is decoded here, so a preview that nobody asks for costs nothing.
+        """
+        factor = max(1, 8 * max(self.x0.shape[-2:]) // side)
+        return self.decode(F.avg_pool2d(self.x0, factor))
+
+
+def reporter(
+    bar: tqdm, callback: Callable[[Progress], None] | None, first: int, steps: int, decode: Callable
+) -> OnStep:
+    """-> what the sampler calls after each step of a batch, whose first image is `first`."""
+
+    def on_step(step: int, x: Tensor, x0: Tensor) -> None:
+        bar.update(len(x))
+        if callback:
+            for i, (one, one_x0) in enumerate(zip(x.split(1), x0.split(1), strict=True), first):
+                callback(Progress(i, step + 1, steps, one, one_x0, decode))
+
+    return on_step

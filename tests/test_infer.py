@@ -161,6 +161,7 @@ def test_the_image_carries_everything_used(weights):
         "reuse": 1,
         "device": "cpu",
         "precision": "bf16",
+        "compile": False,
         "low_memory": False,
         "hint": ["circle.png"],
         "detect": ["none"],
@@ -486,7 +487,7 @@ def test_a_prompt_that_is_no_unicode_is_kept_and_read_again(place):
 
 def test_an_image_from_before_an_option_and_its_name_is_made_again(everything):
     settings = settings_of("first-2.png")
-    for name in ("batch_size", "fit", "mask_blur", "only_masked"):
+    for name in ("batch_size", "compile", "fit", "mask_blur", "only_masked"):
         del settings[name]
     settings["dtype"] = settings.pop("precision")
     save_png(photograph((8, 8)), "old.png", {"controlnet": json.dumps(settings)})
@@ -819,6 +820,8 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--sampler euler", 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
         ("--steps 0", "the number of steps is 0, expected 1..1000"),
         ("--steps 1001", "the number of steps is 1001, expected 1..1000"),
+        ("--compile --reuse 2", "--compile and --reuse exclude each other: leave one of them out"),
+        ("--compile --low-memory", "--compile and --low-memory exclude each other: leave one of them out"),
         ("--eta 2", "eta is 2.0, expected 0 (deterministic) to 1"),
         ("--eta 1 --sampler dpm++", 'eta is 1.0, but sampler "dpm++" has no eta: '),
         ("--cfg -3", "the guidance (cfg) is -3.0, expected 0 (the negative prompt alone), 1 (the prompt alone)"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ldm.samplers import Denoise
@@ -38,7 +39,8 @@ class Watched:
         """Raises FloatingPointError if what was made of the denoiser's results is not finite."""
         if latents.isfinite().all():
             return
-        with stopping_at_bad_layers(self.networks):
+        # A compiled network has no layers to look at.
+        with torch.compiler.set_stance("force_eager"), stopping_at_bad_layers(self.networks):
             for step in self.steps:
                 output = self.denoise(*step)
                 if not output.isfinite().all():

@@ -18,13 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from controlnet.common.images import Size, fitted_size, size_text
-from controlnet.guidance import Control, guided
+from controlnet.guidance import Control, Predict, exact, guided
 from controlnet.hints.hint_image import HintImage
 from controlnet.reuse import reusing
 from ldm.config import Config
 from ldm.samplers import sample, timesteps_for
 from ldm.stable_diffusion import StableDiffusion
+from ldm.unet import UNet
 
+from .compiled import check_compile, compiling
 from .finite import Watched, finite
 from .image_to_image import Init, begin, steps_done
 from .memory import fitting_batch
@@ -56,6 +58,7 @@ def generate(
     clip_skip: int = 1,
     long_prompts: bool = False,
     reuse: int = 1,
+    compile: bool = False,
     cpu_offload: torch.device | str | None = None,
     progress: bool = False,
     callback: Callable[[Progress], None] | None = None,
@@ -72,14 +75,17 @@ def generate(
     `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (reuse.py): faster, and
     another image, though at 2 a similar one.
 
+    `compile` has the UNet and the ControlNets compiled by PyTorch, which takes a minute for the first image of a size.
+    The image is the same to rounding. It goes with neither `reuse` nor `cpu_offload`, and not with packed weights.
+
     `cpu_offload` names the device to compute on while `sd` and the ControlNets wait on the CPU: each is there only
     while it is used, the branches of the guidance are evaluated one after the other, and the VAE is tiled. The image is
     the same to rounding.
 
     Raises TypeError for controls that are none, ValueError for a size that the model cannot make, hints of other sizes,
-    a negative `cfg`, a seed outside 0..2^63 - 1, a `batch_size` or `reuse` below 1, or what `sample` or
-    `encode_prompts` do not accept (sampler, steps, eta, clip_skip, weights of words), FloatingPointError with the
-    layer's name for a result that is not finite.
+    a negative `cfg`, a seed outside 0..2^63 - 1, a `batch_size` or `reuse` below 1, what cannot be compiled, or what
+    `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip, weights of words), FloatingPointError
+    with the layer's name for a result that is not finite.
     """
     check_controls(controls)
     size = image_size(sd.config, controls, size, init)
@@ -87,6 +93,9 @@ def generate(
     check_batch_size(batch_size)
     cfg = default_cfg(sd.config) if cfg is None else cfg
     check_cfg(cfg)
+    if compile:
+        check_compile(reuse, cpu_offload is not None, sd.unet)
+    make_predictor = compiling() if compile else exact if reuse == 1 else reusing(reuse)
     timesteps = timesteps_for(sampler, sd.schedule, steps)
     skip = len(timesteps) - steps_done(init.strength, len(timesteps)) if init else 0
     timesteps = timesteps[skip:]
@@ -120,7 +129,7 @@ def generate(
             batch = slice(first, first + batch_size)
             x, noise, keep = noises[batch].to(sd.device), noise_from(generators[batch]), None
             prompts = [context.expand(len(x), -1, -1) for context in contexts]
-            denoise = make_denoise(sd, *prompts, cfg, controls, timesteps, cpu_offload is None, reuse)
+            denoise = make_denoise(sd, *prompts, cfg, controls, timesteps, cpu_offload is None, make_predictor)
             if init:
                 x, keep = begin(start, known[batch].to(x), x, noise, sd.schedule, timesteps)
             on_step = reporter(bar, callback, first, len(timesteps), partial(preview, denoise))
@@ -263,13 +272,12 @@ def make_denoise(
     controls: Sequence[Control],
     timesteps: Sequence[int],
     batched: bool,
-    reuse: int,
+    make_predictor: Callable[[UNet], Predict],
 ) -> Watched:
     """The guided UNet for fp32 latents: it computes in the base's own dtype."""
     like = next(sd.unet.parameters())
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
-    make_predictor = None if reuse == 1 else reusing(reuse)
     denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, make_predictor)
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
     return Watched(lambda x, t, timestep: denoise(x.to(like.dtype), t, timestep), networks)

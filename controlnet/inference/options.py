@@ -211,6 +211,12 @@ class Options:
         choices=PRECISION_NAMES,
         older="--dtype",
     )
+    compile: bool = in_run(
+        "torch.compile for UNet and ControlNets: the first image of each size takes a minute longer, all others less; "
+        "they are the same to rounding",
+        False,
+        later=True,
+    )
     low_memory: bool = in_run(
         "CPU offload: networks are on the device only while they are used; guidance in two passes, tiled VAE", False
     )

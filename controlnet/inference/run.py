@@ -28,6 +28,7 @@ from ldm.text_encoder import layers_to_run
 from ldm.tokenizer import Tokenizer
 
 from .again import with_recorded
+from .compiled import check_compile
 from .generate import at_size, check_cfg, check_seeds, default_batch_size, default_cfg, generate
 from .image_to_image import Init, steps_done
 from .inputs import CheckedHint, hint_runs, load_controls, read_inputs
@@ -90,6 +91,8 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     check_out(options.out)
     check_pairs(options)
     check_prompts(options, config)
+    if options.compile:
+        check_compile(options.reuse, options.low_memory)
     if options.again and (options.batch_size or 1) > options.count:
         note(f'"{options.again}" was made in a batch of {options.batch_size}: the image will be the same to rounding')
 
@@ -133,7 +136,7 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
         for network in networks:
             network.to(memory_format=torch.channels_last)  # what the convolutions of tensor cores read
     if not options.low_memory:  # which moves networks about, and needs plain weights for the tiled VAE
-        pack(*networks)
+        pack(*([sd.vae] if options.compile else networks))
     return sd, jobs
 
 
@@ -166,6 +169,7 @@ def make_images(jobs: list[Job], sd: StableDiffusion) -> Iterator[tuple[Job, int
                     clip_skip=options.clip_skip,
                     long_prompts=options.long_prompts,
                     reuse=options.reuse,
+                    compile=options.compile,
                     cpu_offload=job.device if options.low_memory else None,
                     callback=lambda progress: step(),
                 )

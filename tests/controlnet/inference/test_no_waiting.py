@@ -11,11 +11,12 @@ from small import SMALL
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from controlnet.guidance import Control
+from controlnet.guidance import Control, exact
 from controlnet.inference.generate import make_denoise
 from controlnet.inference.image_to_image import Init, begin
 from controlnet.inference.noise import noise_from
 from controlnet.model import ControlNet
+from controlnet.reuse import reusing
 from ldm.samplers import sample, timesteps_for
 from ldm.schedule import Schedule
 from ldm.stable_diffusion import StableDiffusion
@@ -102,7 +103,8 @@ def test_sampling_waits_for_nothing(fake, sampler, eta, controls, inpainting, op
     if inpainting:
         init = Init(Image.new("RGB", (32, 32)), 1.0, Image.new("L", (32, 32), 255))
         x, keep = begin(init, torch.empty_like(x), x, noise, sd.schedule, timesteps)
-    denoise = make_denoise(sd, context, context, 2.0, given, timesteps, **options)
+    predictor = exact if options["reuse"] == 1 else reusing(options["reuse"])
+    denoise = make_denoise(sd, context, context, 2.0, given, timesteps, options["batched"], predictor)
     on_step = lambda i, x, x0: None  # noqa: E731
     with waiting() as record:
         y = sample(sampler, denoise, x, sd.schedule, 3, eta, noise, keep, on_step)

@@ -97,12 +97,16 @@ def keep_freed_memory(device: torch.device, large: bool) -> None:
 
 @contextmanager
 def temporarily_on(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Moves modules to `device` and, on leaving, back to where they were."""
+    """Moves modules to `device` and, on leaving, back to where they were. Weights do not change meanwhile: nothing is
+    copied back, those that were left behind are taken again."""
     homes = [next(module.parameters()).device for module in modules]
+    left = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
     for module in modules:
         module.to(device)
     try:
         yield
     finally:
+        for parameter, data in left:
+            parameter.data = data
         for module, home in zip(modules, homes, strict=True):
-            module.to(home)
+            module.to(home)  # its buffers

@@ -75,7 +75,7 @@ def generate(
     `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (reuse.py): faster, and
     another image, though at 2 a similar one.
 
-    `compile` has the UNet and the ControlNets compiled by PyTorch, which takes a minute for the first image of a size.
+    `compile` has the UNet and the ControlNets compiled by PyTorch, a minute or more for the first image of a size.
     The image is the same to rounding. It goes with neither `reuse` nor `cpu_offload`, and not with packed weights.
 
     `cpu_offload` names the device to compute on while `sd` and the ControlNets wait on the CPU: each is there only

@@ -212,8 +212,8 @@ class Options:
         older="--dtype",
     )
     compile: bool = in_run(
-        "torch.compile for UNet and ControlNets: the first image of each size takes a minute longer, all others less; "
-        "they are the same to rounding",
+        "torch.compile for UNet and ControlNets: the first image of each size takes a minute or more longer, later "
+        "ones are faster; all are the same to rounding",
         False,
         later=True,
     )

@@ -1,4 +1,4 @@
-"""Devices, what they compute fp32 in, and which memory a program keeps."""
+"""Devices, what they compute fp32 in, which memory a program keeps, and what moves to a device and back."""
 
 import platform
 import subprocess
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from controlnet.common.devices import PRECISIONS, pick_device, use_device, use_precision
+from controlnet.common.devices import PRECISIONS, pick_device, temporarily_on, use_device, use_precision
 from controlnet.common.program import PRECISION_NAMES
 
 # ------------------------------------------------------------------------------------------------- device and precision
@@ -86,3 +87,14 @@ def test_memory_that_was_freed_serves_the_next_tensor(kept, megabytes, again):
     command = [sys.executable, "-c", FAULTS, kept, str(megabytes)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     assert (int(result.stdout) > 16) == again
+
+
+def test_weights_that_were_on_a_device_for_a_while_are_not_copied_back():
+    """There is only one device here: another type makes a copy, too, from which the numbers could not come back."""
+    network = nn.Linear(4, 4)
+    weights, places = [p.clone() for p in network.parameters()], [p.data_ptr() for p in network.parameters()]
+    with pytest.raises(KeyError), temporarily_on(torch.bfloat16, network):
+        assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+        raise KeyError
+    assert [p.data_ptr() for p in network.parameters()] == places
+    assert all(torch.equal(p, before) for p, before in zip(network.parameters(), weights, strict=True))

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 
 from controlnet.guidance import Branch, Predict, PreparedControl, total_residuals
 from ldm.fast.packed import Packed
@@ -21,6 +20,8 @@ def compiling(**options: Any) -> Callable[[UNet], Predict]:
     The graph is compiled anew for other shapes and for other controls that act, not for another prompt, hint or step.
     On CUDA the whole of it is replayed as a CUDA graph ("reduce-overhead"): one launch in place of a thousand kernels'.
     """
+    from torch._dynamo.exc import BackendCompilerFailed  # here: 900 modules that nothing else needs
+
     torch.compiler.allow_in_graph(rearrange)  # as it is: to trace through einops takes most of the time
     options = {"mode": "reduce-overhead", "dynamic": False, **options}
     compute = torch.compile(with_controls, **{name: value for name, value in options.items() if value is not None})

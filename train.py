@@ -32,7 +32,7 @@ from controlnet.common.program import note
 from controlnet.common.program import run as run_program
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, Draws, loss_inputs, zero_conv_norms
-from controlnet.training.data import TrainingData, worker_ended
+from controlnet.training.data import TrainingData
 from controlnet.training.distributed import Process, join_processes
 from controlnet.training.dry_run import plan
 from controlnet.training.interruptions import Signals, lasting_output
@@ -42,6 +42,7 @@ from controlnet.training.prepare import keep_memory_in_the_loop, prepare_network
 from controlnet.training.resolve import check_hint_channels, control_config, resolve
 from controlnet.training.run_state import Position, Progress, RunFolder
 from controlnet.training.validation import Preview, ValidationLoss
+from controlnet.training.workers import worker_ended
 from controlnet.worlds import EXAMPLE_OF
 from ldm import StableDiffusion
 from ldm.unet import UNet

@@ -7,7 +7,6 @@ needs to know nothing but p, and batches can be cut into any parts.
 Shapes: B batch, C channels, H W pixels.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache
@@ -34,6 +33,7 @@ from .lock import locked
 from .options import TrainSettings
 from .prepare import with_packed_encoders
 from .sources import PUBLISHED_FILL50K, BadSamples, Sources, WorldSource, open_sources
+from .workers import count_of, reading, start_worker
 
 # ---------------------------------------------------------------------------------------------------------- positions
 
@@ -153,7 +153,8 @@ class TrainingData:
                 remove_leftovers(folder)
                 remove_leftovers(folder / "hints")
             process.barrier()
-            build(folder, train, self.encoders, self.bad, self.settings.batch_size, process.rank, process.world_size)
+            workers = 0 if train.uses_network else count_of(self.settings.workers, process.device)
+            build(folder, train, self.encoders, self.bad, self.size, workers, process.rank, process.world_size)
             process.barrier()
         cache = LatentCache(folder, train, self.size)
         self.bad.add(cache.missing())
@@ -173,38 +174,20 @@ class TrainingData:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """This process's batches from position `start` on, without end, encoded."""
-        cuda = self.process.device.type == "cuda"
-        workers = self.settings.workers if self.settings.workers is not None else (4 if cuda else 0)
+        device = self.process.device
         positions = batch_positions(start, self.settings.batch_size, self.process.rank, self.process.world_size)
         loader = DataLoader(
-            self.pairs, batch_sampler=positions, num_workers=workers, pin_memory=cuda, worker_init_fn=start_worker
+            self.pairs,
+            batch_sampler=positions,
+            num_workers=count_of(self.settings.workers, device),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=start_worker,
         )
         for batch in reading(loader):
             self.bad.add(batch.bad.tolist())
             if isinstance(batch.content, Images):
                 batch = batch._replace(content=encode(self.encoders, *batch.content))
             yield batch
-
-
-def reading(loader: DataLoader) -> Iterator[Batch]:
-    """Its batches. Errors of its workers lose their traceback, and their sudden end is a ValueError."""
-    try:
-        yield from loader
-    except ValueError as error:
-        *_, last = str(error).strip().splitlines()
-        raise ValueError(last.split(": ", 1)[1] if str(error).startswith("Caught ") else str(error)) from error
-    except (OSError, EOFError) as error:
-        if loader.num_workers:
-            raise ValueError(worker_ended(error)) from error
-        raise
-
-
-def worker_ended(error: Exception) -> str:
-    reason = str(error).split(". ")[0].rstrip(".") or type(error).__name__
-    return (
-        f"a process that reads data has ended ({reason}), perhaps for lack of memory: go on with --resume and fewer "
-        "--workers, or 0"
-    )
 
 
 def good_samples(source) -> Iterator[Sample]:
@@ -223,9 +206,3 @@ def summary(sources: Sources, endless: bool) -> str:
         return line
     published = f" (the published one is not in {PUBLISHED_FILL50K})" if train.name == "fill50k" else ""
     return f"{line}: a synthetic dataset, drawn here{published}"
-
-
-def start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()  # Ctrl-C goes to a whole process group, but only the training process is to handle it

@@ -40,7 +40,8 @@ from controlnet.training.latent_cache import ends_of_weights
 from controlnet.training.optimisation import Optimisation, warmed_up_ema
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
 from controlnet.training.resolve import check_hint_channels, control_config, resolve
-from controlnet.training.run_state import Position, Progress, RunFolder
+from controlnet.training.run_state import Position, Progress, RunFolder, restore, state_of
+from controlnet.training.saving import Writer, on_cpu, with_weights
 from controlnet.training.validation import Preview, ValidationLoss
 from controlnet.training.workers import worker_ended
 from controlnet.worlds import EXAMPLE_OF
@@ -55,15 +56,16 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
     start = training.restore()
     training.open_data(start)
 
-    if start >= settings.steps and process.is_main:
-        print(f"all {start} steps are done: raise --steps to train further")
-        training.save(start)
     steps = range(start, settings.steps)
     bar = tqdm(steps, "train", settings.steps, initial=start, mininterval=1, disable=not process.is_main)
     progress = Progress(training.run, bar, settings.tensorboard) if process.is_main else None
     stopping = False
-    with signals.waiting(), bar:
+    with signals.waiting(), bar, training.writer:
+        if start >= settings.steps and process.is_main:
+            print(f"all {start} steps are done: raise --steps to train further")
+            training.save(start)
         for step in bar:
+            training.writer.check()
             done, last = step + 1, step + 1 == settings.steps
             values = {"step": done, **training.step()}
             stopping = process.any(signals.received is not None)
@@ -89,7 +91,7 @@ class Training:
     """One run: the locked base and its trainable copy, the optimizer, the data and the position in it."""
 
     def __init__(self, settings: TrainSettings, process: Process):
-        self.settings, self.process, self.run = settings, process, RunFolder(settings.out)
+        self.settings, self.process, self.run, self.writer = settings, process, RunFolder(settings.out), Writer()
         torch.manual_seed(settings.seed)
 
         # Load the base, in fp32, and copy its encoder: the trainable copy stays in fp32.
@@ -124,7 +126,8 @@ class Training:
 
     def restore(self) -> int:
         """-> how many steps are done: none in a new run."""
-        return self.run.load(**self.parts) if self.settings.resume else 0
+        found = self.run.newest_state() if self.settings.resume else None
+        return restore(*found, self.parts) if found else 0
 
     def open_data(self, start: int) -> None:
         """Images and captions become latents and text states: all of them here and now, unless --no-cache. Mismatches
@@ -188,12 +191,21 @@ class Training:
         return values
 
     def save(self, step: int) -> None:
+        """Copies everything as it is after `step`; a thread writes it while the training goes on."""
+        self.writer.start(self.write, on_cpu(state_of(step, self.parts), self.process.device))
+
+    def write(self, state: dict) -> None:
         dtype = PRECISIONS[self.settings.save_dtype]
-        self.shown.save(self.run.control, dtype)
+        if self.average:
+            shown = with_weights(self.average, state["average"]).module
+        else:
+            shown = with_weights(self.control, state["control"])
+        shown.save(self.run.control, dtype)
         if self.settings.sd_unlocked:
-            self.sd.save(self.run.base, dtype)
+            decoder = {f"unet.decoder.{name}": weight for name, weight in state["decoder"].items()}
+            with_weights(self.sd, decoder).save(self.run.base, dtype)
         # Last: a run that is killed before this resumes from the previous state.
-        self.run.save(step, self.settings.keep, **self.parts)
+        self.run.save(state, self.settings.keep)
 
     @property
     def shown(self) -> ControlNet:

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,7 +76,7 @@ def control_of(out):
 def assert_same_run(a, b):
     """Weights, optimiser, scaler, rate, average and position to the last bit, and what was logged of each step."""
     assert_equal(control_of(a), control_of(b))
-    assert_equal(*(torch.load(sorted((Path(out) / "state").iterdir())[-1], weights_only=True) for out in (a, b)))
+    assert_equal(newest_state(a), newest_state(b))
     assert steps_of(a) == steps_of(b)
 
 
@@ -166,8 +167,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def start(base, out, *arguments):
-    command = [sys.executable, "train.py", *options(base, out), *arguments]
+def start(base, out, *arguments, program=("train.py",)):
+    command = [sys.executable, *program, *options(base, out), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
 
@@ -189,6 +190,25 @@ def logged(out):
     return (out / "log.jsonl").read_text().splitlines()
 
 
+KILLED_IN_ITS_SECOND_SAVE = """
+import os, signal, sys, torch, train
+calls, original = [], torch.save
+def save(state, file):
+    calls.append(state)
+    if len(calls) == 2:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(state, file)
+torch.save = save
+train.main(sys.argv[1:])
+"""
+
+
+def newest_state(out):
+    return torch.load(sorted((out / "state").glob("*.pt"))[-1], weights_only=True)
+
+
 def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache, capsys):
     killed, how = tmp_path / "killed", ["--steps", "12", *cache]
     first = start(base, killed, *how)
@@ -201,11 +221,51 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_p
     first.send_signal(signal.SIGCONT)
     kill_at(first, killed, step=random.randint(1, 4))
     (killed / "state" / f".000002.pt.{first.pid}.tmp").mkdir(exist_ok=True)
-    kill_at(start(base, killed, "--resume", *how), killed, step=random.randint(5, 9))
+    second = start(base, killed, "--resume", *how, program=["-c", KILLED_IN_ITS_SECOND_SAVE])
+    assert second.wait() == -signal.SIGKILL
+    learned, saved = control_of(killed)["control_model.middle_block_out.0.weight"], newest_state(killed)["control"]
+    assert list((killed / "state").glob(f".*.{second.pid}.tmp/*.pt")), "it was not killed while a state was written"
+    assert not torch.equal(learned, saved["middle_zero_conv.weight"])  # which is written before
     assert resume(killed, *how) == 0
     assert not list(killed.rglob("*.tmp"))
     assert run(base, tmp_path / "whole", *how) == 0
     assert_same_run(tmp_path / "whole", killed)
+
+
+def test_a_save_holds_the_step_at_which_it_began_though_the_training_goes_on(base, tmp_path, cache, monkeypatch):
+    assert run(base, tmp_path / "two", "--steps", "2", *cache) == 0
+    losses, later, original, write = [], threading.Event(), ControlLoss.forward, train.Training.write
+
+    def loss(*given):
+        losses.append(given)
+        if len(losses) == 4:  # the third step is done, and the fourth has begun
+            later.set()
+        return original(*given)
+
+    def late(training, state):
+        assert later.wait(60)
+        write(training, state)
+        if state["step"] == 2:
+            training.run.control.rename(tmp_path / "control.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ControlLoss, "forward", loss)
+        patch.setattr(train.Training, "write", late)
+        assert run(base, tmp_path / "four", "--steps", "4", *cache) == 0
+    states = [torch.load(tmp_path / name / "state" / "000002.pt", weights_only=True) for name in ("two", "four")]
+    assert_equal(*states)
+    assert_equal(control_of(tmp_path), control_of(tmp_path / "two"))
+
+
+def test_a_save_that_fails_ends_the_run_at_once(base, tmp_path, cache, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "write", fail)
+        assert run(base, tmp_path, "--steps", "500", *cache) == 2
+    assert "No space left on device: make room, or give another folder as --out" in capsys.readouterr().err
+    assert len(logged(tmp_path)) < 50
 
 
 @pytest.mark.parametrize(

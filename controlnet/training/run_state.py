@@ -47,36 +47,54 @@ class DamagedState(ValueError):
 
 def save_state(path: Path, step: int, **parts) -> None:
     """Writes `step` and the `state_dict` of each part to `path`. Raises OSError if that fails."""
+    write_state(path, state_of(step, parts))
+
+
+def load_state(path: Path, **parts) -> int:
+    """`restore` from a file. Raises ValueError as that does, and DamagedState, which has changed no part."""
+    return restore(path, read_state(path), parts)
+
+
+def state_of(step: int, parts: dict) -> dict:
+    return {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Raises OSError if that fails."""
     try:
         with new_file(path) as temporary, open(temporary, "wb") as file:
-            torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # the renaming must not reach the disk before the contents do
     except RuntimeError as error:  # PyTorch's way to say that a disk is full
         raise OSError(f"{path} could not be written ({error})") from error
 
 
-def load_state(path: Path, **parts) -> int:
-    """Restores the parts in place and returns the number of steps done.
-
-    Raises DamagedState, which has changed no part, and ValueError if it is of another run (another base, another
-    precision); some parts may have changed by then.
-    """
+def read_state(path: Path) -> dict:
+    """What `write_state` wrote, on the CPU. Raises DamagedState."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # by its checksums, which PyTorch does not look at
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        step = state.pop("step")
+        return {"step": state.pop("step"), **state}
     except Exception as error:  # a damaged file makes the reader raise almost anything
         if out_of_memory(error) or isinstance(error, PermissionError):
             raise
         raise DamagedState(
             f"{path} is not a run's state or it is damaged: remove it, to go on from another or to start again"
         ) from error
-    if state.keys() != parts.keys():
-        raise ValueError(f"{path} holds {sorted(state)}, but this run needs {sorted(parts)}: it is another kind of run")
+
+
+def restore(path: Path, state: dict, parts: dict) -> int:
+    """Puts the state that was read from `path` into the parts and returns the number of steps done.
+
+    Raises ValueError if it is of another run (another base, another precision); some parts may have changed by then.
+    """
+    found = state.keys() - {"step"}
+    if found != parts.keys():
+        raise ValueError(f"{path} holds {sorted(found)}, but this run needs {sorted(parts)}: it is another kind of run")
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -84,7 +102,7 @@ def load_state(path: Path, **parts) -> int:
             raise ValueError(
                 f"the {name} in {path} does not fit: resume with the base and the precision that the run started with"
             ) from error
-    return step
+    return state["step"]
 
 
 class RunFolder:
@@ -175,33 +193,33 @@ class RunFolder:
             lines = [line for line in self.log_file.read_bytes().splitlines() if logged_step(line) <= step]
             write_text(self.log_file, "".join(line.decode(errors="replace") + "\n" for line in lines))
 
-    def save(self, step: int, keep: int, **parts) -> None:
-        """The state after `step`, and no more than the newest `keep`."""
-        save_state(self.path / "state" / f"{step:06d}.pt", step, **parts)
+    def save(self, state: dict, keep: int) -> None:
+        """The state after a step, and no more than the newest `keep`."""
+        write_state(self.path / "state" / f"{state['step']:06d}.pt", state)
         for path in self.states()[:-keep]:
             path.unlink()
 
-    def load(self, **parts) -> int:
-        """From the newest state that is whole -> the number of steps that are done: 0 for a run that was stopped before
-        it had saved any. Those after it are renamed."""
+    def newest_state(self) -> tuple[Path, dict] | None:
+        """The newest state that is whole, and its file: None in a run that was stopped before it had saved any. Damaged
+        ones after it are renamed. Raises ValueError if none is whole."""
         damaged = []
         for path in reversed(self.states()):
             try:
-                step = load_state(path, **parts)
+                state = read_state(path)
             except DamagedState:
                 damaged.append(path)
                 continue
             for other in damaged:
                 with suppress(FileNotFoundError):  # another process of this run was faster
                     other.rename(other.with_suffix(".damaged"))
-                note(f'"{other}" is damaged, its name ends in .damaged now: going on from step {step}')
-            return step
+                note(f'"{other}" is damaged, its name ends in .damaged now: going on from step {state["step"]}')
+            return path, state
         if damaged:
             raise ValueError(
                 f"no state in {self.path} is whole, the newest is {damaged[0]}: start another run in another folder, "
                 f"with --control {self.control} to go on from what was learned"
             )
-        return 0
+        return None
 
     def how_to_go_on(self) -> str:
         return f"go on with --resume --out {self.path}" if self.states() else "the same command goes on where it was"

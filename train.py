@@ -36,7 +36,9 @@ from controlnet.training.data import TrainingData
 from controlnet.training.distributed import Process, join_processes
 from controlnet.training.dry_run import plan
 from controlnet.training.interruptions import Signals, lasting_output
+from controlnet.training.intervals import Interval
 from controlnet.training.latent_cache import ends_of_weights
+from controlnet.training.later import Later
 from controlnet.training.optimisation import Optimisation, warmed_up_ema
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
 from controlnet.training.resolve import check_hint_channels, control_config, resolve
@@ -67,11 +69,12 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
         for step in bar:
             training.writer.check()
             done, last = step + 1, step + 1 == settings.steps
-            values = {"step": done, **training.step()}
-            stopping = process.any(signals.received is not None)
+            values, numbers = training.step()
+            stopping, save_asked = process.any(signals.received is not None, signals.take_save_asked())
             if process.is_main:
-                progress.log(values | training.validate(done, last))
-                if done % settings.save_every == 0 or last or stopping or signals.take_save_asked():
+                progress.log({"step": done, **values, **training.validate(done, last)}, numbers)
+                if training.saves.over(done) or last or stopping or save_asked:
+                    progress.flush()
                     training.save(done)
             if stopping:
                 break
@@ -146,10 +149,14 @@ class Training:
             for encoder in (sd.vae, sd.text_encoder):
                 encoder.cpu()  # only the grids need them now
         keep_memory_in_the_loop(self.process.device)
+        intervals = (settings.save_every, settings.validate_every, settings.sample_every)
+        self.saves, self.validations, self.grids = map(Interval, intervals)
+        self.clock = time.perf_counter()
 
-    def step(self) -> dict:
-        """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it."""
-        began, total, count = time.perf_counter(), 0.0, self.settings.accumulate
+    def step(self) -> tuple[dict, Later]:
+        """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it; loss
+        and gradient may still be computed by the device."""
+        total, count = 0.0, self.settings.accumulate
         for i in range(count):
             batch = next(self.batches)
             drawn = self.draws(batch.positions.tolist())  # timesteps, noise, dropped prompts
@@ -166,23 +173,25 @@ class Training:
                     loss = self.wrapped_loss(*inputs) / count
                 self.optimisation.backward(loss)
             total += loss.detach()
-        values = {"loss": self.process.mean(float(total)), "lr": self.optimisation.current_lr}
-        values["gradient"] = self.optimisation.step()
+        values = {"lr": self.optimisation.current_lr}
+        numbers = Later(self.process.mean(total), self.optimisation.step())
         if self.average:
             self.average.update_parameters(self.control)
         self.position.seen += self.data.samples_per_step
-        values["images_per_second"] = self.data.samples_per_step / (time.perf_counter() - began)
-        memory = peak_memory(self.process.device)
-        return values | {"skipped": self.optimisation.skipped, "bad": len(self.data.bad), "memory_gb": memory}
+        # By the clock on the wall: what has held up the step counts, the waiting for data as well as grids and saves.
+        before, self.clock = self.clock, time.perf_counter()
+        values["images_per_second"] = self.data.samples_per_step / (self.clock - before)
+        values |= {"skipped": self.optimisation.skipped, "bad": len(self.data.bad)}
+        return values | peak_memory(self.process.device), numbers
 
     def validate(self, done: int, last: bool) -> dict:
         """Now and then the loss on validation pairs and a grid of images -> what is logged after `done` steps."""
         values = {}
         with self.optimisation.autocast():  # needed: the base is in half precision, the ControlNet in fp32
-            if self.validation_loss and (done % self.settings.validate_every == 0 or last):
+            if self.validation_loss and (self.validations.over(done) or last):
                 values["validation_loss"] = self.validation_loss(self.shown_loss)
                 values["zero_convs"] = zero_conv_norms(self.shown)
-            if self.preview and (done % self.settings.sample_every == 0 or last):
+            if self.preview and (self.grids.over(done) or last):
                 with temporarily_on(self.process.device, self.sd.vae, self.sd.text_encoder):
                     try:
                         values |= self.preview.save(self.shown, self.run.grid(done))

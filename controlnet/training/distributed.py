@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from controlnet.common.devices import pick_device
@@ -30,17 +30,19 @@ class Process:
         if self.world_size > 1:
             dist.barrier()
 
-    def mean(self, value: float) -> float:
-        """Over all processes."""
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.item() / self.world_size
+    def mean(self, scalar: Tensor) -> Tensor:
+        """Over all processes, of a scalar on the device."""
+        if self.world_size > 1:
+            dist.all_reduce(scalar)
+        return scalar / self.world_size
 
-    def any(self, value: bool) -> bool:
-        """The same answer everywhere: a signal reaches the processes at different steps, and all must stop at one."""
-        return self.mean(float(value)) > 0
+    def any(self, *values: bool) -> list[bool]:
+        """The same answers everywhere: a signal reaches the processes at different steps, and all must stop at one."""
+        if self.world_size == 1:
+            return list(values)
+        votes = torch.tensor(values, dtype=torch.int32)  # on the CPU: no GPU is waited for
+        dist.all_reduce(votes)
+        return (votes > 0).tolist()
 
     def wrap_ddp(self, loss: nn.Module) -> nn.Module:
         """The module whose backward pass averages the gradients: call the wrapper, never the inner module."""
@@ -79,5 +81,6 @@ def join_processes(device: str | None) -> Process:
         picked = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(picked)
     # The main process may compute latents, or wait for another run's, while the others wait for it.
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     return Process(dist.get_rank(), world_size, picked)

@@ -50,5 +50,9 @@ def packed_copy(network: nn.Module) -> nn.Module:
 
 
 def keep_memory_in_the_loop(device: torch.device) -> None:
-    """Once blocks of the same sizes come and go. Before, the autoencoder's activations would fragment the heap."""
+    """Once blocks of the same sizes come and go. Before, the autoencoder's activations would fragment the heap. What is
+    reported from here on is the loop's own."""
     keep_freed_memory(device, large=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

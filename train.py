@@ -250,11 +250,11 @@ def validation_of(
     """The validation loss and the grids, as far as there is something to show."""
     samples, count = data.validation_samples(), settings.sample_count
     if samples:
-        preview = Preview(sd, samples[:count]) if count else None
+        preview = Preview(sd, samples[:count], settings.batch_size) if count else None
         return ValidationLoss(sd, samples, draws, data.empty_prompt, settings.batch_size), preview
     print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
     trained_on = data.first_samples(count)
-    return None, Preview(sd, trained_on) if trained_on else None
+    return None, Preview(sd, trained_on, settings.batch_size) if trained_on else None
 
 
 def supervised(settings: TrainSettings) -> int:

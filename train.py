@@ -2,11 +2,14 @@
 
     python train.py --data fill50k                     # the small base of weights/: minutes on a laptop
     python train.py --base sd15 --data my/pairs --precision fp16 --checkpointing --batch-size 4
-    torchrun --nproc_per_node=4 train.py ...           # each batch four times as large
+    torchrun --nproc_per_node=4 train.py ...           # each batch four times as large; --shard takes less memory
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=4 train.py ...       # on each of two machines
     python train.py ... --dry-run                      # what it would train, and in how much memory
 
 The run's folder gets settings.json, log.jsonl, grids of validation hints in samples/, control.safetensors for infer.py
-and other programs, and state/, from which `--resume` goes on exactly where a run was stopped, in whatever way.
+and other programs, and state/, from which `--resume` goes on exactly where a run was stopped, in whatever way. Of
+several machines the first has that folder; each builds the latents that its disk lacks. What torchrun starts again
+(--max-restarts) goes on by itself.
 """
 
 import sys
@@ -41,10 +44,11 @@ from controlnet.training.latent_cache import ends_of_weights
 from controlnet.training.later import Later
 from controlnet.training.optimisation import Optimisation, warmed_up_ema
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
+from controlnet.training.progress import Progress
 from controlnet.training.resolve import check_hint_channels, control_config, resolve
-from controlnet.training.run_state import Position, Progress, RunFolder, restore, state_of
+from controlnet.training.run_state import Position, RunFolder, restore, state_of
 from controlnet.training.saving import Writer, on_cpu, with_weights
-from controlnet.training.validation import Preview, ValidationLoss
+from controlnet.training.validation import validation_of
 from controlnet.training.workers import worker_ended
 from controlnet.worlds import EXAMPLE_OF
 from ldm import StableDiffusion
@@ -63,19 +67,21 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
     progress = Progress(training.run, bar, settings.tensorboard) if process.is_main else None
     stopping = False
     with signals.waiting(), bar, training.writer:
-        if start >= settings.steps and process.is_main:
-            print(f"all {start} steps are done: raise --steps to train further")
-            training.save(start)
+        if start >= settings.steps:
+            if process.is_main:
+                print(f"all {start} steps are done: raise --steps to train further")
+            training.save(start, progress)
         for step in bar:
             training.writer.check()
             done, last = step + 1, step + 1 == settings.steps
             values, numbers = training.step()
-            stopping, save_asked = process.any(signals.received is not None, signals.take_save_asked())
+            # All agree, by the main process's clock.
+            saving = signals.take_save_asked() or (process.is_main and training.saves.over(done))
+            stopping, saving = process.any(signals.received is not None, saving)
             if process.is_main:
                 progress.log({"step": done, **values, **training.validate(done, last)}, numbers)
-                if training.saves.over(done) or last or stopping or save_asked:
-                    progress.flush()
-                    training.save(done)
+            if saving or last or stopping:
+                training.save(done, progress)
             if stopping:
                 break
     process.leave()
@@ -129,7 +135,7 @@ class Training:
 
     def restore(self) -> int:
         """-> how many steps are done: none in a new run."""
-        found = self.run.newest_state() if self.settings.resume else None
+        found = self.process.from_main(self.run.newest_state) if self.settings.resume else None
         return restore(*found, self.parts) if found else 0
 
     def open_data(self, start: int) -> None:
@@ -199,9 +205,12 @@ class Training:
                         note(f"there is no grid of step {done}: {error}")
         return values
 
-    def save(self, step: int) -> None:
-        """Copies everything as it is after `step`; a thread writes it while the training goes on."""
-        self.writer.start(self.write, on_cpu(state_of(step, self.parts), self.process.device))
+    def save(self, step: int, progress: Progress | None) -> None:
+        """Copies everything as it is after `step`; a thread of the main process writes it while training goes on."""
+        self.optimisation.gather()
+        if self.process.is_main:
+            progress.flush()
+            self.writer.start(self.write, on_cpu(state_of(step, self.parts), self.process.device))
 
     def write(self, state: dict) -> None:
         dtype = PRECISIONS[self.settings.save_dtype]
@@ -244,22 +253,11 @@ def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlN
     return control
 
 
-def validation_of(
-    sd: StableDiffusion, data: TrainingData, draws: Draws, settings: TrainSettings
-) -> tuple[ValidationLoss | None, Preview | None]:
-    """The validation loss and the grids, as far as there is something to show."""
-    samples, count = data.validation_samples(), settings.sample_count
-    if samples:
-        preview = Preview(sd, samples[:count], settings.batch_size) if count else None
-        return ValidationLoss(sd, samples, draws, data.empty_prompt, settings.batch_size), preview
-    print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
-    trained_on = data.first_samples(count)
-    return None, Preview(sd, trained_on, settings.batch_size) if trained_on else None
-
-
-def supervised(settings: TrainSettings) -> int:
+def supervised(given: dict) -> int:
     """`train`, the only process in the run's folder, which a closed pipe does not stop -> the exit status."""
-    process, run = join_processes(settings.device), RunFolder(settings.out)
+    process = join_processes(given.get("device"))
+    settings = process.from_main(lambda: resolve(given))
+    run = RunFolder(settings.out)
     alone = run.taken(settings.resume) if process.is_main else nullcontext()
     with lasting_output(), alone, Signals() as signals:
         try:
@@ -278,10 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     given = parse_args(__doc__, argv)
 
     def work() -> int:
-        settings = resolve(given)
-        if not settings.dry_run:
-            return supervised(settings)
-        print(plan(settings))
+        if not given.get("dry_run"):
+            return supervised(given)
+        print(plan(resolve(given)))
         return 0
 
     return run_program(

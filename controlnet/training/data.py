@@ -32,7 +32,7 @@ from .latent_cache import LatentCache, build, check_folder, encode, fingerprint,
 from .lock import locked
 from .options import TrainSettings
 from .prepare import with_packed_encoders
-from .sources import PUBLISHED_FILL50K, BadSamples, Sources, WorldSource, open_sources
+from .sources import PUBLISHED_FILL50K, BadSamples, Sources, WorldSource, differences, open_sources
 from .workers import count_of, reading, start_worker
 
 # ---------------------------------------------------------------------------------------------------------- positions
@@ -131,12 +131,22 @@ class TrainingData:
         self.bad = BadSamples(len(train), self.sources.problems, settings.bad_share)
         self.encoders = with_packed_encoders(sd)
         self.fingerprint = fingerprint(sd, train, self.size)
+        self.check_same_everywhere()
         with torch.no_grad():
             self.empty_prompt = sd.encode_text([""])  # (1, 77, D)
         endless = settings.no_cache and isinstance(train, WorldSource) and settings.images is None
         if process.is_main:
             print(summary(self.sources, endless))
         self.pairs = Pairs(self.read_images, len(train), settings.seed, endless)
+
+    def check_same_everywhere(self) -> None:
+        """Raises ValueError if another machine has other files under the same names."""
+        mains = self.process.from_main(lambda: self.fingerprint)
+        if mains != self.fingerprint:
+            raise ValueError(
+                f"process {self.process.rank} has other data or another base than the main one "
+                f"({differences(mains, self.fingerprint)}): give all machines the same files"
+            )
 
     def read_images(self, index: int, position: int) -> tuple[Images, Tensor]:
         sample = self.sources.train.sample(index, seeded(self.settings.seed, 3, position))
@@ -146,15 +156,18 @@ class TrainingData:
         """All images and captions are encoded here and now, as far as the cache lacks them."""
         train, process, folder = self.sources.train, self.process, self.settings.cache or self.settings.out / "cache"
         check_folder(folder, self.fingerprint)
+        builders = process.sharing(folder)
+        first = process.rank == builders[0]
         # Of several runs that share a cache one computes it, the others wait and find it complete.
-        with locked(folder, wait=True) if process.is_main else nullcontext():
-            if process.is_main:
+        with locked(folder, wait=True) if first else nullcontext():
+            if first:
                 prepare_folder(folder, self.fingerprint)
                 remove_leftovers(folder)
                 remove_leftovers(folder / "hints")
             process.barrier()
             workers = 0 if train.uses_network else count_of(self.settings.workers, process.device)
-            build(folder, train, self.encoders, self.bad, self.size, workers, process.rank, process.world_size)
+            share = builders.index(process.rank), len(builders)
+            build(folder, train, self.encoders, self.bad, self.size, workers, *share)
             process.barrier()
         cache = LatentCache(folder, train, self.size)
         self.bad.add(cache.missing())

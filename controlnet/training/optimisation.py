@@ -56,7 +56,9 @@ class Optimisation:
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`. No
     method waits for a GPU to finish a step.
     `named` are as from `named_parameters()`: errors name the layer. `optimizer` is "adamw", "adamw8bit", which keeps
-    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon".
+    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon". With
+    `shard` each of several processes keeps AdamW's moments of some parameters, updates these and sends them to the
+    others (ZeRO, stage 1: Rajbhandari et al., arXiv 1910.02054): the same numbers as without.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Optimisation:
         precision: str = "fp32",
         clip: float = math.inf,
         optimizer: str = "adamw",
+        shard: bool = False,
     ):
         named = list(named)
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
@@ -78,8 +81,16 @@ class Optimisation:
             adamw = optional("bitsandbytes.optim", "the 8-bit optimizer").AdamW8bit
             self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2, fused=True)
-        self.can_skip = isinstance(self.optimizer, torch.optim.AdamW)
+            settings = dict(lr=lr, weight_decay=1e-2, fused=True)
+            if shard:
+                from torch.distributed.optim import ZeroRedundancyOptimizer  # takes its time
+
+                self.optimizer = ZeroRedundancyOptimizer(self.parameters, torch.optim.AdamW, **settings)
+            else:
+                self.optimizer = torch.optim.AdamW(self.parameters, **settings)
+        self.sharded = shard
+        self.adamw = self.optimizer.optim if shard else self.optimizer
+        self.can_skip = isinstance(self.adamw, torch.optim.AdamW)
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule)
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.
@@ -95,7 +106,9 @@ class Optimisation:
             lr_schedule = cosine_schedule(settings.warmup, settings.steps)
         else:
             lr_schedule = constant_schedule(settings.warmup)
-        return cls(named, settings.lr, lr_schedule, device, settings.precision, settings.clip, settings.optimizer)
+        shard = settings.shard and torch.distributed.is_initialized()
+        precision, clip, optimizer = settings.precision, settings.clip, settings.optimizer
+        return cls(named, settings.lr, lr_schedule, device, precision, clip, optimizer, shard)
 
     @property
     def current_lr(self) -> float:
@@ -121,7 +134,7 @@ class Optimisation:
         self.last_norm = Later(norm)
         nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         if self.can_skip:  # GradScaler's way to tell a fused optimizer: it leaves everything as it is where this is 1
-            self.optimizer.found_inf = 1 - norm.isfinite().float()
+            self.adamw.found_inf = 1 - norm.isfinite().float()
             self.optimizer.step()
         elif norm.isfinite():
             self.optimizer.step()
@@ -142,6 +155,11 @@ class Optimisation:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise FloatingPointError(not_finite(self.names, self.parameters))
+
+    def gather(self) -> None:
+        """Before the main process's `state_dict`, by all processes: collects what is sharded."""
+        if self.sharded:
+            self.optimizer.consolidate_state_dict(to=0)
 
     def state_dict(self) -> dict:
         return {name: part.state_dict() for name, part in self._parts().items()}

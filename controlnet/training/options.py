@@ -139,6 +139,7 @@ class TrainSettings:
         "of the computation (default: %(default)s)", "fp32", fixed=True, choices=PRECISION_NAMES
     )
     checkpointing: bool = in_machine("gradient checkpointing: less memory for activations, more time", False)
+    shard: bool = in_machine("AdamW's moments shared out among the processes of torchrun, not kept by each", False)
     deterministic: bool = in_machine("bit-identical runs on CUDA, too; slower", False)
     compile: bool = in_machine("torch.compile: slow to start, then faster", False)
     dry_run: bool = in_machine("print the plan and the memory it needs, train nothing", False, passing=True)

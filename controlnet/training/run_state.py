@@ -24,12 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from controlnet.common.program import flag_of, note, out_of_memory
 from ldm.checkpoints.files import new_file, remove_leftovers
 
-from .later import Later
+from .distributed import launch
 from .lock import locked
 from .options import TrainSettings
 from .sources import differences
@@ -145,12 +144,19 @@ class RunFolder:
             )
         try:
             written = json.loads(self.settings_file.read_bytes())
-            return {"settings": dict(written["settings"]), "data": dict(written["data"])}
+            known = {"settings": dict(written["settings"]), "data": dict(written["data"])}
+            return {**known, "launch": written.get("launch")}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{self.settings_file} is damaged ({error!r}): start another run, with --control "
                 f"{self.control} to go on from what was learned"
             ) from error
+
+    def was_begun_by(self, launch: str | None) -> bool:
+        """Whether the run is that of the same call of torchrun, which has started its processes again."""
+        with suppress(ValueError):
+            return launch is not None and self.written()["launch"] == launch
+        return False
 
     def check_fixed(self, given: dict, before: dict) -> None:
         """Raises ValueError if a command line gives another value for what a run started with and must keep."""
@@ -180,7 +186,10 @@ class RunFolder:
             if name not in passing
         }
         versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-        text = json.dumps({"settings": kept, "data": data, "versions": versions}, indent=2)
+        written = {"settings": kept, "data": data, "versions": versions}
+        if launch():
+            written["launch"] = launch()
+        text = json.dumps(written, indent=2)
         write_text(self.settings_file, text + "\n")
         self.cut_log(step)
 
@@ -211,8 +220,7 @@ class RunFolder:
                 damaged.append(path)
                 continue
             for other in damaged:
-                with suppress(FileNotFoundError):  # another process of this run was faster
-                    other.rename(other.with_suffix(".damaged"))
+                other.rename(other.with_suffix(".damaged"))
                 note(f'"{other}" is damaged, its name ends in .damaged now: going on from step {state["step"]}')
             return path, state
         if damaged:
@@ -231,57 +239,6 @@ def logged_step(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):  # one that was being written, or none of ours
         return math.inf
-
-
-class Progress:
-    """Where a run reports: the progress bar, log.jsonl and, if asked for and installed, TensorBoard."""
-
-    def __init__(self, run: RunFolder, bar: tqdm, tensorboard: bool = False):
-        self.run, self.bar, self.validation_loss, self.loss, self.pace = run, bar, None, None, None
-        self.unwritten: tuple[dict, Later] | None = None
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(run.path / "tensorboard")
-
-    def log(self, values: dict, numbers: Later) -> None:
-        """`values` of one step: numbers and lists of numbers, by name. `numbers` are its loss and its gradients' norm,
-        which the device is still computing: the step before is written now, this one with the next `log` or `flush`."""
-        self.flush()
-        self.unwritten = values, numbers
-
-    def flush(self) -> None:
-        if self.unwritten is not None:
-            (values, numbers), self.unwritten = self.unwritten, None
-            loss, gradient = numbers.read()
-            skipped = values["skipped"] + (not math.isfinite(gradient))
-            self.write(values | {"loss": loss, "gradient": gradient, "skipped": skipped})
-
-    def write(self, values: dict) -> None:
-        self.run.log(values)
-        step, pace = values["step"], 1 / values["images_per_second"]
-        self.loss = smoothed(self.loss, values["loss"])
-        self.pace = smoothed(self.pace, pace)
-        self.validation_loss = values.get("validation_loss", self.validation_loss)
-        shown = {"loss": f"{self.loss:.4f}", "lr": f"{values['lr']:.1e}", "img/s": f"{1 / self.pace:.1f}"}
-        if self.validation_loss is not None:
-            shown["validation"] = f"{self.validation_loss:.4f}"
-        self.bar.set_postfix(shown | {"GB": f"{values['memory_gb']:.1f}"}, refresh=False)
-        measures = [
-            f"{name} {values[name]:.3f}" for name in ("validation_loss", "iou", "keypoint_distance") if name in values
-        ]
-        if "iou" in values:
-            tqdm.write(f"step {step}: loss {self.loss:.4f}, {', '.join(measures)}")
-        if self.board is not None:
-            for name, value in values.items():
-                for i, number in enumerate(value if isinstance(value, list) else [value]):
-                    self.board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, number, step)
-
-
-def smoothed(before: float | None, now: float) -> float:
-    """Smooth enough to read."""
-    return now if before is None else 0.95 * before + 0.05 * now
 
 
 @dataclass

@@ -75,12 +75,11 @@ def resized_array(array: np.ndarray, size: Size) -> np.ndarray:
 
 
 class Source(Protocol):
-    """Samples by index. `hints_are_files`: reading a hint again is as fast as reading it from a cache. `uses_network`:
-    one makes the hints, so reading belongs to the process that has the device."""
+    """Samples by index."""
 
     name: str
-    hints_are_files: bool
-    uses_network: bool
+    hints_are_files: bool  # reading a hint again is as fast as reading it from a cache
+    uses_network: bool  # for the hints: reading belongs into the process that has the device
 
     def __len__(self) -> int: ...
 

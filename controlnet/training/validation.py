@@ -20,7 +20,22 @@ from controlnet.worlds.measures import foreground, iou, keypoint_distance
 from ldm import samplers
 from ldm.stable_diffusion import StableDiffusion
 
+from .data import TrainingData
 from .latent_cache import encode
+from .options import TrainSettings
+
+
+def validation_of(
+    sd: StableDiffusion, data: TrainingData, draws: Draws, settings: TrainSettings
+) -> tuple["ValidationLoss | None", "Preview | None"]:
+    """The validation loss and the grids, as far as there is something to show."""
+    samples, count = data.validation_samples(), settings.sample_count
+    if samples:
+        preview = Preview(sd, samples[:count], settings.batch_size) if count else None
+        return ValidationLoss(sd, samples, draws, data.empty_prompt, settings.batch_size), preview
+    print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
+    trained_on = data.first_samples(count)
+    return None, Preview(sd, trained_on, settings.batch_size) if trained_on else None
 
 
 class ValidationLoss:

@@ -96,8 +96,8 @@ def loss_inputs(
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """On its way to `device`: from pinned memory nobody waits for a GPU to fetch it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # --------------------------------------------------------------------------------------------------------- the loss

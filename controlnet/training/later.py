@@ -10,7 +10,7 @@ class Later:
 
     def __init__(self, *numbers: Tensor):
         stacked = torch.stack([number.detach() for number in numbers])
-        self.numbers = stacked.to("cpu", non_blocking=True)
+        self.numbers = stacked.to("cpu", non_blocking=stacked.is_cuda)
         self.arrival = torch.cuda.Event() if stacked.is_cuda else None
         if self.arrival:
             self.arrival.record(torch.cuda.current_stream(stacked.device))

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 def on_cpu(state: dict, device: torch.device) -> dict:
     """A copy of nested dictionaries whose tensors are on the CPU and nobody else's: what comes from a GPU goes to
     pinned memory, at the full speed of the bus."""
-    copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", non_blocking=True, copy=True), state)
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", non_blocking=cuda, copy=True), state)
+    if cuda:
         torch.cuda.synchronize(device)
     return copied
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import small_sd
+from small import SMALLEST, small_sd
 
 import train
 from controlnet.training import distributed
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 def folder(tmp_path_factory):
     """With the base, and the run of one process as `one`."""
     folder = tmp_path_factory.mktemp("distributed")
-    small_sd().save(folder / "base.safetensors")
+    small_sd(SMALLEST).save(folder / "base.safetensors")
     assert train.main([*options(folder, batch=4), "--out", str(folder / "one")]) == 0
     return folder
 

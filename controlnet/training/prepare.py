@@ -1,7 +1,6 @@
 """What makes training faster or smaller and changes results by rounding alone: memory layouts, kernels,
 gradient checkpointing, TF32."""
 
-import copy
 import os
 
 import torch
@@ -15,6 +14,7 @@ from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import set_checkpointing
 
 from .options import TrainSettings
+from .saving import with_weights
 
 
 def prepare_process(settings: TrainSettings) -> None:
@@ -43,8 +43,7 @@ def with_packed_encoders(sd: StableDiffusion) -> StableDiffusion:
 
 
 def packed_copy(network: nn.Module) -> nn.Module:
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    network = copy.deepcopy(network, shared)  # new modules around the same tensors
+    network = with_weights(network, {})  # new modules around the same tensors
     pack(network)
     return network
 

@@ -141,9 +141,10 @@ def cut(indices: range, length: int) -> list[range]:
 
 
 def encoding_batch(size: Size) -> int:
-    """How many images are encoded at once: as many as four of 512x512 have pixels, whatever the training's batch is.
+    """How many images are encoded at once: as many as four of 512x512 have pixels.
 
-    Encoding needs no gradients, so this takes less memory than a step. (On a CPU the latents do not depend on it.)
+    Kernels that share a batch among threads round by its size, so that of the training must not matter here: the
+    latents of a data set are the same for all runs on it. Without gradients this takes less memory than a step.
     """
     return max(1, 4 * 512**2 // (size[0] * size[1]))
 

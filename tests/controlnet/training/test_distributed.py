@@ -127,7 +127,9 @@ def test_processes_with_disks_of_their_own_are_started_again_and_go_on(folder):
     assert sorted(path.name for path in other.iterdir()) == ["cache"]  # the run's folder is the main one's alone
     assert_close(folder / "one", main)
     files = [load_file(run / "cache" / "000000.safetensors") for run in (folder / "one", main, other)]
-    assert all(torch.equal(files[0][name], file[name]) for file in files[1:] for name in files[0])
+    for name, tensor in files[0].items():  # made with another number of threads
+        assert torch.equal(files[1][name], files[2][name])
+        torch.testing.assert_close(tensor, files[1][name], rtol=1e-3, atol=1e-3)
 
 
 def test_only_the_same_call_of_torchrun_goes_on_by_itself(folder, monkeypatch, capsys):

@@ -65,19 +65,26 @@ def test_what_is_there_is_not_computed_again_and_processes_share_the_rest(sd, tm
     assert calls == [4, 5, 6, 7, 0, 1, 2, 3, 8, 9] and len(LatentCache(tmp_path, source, SIZE)) == 10
 
 
-def test_neither_workers_nor_batches_change_a_bit(tmp_path):
+def test_workers_change_no_bit_and_batches_no_more_than_rounding(tmp_path):
     """Each with networks of its own: packed weights remember the shape that came first."""
-    source, files = WorldSource("people", SIZE, 7), []
+    source, shards, hints = WorldSource("people", SIZE, 7), [], []
     for name, workers, side in (("alone", 0, 64), ("workers", 2, 64), ("one by one", 1, 1024)):
         folder = tmp_path / name
         prepare_folder(folder, {})
         build(folder, source, with_packed_encoders(small_sd()), BadSamples(7, [], 0.5), (side, side), workers)
-        shards = [safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-        hints = [path.read_bytes() for path in sorted((folder / "hints").iterdir())]
-        files.append(([{name: tensor.tolist() for name, tensor in shard.items()} for shard in shards], hints))
-    assert [len(shard["index"]) for shard in files[0][0]] == [4, 3] and len(files[0][1]) == 7
-    assert files[0] == files[1] == files[2]
-    assert encoding_batch((64, 64)) == 256 and encoding_batch((512, 768)) == 2 and encoding_batch((2048, 2048)) == 1
+        shards.append([load_file(path) for path in sorted(folder.glob("*.safetensors"))])
+        hints.append([path.read_bytes() for path in sorted((folder / "hints").iterdir())])
+    assert [shard["index"].tolist() for shard in shards[0]] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert len(hints[0]) == 7 and hints[0] == hints[1] == hints[2]
+    for alone, by_workers, one_by_one in zip(*shards, strict=True):
+        for name, tensor in alone.items():
+            assert torch.equal(tensor, by_workers[name])
+            torch.testing.assert_close(tensor, one_by_one[name], rtol=1e-3, atol=1e-3)
+
+
+def test_batches_of_the_cache_depend_on_the_size_alone():
+    sizes = [(64, 64), (512, 512), (512, 768), (2048, 2048)]
+    assert [encoding_batch(size) for size in sizes] == [256, 4, 2, 1]
 
 
 def test_workers_that_are_spawned_open_the_files_again(sd, tmp_path):

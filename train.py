@@ -2,11 +2,14 @@
 
     python train.py --data fill50k                     # the small base of weights/: minutes on a laptop
     python train.py --base sd15 --data my/pairs --precision fp16 --checkpointing --batch-size 4
-    torchrun --nproc_per_node=4 train.py ...           # each batch four times as large
+    torchrun --nproc_per_node=4 train.py ...           # each batch four times as large; --shard takes less memory
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=4 train.py ...       # on each of two machines
     python train.py ... --dry-run                      # what it would train, and in how much memory
 
 The run's folder gets settings.json, log.jsonl, grids of validation hints in samples/, control.safetensors for infer.py
-and other programs, and state/, from which `--resume` goes on exactly where a run was stopped, in whatever way.
+and other programs, and state/, from which `--resume` goes on exactly where a run was stopped, in whatever way. Of
+several machines the first has that folder; each builds the latents that its disk lacks. What torchrun starts again
+(--max-restarts) goes on by itself.
 """
 
 import sys
@@ -32,16 +35,21 @@ from controlnet.common.program import note
 from controlnet.common.program import run as run_program
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, Draws, loss_inputs, zero_conv_norms
-from controlnet.training.data import TrainingData, worker_ended
+from controlnet.training.data import TrainingData
 from controlnet.training.distributed import Process, join_processes
 from controlnet.training.dry_run import plan
 from controlnet.training.interruptions import Signals, lasting_output
+from controlnet.training.intervals import Interval
 from controlnet.training.latent_cache import ends_of_weights
+from controlnet.training.later import Later
 from controlnet.training.optimisation import Optimisation, warmed_up_ema
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
+from controlnet.training.progress import Progress
 from controlnet.training.resolve import check_hint_channels, control_config, resolve
-from controlnet.training.run_state import Position, Progress, RunFolder
-from controlnet.training.validation import Preview, ValidationLoss
+from controlnet.training.run_state import Position, RunFolder, restore, state_of
+from controlnet.training.saving import Writer, on_cpu, with_weights
+from controlnet.training.validation import validation_of
+from controlnet.training.workers import worker_ended
 from controlnet.worlds import EXAMPLE_OF
 from ldm import StableDiffusion
 from ldm.unet import UNet
@@ -54,22 +62,26 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
     start = training.restore()
     training.open_data(start)
 
-    if start >= settings.steps and process.is_main:
-        print(f"all {start} steps are done: raise --steps to train further")
-        training.save(start)
     steps = range(start, settings.steps)
     bar = tqdm(steps, "train", settings.steps, initial=start, mininterval=1, disable=not process.is_main)
     progress = Progress(training.run, bar, settings.tensorboard) if process.is_main else None
     stopping = False
-    with signals.waiting(), bar:
-        for step in bar:
-            done, last = step + 1, step + 1 == settings.steps
-            values = {"step": done, **training.step()}
-            stopping = process.any(signals.received is not None)
+    with signals.waiting(), bar, training.writer:
+        if start >= settings.steps:
             if process.is_main:
-                progress.log(values | training.validate(done, last))
-                if done % settings.save_every == 0 or last or stopping or signals.take_save_asked():
-                    training.save(done)
+                print(f"all {start} steps are done: raise --steps to train further")
+            training.save(start, progress)
+        for step in bar:
+            training.writer.check()
+            done, last = step + 1, step + 1 == settings.steps
+            values, numbers = training.step()
+            # All agree, by the main process's clock.
+            saving = signals.take_save_asked() or (process.is_main and training.saves.over(done))
+            stopping, saving = process.any(signals.received is not None, saving)
+            if process.is_main:
+                progress.log({"step": done, **values, **training.validate(done, last)}, numbers)
+            if saving or last or stopping:
+                training.save(done, progress)
             if stopping:
                 break
     process.leave()
@@ -88,7 +100,7 @@ class Training:
     """One run: the locked base and its trainable copy, the optimizer, the data and the position in it."""
 
     def __init__(self, settings: TrainSettings, process: Process):
-        self.settings, self.process, self.run = settings, process, RunFolder(settings.out)
+        self.settings, self.process, self.run, self.writer = settings, process, RunFolder(settings.out), Writer()
         torch.manual_seed(settings.seed)
 
         # Load the base, in fp32, and copy its encoder: the trainable copy stays in fp32.
@@ -124,7 +136,8 @@ class Training:
 
     def restore(self) -> int:
         """-> how many steps are done: none in a new run."""
-        return self.run.load(**self.parts) if self.settings.resume else 0
+        found = self.process.from_main(self.run.newest_state) if self.settings.resume else None
+        return restore(*found, self.parts) if found else 0
 
     def open_data(self, start: int) -> None:
         """Images and captions become latents and text states: all of them here and now, unless --no-cache. Mismatches
@@ -143,10 +156,14 @@ class Training:
             for encoder in (sd.vae, sd.text_encoder):
                 encoder.cpu()  # only the grids need them now
         keep_memory_in_the_loop(self.process.device)
+        intervals = (settings.save_every, settings.validate_every, settings.sample_every)
+        self.saves, self.validations, self.grids = map(Interval, intervals)
+        self.clock = time.perf_counter()
 
-    def step(self) -> dict:
-        """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it."""
-        began, total, count = time.perf_counter(), 0.0, self.settings.accumulate
+    def step(self) -> tuple[dict, Later]:
+        """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it; loss
+        and gradient may still be computed by the device."""
+        total, count = 0.0, self.settings.accumulate
         for i in range(count):
             batch = next(self.batches)
             drawn = self.draws(batch.positions.tolist())  # timesteps, noise, dropped prompts
@@ -163,23 +180,25 @@ class Training:
                     loss = self.wrapped_loss(*inputs) / count
                 self.optimisation.backward(loss)
             total += loss.detach()
-        values = {"loss": self.process.mean(float(total)), "lr": self.optimisation.current_lr}
-        values["gradient"] = self.optimisation.step()
+        values = {"lr": self.optimisation.current_lr}
+        numbers = Later(self.process.mean(total), self.optimisation.step())
         if self.average:
             self.average.update_parameters(self.control)
         self.position.seen += self.data.samples_per_step
-        values["images_per_second"] = self.data.samples_per_step / (time.perf_counter() - began)
-        memory = peak_memory(self.process.device)
-        return values | {"skipped": self.optimisation.skipped, "bad": len(self.data.bad), "memory_gb": memory}
+        # By the clock on the wall: what has held up the step counts, the waiting for data as well as grids and saves.
+        before, self.clock = self.clock, time.perf_counter()
+        values["images_per_second"] = self.data.samples_per_step / (self.clock - before)
+        values |= {"skipped": self.optimisation.skipped, "bad": len(self.data.bad)}
+        return values | peak_memory(self.process.device), numbers
 
     def validate(self, done: int, last: bool) -> dict:
         """Now and then the loss on validation pairs and a grid of images -> what is logged after `done` steps."""
         values = {}
         with self.optimisation.autocast():  # needed: the base is in half precision, the ControlNet in fp32
-            if self.validation_loss and (done % self.settings.validate_every == 0 or last):
+            if self.validation_loss and (self.validations.over(done) or last):
                 values["validation_loss"] = self.validation_loss(self.shown_loss)
                 values["zero_convs"] = zero_conv_norms(self.shown)
-            if self.preview and (done % self.settings.sample_every == 0 or last):
+            if self.preview and (self.grids.over(done) or last):
                 with temporarily_on(self.process.device, self.sd.vae, self.sd.text_encoder):
                     try:
                         values |= self.preview.save(self.shown, self.run.grid(done))
@@ -187,13 +206,25 @@ class Training:
                         note(f"there is no grid of step {done}: {error}")
         return values
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, progress: Progress | None) -> None:
+        """Copies everything as it is after `step`; a thread of the main process writes it while training goes on."""
+        self.optimisation.gather()
+        if self.process.is_main:
+            progress.flush()
+            self.writer.start(self.write, on_cpu(state_of(step, self.parts), self.process.device))
+
+    def write(self, state: dict) -> None:
         dtype = PRECISIONS[self.settings.save_dtype]
-        self.shown.save(self.run.control, dtype)
+        if self.average:
+            shown = with_weights(self.average, state["average"]).module
+        else:
+            shown = with_weights(self.control, state["control"])
+        shown.save(self.run.control, dtype)
         if self.settings.sd_unlocked:
-            self.sd.save(self.run.base, dtype)
+            decoder = {f"unet.decoder.{name}": weight for name, weight in state["decoder"].items()}
+            with_weights(self.sd, decoder).save(self.run.base, dtype)
         # Last: a run that is killed before this resumes from the previous state.
-        self.run.save(step, self.settings.keep, **self.parts)
+        self.run.save(state, self.settings.keep)
 
     @property
     def shown(self) -> ControlNet:
@@ -223,22 +254,11 @@ def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlN
     return control
 
 
-def validation_of(
-    sd: StableDiffusion, data: TrainingData, draws: Draws, settings: TrainSettings
-) -> tuple[ValidationLoss | None, Preview | None]:
-    """The validation loss and the grids, as far as there is something to show."""
-    samples, count = data.validation_samples(), settings.sample_count
-    if samples:
-        preview = Preview(sd, samples[:count]) if count else None
-        return ValidationLoss(sd, samples, draws, data.empty_prompt, settings.batch_size), preview
-    print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
-    trained_on = data.first_samples(count)
-    return None, Preview(sd, trained_on) if trained_on else None
-
-
-def supervised(settings: TrainSettings) -> int:
+def supervised(given: dict) -> int:
     """`train`, the only process in the run's folder, which a closed pipe does not stop -> the exit status."""
-    process, run = join_processes(settings.device), RunFolder(settings.out)
+    process = join_processes(given.get("device"))
+    settings = process.from_main(lambda: resolve(given))
+    run = RunFolder(settings.out)
     alone = run.taken(settings.resume) if process.is_main else nullcontext()
     with lasting_output(), alone, Signals() as signals:
         try:
@@ -257,10 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     given = parse_args(__doc__, argv)
 
     def work() -> int:
-        settings = resolve(given)
-        if not settings.dry_run:
-            return supervised(settings)
-        print(plan(settings))
+        if not given.get("dry_run"):
+            return supervised(given)
+        print(plan(resolve(given)))
         return 0
 
     return run_program(

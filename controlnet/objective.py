@@ -87,11 +87,18 @@ def loss_inputs(
     z0 is a fresh sample of the posterior, as in the released code, not its mean; it is scaled to unit standard
     deviation. Dropped prompts become `empty_prompt` (1, 77, D), the text encoder's output for "".
     """
-    mean, logvar, context = (tensor.to(device) for tensor in encoded)
-    t, noise, posterior_noise, dropped = (tensor.to(device) for tensor in drawn)
+    mean, logvar, context, hint = (sent(tensor, device) for tensor in (*encoded, hint))
+    t, noise, posterior_noise, dropped = (sent(tensor, device) for tensor in drawn)
     z0 = latent_scale * Posterior(mean.float(), logvar.float()).sample(posterior_noise)
     context = torch.where(dropped[:, None, None], empty_prompt, context)
-    return z0, noise, t, context, hint.to(device)
+    return z0, noise, t, context, hint
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On its way to `device`: from pinned memory nobody waits for a GPU to fetch it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # --------------------------------------------------------------------------------------------------------- the loss

@@ -1,6 +1,7 @@
 """A random model small enough to sample from in a test, of the same family as the tiny one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,10 +30,18 @@ SMALL = Config(
 )
 
 
-def small_sd() -> StableDiffusion:
+# For whole training runs, whose time goes into the building of networks: two levels, and half of the layers.
+SMALLEST = replace(
+    SMALL,
+    unet=replace(SMALL.unet, channels=8, multipliers=(1, 2), attention=(False, True), heads=(2, 2)),
+    vae=replace(SMALL.vae, multipliers=(1, 1, 1, 1)),
+)
+
+
+def small_sd(config: Config = SMALL) -> StableDiffusion:
     """Always the same weights, strong enough that every input shows in the picture."""
     torch.manual_seed(0)
-    return strengthened(StableDiffusion(SMALL)).eval().requires_grad_(False)
+    return strengthened(StableDiffusion(config)).eval().requires_grad_(False)
 
 
 def small_control(sd: StableDiffusion) -> ControlNet:

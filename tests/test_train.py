@@ -4,9 +4,11 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +22,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import SMALL, small_control, small_sd
+from small import SMALLEST, small_control
+from small import small_sd as sd_of
 
 import train
 from controlnet.hints import detect as detector
@@ -37,6 +40,10 @@ from controlnet.training.validation import ValidationLoss
 from ldm import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
+
+
+def small_sd():
+    return sd_of(SMALLEST)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,20 @@ def run(base, out, *arguments: str) -> int:
     return train.main([*options(base, out), *arguments])
 
 
+@pytest.fixture(scope="module")
+def copy_of_run(base, cache, tmp_path_factory):
+    """copy_of_run(out, "--steps", "2"): what such a run has left. Each is made once, many tests go on from it."""
+    runs = {}
+
+    def copied(out, *arguments):
+        if arguments not in runs:
+            runs[arguments] = tmp_path_factory.mktemp("run")
+            assert run(base, runs[arguments], *arguments, *cache) == 0
+        shutil.copytree(runs[arguments], out, dirs_exist_ok=True)
+
+    return copied
+
+
 def resume(out, *arguments: str) -> int:
     """With the run's own settings: nothing of `options` is said again."""
     return train.main(["--resume", "--out", str(out), "--device", "cpu", *arguments])
@@ -75,7 +96,7 @@ def control_of(out):
 def assert_same_run(a, b):
     """Weights, optimiser, scaler, rate, average and position to the last bit, and what was logged of each step."""
     assert_equal(control_of(a), control_of(b))
-    assert_equal(*(torch.load(sorted((Path(out) / "state").iterdir())[-1], weights_only=True) for out in (a, b)))
+    assert_equal(newest_state(a), newest_state(b))
     assert steps_of(a) == steps_of(b)
 
 
@@ -123,16 +144,16 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     want = {"control.safetensors", "state/000002.pt", "samples/000002.png", "log.jsonl", "settings.json"}
     assert files == want
     control = control_of(tmp_path)
-    assert len([key for key in control if key.startswith("control_model.zero_convs.")]) == 2 * 6
+    assert len([key for key in control if key.startswith("control_model.zero_convs.")]) == 2 * 4
     assert all(control[key].abs().max() > 0 for key in control if ".zero_convs." in key)
 
     first, second = steps_of(tmp_path)
     assert [first["step"], second["step"]] == [1, 2]
     assert first.keys() == {"step", "loss", "lr", "gradient", "skipped", "bad"}
     assert second.keys() - first.keys() == {"validation_loss", "zero_convs", "iou"}
-    assert len(second["zero_convs"]) == 7 and min(second["zero_convs"]) > 0 and 0 <= second["iou"] <= 1
+    assert len(second["zero_convs"]) == 5 and min(second["zero_convs"]) > 0 and 0 <= second["iou"] <= 1
     with Image.open(tmp_path / "samples" / "000002.png") as grid:
-        assert grid.size == (4 * SMALL.resolution, 2 * SMALL.resolution)
+        assert grid.size == (4 * SMALLEST.resolution, 2 * SMALLEST.resolution)
 
     written = json.loads((tmp_path / "settings.json").read_text())
     assert written["settings"]["batch_size"] == 2 and written["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -156,18 +177,23 @@ def test_only_the_newest_states_are_kept(base, tmp_path, cache):
 
 
 @pytest.mark.parametrize(
-    "how", [["--ema", "0.9", "--accumulate", "2"], ["--precision", "fp16", "--batch-size", "1"], ["--no-cache"]]
+    "how",
+    [
+        ["--ema", "0.9", "--accumulate", "2"],
+        ["--precision", "fp16", "--batch-size", "1"],
+        ["--no-cache", "--save-every", "0.00001m"],
+    ],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
-    how = [*how, "--validation", "0", "--save-every", "1", "--images", "4", "--cache", str(tmp_path / "latents")]
+    how = ["--validation", "0", "--save-every", "1", "--images", "4", "--cache", str(tmp_path / "latents"), *how]
     assert run(base, tmp_path / "whole", "--steps", "2", *how) == 0
     assert run(base, tmp_path / "parts", "--steps", "1", *how) == 0
     assert resume(tmp_path / "parts", "--steps", "2") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def start(base, out, *arguments):
-    command = [sys.executable, "train.py", *options(base, out), *arguments]
+def start(base, out, *arguments, program=("train.py",)):
+    command = [sys.executable, *program, *options(base, out), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
 
@@ -189,6 +215,25 @@ def logged(out):
     return (out / "log.jsonl").read_text().splitlines()
 
 
+KILLED_IN_ITS_SECOND_SAVE = """
+import os, signal, sys, torch, train
+calls, original = [], torch.save
+def save(state, file):
+    calls.append(state)
+    if len(calls) == 2:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(state, file)
+torch.save = save
+train.main(sys.argv[1:])
+"""
+
+
+def newest_state(out):
+    return torch.load(sorted((out / "state").glob("*.pt"))[-1], weights_only=True)
+
+
 def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache, capsys):
     killed, how = tmp_path / "killed", ["--steps", "12", *cache]
     first = start(base, killed, *how)
@@ -201,18 +246,58 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_p
     first.send_signal(signal.SIGCONT)
     kill_at(first, killed, step=random.randint(1, 4))
     (killed / "state" / f".000002.pt.{first.pid}.tmp").mkdir(exist_ok=True)
-    kill_at(start(base, killed, "--resume", *how), killed, step=random.randint(5, 9))
+    second = start(base, killed, "--resume", *how, program=["-c", KILLED_IN_ITS_SECOND_SAVE])
+    assert second.wait() == -signal.SIGKILL
+    learned, saved = control_of(killed)["control_model.middle_block_out.0.weight"], newest_state(killed)["control"]
+    assert list((killed / "state").glob(f".*.{second.pid}.tmp/*.pt")), "it was not killed while a state was written"
+    assert not torch.equal(learned, saved["middle_zero_conv.weight"])  # which is written before
     assert resume(killed, *how) == 0
     assert not list(killed.rglob("*.tmp"))
     assert run(base, tmp_path / "whole", *how) == 0
     assert_same_run(tmp_path / "whole", killed)
 
 
+def test_a_save_holds_the_step_at_which_it_began_though_the_training_goes_on(base, tmp_path, cache, monkeypatch):
+    assert run(base, tmp_path / "two", "--steps", "2", *cache) == 0
+    losses, later, original, write = [], threading.Event(), ControlLoss.forward, train.Training.write
+
+    def loss(*given):
+        losses.append(given)
+        if len(losses) == 4:  # the third step is done, and the fourth has begun
+            later.set()
+        return original(*given)
+
+    def late(training, state):
+        assert later.wait(60)
+        write(training, state)
+        if state["step"] == 2:
+            training.run.control.rename(tmp_path / "control.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ControlLoss, "forward", loss)
+        patch.setattr(train.Training, "write", late)
+        assert run(base, tmp_path / "four", "--steps", "4", *cache) == 0
+    states = [torch.load(tmp_path / name / "state" / "000002.pt", weights_only=True) for name in ("two", "four")]
+    assert_equal(*states)
+    assert_equal(control_of(tmp_path), control_of(tmp_path / "two"))
+
+
+def test_a_save_that_fails_ends_the_run_at_once(base, tmp_path, cache, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "write", fail)
+        assert run(base, tmp_path, "--steps", "500", *cache) == 2
+    assert "No space left on device: make room, or give another folder as --out" in capsys.readouterr().err
+    assert len(logged(tmp_path)) < 50
+
+
 @pytest.mark.parametrize(
     "number, workers",
     [(signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGTERM, "1"), (signal.SIGHUP, "1")],
 )
-def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkeypatch, number, workers):
+def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, copy_of_run, capsys, monkeypatch, number, workers):
     """Also one that goes to the whole process group, as Ctrl-C in a terminal does."""
     calls, how, original = [], [*cache, "--workers", workers], ControlLoss.forward
 
@@ -231,7 +316,7 @@ def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, capsys, monkey
     assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000003.pt"]
     assert (tmp_path / "parts" / "control.safetensors").exists()
     assert signal.getsignal(number) is not None and resume(tmp_path / "parts") == 0
-    assert run(base, tmp_path / "whole", "--steps", "5", *cache) == 0
+    copy_of_run(tmp_path / "whole", "--steps", "5")
     assert_equal(control_of(tmp_path / "whole"), control_of(tmp_path / "parts"))
 
 
@@ -294,8 +379,8 @@ def test_latents_that_another_run_computes_are_waited_for(base, tmp_path, capsys
     assert f'"{folder}" is being written by process {other.pid} on' in capsys.readouterr().err
 
 
-def test_a_second_ctrl_c_advises_what_works_then(base, tmp_path, cache, capsys, monkeypatch):
-    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+def test_a_second_ctrl_c_advises_what_works_then(tmp_path, copy_of_run, capsys, monkeypatch):
+    copy_of_run(tmp_path, "--steps", "2")
     with monkeypatch.context() as patch:
         send(patch, signal.SIGINT, 1)
         send(patch, signal.SIGINT, 1)
@@ -330,8 +415,8 @@ def test_a_killed_data_worker_is_one_sentence(base, tmp_path, cache, capsys, mon
 
 
 @pytest.mark.parametrize("rate, steps, said", [("cosine", 4, 1), ("cosine", 2, 0), ("constant", 4, 0)])
-def test_a_rate_that_rises_again_is_said(base, tmp_path, cache, capsys, rate, steps, said):
-    assert run(base, tmp_path, "--steps", "2", "--lr-schedule", rate, *cache) == 0
+def test_a_rate_that_rises_again_is_said(tmp_path, copy_of_run, capsys, rate, steps, said):
+    copy_of_run(tmp_path, "--steps", "2", "--lr-schedule", rate)
     capsys.readouterr()
     assert resume(tmp_path, "--steps", str(steps)) == 0
     error = capsys.readouterr().err
@@ -339,16 +424,16 @@ def test_a_rate_that_rises_again_is_said(base, tmp_path, cache, capsys, rate, st
     assert not said or "it falls to 0 at step 4 now, no longer at 2\n" in error
 
 
-def test_a_run_can_be_resumed_at_another_rate(base, tmp_path, cache):
-    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+def test_a_run_can_be_resumed_at_another_rate(tmp_path, copy_of_run):
+    copy_of_run(tmp_path, "--steps", "2")
     before = control_of(tmp_path)
     assert resume(tmp_path, "--steps", "4", "--lr", "1e-30") == 0
     after = control_of(tmp_path)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_finished_run_is_said_to_be_and_its_control_is_written_again(base, tmp_path, cache, capsys):
-    assert run(base, tmp_path, "--steps", "1", *cache) == 0
+def test_a_finished_run_is_said_to_be_and_its_control_is_written_again(tmp_path, copy_of_run, capsys):
+    copy_of_run(tmp_path, "--steps", "1")
     before = control_of(tmp_path)
     (tmp_path / "control.safetensors").unlink()
     assert resume(tmp_path) == 0
@@ -356,8 +441,8 @@ def test_a_finished_run_is_said_to_be_and_its_control_is_written_again(base, tmp
     assert_equal(control_of(tmp_path), before)
 
 
-def test_damaged_settings_are_one_sentence(base, tmp_path, cache, capsys):
-    assert run(base, tmp_path, "--steps", "1", *cache) == 0
+def test_damaged_settings_are_one_sentence(tmp_path, copy_of_run, capsys):
+    copy_of_run(tmp_path, "--steps", "1")
     whole = (tmp_path / "settings.json").read_text()
     capsys.readouterr()
     for damaged in (whole[:50], "[]", "{}", '{"settings": 1, "data": {}}', "[" * 99_999, "\udcff"):
@@ -367,8 +452,8 @@ def test_damaged_settings_are_one_sentence(base, tmp_path, cache, capsys):
         assert "settings.json is damaged" in error and error.strip().count("\n") == 0
 
 
-def test_a_run_is_not_resumed_as_another(base, tmp_path, cache, capsys):
-    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+def test_a_run_is_not_resumed_as_another(tmp_path, copy_of_run, capsys):
+    copy_of_run(tmp_path, "--steps", "2")
     before = (tmp_path / "control.safetensors").read_bytes()
     assert resume(tmp_path, "--steps", "4", "--seed", "1") == 2
     assert "was started with --seed 0, not 1" in capsys.readouterr().err
@@ -411,9 +496,9 @@ def test_a_grid_that_overflows_is_left_out_and_the_run_goes_on(base, tmp_path, c
 
 
 @pytest.mark.parametrize("how", [["--checkpointing"], ["--batch-size", "1", "--accumulate", "2"], ["--workers", "1"]])
-def test_what_must_not_change_the_result_does_not(base, tmp_path, cache, how):
+def test_what_must_not_change_the_result_does_not(base, tmp_path, cache, copy_of_run, how):
     """Checkpointing, the cutting of a step into accumulated batches, and who reads the hints."""
-    assert run(base, tmp_path / "plain", "--steps", "3", *cache) == 0
+    copy_of_run(tmp_path / "plain", "--steps", "3")
     assert run(base, tmp_path / "other", "--steps", "3", *cache, *how) == 0
     plain, other = control_of(tmp_path / "plain"), control_of(tmp_path / "other")
     for key in plain:  # an untrained zero convolution takes a whole first step of Adam on the sign of rounding
@@ -596,14 +681,23 @@ def nothing_is_computed(patch):
     patch.setattr(latent_cache, "encode", encode)
 
 
-@pytest.mark.parametrize("how", ["another folder", "another time", "relative", "in a linked folder"])
-def test_a_run_goes_on_wherever_its_data_base_and_control_lie_by_now(base, tmp_path, monkeypatch, how):
-    data, here, there = own_pairs(tmp_path / "a" / "pairs"), tmp_path / "a", tmp_path / "b"
-    mine, control = here / "base.safetensors", here / "control.safetensors"
+@pytest.fixture(scope="module")
+def own_run(base, tmp_path_factory):
+    """A folder with pairs, a base, and what a step on these has left, begun with a control that is gone by now."""
+    folder = tmp_path_factory.mktemp("own")
+    data = own_pairs(folder / "a" / "pairs")
+    mine, control = folder / "a" / "base.safetensors", folder / "a" / "control.safetensors"
     mine.write_bytes(base.read_bytes())
     small_control(small_sd()).save(control)
-    assert run(mine, tmp_path / "out", "--steps", "1", "--save-every", "1", *data, "--control", str(control)) == 0
+    assert run(mine, folder / "out", "--steps", "1", "--save-every", "1", *data, "--control", str(control)) == 0
     control.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("how", ["another folder", "another time", "relative", "in a linked folder"])
+def test_a_run_goes_on_wherever_its_data_base_and_control_lie_by_now(own_run, tmp_path, monkeypatch, how):
+    shutil.copytree(own_run, tmp_path, dirs_exist_ok=True)
+    here, there = tmp_path / "a", tmp_path / "b"
     if how == "another folder":
         here.rename(there)
     elif how == "another time":
@@ -660,17 +754,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_run_does_not_go_on_with_other_data_or_another_base(base, tmp_path, capsys, monkeypatch, what):
+def test_a_run_does_not_go_on_with_other_data_or_another_base(own_run, tmp_path, capsys, monkeypatch, what):
     """Which is found before anything is computed or written."""
-    data, out = own_pairs(tmp_path / "pairs"), tmp_path / "out"
-    mine = tmp_path / "base.safetensors"
-    mine.write_bytes(base.read_bytes())
-    assert run(mine, out, "--steps", "1", *data) == 0
+    shutil.copytree(own_run, tmp_path, dirs_exist_ok=True)
+    out, pairs, mine = tmp_path / "out", tmp_path / "a" / "pairs", tmp_path / "a" / "base.safetensors"
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
-    CHANGES[what](tmp_path / "pairs", mine)
+    CHANGES[what](pairs, mine)
     capsys.readouterr()
     nothing_is_computed(monkeypatch)
-    assert resume(out, "--steps", "2") == 2
+    assert resume(out, "--steps", "2", "--data", str(pairs), "--base", str(mine)) == 2
     error = capsys.readouterr().err
     assert "other data or another base (" in error and f"{what}" in error.split("(")[1].split(")")[0]
     assert str(out / "control.safetensors") in error and error.strip().count("\n") == 0
@@ -686,8 +778,8 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", 0.5])
-def test_a_damaged_state_is_left_for_the_one_before(base, tmp_path, cache, capsys, how):
-    assert run(base, tmp_path, "--steps", "4", *cache) == 0
+def test_a_damaged_state_is_left_for_the_one_before(tmp_path, copy_of_run, capsys, how):
+    copy_of_run(tmp_path, "--steps", "4")
     whole = control_of(tmp_path)
     newest = tmp_path / "state" / "000004.pt"
     spoil(newest, how)
@@ -701,8 +793,8 @@ def test_a_damaged_state_is_left_for_the_one_before(base, tmp_path, cache, capsy
     assert [line["step"] for line in steps_of(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_run_without_a_whole_state_is_not_begun_again(base, tmp_path, cache, capsys):
-    assert run(base, tmp_path, "--steps", "4", *cache) == 0
+def test_a_run_without_a_whole_state_is_not_begun_again(tmp_path, copy_of_run, capsys):
+    copy_of_run(tmp_path, "--steps", "4")
     before = (tmp_path / "control.safetensors").read_bytes()
     for path in (tmp_path / "state").iterdir():
         spoil(path, "cut")
@@ -714,8 +806,8 @@ def test_a_run_without_a_whole_state_is_not_begun_again(base, tmp_path, cache, c
     assert (tmp_path / "control.safetensors").read_bytes() == before
 
 
-def test_files_of_the_users_own_are_in_nobodys_way(base, tmp_path, cache):
-    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+def test_files_of_the_users_own_are_in_nobodys_way(tmp_path, copy_of_run):
+    copy_of_run(tmp_path, "--steps", "2")
     names = ["000002 (best).pt", "best.pt", "000002.pt.bak", "2.5.pt", "._000002.pt", ".DS_Store", "\u00b2.pt"]
     for name in names:
         (tmp_path / "state" / name).write_bytes(b"mine")
@@ -747,8 +839,8 @@ EDITS = [
 ]
 
 
-def test_edited_settings_are_one_sentence(base, tmp_path, cache, capsys):
-    assert run(base, tmp_path, "--steps", "1", *cache) == 0
+def test_edited_settings_are_one_sentence(tmp_path, copy_of_run, capsys):
+    copy_of_run(tmp_path, "--steps", "1")
     path = tmp_path / "settings.json"
     written = json.loads(path.read_text())
     for name, value in EDITS:
@@ -762,8 +854,8 @@ def test_edited_settings_are_one_sentence(base, tmp_path, cache, capsys):
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
-def test_another_run_is_not_overwritten(base, tmp_path, cache, capsys):
-    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+def test_another_run_is_not_overwritten(base, tmp_path, copy_of_run, cache, capsys):
+    copy_of_run(tmp_path, "--steps", "2")
     before = (tmp_path / "control.safetensors").read_bytes()
     assert run(base, tmp_path, "--steps", "2", *cache) == 2
     assert "go on with --resume" in capsys.readouterr().err
@@ -889,8 +981,8 @@ def no_file_above(size):
 
 
 @pytest.mark.parametrize("what", ["state", "control"])
-def test_a_full_disk_is_one_sentence_and_what_was_saved_is_whole(base, tmp_path, cache, capsys, what):
-    assert run(base, tmp_path, "--steps", "2", *cache) == 0
+def test_a_full_disk_is_one_sentence_and_what_was_saved_is_whole(tmp_path, copy_of_run, capsys, what):
+    copy_of_run(tmp_path, "--steps", "2")
     control, state = tmp_path / "control.safetensors", tmp_path / "state" / "000002.pt"
     before, whole = control_of(tmp_path), state.read_bytes()
     size = control.stat().st_size

@@ -191,7 +191,7 @@ def training(setup: Setup, cached: bool) -> Work:
         with optimisation.autocast():
             value = loss(*batch)
         optimisation.backward(value)
-        return {"loss": value.detach(), "gradient": torch.tensor(optimisation.step())}
+        return {"loss": value.detach(), "gradient": optimisation.step()}
 
     return work
 

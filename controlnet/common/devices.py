@@ -69,13 +69,16 @@ def optional(module: str, what: str) -> ModuleType:
         raise ValueError(f"{what} needs the package {package}: `pip install {package}`, or leave it out") from error
 
 
-def peak_memory(device: torch.device) -> float:
-    """The peak of allocated memory so far, in GB: on a GPU PyTorch's, on a CPU that of the whole process."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """In GB: on a GPU what PyTorch has allocated at most and what it has reserved for that, on a CPU the peak of the
+    whole process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"memory_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
     import resource  # Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 def keep_freed_memory(device: torch.device, large: bool) -> None:

@@ -163,6 +163,15 @@ def within(text: str, expected: str, good: Callable[[float], bool]) -> float:
     return value
 
 
+def interval(text: str) -> str:
+    """Steps or, with an m, minutes: kept as it is typed."""
+    try:
+        positive_number(text.removesuffix("m")) if text.endswith("m") else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f'it is "{text}", expected steps like 250, or minutes like 10m') from error
+    return text
+
+
 def size_argument(text: str) -> str:
     """512 or 512x768, width first as everywhere outside tensors: kept as it is typed."""
     sides = text.lower().split("x")

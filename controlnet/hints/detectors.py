@@ -38,6 +38,10 @@ class Detector:
     def works_on_photographs(self) -> bool:
         return self.read is read_image
 
+    @property
+    def is_network(self) -> bool:
+        return self.make.__module__ == learned.__name__
+
 
 DETECTORS = {
     "canny": Detector(canny_hint, "edges, one pixel wide (Canny)"),

@@ -7,7 +7,6 @@ needs to know nothing but p, and batches can be cut into any parts.
 Shapes: B batch, C channels, H W pixels.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -33,7 +32,8 @@ from .latent_cache import LatentCache, build, check_folder, encode, fingerprint,
 from .lock import locked
 from .options import TrainSettings
 from .prepare import with_packed_encoders
-from .sources import PUBLISHED_FILL50K, BadSamples, Source, Sources, WorldSource, open_sources
+from .sources import PUBLISHED_FILL50K, BadSamples, Source, Sources, WorldSource, differences, open_sources
+from .workers import count_of, reading, start_worker
 
 # ---------------------------------------------------------------------------------------------------------- positions
 
@@ -131,6 +131,7 @@ class TrainingData:
         self.bad = BadSamples(len(train), self.sources.problems, settings.bad_share)
         self.encoders = with_packed_encoders(sd)
         self.fingerprint = fingerprint(sd, train, self.size)
+        self.check_same_everywhere()
         with torch.no_grad():
             self.empty_prompt = sd.encode_text([""])  # (1, 77, D)
         endless = settings.no_cache and isinstance(train, WorldSource) and settings.images is None
@@ -139,18 +140,31 @@ class TrainingData:
         # Spawned workers get a copy of `read`: not of this object, with its networks.
         self.pairs = Pairs(partial(read_images, train, settings.seed), len(train), settings.seed, endless)
 
+    def check_same_everywhere(self) -> None:
+        """Raises ValueError if another machine has other files under the same names."""
+        mains = self.process.from_main(lambda: self.fingerprint)
+        if mains != self.fingerprint:
+            raise ValueError(
+                f"process {self.process.rank} has other data or another base than the main one "
+                f"({differences(mains, self.fingerprint)}): give all machines the same files"
+            )
+
     def compute_latents(self) -> None:
         """All images and captions are encoded here and now, as far as the cache lacks them."""
         train, process, folder = self.sources.train, self.process, self.settings.cache or self.settings.out / "cache"
         check_folder(folder, self.fingerprint)
+        builders = process.sharing(folder)
+        first = process.rank == builders[0]
         # Of several runs that share a cache one computes it, the others wait and find it complete.
-        with locked(folder, wait=True) if process.is_main else nullcontext():
-            if process.is_main:
+        with locked(folder, wait=True) if first else nullcontext():
+            if first:
                 prepare_folder(folder, self.fingerprint)
                 remove_leftovers(folder)
                 remove_leftovers(folder / "hints")
             process.barrier()
-            build(folder, train, self.encoders, self.bad, self.settings.batch_size, process.rank, process.world_size)
+            workers = 0 if train.uses_network else count_of(self.settings.workers, process.device)
+            share = builders.index(process.rank), len(builders)
+            build(folder, train, self.encoders, self.bad, self.size, workers, *share)
             process.barrier()
         cache = LatentCache(folder, train, self.size)
         self.bad.add(cache.missing())
@@ -170,11 +184,14 @@ class TrainingData:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """This process's batches from position `start` on, without end, encoded."""
-        cuda = self.process.device.type == "cuda"
-        workers = self.settings.workers if self.settings.workers is not None else (4 if cuda else 0)
+        device = self.process.device
         positions = batch_positions(start, self.settings.batch_size, self.process.rank, self.process.world_size)
         loader = DataLoader(
-            self.pairs, batch_sampler=positions, num_workers=workers, pin_memory=cuda, worker_init_fn=start_worker
+            self.pairs,
+            batch_sampler=positions,
+            num_workers=count_of(self.settings.workers, device),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=start_worker,
         )
         for batch in reading(loader):
             self.bad.add(batch.bad.tolist())
@@ -186,27 +203,6 @@ class TrainingData:
 def read_images(source: Source, seed: int, index: int, position: int) -> tuple[Images, Tensor]:
     sample = source.sample(index, seeded(seed, 3, position))
     return Images(to_images([sample.image])[0], sample.caption), to_hints([sample.hint])[0]
-
-
-def reading(loader: DataLoader) -> Iterator[Batch]:
-    """Its batches. Errors of its workers lose their traceback, and their sudden end is a ValueError."""
-    try:
-        yield from loader
-    except ValueError as error:
-        *_, last = str(error).strip().splitlines()
-        raise ValueError(last.split(": ", 1)[1] if str(error).startswith("Caught ") else str(error)) from error
-    except (OSError, EOFError) as error:
-        if loader.num_workers:
-            raise ValueError(worker_ended(error)) from error
-        raise
-
-
-def worker_ended(error: Exception) -> str:
-    reason = str(error).split(". ")[0].rstrip(".") or type(error).__name__
-    return (
-        f"a process that reads data has ended ({reason}), perhaps for lack of memory: go on with --resume and fewer "
-        "--workers, or 0"
-    )
 
 
 def good_samples(source) -> Iterator[Sample]:
@@ -225,9 +221,3 @@ def summary(sources: Sources, endless: bool) -> str:
         return line
     published = f" (the published one is not in {PUBLISHED_FILL50K})" if train.name == "fill50k" else ""
     return f"{line}: a synthetic dataset, drawn here{published}"
-
-
-def start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()  # Ctrl-C goes to a whole process group, but only the training process is to handle it

@@ -1,17 +1,29 @@
 """Several processes that train one model, started by `torchrun --nproc_per_node=N train.py ...`: each computes its part
-of every step, and the gradients are averaged. In a single process everything here does nothing."""
+of every step, and the gradients are averaged. In a single process everything here does nothing.
+
+Several machines (`--nnodes`) may have a disk each: what the main process reads is sent to the others, and a cache is
+built once on each disk.
+"""
 
 import os
+import platform
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from controlnet.common.devices import pick_device, use_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,17 +42,57 @@ class Process:
         if self.world_size > 1:
             dist.barrier()
 
-    def mean(self, value: float) -> float:
-        """Over all processes."""
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.item() / self.world_size
+    def mean(self, scalar: Tensor) -> Tensor:
+        """Over all processes, of a scalar on the device."""
+        if self.world_size > 1:
+            dist.all_reduce(scalar)
+        return scalar / self.world_size
 
-    def any(self, value: bool) -> bool:
-        """The same answer everywhere: a signal reaches the processes at different steps, and all must stop at one."""
-        return self.mean(float(value)) > 0
+    def any(self, *values: bool) -> list[bool]:
+        """The same answers everywhere: a signal reaches the processes at different steps, and all must stop at one."""
+        if self.world_size == 1:
+            return list(values)
+        votes = torch.tensor(values, dtype=torch.int32)  # on the CPU: no GPU is waited for
+        dist.all_reduce(votes)
+        return (votes > 0).tolist()
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the main process, in all of them; tensors, on the CPU, travel one by one.
+
+        If it raises, all end, and the main process says why.
+        """
+        if self.world_size == 1:
+            return make()
+        made, outline = None, [None]
+        try:
+            if self.is_main:
+                made = make()
+                outline = [(tree_map_only(Tensor, lambda tensor: tensor.to("meta"), made),)]
+        finally:
+            dist.broadcast_object_list(outline, device=torch.device("cpu"))
+        if outline[0] is None:
+            raise SystemExit(2)
+        made = made if self.is_main else outline[0][0]
+        return tree_map_only(Tensor, self._received, made)
+
+    def _received(self, tensor: Tensor) -> Tensor:
+        tensor = tensor if self.is_main else torch.empty_like(tensor, device="cpu")
+        dist.broadcast(tensor, src=0)
+        return tensor
+
+    def sharing(self, folder: Path) -> list[int]:
+        """The processes that see the same `folder` as this one: all, or those on a disk of their machine's own."""
+        if self.world_size == 1:
+            return [0]
+        mark = self.from_main(lambda: uuid4().hex)
+        folder.mkdir(parents=True, exist_ok=True)
+        marks = [folder / f".{mark}.{rank}" for rank in range(self.world_size)]
+        marks[self.rank].touch()
+        self.barrier()
+        seen = [rank for rank, path in enumerate(marks) if path.exists()]
+        self.barrier()
+        marks[self.rank].unlink()
+        return seen
 
     def wrap_ddp(self, loss: nn.Module) -> nn.Module:
         """The module whose backward pass averages the gradients: call the wrapper, never the inner module."""
@@ -52,7 +104,6 @@ class Process:
         return DistributedDataParallel(
             loss,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             init_sync=False,
             gradient_as_bucket_view=True,  # else the gradients stand in memory twice
         )
@@ -78,5 +129,22 @@ def join_processes(device: str | None) -> Process:
     if picked.type == "cuda":
         picked = use_device(f"cuda:{os.environ['LOCAL_RANK']}")
     # The main process may compute latents, or wait for another run's, while the others wait for it.
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+    patience = timedelta(days=1)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    # Processes that are started again must not find the addresses of those before.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     return Process(dist.get_rank(), world_size, picked)
+
+
+def launch() -> str | None:
+    """A name for this call of torchrun, the same for all processes that it starts again (--max-restarts); without it
+    None."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return f"{os.environ['TORCHELASTIC_RUN_ID']}, by process {os.getppid()} on {platform.node()}"
+
+
+def started_again() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -14,7 +14,6 @@ They are memory-mapped: the system keeps in memory what fits.
 
 import json
 import zlib
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,17 +23,20 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from controlnet.common.image_files import open_image
 from controlnet.common.images import Size, save_png, to_hints, to_images
 from controlnet.objective import EncodedPairs
+from controlnet.worlds import Sample
 from ldm.checkpoints.save import save_checkpoint
 from ldm.stable_diffusion import StableDiffusion
 
 from .folders import BadSample
 from .run_state import write_text
 from .sources import BadSamples, Source, differences, digest
+from .workers import reading, start_worker
 
 FORMAT = 2
 SHARD = 256
@@ -105,51 +107,83 @@ def build(
     source: Source,
     sd: StableDiffusion,
     bad: BadSamples,
-    batch_size: int,
+    size: Size,
+    workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Computes what is missing in a prepared folder; each of several processes its share of the files."""
+    """Computes what is missing in a prepared folder; each of several processes its share of the files, and `workers`
+    of its own read the images for it."""
     starts = range(0, len(source), SHARD)[rank::world_size]
-    missing = [start for start in starts if not is_whole(shard_path(folder, start))]
-    total = sum(min(SHARD, len(source) - start) for start in missing)
-    with tqdm(total=total, desc="latents", unit="image", disable=rank > 0 or not total) as bar:
-        for start in missing:
-            indices = range(start, min(start + SHARD, len(source)))
-            rows = list(encoded_rows(folder, source, sd, bad, batch_size, indices, bar))
-            kept = torch.cat([index for index, _ in rows]) if rows else torch.zeros(0, dtype=torch.int64)
-            columns = [torch.cat(column) for column in zip(*(encoded for _, encoded in rows), strict=True)]
-            tensors = dict(zip(EncodedPairs._fields, columns, strict=bool(rows)))
-            tensors = {"index": kept, **tensors}
-            save_checkpoint(shard_path(folder, start), tensors, {"crc32": checksum(tensors)})
+    shards = [range(start, min(start + SHARD, len(source))) for start in starts]
+    shards = [shard for shard in shards if not is_whole(shard_path(folder, shard[0]))]
+    batches = {shard: cut(shard, encoding_batch(size)) for shard in shards}
+    reader = DataLoader(
+        Reader(folder, source),
+        batch_sampler=[batch for shard in shards for batch in batches[shard]],
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=start_worker,
+    )
+    read = reading(reader)
+    with tqdm(total=sum(map(len, shards)), desc="latents", unit="image", disable=rank > 0 or not shards) as bar:
+        for shard in shards:
+            rows = [encoded_rows(next(read), sd, bad, bar) for _ in batches[shard]]
+            index = torch.cat([index for index, _ in rows])
+            columns = zip(*(encoded for _, encoded in rows if encoded is not None), strict=True)
+            tensors = dict(zip(EncodedPairs._fields, map(torch.cat, columns), strict=len(index) > 0))
+            tensors = {"index": index, **tensors}
+            save_checkpoint(shard_path(folder, shard[0]), tensors, {"crc32": checksum(tensors)})
+
+
+def cut(indices: range, length: int) -> list[range]:
+    return [indices[first : first + length] for first in range(0, len(indices), length)]
+
+
+def encoding_batch(size: Size) -> int:
+    """How many images are encoded at once: as many as four of 512x512 have pixels.
+
+    Kernels that share a batch among threads round by its size, so that of the training must not matter here: the
+    latents of a data set are the same for all runs on it. Without gradients this takes less memory than a step.
+    """
+    return max(1, 4 * 512**2 // (size[0] * size[1]))
+
+
+class Reader(Dataset):
+    """Index -> the index and its sample, or the sentence that says why that one is bad. What can be done here need not
+    be done between two batches: hints that are computed are written, too."""
+
+    def __init__(self, folder: Path, source: Source):
+        self.folder, self.source = folder, source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[int, Sample | str]:
+        try:
+            sample = self.source.sample(index)
+        except BadSample as error:
+            return index, str(error)
+        if not self.source.hints_are_files:
+            save_png(Image.fromarray(sample.hint), hint_path(self.folder, index), {})
+        return index, sample
 
 
 def encoded_rows(
-    folder: Path,
-    source: Source,
-    sd: StableDiffusion,
-    bad: BadSamples,
-    batch_size: int,
-    indices: range,
-    bar: tqdm,
-) -> Iterator[tuple[Tensor, EncodedPairs]]:
-    """-> (indices of the good samples, their encodings), batch by batch."""
-    for first in range(0, len(indices), batch_size):
-        samples = {}
-        for index in indices[first : first + batch_size]:
-            try:
-                samples[index] = source.sample(index)
-            except BadSample as error:
-                tqdm.write(f"skipped: {error}")
-                bad.add([index])
-        if not source.hints_are_files:
-            for index, sample in samples.items():
-                save_png(Image.fromarray(sample.hint), hint_path(folder, index), {})
-        if samples:
-            images = to_images(sample.image for sample in samples.values())
-            encoded = encode(sd, images, [sample.caption for sample in samples.values()])
-            yield torch.tensor(list(samples)), EncodedPairs(*(tensor.cpu() for tensor in encoded))
-        bar.update(min(batch_size, len(indices) - first))
+    read: list[tuple[int, Sample | str]], sd: StableDiffusion, bad: BadSamples, bar: tqdm
+) -> tuple[Tensor, EncodedPairs | None]:
+    """-> the indices of the good ones of a batch, and their encodings on the CPU: None if there are none."""
+    samples = {index: sample for index, sample in read if isinstance(sample, Sample)}
+    for index, problem in read:
+        if index not in samples:
+            tqdm.write(f"skipped: {problem}")
+            bad.add([index])
+    encoded = None
+    if samples:
+        images = to_images(sample.image for sample in samples.values())
+        encoded = EncodedPairs(*(x.cpu() for x in encode(sd, images, [sample.caption for sample in samples.values()])))
+    bar.update(len(read))
+    return torch.tensor(list(samples), dtype=torch.int64), encoded
 
 
 def shard_path(folder: Path, start: int) -> Path:

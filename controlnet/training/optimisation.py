@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from controlnet.common.devices import PRECISIONS, optional
 
+from .later import Later
 from .muon import Muon
 from .options import TrainSettings
 
@@ -52,9 +53,12 @@ class Optimisation:
             optimisation.backward(loss / len(micro_batches))
         optimisation.step()
 
-    Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`.
+    Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`. No
+    method waits for a GPU to finish a step.
     `named` are as from `named_parameters()`: errors name the layer. `optimizer` is "adamw", "adamw8bit", which keeps
-    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon".
+    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon". With
+    `shard` each of several processes keeps AdamW's moments of some parameters, updates these and sends them to the
+    others (ZeRO, stage 1: Rajbhandari et al., arXiv 1910.02054): the same numbers as without.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Optimisation:
         precision: str = "fp32",
         clip: float = math.inf,
         optimizer: str = "adamw",
+        shard: bool = False,
     ):
         named = list(named)
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
@@ -77,12 +82,22 @@ class Optimisation:
             self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
             self.optimizer.register_step_post_hook(restore_channels_last(self.parameters))
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2, fused=True)
+            settings = dict(lr=lr, weight_decay=1e-2, fused=True)
+            if shard:
+                from torch.distributed.optim import ZeroRedundancyOptimizer  # takes its time
+
+                self.optimizer = ZeroRedundancyOptimizer(self.parameters, torch.optim.AdamW, **settings)
+            else:
+                self.optimizer = torch.optim.AdamW(self.parameters, **settings)
+        self.sharded = shard
+        self.adamw = self.optimizer.optim if shard else self.optimizer
+        self.can_skip = isinstance(self.adamw, torch.optim.AdamW)
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule)
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = self.skipped_in_a_row = 0
+        self.last_norm: Later | None = None
 
     @classmethod
     def from_settings(
@@ -92,7 +107,9 @@ class Optimisation:
             lr_schedule = cosine_schedule(settings.warmup, settings.steps)
         else:
             lr_schedule = constant_schedule(settings.warmup)
-        return cls(named, settings.lr, lr_schedule, device, settings.precision, settings.clip, settings.optimizer)
+        shard = settings.shard and torch.distributed.is_initialized()
+        precision, clip, optimizer = settings.precision, settings.clip, settings.optimizer
+        return cls(named, settings.lr, lr_schedule, device, precision, clip, optimizer, shard)
 
     @property
     def current_lr(self) -> float:
@@ -105,28 +122,45 @@ class Optimisation:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self) -> float:
-        """Updates the parameters and returns the gradients' norm before clipping.
+    def step(self) -> Tensor:
+        """Updates the parameters and returns the gradients' norm before clipping, a scalar on the device.
 
-        Where that norm is not finite the parameters stay as they are and the step is counted in `skipped`; in fp16 the
-        scale of the loss is halved. Raises FloatingPointError, with the layer's name, for MOST_SKIPPED in a row.
+        Where that norm is not finite the parameters stay as they are and the next step counts this one in `skipped`; in
+        fp16 the scale of the loss is halved. Raises FloatingPointError, with the layer's name, after MOST_SKIPPED in a
+        row.
         """
+        self.look_back()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        finite = bool(norm.isfinite())
-        if finite:
-            self.skipped_in_a_row = 0
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-            self.scaler.step(self.optimizer)
-        else:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            if self.skipped_in_a_row == MOST_SKIPPED:
-                raise FloatingPointError(not_finite(self.names, self.parameters))
+        self.last_norm = Later(norm)
+        nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        if self.can_skip:  # GradScaler's way to tell a fused optimizer: it leaves everything as it is where this is 1
+            self.adamw.found_inf = 1 - norm.isfinite().float()
+            self.optimizer.step()
+        elif norm.isfinite():
+            self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that a first step was skipped
             self.lr_schedule.step()
-        return norm.item()
+        return norm
+
+    def look_back(self) -> None:
+        """Counts the last step if it was skipped. By the time of the next one its norm has arrived."""
+        if self.last_norm is None:
+            return
+        (norm,), self.last_norm = self.last_norm.read(), None
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise FloatingPointError(not_finite(self.names, self.parameters))
+
+    def gather(self) -> None:
+        """Before the main process's `state_dict`, by all processes: collects what is sharded."""
+        if self.sharded:
+            self.optimizer.consolidate_state_dict(to=0)
 
     def state_dict(self) -> dict:
         return {name: part.state_dict() for name, part in self._parts().items()}

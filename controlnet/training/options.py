@@ -10,6 +10,7 @@ from controlnet.common.program import (
     PRECISION_NAMES,
     add_options,
     count,
+    interval,
     limit,
     new_parser,
     option,
@@ -21,8 +22,12 @@ from controlnet.common.program import (
 
 # What depends on the base if it is not given: for SD the authors' own values (docs/train.md of lllyasviel/ControlNet),
 # for the small base what converges within minutes.
-PAPER = dict(optimizer="adamw", lr=1e-5, lr_schedule="constant", batch_size=4, steps=10000, sample_every=250)
-LAPTOP = dict(optimizer="muon", lr=1e-3, lr_schedule="cosine", batch_size=16, steps=1000, sample_every=50)
+PAPER = dict(
+    optimizer="adamw", lr=1e-5, lr_schedule="constant", batch_size=4, steps=10000, sample_every="250", save_every="10m"
+)
+LAPTOP = dict(
+    optimizer="muon", lr=1e-3, lr_schedule="cosine", batch_size=16, steps=1000, sample_every="50", save_every="250"
+)
 
 
 def by_base(name: str) -> str:
@@ -140,6 +145,7 @@ class TrainSettings:
         choices=PRECISION_NAMES,
     )
     checkpointing: bool = in_machine("gradient checkpointing: less memory for activations, more time", False)
+    shard: bool = in_machine("AdamW's moments shared out among the processes of torchrun, not kept by each", False)
     deterministic: bool = in_machine("bit-identical runs on CUDA, too; slower", False)
     compile: bool = in_machine("torch.compile: slow to start, then faster", False)
     dry_run: bool = in_machine("print the plan and the memory it needs, train nothing", False, passing=True)
@@ -149,11 +155,15 @@ class TrainSettings:
     )
     resume: bool = in_run("go on with the run in --out, with its settings", False, passing=True)
     save_dtype: str = in_run("of control.safetensors (default: %(default)s)", "fp32", choices=DTYPE_NAMES)
-    save_every: int = in_run("steps between saved states (default: %(default)s)", 250, type=positive, metavar="N")
+    save_every: str | None = in_run(
+        f"between saved states: steps, or minutes as in 10m {by_base('save_every')}", type=interval, metavar="N|Nm"
+    )
     keep: int = in_run("how many states to keep (default: %(default)s)", 2, type=positive, metavar="N")
-    validate_every: int = in_run("steps between validations (default: %(default)s)", 50, type=positive, metavar="N")
-    sample_every: int | None = in_run(
-        f"steps between grids of images {by_base('sample_every')}", type=positive, metavar="N"
+    validate_every: str = in_run(
+        "between validations, the same way (default: %(default)s)", "50", type=interval, metavar="N|Nm"
+    )
+    sample_every: str | None = in_run(
+        f"between grids of images, the same way {by_base('sample_every')}", type=interval, metavar="N|Nm"
     )
     sample_count: int = in_run("images in a grid (default: %(default)s)", 8, type=count, metavar="N")
     tensorboard: bool = in_run("also log to TensorBoard (needs tensorboard)", False)

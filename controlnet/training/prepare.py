@@ -1,7 +1,6 @@
 """What makes training faster or smaller and changes results by rounding alone: memory layouts, kernels,
 gradient checkpointing, TF32."""
 
-import copy
 import os
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import set_checkpointing
 
 from .options import TrainSettings
+from .saving import with_weights
 
 
 def prepare_process(settings: TrainSettings, device: torch.device) -> TrainSettings:
@@ -44,12 +44,15 @@ def with_packed_encoders(sd: StableDiffusion) -> StableDiffusion:
 
 
 def packed_copy(network: nn.Module) -> nn.Module:
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    network = copy.deepcopy(network, shared)  # new modules around the same tensors
+    network = with_weights(network, {})  # new modules around the same tensors
     pack(network)
     return network
 
 
 def keep_memory_in_the_loop(device: torch.device) -> None:
-    """Once blocks of the same sizes come and go. Before, the autoencoder's activations would fragment the heap."""
+    """Once blocks of the same sizes come and go. Before, the autoencoder's activations would fragment the heap. What is
+    reported from here on is the loop's own."""
     keep_freed_memory(device, large=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

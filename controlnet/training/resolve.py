@@ -11,18 +11,24 @@ from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import recognise
 from ldm.config import PRESETS, Config
 
+from .distributed import launch, started_again
 from .options import LAPTOP, PAPER, TrainSettings
 from .run_state import RunFolder
 
 
 def resolve(given: dict) -> TrainSettings:
-    """Raises ValueError if settings contradict each other, the base cannot be used, or there is no run to resume."""
+    """Raises ValueError if settings contradict each other, the base cannot be used, or there is no run to resume.
+
+    A run that torchrun has started again goes on from its last state without --resume.
+    """
     settings = TrainSettings(**given)
     run = RunFolder(settings.out)
+    if started_again() and run.was_begun_by(launch()):
+        settings = replace(settings, resume=True)
     if settings.resume:
         before = from_json(TrainSettings, run.written()["settings"], str(run.settings_file))
         run.check_fixed(given, before)
-        settings = TrainSettings(**{**before, **given})
+        settings = TrainSettings(**{**before, **given, "resume": True})
         if settings.lr_schedule == "cosine" and given.get("steps", 0) > before.get("steps", math.inf):
             note(
                 f"the learning rate rises again: it falls to 0 at step {settings.steps} now, no longer at "
@@ -34,7 +40,13 @@ def resolve(given: dict) -> TrainSettings:
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
     if settings.control and settings.architecture != "full":
         raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
-    return with_defaults(settings, config_of(settings.base, settings.prediction))
+    settings = with_defaults(settings, config_of(settings.base, settings.prediction))
+    if settings.shard and settings.optimizer != "adamw":
+        raise ValueError(
+            f"--shard is for adamw, and the optimizer is {settings.optimizer}: say --optimizer adamw, or leave out "
+            "--shard"
+        )
+    return settings
 
 
 def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:

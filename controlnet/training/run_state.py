@@ -24,11 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from controlnet.common.program import flag_of, note, out_of_memory
 from ldm.checkpoints.files import new_file, remove_leftovers
 
+from .distributed import launch
 from .lock import locked
 from .options import TrainSettings
 from .sources import differences
@@ -47,36 +47,54 @@ class DamagedState(ValueError):
 
 def save_state(path: Path, step: int, **parts) -> None:
     """Writes `step` and the `state_dict` of each part to `path`. Raises OSError if that fails."""
+    write_state(path, state_of(step, parts))
+
+
+def load_state(path: Path, **parts) -> int:
+    """`restore` from a file. Raises ValueError as that does, and DamagedState, which has changed no part."""
+    return restore(path, read_state(path), parts)
+
+
+def state_of(step: int, parts: dict) -> dict:
+    return {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Raises OSError if that fails."""
     try:
         with new_file(path) as temporary, open(temporary, "wb") as file:
-            torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # the renaming must not reach the disk before the contents do
     except RuntimeError as error:  # PyTorch's way to say that a disk is full
         raise OSError(f"{path} could not be written ({error})") from error
 
 
-def load_state(path: Path, **parts) -> int:
-    """Restores the parts in place and returns the number of steps done.
-
-    Raises DamagedState, which has changed no part, and ValueError if it is of another run (another base, another
-    precision); some parts may have changed by then.
-    """
+def read_state(path: Path) -> dict:
+    """What `write_state` wrote, on the CPU. Raises DamagedState."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # by its checksums, which PyTorch does not look at
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        step = state.pop("step")
+        return {"step": state.pop("step"), **state}
     except Exception as error:  # a damaged file makes the reader raise almost anything
         if out_of_memory(error) or isinstance(error, PermissionError):
             raise
         raise DamagedState(
             f"{path} is not a run's state or it is damaged: remove it, to go on from another or to start again"
         ) from error
-    if state.keys() != parts.keys():
-        raise ValueError(f"{path} holds {sorted(state)}, but this run needs {sorted(parts)}: it is another kind of run")
+
+
+def restore(path: Path, state: dict, parts: dict) -> int:
+    """Puts the state that was read from `path` into the parts and returns the number of steps done.
+
+    Raises ValueError if it is of another run (another base, another precision); some parts may have changed by then.
+    """
+    found = state.keys() - {"step"}
+    if found != parts.keys():
+        raise ValueError(f"{path} holds {sorted(found)}, but this run needs {sorted(parts)}: it is another kind of run")
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -84,7 +102,7 @@ def load_state(path: Path, **parts) -> int:
             raise ValueError(
                 f"the {name} in {path} does not fit: resume with the base and the precision that the run started with"
             ) from error
-    return step
+    return state["step"]
 
 
 class RunFolder:
@@ -126,12 +144,19 @@ class RunFolder:
             )
         try:
             written = json.loads(self.settings_file.read_bytes())
-            return {"settings": dict(written["settings"]), "data": dict(written["data"])}
+            known = {"settings": dict(written["settings"]), "data": dict(written["data"])}
+            return {**known, "launch": written.get("launch")}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{self.settings_file} is damaged ({error!r}): start another run, with --control "
                 f"{self.control} to go on from what was learned"
             ) from error
+
+    def was_begun_by(self, launch: str | None) -> bool:
+        """Whether the run is that of the same call of torchrun, which has started its processes again."""
+        with suppress(ValueError):
+            return launch is not None and self.written()["launch"] == launch
+        return False
 
     def check_fixed(self, given: dict, before: dict) -> None:
         """Raises ValueError if a command line gives another value for what a run started with and must keep."""
@@ -161,7 +186,10 @@ class RunFolder:
             if name not in passing
         }
         versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-        text = json.dumps({"settings": kept, "data": data, "versions": versions}, indent=2)
+        written = {"settings": kept, "data": data, "versions": versions}
+        if launch():
+            written["launch"] = launch()
+        text = json.dumps(written, indent=2)
         write_text(self.settings_file, text + "\n")
         self.cut_log(step)
 
@@ -175,33 +203,32 @@ class RunFolder:
             lines = [line for line in self.log_file.read_bytes().splitlines() if logged_step(line) <= step]
             write_text(self.log_file, "".join(line.decode(errors="replace") + "\n" for line in lines))
 
-    def save(self, step: int, keep: int, **parts) -> None:
-        """The state after `step`, and no more than the newest `keep`."""
-        save_state(self.path / "state" / f"{step:06d}.pt", step, **parts)
+    def save(self, state: dict, keep: int) -> None:
+        """The state after a step, and no more than the newest `keep`."""
+        write_state(self.path / "state" / f"{state['step']:06d}.pt", state)
         for path in self.states()[:-keep]:
             path.unlink()
 
-    def load(self, **parts) -> int:
-        """From the newest state that is whole -> the number of steps that are done: 0 for a run that was stopped before
-        it had saved any. Those after it are renamed."""
+    def newest_state(self) -> tuple[Path, dict] | None:
+        """The newest state that is whole, and its file: None in a run that was stopped before it had saved any. Damaged
+        ones after it are renamed. Raises ValueError if none is whole."""
         damaged = []
         for path in reversed(self.states()):
             try:
-                step = load_state(path, **parts)
+                state = read_state(path)
             except DamagedState:
                 damaged.append(path)
                 continue
             for other in damaged:
-                with suppress(FileNotFoundError):  # another process of this run was faster
-                    other.rename(other.with_suffix(".damaged"))
-                note(f'"{other}" is damaged, its name ends in .damaged now: going on from step {step}')
-            return step
+                other.rename(other.with_suffix(".damaged"))
+                note(f'"{other}" is damaged, its name ends in .damaged now: going on from step {state["step"]}')
+            return path, state
         if damaged:
             raise ValueError(
                 f"no state in {self.path} is whole, the newest is {damaged[0]}: start another run in another folder, "
                 f"with --control {self.control} to go on from what was learned"
             )
-        return 0
+        return None
 
     def how_to_go_on(self) -> str:
         return f"go on with --resume --out {self.path}" if self.states() else "the same command goes on where it was"
@@ -212,38 +239,6 @@ def logged_step(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):  # one that was being written, or none of ours
         return math.inf
-
-
-class Progress:
-    """Where a run reports: the progress bar, log.jsonl and, if asked for and installed, TensorBoard."""
-
-    def __init__(self, run: RunFolder, bar: tqdm, tensorboard: bool = False):
-        self.run, self.bar, self.validation_loss, self.loss = run, bar, None, None
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(run.path / "tensorboard")
-
-    def log(self, values: dict) -> None:
-        """`values` of one step: numbers and lists of numbers, by name."""
-        self.run.log(values)
-        step, loss = values["step"], values["loss"]
-        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss  # smooth enough to read
-        self.validation_loss = values.get("validation_loss", self.validation_loss)
-        shown = {"loss": f"{self.loss:.4f}", "lr": f"{values['lr']:.1e}", "img/s": f"{values['images_per_second']:.1f}"}
-        if self.validation_loss is not None:
-            shown["validation"] = f"{self.validation_loss:.4f}"
-        self.bar.set_postfix(shown | {"GB": f"{values['memory_gb']:.1f}"}, refresh=False)
-        measures = [
-            f"{name} {values[name]:.3f}" for name in ("validation_loss", "iou", "keypoint_distance") if name in values
-        ]
-        if "iou" in values:
-            tqdm.write(f"step {step}: loss {self.loss:.4f}, {', '.join(measures)}")
-        if self.board is not None:
-            for name, value in values.items():
-                for i, number in enumerate(value if isinstance(value, list) else [value]):
-                    self.board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, number, step)
 
 
 @dataclass

@@ -75,10 +75,11 @@ def resized_array(array: np.ndarray, size: Size) -> np.ndarray:
 
 
 class Source(Protocol):
-    """Samples by index. `hints_are_files`: reading a hint again is as fast as reading it from a cache."""
+    """Samples by index."""
 
     name: str
-    hints_are_files: bool
+    hints_are_files: bool  # reading a hint again is as fast as reading it from a cache
+    uses_network: bool  # for the hints: reading belongs into the process that has the device
 
     def __len__(self) -> int: ...
 
@@ -94,7 +95,7 @@ class Source(Protocol):
 class WorldSource:
     """The first `length` samples of a synthetic dataset."""
 
-    hints_are_files = False
+    hints_are_files = uses_network = False
 
     def __init__(self, name: str, size: Size, length: int, seed: int = 0, held_out: bool = False):
         if size[0] != size[1]:
@@ -136,6 +137,7 @@ class FolderSource:
         self.name, self.entries, self.transform = name, entries, transform
         self.hint_channels, self.detect = hint_channels, detect
         self.hints_are_files = detect is None
+        self.uses_network = detect is not None and find_detector(parse_detector(detect)[0]).is_network
         self.make_hint = None if detect is None else photograph_detector(detect)
 
     def __len__(self) -> int:

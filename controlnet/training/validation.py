@@ -1,7 +1,7 @@
 """What a ControlNet in training can do by now, on validation pairs: their loss, and grids of what it makes of hints."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +9,33 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from controlnet.common.images import save_png, to_hints, to_images
+from controlnet.common.images import save_png, to_hints, to_images, to_pil
 from controlnet.guidance import Control
-from controlnet.inference.generate import generate
+from controlnet.inference.generate import default_cfg, generate, make_denoise, prompt_contexts
+from controlnet.inference.offload import decode
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, Draws, loss_inputs
 from controlnet.worlds import Sample
 from controlnet.worlds.measures import foreground, iou, keypoint_distance
+from ldm import samplers
 from ldm.stable_diffusion import StableDiffusion
 
+from .data import TrainingData
 from .latent_cache import encode
+from .options import TrainSettings
+
+
+def validation_of(
+    sd: StableDiffusion, data: TrainingData, draws: Draws, settings: TrainSettings
+) -> tuple["ValidationLoss | None", "Preview | None"]:
+    """The validation loss and the grids, as far as there is something to show."""
+    samples, count = data.validation_samples(), settings.sample_count
+    if samples:
+        preview = Preview(sd, samples[:count], settings.batch_size) if count else None
+        return ValidationLoss(sd, samples, draws, data.empty_prompt, settings.batch_size), preview
+    print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
+    trained_on = data.first_samples(count)
+    return None, Preview(sd, trained_on, settings.batch_size) if trained_on else None
 
 
 class ValidationLoss:
@@ -46,16 +63,16 @@ class ValidationLoss:
 
 
 class Preview:
-    """Images for the hints of a few samples, always sampled with the same seeds: steps can be compared."""
+    """Images for the hints of a few samples, always sampled with the same seeds: steps can be compared. As many at once
+    as a batch of the training has, which needs more memory for its gradients."""
 
-    def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], steps: int = 10):
-        self.sd, self.samples, self.steps = sd, samples, steps
+    def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], batch_size: int, steps: int = 10):
+        self.sd, self.samples, self.batch_size, self.steps = sd, samples, batch_size, steps
 
     def save(self, control: ControlNet, path: Path) -> dict[str, float]:
         """Writes the grid, a row for each sample, and returns the means of what `measure` says of the images."""
         rows, measures = [], []
-        for seed, sample in enumerate(self.samples):
-            image = image_for(self.sd, control, sample, seed, steps=self.steps)
+        for sample, image in zip(self.samples, self.images(control), strict=True):
             measures.append(measure(sample, image))
             words = [sample.caption, *(f"{name} {value:.2f}" for name, value in measures[-1].items())]
             side = image.shape[:2]
@@ -64,6 +81,12 @@ class Preview:
         # of people and shapes in turn, only some have keypoints
         names = dict.fromkeys(name for values in measures for name in values)
         return {name: float(np.mean([m[name] for m in measures if name in m])) for name in names}
+
+    def images(self, control: ControlNet) -> Iterator[np.ndarray]:
+        for first in range(0, len(self.samples), self.batch_size):
+            yield from images_for(
+                self.sd, control, self.samples[first : first + self.batch_size], seed=first, steps=self.steps
+            )
 
 
 def measure(sample: Sample, image: np.ndarray) -> dict[str, float]:
@@ -82,6 +105,26 @@ def image_for(sd: StableDiffusion, control: ControlNet, sample: Sample, seed: in
     controls = [Control(control, to_hints([sample.hint]))]
     (image,) = generate(sd, sample.caption, controls, seed=seed, **settings)
     return np.asarray(image)
+
+
+@torch.no_grad()
+def images_for(
+    sd: StableDiffusion, control: ControlNet, samples: Sequence[Sample], seed: int, steps: int
+) -> list[np.ndarray]:
+    """What `image_for` makes of each, with the seeds `seed`, `seed` + 1 ...: equal to rounding, but sampled as one
+    batch. They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
+    hints = to_hints(sample.hint for sample in samples)  # (B, C, H, W)
+    factor, channels = sd.config.vae.downscale, sd.config.unet.latent_channels
+    shape = (1, channels, hints.shape[-2] // factor, hints.shape[-1] // factor)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(samples))]
+    x = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(sd.device)
+    contexts = [prompt_contexts(sd, sample.caption, "", clip_skip=1, long=False) for sample in samples]
+    prompt, negative = map(torch.cat, zip(*contexts, strict=True))  # (B, 77, D)
+    timesteps = samplers.timesteps_for("ddim", sd.schedule, steps)
+    controls = [Control(control, hints)]
+    denoise = make_denoise(sd, prompt, negative, default_cfg(sd.config), controls, timesteps, batched=True, reuse=1)
+    latents = samplers.sample("ddim", denoise, x, sd.schedule, steps)
+    return [np.asarray(to_pil(decode(sd, one, tiled=False)[0])) for one in latents.split(1)]
 
 
 def as_rgb(hint: np.ndarray) -> np.ndarray:

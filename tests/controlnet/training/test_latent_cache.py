@@ -1,5 +1,6 @@
 """Latents and text states computed once: right, resumable, and refused when they are of something else."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from small import SMALL, small_sd
 from controlnet.common.images import to_hints, to_images
 from controlnet.training import latent_cache
 from controlnet.training.folders import BadSample
-from controlnet.training.latent_cache import LatentCache, build, fingerprint, prepare_folder
+from controlnet.training.latent_cache import LatentCache, build, encoding_batch, fingerprint, prepare_folder
+from controlnet.training.prepare import with_packed_encoders
 from controlnet.training.sources import BadSamples, WorldSource
 
 SIZE = (SMALL.resolution, SMALL.resolution)
@@ -29,10 +31,10 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(latent_cache, "SHARD", 4)
 
 
-def built(folder, source, sd, **how):
+def built(folder, source, sd, size=SIZE, **how):
     bad = BadSamples(len(source), [], 0.5)
     prepare_folder(folder, fingerprint(sd, source, SIZE))
-    build(folder, source, sd, bad, batch_size=3, **how)
+    build(folder, source, sd, bad, size, **how)
     return LatentCache(folder, source, SIZE)
 
 
@@ -56,11 +58,42 @@ def test_what_is_there_is_not_computed_again_and_processes_share_the_rest(sd, tm
     monkeypatch.setattr(source, "sample", lambda i, *rest: calls.append(i) or original(i, *rest))
     prepare_folder(tmp_path, fingerprint(sd, source, SIZE))
     bad = BadSamples(10, [], 0.5)
-    build(tmp_path, source, sd, bad, 3, rank=1, world_size=2)
+    build(tmp_path, source, sd, bad, SIZE, rank=1, world_size=2)
     assert calls == [4, 5, 6, 7]
     (tmp_path / ".000000.safetensors.1.tmp").mkdir()  # of a run that was killed
-    build(tmp_path, source, sd, bad, 3)
+    build(tmp_path, source, sd, bad, SIZE)
     assert calls == [4, 5, 6, 7, 0, 1, 2, 3, 8, 9] and len(LatentCache(tmp_path, source, SIZE)) == 10
+
+
+def test_workers_change_no_bit_and_batches_no_more_than_rounding(tmp_path):
+    """Each with networks of its own: packed weights remember the shape that came first."""
+    source, shards, hints = WorldSource("people", SIZE, 7), [], []
+    for name, workers, side in (("alone", 0, 64), ("workers", 2, 64), ("one by one", 1, 1024)):
+        folder = tmp_path / name
+        prepare_folder(folder, {})
+        build(folder, source, with_packed_encoders(small_sd()), BadSamples(7, [], 0.5), (side, side), workers)
+        shards.append([load_file(path) for path in sorted(folder.glob("*.safetensors"))])
+        hints.append([path.read_bytes() for path in sorted((folder / "hints").iterdir())])
+    assert [shard["index"].tolist() for shard in shards[0]] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert len(hints[0]) == 7 and hints[0] == hints[1] == hints[2]
+    for alone, by_workers, one_by_one in zip(*shards, strict=True):
+        for name, tensor in alone.items():
+            assert torch.equal(tensor, by_workers[name])
+            torch.testing.assert_close(tensor, one_by_one[name], rtol=1e-3, atol=1e-3)
+
+
+def test_batches_of_the_cache_depend_on_the_size_alone():
+    sizes = [(64, 64), (512, 512), (512, 768), (2048, 2048)]
+    assert [encoding_batch(size) for size in sizes] == [256, 4, 2, 1]
+
+
+def test_workers_that_are_spawned_open_the_files_again(sd, tmp_path):
+    """Pickled tensors would be copies of the whole cache."""
+    cache = built(tmp_path, WorldSource("fill50k", SIZE, 6), sd)
+    pickled = pickle.dumps(cache)
+    assert len(pickled) < len(pickle.dumps(cache.source)) + 500
+    (mean, *_), hint = pickle.loads(pickled).read(4, 0)
+    assert torch.equal(mean, cache.read(4, 0)[0].mean) and torch.equal(hint, cache.read(4, 0)[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")

@@ -232,3 +232,8 @@ def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
     changed = current()
     (tmp_path / "prompt.json").write_text((tmp_path / "prompt.json").read_text().replace("number 1", "number 7"))
     assert len({str(f) for f in (before, changed, current())}) == 3
+
+
+@pytest.mark.parametrize("detect, needs", [(None, False), ("canny:low=5", False), ("softedge", True), ("SAM", True)])
+def test_hints_of_networks_are_made_beside_the_device(detect, needs):
+    assert FolderSource("x", [], Transform((64, 64)), detect=detect).uses_network == needs

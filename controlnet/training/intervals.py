@@ -1,0 +1,20 @@
+"""How often something is done in a run: every so many steps, or minutes."""
+
+import time
+
+
+class Interval:
+    """ "250" steps, or "10m" for minutes, as `program.interval` allows."""
+
+    def __init__(self, text: str):
+        self.steps, self.seconds = (None, 60 * float(text[:-1])) if text.endswith("m") else (int(text), None)
+        self.since = time.monotonic()
+
+    def over(self, done: int) -> bool:
+        """Whether it is over after `done` steps; a new one then begins."""
+        if self.steps is not None:
+            return done % self.steps == 0
+        now = time.monotonic()
+        over = now - self.since >= self.seconds
+        self.since = now if over else self.since
+        return over

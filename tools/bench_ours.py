@@ -109,10 +109,14 @@ def load(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
 
 def sampling(setup: Setup) -> Work:
     """From prompt and hint to an image, as in infer.py once the models are loaded."""
+    return partial(sample, *load_for_sampling(setup), setup.size, setup.steps, setup.cfg)
+
+
+def load_for_sampling(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
     keep_freed_memory(torch.device(setup.device), large=False)
     sd, control = load(setup)
     pack(sd.unet, sd.vae, control)
-    return partial(sample, sd, control, setup.size, setup.steps, setup.cfg)
+    return sd, control
 
 
 def sample(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg: float, count: int = 1) -> Outputs:

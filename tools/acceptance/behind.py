@@ -40,9 +40,10 @@ def outputs(job: Job, precision: str) -> Iterator[tuple[str, Tensor]]:
     sd, control = load(job.setup(precision))
     images, _, latents, *_ = (x.to(job.device, sd.dtype) for x in inputs(job.size.side))
     yield "text", sd.encode_text([PROMPT, NEGATIVE])
-    denoise = denoiser(job, sd, control)
-    for t in TIMESTEPS:
-        yield f"eps at t = {t}, cfg {CFG}", denoise(t)
+    for cfg in (1.0, CFG):
+        denoise = denoiser(job, sd, control, cfg)
+        for t in TIMESTEPS:
+            yield f"eps at t = {t}, cfg {cfg:g}", denoise(t)
     yield "VAE, encoding", sd.vae.encode(images)
     yield "VAE, encoding in tiles", sd.vae.config.scale * posterior_tiled(sd.vae, images).mean
     yield "VAE, decoding", sd.vae.decode(latents)
@@ -50,12 +51,12 @@ def outputs(job: Job, precision: str) -> Iterator[tuple[str, Tensor]]:
     yield "SD 2.1, eps at t = 501", other_denoiser(job, sd.dtype)()
 
 
-def denoiser(job: Job, sd: StableDiffusion, control: ControlNet) -> Callable[[int], Tensor]:
+def denoiser(job: Job, sd: StableDiffusion, control: ControlNet, cfg: float = CFG) -> Callable[[int], Tensor]:
     """t -> the guided UNet's output for one image, (1, 4, h, w)."""
     _, hint, x, *_ = (x.to(job.device, sd.dtype) for x in inputs(job.size.side))
     with torch.no_grad():
         prompt, negative = sd.encode_text([PROMPT, NEGATIVE]).split(1)  # (1, 77, D)
-    denoise = guided(sd.unet, prompt, negative, CFG, [Control(control, hint)])
+    denoise = guided(sd.unet, prompt, negative, cfg, [Control(control, hint)])
     return torch.no_grad()(lambda t: denoise(x, torch.full((1,), t, device=job.device)))
 
 

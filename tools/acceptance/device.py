@@ -20,18 +20,12 @@ class Skip(Exception):
 
 def settle(device: torch.device) -> None:
     """PyTorch's own settings as they are at its start, but fp32 in full, and no memory of what went before."""
-    set_tf32(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = False
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def set_tf32(on: bool) -> None:
-    """Of fp32 products and convolutions, as train.py sets it."""
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
 
 
 # ----------------------------------------------------------------------------------------------------------------- time

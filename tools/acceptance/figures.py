@@ -1,6 +1,5 @@
 """The stages that measure: time, memory, and where both go. Little of it must hold; aims are recorded as such."""
 
-import gc
 import json
 import platform
 import statistics
@@ -9,13 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 from controlnet.common.devices import PRECISIONS
 from ldm.unet import set_checkpointing
 from tools import bench, bench_ours
-from tools.bench_case import Setup, Work
+from tools.bench_case import Work
 from tools.bench_ours import Training
 
 from . import device
@@ -26,6 +26,7 @@ from .report import Report
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "diffusers", "transformers")
 AIMS = {"1 image": 1.5, "images at once": 1.5, "latents before": 1.3, "latents in it": 1.15}  # times as fast
 MEMORY_AIM = 0.8  # of diffusers'
+WARM_UPS = 3
 LONGEST = 30  # operations of a profile
 
 
@@ -48,10 +49,11 @@ def machine(job: Job, report: Report) -> None:
 
 @dataclass
 class Side:
-    """Ours or diffusers': the works to measure, by name, and the bytes that stay allocated between them."""
+    """Ours or diffusers': what is loaded, the works to measure with it, and bytes for each."""
 
+    source: Any
     works: dict[str, Work]
-    lasting: float = 0.0
+    lasting: float  # what stays allocated between the works
     memory: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,107 +61,105 @@ def peers(job: Job, report: Report) -> None:
     job.need_weights()
     if not bench.have_peers():
         report.note("diffusers", "skipped, as it is not installed: ours is measured alone")
-    setup = job.setup()
-    sampling, training = {"ours": our_images}, {"ours": our_steps}
-    if bench.have_peers():
-        from tools import bench_peers
-
-        sampling["diffusers"] = partial(their_images, bench_peers)
-        training["diffusers"] = lambda job, setup: steps_of(job, bench_peers.trainer(setup))
-    compare(job, report, {name: loaded(job, setup, load) for name, load in sampling.items()})
-    free(job)
-    runs = {}
-    sides = {
-        name: loaded(job, setup, partial(load, runs=runs) if name == "ours" else load)
-        for name, load in training.items()
-    }
-    compare(job, report, sides, "latents in it")
-    use_cache(job, sides["ours"], runs["ours"])
-    compare(job, report, sides, "latents before")
+    sides = both(job, our_images, their_images)
+    compare(job, report, sides, "")
+    del sides
+    job.settle()
+    sides = both(job, our_steps, their_steps)
+    compare(job, report, sides, ", latents in it")
+    use_cache(job, sides["ours"])
+    compare(job, report, sides, ", latents before")
 
 
-def loaded(job: Job, setup: Setup, load: Callable[[Job, Setup], dict[str, Work]]) -> Side:
-    """With the memory of each of its works, after warm-ups."""
-    before = device.allocated(job.device)
-    side = Side(load(job, setup))
-    for work in side.works.values():
-        for _ in range(3):
-            work()
-    side.lasting = device.allocated(job.device) - before
-    measure_memory(job, side)
-    return side
+def both(job: Job, *loaders: Callable[[Job], tuple[Any, dict[str, Work]]]) -> dict[str, Side]:
+    """Ours, and diffusers' if it is installed, each warmed up."""
+    sides = {}
+    for name, load in zip(("ours", "diffusers") if bench.have_peers() else ("ours",), loaders, strict=False):
+        before = device.allocated(job.device)
+        source, works = load(job)
+        for work in works.values():
+            for _ in range(WARM_UPS):
+                work()
+        sides[name] = Side(source, works, device.allocated(job.device) - before)
+        measure_memory(job, sides[name])
+    return sides
 
 
 def measure_memory(job: Job, side: Side) -> None:
-    """What a work takes, without what others hold: the models that stay, and its peak above what is there before it."""
+    """Of each work, whatever else is on the device: what stays, and its peak above what is there before it."""
     for name, work in side.works.items():
-        now = device.allocated(job.device)
-        side.memory[name] = side.lasting + device.peaks(work, job.device)[0] - now
+        before = device.allocated(job.device)
+        side.memory[name] = side.lasting + device.peaks(work, job.device)[0] - before
 
 
-def compare(job: Job, report: Report, sides: dict[str, Side], what: str = "") -> None:
+def compare(job: Job, report: Report, sides: dict[str, Side], how: str) -> None:
     for name in sides["ours"].works:
         times = {side: [] for side in sides}
         for i in range(job.size.runs):
             for side in list(sides)[:: -1 if i % 2 else 1]:
                 times[side].append(device.seconds(sides[side].works[name], job.device))
-        medians = {side: statistics.median(values) for side, values in times.items()}
-        words = f"{name}, {what}" if what else name
+        medians, memory = {side: statistics.median(values) for side, values in times.items()}, {}
         for side in sides:
-            report.note(f"{words}: {side}, s", medians[side])
-            report.note(f"{words}: {side}, GB", sides[side].memory[name] / 1e9)
+            memory[side] = sides[side].memory[name] / 1e9
+            report.note(f"{name}{how}: {side}, s", medians[side])
+            report.note(f"{name}{how}: {side}, GB", memory[side])
         if len(sides) == 2:
-            aim = next((aim for part, aim in AIMS.items() if part in words), 1.0)
-            report.aim(f"{words}: times as fast as diffusers", medians["diffusers"] / medians["ours"], least=aim)
-            share = sides["ours"].memory[name] / sides["diffusers"].memory[name]
-            report.aim(f"{words}: memory in parts of diffusers'", share, most=MEMORY_AIM)
+            least = next((aim for words, aim in AIMS.items() if words in name + how), 1.0)
+            report.aim(f"{name}{how}: times as fast as diffusers", medians["diffusers"] / medians["ours"], least=least)
+            share = memory["ours"] / memory["diffusers"]
+            report.aim(f"{name}{how}: memory in parts of diffusers'", share, most=MEMORY_AIM)
 
 
-def image_works(job: Job, setup: Setup, sample: Callable, encode: Callable, decode: Callable) -> dict[str, Work]:
+def our_images(job: Job) -> tuple[Any, dict[str, Work]]:
+    sd, control = bench_ours.load_for_sampling(job.setup())
+    return sd, image_works(job, partial(bench_ours.sample, sd, control), sd.vae.encode, sd.vae.decode)
+
+
+def their_images(job: Job) -> tuple[Any, dict[str, Work]]:
+    from tools import bench_peers  # imports diffusers
+
+    pipeline = bench_peers.load(job.setup())
+    vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
+    ways = (lambda x: vae.encode(x).latent_dist.mean * scale, lambda z: vae.decode(z / scale).sample)
+    return pipeline, image_works(job, partial(bench_peers.sample, pipeline), *ways)
+
+
+def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) -> dict[str, Work]:
+    setup = job.setup()
     dtype = PRECISIONS[setup.precision]
     images, _, latents, *_ = (x.to(job.device, dtype) for x in bench_ours.inputs(setup.size))
-    count = job.size.count
+    sampled = partial(sample, setup.size, setup.steps, setup.cfg)
     return {
-        "1 image": partial(sample, setup.size, setup.steps, setup.cfg, 1),
-        f"{count} images at once": partial(sample, setup.size, setup.steps, setup.cfg, count),
+        "1 image": partial(sampled, 1),
+        f"{job.size.count} images at once": partial(sampled, job.size.count),
         "VAE, encoding": torch.no_grad()(lambda: encode(images)),
         "VAE, decoding": torch.no_grad()(lambda: decode(latents)),
     }
 
 
-def our_images(job: Job, setup: Setup) -> dict[str, Work]:
-    sd, control = bench_ours.load(setup)
-    return image_works(job, setup, partial(bench_ours.sample, sd, control), sd.vae.encode, sd.vae.decode)
+def our_steps(job: Job) -> tuple[Any, dict[str, Work]]:
+    run = Training(job.setup())
+    return run, step_works(job, partial(run.step, cached=False))
 
 
-def their_images(bench_peers, job: Job, setup: Setup) -> dict[str, Work]:
-    pipeline = bench_peers.load(setup)
-    vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
-    ways = (lambda x: vae.encode(x).latent_dist.mean * scale, lambda z: vae.decode(z / scale).sample)
-    return image_works(job, setup, partial(bench_peers.sample, pipeline), *ways)
+def their_steps(job: Job) -> tuple[Any, dict[str, Work]]:
+    from tools import bench_peers
+
+    step = bench_peers.trainer(job.setup())
+    return step, step_works(job, step)
 
 
-def steps_of(job: Job, step: Callable[[int], Work]) -> dict[str, Work]:
+def step_works(job: Job, step: Callable[[int], Work]) -> dict[str, Work]:
     return {f"a training step, batch {batch}": step(batch) for batch in job.size.batches}
 
 
-def our_steps(job: Job, setup: Setup, runs: dict[str, Training]) -> dict[str, Work]:
-    runs["ours"] = Training(setup)
-    return steps_of(job, partial(runs["ours"].step, cached=False))
-
-
-def use_cache(job: Job, side: Side, run: Training) -> None:
+def use_cache(job: Job, side: Side) -> None:
     """From here on latents are computed before, and the encoders leave the device."""
     before = device.allocated(job.device)
-    side.works = steps_of(job, partial(run.step, cached=True))
-    run.drop_encoders()
+    side.works = step_works(job, partial(side.source.step, cached=True))
+    side.source.drop_encoders()
     side.lasting += device.allocated(job.device) - before
     measure_memory(job, side)
-
-
-def free(job: Job) -> None:
-    gc.collect()
-    job.settle()
 
 
 # ------------------------------------------------------------------------------------------------------- memory, time
@@ -189,7 +189,7 @@ def profile(job: Job, report: Report) -> None:
     sd, control = bench_ours.load(job.setup())
     look_at(job, report, "a denoising step", partial(denoiser(job, sd, control), 501))
     del sd, control
-    free(job)
+    job.settle()
     look_at(job, report, "a training step", Training(job.setup()).step(job.size.batches[0], cached=True))
 
 

@@ -50,6 +50,14 @@ class Size:
     compiler: str  # torch.compile's backend
 
 
+SMALL = replace(
+    TINY,
+    name="small",
+    unet=replace(TINY.unet, channels=16, heads=(2, 2, 2), context_width=16),
+    vae=replace(TINY.vae, channels=4, multipliers=(1, 1, 2, 2)),
+    text=replace(TINY.text, width=16, heads=2, layers=1, vocabulary=600),
+    resolution=64,
+)
 SIZES = {
     "full": Size(
         config=SD15,
@@ -69,8 +77,8 @@ SIZES = {
         compiler="inductor",
     ),
     "tiny": Size(  # for the program itself, on a CPU
-        config=TINY,
-        other=replace(TINY.unet, linear_projections=True),
+        config=SMALL,
+        other=replace(SMALL.unet, linear_projections=True),
         side=64,
         large=(64, 96),
         steps=2,
@@ -81,7 +89,7 @@ SIZES = {
         matrix=256,
         train_steps=2,
         whole_training=("--steps", "2", "--images", "8", "--size", "64", "--sample-count", "1", "--batch-size", "2"),
-        pictures=(1, 2, 64),
+        pictures=(1, 1, 64),
         precision="bf16",
         compiler="eager",
     ),
@@ -105,6 +113,16 @@ class Job:
         return Setup(**numbers, **where, checkpointing=False, precision=precision or self.size.precision)
 
     # ------------------------------------------------------------------------------------------------------- weights
+
+    @property
+    def models(self) -> list[str]:
+        """Options of infer.py."""
+        return ["--base", str(self.folder / "base.safetensors"), "--control", str(self.folder / "control.safetensors")]
+
+    @property
+    def small_models(self) -> list[str]:
+        """The same of the models that ship, where the others are larger."""
+        return ["--base", "tiny", "--control", "circles"] if self.size.config is SD15 else self.models
 
     @torch.no_grad()
     def need_weights(self) -> None:

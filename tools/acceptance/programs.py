@@ -79,12 +79,13 @@ def folder(job: Job) -> Iterator[Path]:
 
 def train(job: Job, out: Path, *arguments: object) -> Done:
     """A new run of the small model on a few images."""
-    few = ["--images", 32, "--batch-size", 4, "--validation", 2, "--sample-count", 1, "--size", min(job.size.side, 128)]
-    few += ["--steps", job.size.train_steps, "--lr-schedule", "constant", "--warmup", 1, "--base", "tiny"]
+    few = ["--images", 8, "--batch-size", 4, "--validation", 2, "--sample-count", 1, "--size", min(job.size.side, 128)]
+    few += ["--steps", job.size.train_steps, "--lr-schedule", "constant", "--warmup", 1, *job.small_models[:2]]
     return program(job, "train", *few, "--out", out, *arguments)
 
 
 def training(job: Job, report: Report) -> None:
+    job.need_weights()
     with folder(job) as runs:
         for what, how in TRAININGS.items():
             ended(report, what, train(job, runs / what, *how))
@@ -168,6 +169,7 @@ def fill50k(job: Job, report: Report) -> None:
 
 
 def infer(job: Job, report: Report) -> None:
+    job.need_weights()
     with folder(job) as out:
         mask = Image.new("L", Image.open(ROOT / "assets" / "cat.jpg").size)
         mask.paste(255, (0, 0, mask.width // 2, mask.height))
@@ -176,7 +178,7 @@ def infer(job: Job, report: Report) -> None:
             how = [out / "mask.png" if word == "MASK" else word for word in how]
             how += ["--steps", min(job.size.steps, 10), "--size", min(job.size.side, 128), "--prompt", PROMPT]
             first, second = out / f"{i}.png", out / f"{i}-again.png"
-            made = program(job, "infer", "--hint", "circle.png", "--control", "circles", *how, "--out", first)
+            made = program(job, "infer", *job.small_models, "--hint", "circle.png", *how, "--out", first)
             ended(report, what, made)
             ended(report, f"{what}: --again", program(job, "infer", "--again", first, "--trust", "--out", second))
             same = np.array_equal(*(np.asarray(Image.open(path)) for path in (first, second)))
@@ -185,13 +187,12 @@ def infer(job: Job, report: Report) -> None:
 
 
 def large_images(job: Job, report: Report, out: Path) -> None:
-    models = ["--base", job.folder / "base.safetensors", "--control", job.folder / "control.safetensors"]
-    models += ["--hint", "circle.png", "--dtype", job.size.precision, "--steps", 2, "--out", out / "large.png"]
+    settings = ["--hint", "circle.png", "--dtype", job.size.precision, "--steps", 2, "--out", out / "large.png"]
     for side, how in [(job.size.side, []), *((side, ["--low-memory"]) for side in job.size.large)]:
         what, results = " ".join(["infer.py --size", str(side), *how]), []
         allocated, reserved = peaks(
             lambda side=side, how=how, results=results: results.append(
-                program(job, "infer", *models, "--size", side, *how)
+                program(job, "infer", *job.models, *settings, "--size", side, *how)
             ),
             job.device,
         )
@@ -203,13 +204,12 @@ def large_images(job: Job, report: Report, out: Path) -> None:
 def out_of_memory(job: Job, report: Report) -> None:
     """Neither program may end otherwise than with its sentence, nor a run of train.py lose what it had saved."""
     job.need_weights()
-    models = ["--base", job.folder / "base.safetensors", "--control", job.folder / "control.safetensors"]
     with folder(job) as runs:
         ended(report, "a run before", train(job, runs / "run", "--sample-count", 0))
         again = ["--resume", "--out", runs / "run", "--steps", job.size.train_steps + 1]
         with little_memory(job.device, FRACTION):
             size = ["--size", max(job.size.large), "--steps", 1, "--dtype", "fp32", "--out", runs / "large.png"]
-            refused(report, "infer.py", program(job, "infer", *models, "--hint", "circle.png", *size))
+            refused(report, "infer.py", program(job, "infer", *job.models, "--hint", "circle.png", *size))
             refused(report, "train.py", program(job, "train", *again, "--batch-size", 1024))
         ended(report, "resumed after it", program(job, "train", *again, "--batch-size", 4))
         report.must("half-written files", len([*runs.rglob("*.tmp"), *runs.glob("large.png")]), most=0)

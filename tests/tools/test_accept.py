@@ -280,11 +280,13 @@ def test_the_gemm_peak_of_cuda(cuda, monkeypatch):
     assert bench_case.gemm_rate(setup, calls=3) == 2 * 8192**3 and calls == ["cuda"] * (2 + 2 * 3)
 
 
-def test_a_job_on_cuda_takes_the_device(cuda, monkeypatch):
+@pytest.mark.parametrize("name, found", [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_job_on_cuda_takes_the_device(cuda, monkeypatch, name, found):
+    """By its number: torch.cuda.set_device and set_per_process_memory_fraction refuse any other."""
     monkeypatch.setattr(job, "pick_device", torch.device)
-    with job.job("cuda:1", "full", None) as work:
-        assert work.folder.is_dir() and work.setup().device == "cuda:1" and work.setup().precision == "fp16"
-    cuda["set_device"].assert_called_once_with(torch.device("cuda:1"))
+    with job.job(name, "full", None) as work:
+        assert work.folder.is_dir() and work.setup().device == found and work.setup().precision == "fp16"
+    cuda["set_device"].assert_called_once_with(torch.device(found))
 
 
 def test_out_of_memory(run, monkeypatch):

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from controlnet.common.devices import PRECISIONS
 from ldm.unet import set_checkpointing
@@ -236,7 +237,13 @@ def compiled_step(job: Job, mode: str) -> Work:
         network.to(memory_format=torch.channels_last)
     compile = partial(torch.compile, backend=job.size.compiler, mode=mode)
     sd.unet.forward, control.residuals = compile(sd.unet.forward), compile(control.residuals)
-    return partial(denoiser(job, sd, control), 501)
+    step = denoiser(job, sd, control)
+
+    def work() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # one step of both networks: their outputs live until the next
+        return step(501)
+
+    return work
 
 
 def timed(job: Job, report: Report, what: str, work: Work) -> None:

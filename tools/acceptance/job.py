@@ -182,6 +182,7 @@ def job(device: str | None, size: str, folder: Path | None) -> Iterator[Job]:
     """Raises ValueError for a device that is not there."""
     picked = pick_device(device)
     if picked.type == "cuda":
+        picked = torch.device("cuda", picked.index or 0)  # some of torch.cuda's functions refuse one without a number
         torch.cuda.set_device(picked)  # events and the profiler are the current device's
     with tempfile.TemporaryDirectory(dir=roomy_folder()) as temporary:
         work = Job(picked, SIZES[size], folder or Path(temporary))

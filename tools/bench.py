@@ -39,6 +39,7 @@ CASES = {
     "sd15-256": {"size": 256, "steps": 4, "cfg": 7.5, "batch_size": 1, "checkpointing": False},
     "sd15-512": {"size": 512, "steps": 4, "cfg": 7.5, "batch_size": 4, "checkpointing": True},
 }
+STEPS_ON_A_GPU = 20  # in which a few would measure what is done once: reading the prompt, decoding, starting
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def bench(args: argparse.Namespace) -> int:
         wanted = (args.case, folder, args.device, args.threads, args.precision)
         machine, described = in_a_process("writing the models", "bench_ours", "prepare", *wanted)
         setup = CASES[args.case] | machine | {"folder": folder}
+        if machine["device"].startswith("cuda"):
+            setup["steps"] = STEPS_ON_A_GPU
         print(f"{args.case}, {setup['precision']}: {described}; medians of {args.rounds} rounds\n", flush=True)
         if "reuse" in args.only and not tiny:
             note("reuse is measured with --case tiny alone: judging it takes models that have learned something")

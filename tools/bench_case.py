@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from controlnet.common.devices import PRECISIONS, use_device, use_precision
 
 LONG_ENOUGH, MOST_RUNS = 2, 5  # a process repeats its timed run until these seconds or runs are reached
+WARM_UPS = {"cpu": 1, "cuda": 3}  # a GPU's clock, libraries and memory take a few runs to settle
 
 Outputs = dict[str, Tensor]
 Work = Callable[[], Outputs | Callable[[], Outputs]]
@@ -62,7 +63,7 @@ def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool, co
     count_flops(one_of_each_kernel)  # also imports what counting needs
     before = resident("VmRSS")
     work = load(setup, **arguments)
-    if not cold:
+    for _ in range(0 if cold else WARM_UPS[torch.device(setup.device).type]):
         work()
     reset_peak(setup.device)
     seconds, result = timed(work, setup.device)
@@ -142,12 +143,19 @@ def count_flops(work: Callable) -> int:
 def gemm_rate(setup: Setup, calls: int = 10) -> float:
     """FLOP/s of a large matrix product, the best of some calls: the most that the device can do.
 
-    It is also computed as a 1x1 convolution: on a CPU another library, which uses wider vectors on some processors.
+    It is also computed as a 1x1 convolution: on a CPU another library, which uses wider vectors on some processors. A
+    GPU, which needs about as long to be asked as to multiply, is asked for several products at once.
     """
-    side = 8192 if setup.device.startswith("cuda") else 2048
+    side, together = (8192, 10) if setup.device.startswith("cuda") else (2048, 1)
     matrix = torch.rand(side, side, device=setup.device).to(PRECISIONS[setup.precision])
     x, weight = (
         y.contiguous(memory_format=torch.channels_last) for y in (matrix[None, ..., None], matrix[..., None, None])
     )
+
+    def seconds(way: Callable) -> float:
+        return timed(lambda: [way() for _ in range(together)], setup.device)[0] / together
+
     ways = (lambda: matrix @ matrix, lambda: F.conv2d(x, weight))
-    return 2 * side**3 / min(timed(way, setup.device)[0] for way in ways for _ in range(calls))
+    for way in ways:
+        seconds(way)  # the first call chooses a kernel and makes its workspace
+    return 2 * side**3 / min(seconds(way) for way in ways for _ in range(calls))

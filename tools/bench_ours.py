@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlnet import ControlNet
-from controlnet.common.devices import PRECISIONS, keep_freed_memory, use_device, use_precision
+from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, use_device, use_precision
 from controlnet.common.images import to_hints
 from controlnet.guidance import Control
-from controlnet.inference.generate import generate
+from controlnet.inference.generate import Progress, generate
 from controlnet.objective import ControlLoss, Drawn, loss_inputs
 from controlnet.training.latent_cache import encode
 from controlnet.training.optimisation import Optimisation
@@ -66,12 +66,12 @@ def prepare(case: str, folder: Path, device: str | None, threads: int | None, pr
     return machine, f"{name}, {threads} threads, {', '.join(packages)}"
 
 
-def write_models(folder: Path, sd: StableDiffusion, control: ControlNet) -> None:
+def write_models(folder: Path, sd: StableDiffusion, control: ControlNet, dtype: torch.dtype | None = None) -> None:
     """base.safetensors and control.safetensors, and the folders base and control in diffusers' layout."""
-    sd.save(folder / "base.safetensors")
-    control.save(folder / "control.safetensors")
-    sd.save(folder / "base", layout="diffusers")
-    control.save(folder / "control", layout="diffusers")
+    sd.save(folder / "base.safetensors", dtype)
+    control.save(folder / "control.safetensors", dtype)
+    sd.save(folder / "base", dtype, layout="diffusers")
+    control.save(folder / "control", dtype, layout="diffusers")
 
 
 @torch.no_grad()
@@ -110,17 +110,33 @@ def load(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
 
 def sampling(setup: Setup) -> Work:
     """From prompt and hint to an image, as in infer.py once the models are loaded."""
+    return partial(sample, *load_for_sampling(setup), setup.size, setup.steps, setup.cfg)
+
+
+def load_for_sampling(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
     keep_freed_memory(torch.device(setup.device), large=False)
     sd, control = load(setup)
-    pack(sd.unet, sd.vae, control)
-    return partial(sample, sd, control, setup.size, setup.steps, setup.cfg)
+    networks = sd.unet, sd.vae, control
+    lay_out(networks, torch.device(setup.device), setup.precision)
+    pack(*networks)
+    return sd, control
 
 
-def sample(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg: float) -> Outputs:
-    controls, latents = [Control(control, inputs(side)[1])], []  # latents after each step
-    settings = {"negative": NEGATIVE, "steps": steps, "cfg": cfg, "seed": SEED}
-    (image,) = generate(sd, PROMPT, controls, callback=lambda progress: latents.append(progress.x), **settings)
-    return {"latents": latents[-1], "image": pixels(image)}
+def sample(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg: float, count: int = 1) -> Outputs:
+    """`count` images of the same hint and prompt, as one batch."""
+    controls, latents = [Control(control, inputs(side)[1])], {}  # of each image, after its last step
+    settings = {"negative": NEGATIVE, "steps": steps, "cfg": cfg, "seed": SEED, **together(count)}
+
+    def keep(progress: Progress) -> None:
+        latents[progress.image] = progress.x
+
+    images = generate(sd, PROMPT, controls, callback=keep, **settings)
+    return {"latents": torch.cat([latents[i] for i in range(count)]), "images": torch.stack(list(map(pixels, images)))}
+
+
+def together(count: int) -> dict[str, int]:
+    """What makes `generate` sample that many images in one batch."""
+    return {"count": count, "batch_size": count} if count > 1 else {}
 
 
 def reuse(setup: Setup, every: int) -> Work:
@@ -164,36 +180,59 @@ def vae(setup: Setup, encode: bool, tiled: bool) -> Work:
 
 def training(setup: Setup, cached: bool) -> Work:
     """One step of train.py from the batch to the changed weights, with latents and text states computed before or in
-    it."""
-    device = torch.device(setup.device)
-    chosen = {"optimizer": "adamw", "lr": LEARNING_RATE, "warmup": 0}
-    settings = TrainSettings(precision=setup.precision, checkpointing=setup.checkpointing, **chosen)
-    sd = load_base(setup)
-    control = ControlNet.load(setup.folder / "control.safetensors", sd.unet, dtype=torch.float32)
-    control.train().requires_grad_(True)
-    prepare_networks(sd, control, settings, device)
-    loss = ControlLoss(sd.unet, control, sd.schedule)
-    optimisation = Optimisation.from_settings(control.named_parameters(), settings, device)
-
-    images, hints, noise, posterior_noise, t = inputs(setup.size, setup.batch_size)
-    drawn = Drawn(t, noise, posterior_noise, dropped=torch.zeros(len(t), dtype=torch.bool))
-    with torch.no_grad():
-        empty_prompt = sd.encode_text([""])
-    encoders = with_packed_encoders(sd)
-    content = encode(encoders, images, [PROMPT] * len(t)) if cached else None
+    it; without TF32, which their script leaves off, too."""
+    run = Training(setup)
+    work = run.step(setup.batch_size, cached)
     if cached:
-        encoders = sd.vae.cpu(), sd.text_encoder.cpu()
-    keep_memory_in_the_loop(device)
-
-    def work() -> Outputs:
-        encoded = content or encode(encoders, images, [PROMPT] * len(t))
-        batch = loss_inputs(encoded, hints, drawn, sd.vae.config.scale, empty_prompt, device)
-        with optimisation.autocast():
-            value = loss(*batch)
-        optimisation.backward(value)
-        return {"loss": value.detach(), "gradient": optimisation.step()}
-
+        run.drop_encoders()
+    keep_memory_in_the_loop(run.device)
     return work
+
+
+class Training:
+    """A run of train.py just before its first step."""
+
+    def __init__(self, setup: Setup):
+        self.side, self.device = setup.size, torch.device(setup.device)
+        chosen = {"optimizer": "adamw", "lr": LEARNING_RATE, "warmup": 0}
+        settings = TrainSettings(precision=setup.precision, checkpointing=setup.checkpointing, **chosen)
+        self.sd = load_base(setup)
+        self.control = ControlNet.load(setup.folder / "control.safetensors", self.sd.unet, dtype=torch.float32)
+        self.control.train().requires_grad_(True)
+        prepare_networks(self.sd, self.control, settings, self.device)
+        self.loss = ControlLoss(self.sd.unet, self.control, self.sd.schedule)
+        self.optimisation = Optimisation.from_settings(self.control.named_parameters(), settings, self.device)
+        self.encoders = with_packed_encoders(self.sd)
+        with torch.no_grad():
+            self.empty_prompt = self.sd.encode_text([""])
+
+    def drop_encoders(self) -> None:
+        self.encoders = self.sd.vae.cpu(), self.sd.text_encoder.cpu()
+
+    def batch(self, batch_size: int, cached: bool) -> Callable[[], tuple[Tensor, ...]]:
+        """-> what gives a batch's inputs to the loss: encoded now, or at each call."""
+        images, hints, noise, posterior_noise, t = (x.to(self.device) for x in inputs(self.side, batch_size))
+        drawn = Drawn(t, noise, posterior_noise, dropped=torch.zeros_like(t, dtype=torch.bool))
+        content = encode(self.encoders, images, [PROMPT] * len(t)) if cached else None
+
+        def loss_batch() -> tuple[Tensor, ...]:
+            encoded = content or encode(self.encoders, images, [PROMPT] * len(t))
+            return loss_inputs(encoded, hints, drawn, self.sd.vae.config.scale, self.empty_prompt, self.device)
+
+        return loss_batch
+
+    def step(self, batch_size: int, cached: bool, accumulate: int = 1) -> Work:
+        batch = self.batch(batch_size, cached)
+
+        def work() -> Outputs:
+            for _ in range(accumulate):
+                inputs = batch()
+                with self.optimisation.autocast():
+                    value = self.loss(*inputs) / accumulate
+                self.optimisation.backward(value)
+            return {"loss": value.detach(), "gradient": self.optimisation.step()}
+
+        return work
 
 
 # --------------------------------------------------------------------------------------------------- loading and start

@@ -23,16 +23,21 @@ from tools.bench_case import Outputs, Setup, Work
 from tools.bench_ours import LEARNING_RATE, NEGATIVE, PROMPT, SEED, SMALL_SIDE, inputs, pixels, read_all
 
 
-def sampling(setup: Setup) -> Work:
+def load(setup: Setup) -> StableDiffusionControlNetPipeline:
     dtype = PRECISIONS[setup.precision]
     control = ControlNetModel.from_pretrained(setup.folder / "control", dtype=dtype)
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(setup.folder / "base", controlnet=control, dtype=dtype)
-    return partial(sample, pipeline.to(setup.device), setup.size, setup.steps, setup.cfg)
+    return pipeline.to(setup.device)
 
 
-def sample(pipeline: StableDiffusionControlNetPipeline, side: int, steps: int, cfg: float) -> Outputs:
+def sampling(setup: Setup) -> Work:
+    return partial(sample, load(setup), setup.size, setup.steps, setup.cfg)
+
+
+def sample(pipeline: StableDiffusionControlNetPipeline, side: int, steps: int, cfg: float, count: int = 1) -> Outputs:
     pipeline.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED))  # `generate`'s
+    generators = [torch.Generator().manual_seed(SEED + i) for i in range(count)]  # as in `generate`
+    noise = torch.cat([torch.randn(1, 4, side // 8, side // 8, generator=generator) for generator in generators])
     latents = []  # after each step
 
     def keep(pipeline, i, t, values: dict) -> dict:
@@ -41,8 +46,8 @@ def sample(pipeline: StableDiffusionControlNetPipeline, side: int, steps: int, c
 
     settings = {"num_inference_steps": steps, "guidance_scale": cfg, "negative_prompt": NEGATIVE}
     settings |= {"latents": noise.to(pipeline.unet.dtype), "callback_on_step_end": keep}
-    (image,) = pipeline(PROMPT, image=inputs(side)[1], **settings).images
-    return {"latents": latents[-1], "image": pixels(image)}
+    images = pipeline(PROMPT, image=inputs(side)[1], num_images_per_prompt=count, **settings).images
+    return {"latents": latents[-1], "images": torch.stack(list(map(pixels, images)))}
 
 
 def load_vae(setup: Setup) -> AutoencoderKL:
@@ -63,54 +68,62 @@ def vae(setup: Setup, encode: bool, tiled: bool) -> Work:
 
 
 def training(setup: Setup, cached: bool) -> Work:
-    """One step in the order of examples/controlnet/train_controlnet.py, with its optimiser, from a batch whose prompts
-    are tokens by then; it has no cache. Only the ControlNet is under autocast there: the locked UNet is itself in half
-    precision."""
+    """Cached or not it is the same: their script has no cache."""
+    return trainer(setup)(setup.batch_size)
+
+
+def trainer(setup: Setup) -> Callable[[int], Work]:
+    """-> what makes of a batch size one step in the order of examples/controlnet/train_controlnet.py, with its
+    optimiser, from a batch whose prompts are tokens by then. Only the ControlNet, in fp32, is under autocast there: the
+    locked networks are themselves in half precision."""
     base, device, dtype = setup.folder / "base", torch.device(setup.device), PRECISIONS[setup.precision]
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder").to(device, dtype).requires_grad_(False)
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").to(device, dtype).requires_grad_(False)
     vae = load_vae(setup).requires_grad_(False)
-    control = ControlNetModel.from_pretrained(setup.folder / "control").to(device).train()
+    control = ControlNetModel.from_pretrained(setup.folder / "control", dtype=torch.float32).to(device).train()
     if setup.checkpointing:
         control.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(control.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == "fp16")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    images, hints, noise, posterior_noise, t = (x.to(device) for x in inputs(setup.size, setup.batch_size))
-    prompts = [PROMPT] * setup.batch_size
-    ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    def step(batch_size: int) -> Work:
+        images, hints, noise, posterior_noise, t = (x.to(device) for x in inputs(setup.size, batch_size))
+        prompts = [PROMPT] * batch_size
+        ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
-    def work() -> Outputs:
-        posterior = vae.encode(images.to(dtype)).latent_dist
-        # Their `posterior.sample()`, with the same noise as ours.
-        latents = (posterior.mean + posterior.std * posterior_noise).to(dtype) * vae.config.scaling_factor
-        noisy = scheduler.add_noise(latents.float(), noise, t).to(dtype)
-        context = text_encoder(ids.to(device), return_dict=False)[0]
-        with autocast:
-            down, middle = control(noisy, t, context, controlnet_cond=hints.to(dtype), return_dict=False)
-        output = unet(
-            noisy,
-            t,
-            context,
-            down_block_additional_residuals=[residual.to(dtype) for residual in down],
-            mid_block_additional_residual=middle.to(dtype),
-            return_dict=False,
-        )[0]
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        target = scheduler.get_velocity(latents.float(), noise, t) if velocity else noise
-        loss = F.mse_loss(output.float(), target, reduction="mean")
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(control.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.detach(), "gradient": norm}
+        def work() -> Outputs:
+            posterior = vae.encode(images.to(dtype)).latent_dist
+            # Their `posterior.sample()`, with the same noise as ours.
+            latents = (posterior.mean + posterior.std * posterior_noise).to(dtype) * vae.config.scaling_factor
+            noisy = scheduler.add_noise(latents.float(), noise, t).to(dtype)
+            context = text_encoder(ids.to(device), return_dict=False)[0]
+            with autocast:
+                down, middle = control(noisy, t, context, controlnet_cond=hints.to(dtype), return_dict=False)
+            output = unet(
+                noisy,
+                t,
+                context,
+                down_block_additional_residuals=[residual.to(dtype) for residual in down],
+                mid_block_additional_residual=middle.to(dtype),
+                return_dict=False,
+            )[0]
+            velocity = scheduler.config.prediction_type == "v_prediction"
+            target = scheduler.get_velocity(latents.float(), noise, t) if velocity else noise
+            loss = F.mse_loss(output.float(), target, reduction="mean")
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(control.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            return {"loss": loss.detach(), "gradient": norm}
 
-    return work
+        return work
+
+    return step
 
 
 def loading(setup: Setup) -> Work:

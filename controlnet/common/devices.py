@@ -3,7 +3,7 @@
 import ctypes
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -53,6 +53,13 @@ def use_precision(name: str, device: torch.device) -> str:
     # By their older names: torch.compile reads these, and PyTorch refuses that after the newer `fp32_precision` is set.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     return name
+
+
+def lay_out(networks: Iterable[nn.Module], device: torch.device, precision: str) -> None:
+    """Channels last on CUDA, but for full fp32: it is what the convolutions of tensor cores read."""
+    if device.type == "cuda" and precision != "fp32":
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
 
 
 def has_tf32(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from controlnet.common.devices import PRECISIONS, keep_freed_memory, use_device, use_precision
+from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, use_device, use_precision
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_timesteps
@@ -132,9 +132,7 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     ]
     jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
     networks = [sd.unet, sd.vae, *{control.net for job in jobs for control in job.controls}]
-    if device.type == "cuda" and options.precision != "fp32":
-        for network in networks:
-            network.to(memory_format=torch.channels_last)  # what the convolutions of tensor cores read
+    lay_out(networks, device, options.precision)
     if not options.low_memory:  # which moves networks about, and needs plain weights for the tiled VAE
         pack(*([sd.vae] if options.compile else networks))
     return sd, jobs

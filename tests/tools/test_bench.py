@@ -70,19 +70,43 @@ def test_the_cached_step_does_less_and_training_trains(setup):
     assert outputs(cached)["loss"] > outputs(cached)["loss"]
 
 
-def test_only_their_controlnet_is_under_autocast(setup, peers, monkeypatch):
-    """As in their script: the locked UNet computes in half precision by itself."""
-    seen = {}
-    for name in ("ControlNetModel", "UNet2DConditionModel"):
+@pytest.mark.parametrize("stored", [None, torch.bfloat16])
+def test_only_their_controlnet_is_under_autocast(setup, peers, monkeypatch, tmp_path, stored):
+    """As in their script: locked networks compute in half precision by themselves, and what is trained is in fp32,
+    however the files are stored."""
+    sd = small_sd()
+    bench_ours.write_models(tmp_path, sd, small_control(sd), stored)
+    seen, half = {}, torch.bfloat16
+    for name, method in {
+        "ControlNetModel": "forward",
+        "UNet2DConditionModel": "forward",
+        "AutoencoderKL": "encode",
+        "CLIPTextModel": "forward",
+    }.items():
         model = getattr(peers, name)
+        original = getattr(model, method)
 
-        def forward(self, x, *args, _name=name, _forward=model.forward, **kwargs):
-            seen[_name] = torch.is_autocast_enabled("cpu"), x.dtype
-            return _forward(self, x, *args, **kwargs)
+        def called(self, x, *args, _name=name, _called=original, **kwargs):
+            seen[_name] = torch.is_autocast_enabled("cpu"), next(self.parameters()).dtype, x.dtype
+            return _called(self, x, *args, **kwargs)
 
-        monkeypatch.setattr(model, "forward", forward)
-    peers.training(Setup(**setup | {"precision": "bf16"}), cached=False)()
-    assert seen == {"ControlNetModel": (True, torch.bfloat16), "UNet2DConditionModel": (False, torch.bfloat16)}
+        monkeypatch.setattr(model, method, called)
+    peers.training(Setup(**setup | {"precision": "bf16", "folder": tmp_path}), cached=False)()
+    assert seen == {
+        "ControlNetModel": (True, torch.float32, half),
+        "UNet2DConditionModel": (False, half, half),
+        "AutoencoderKL": (False, half, half),
+        "CLIPTextModel": (False, half, torch.int64),
+    }
+
+
+@pytest.mark.parametrize("device, steps", [("cpu", 4), ("cuda:0", 20)])
+def test_a_gpu_is_given_more_steps(monkeypatch, device, steps):
+    """Else what is done once would rule."""
+    seen = {}
+    monkeypatch.setattr(bench, "in_a_process", lambda *_: ({"device": device, "threads": 1}, "a machine"))
+    monkeypatch.setattr(bench, "report", lambda rows, setup, rounds: seen.update(setup) or 0)
+    assert bench.main(["--case", "sd15-512", "--device", device]) == 0 and seen["steps"] == steps
 
 
 def test_reuse_is_beside_images_in_full(setup, monkeypatch):

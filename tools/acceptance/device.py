@@ -1,0 +1,131 @@
+"""All that tools.accept asks of CUDA alone, each in a few lines with what stands for it on a CPU."""
+
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from controlnet.common.devices import use_precision
+from tools.bench_case import reset_peak, resident
+
+
+class Skip(Exception):
+    """What a stage needs is not here: its message says what."""
+
+
+def settle(device: torch.device) -> None:
+    """PyTorch's own settings as they are at its start, but fp32 in full, and no memory of what went before."""
+    use_precision("fp32", device)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """From the first kernel to the end of the last, by CUDA's events."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000  # of milliseconds
+
+
+def median_seconds(work: Callable[[], Any], device: torch.device, runs: int, warm_ups: int = 3) -> float:
+    for _ in range(warm_ups):
+        work()
+    return statistics.median(seconds(work, device) for _ in range(runs))
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def allocated(device: torch.device) -> float:
+    """Bytes now: in PyTorch's tensors, on a CPU of the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident("VmRSS")
+
+
+def peaks(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Bytes while `work` runs: the most allocated, and the most that PyTorch holds for it (a CPU has no such thing)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak(str(device))
+    work()
+    if device.type != "cuda":
+        return resident("VmHWM"), resident("VmHWM")
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+@contextmanager
+def little_memory(device: torch.device, fraction: float) -> Iterator[None]:
+    """Inside, PyTorch gets this part of the GPU's memory. Raises Skip for a CPU, where nothing is alike."""
+    if device.type != "cuda":
+        raise Skip("only a GPU's memory can be limited")
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+# -------------------------------------------------------------------------------------------------------- what happens
+
+
+def profiled(work: Callable[[], Any], device: torch.device) -> list[tuple[str, int, float]]:
+    """(operation or kernel, calls, microseconds of its own on the device), the longest first."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    own_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = [(event.key, event.count, getattr(event, own_time)) for event in profiler.key_averages()]
+    return sorted(events, key=lambda event: -event[2])
+
+
+def waits(work: Callable[[], Any], device: torch.device) -> list[str]:
+    """Where the program waited for the GPU, once for each time; on a CPU nowhere."""
+    if device.type != "cuda":
+        work()
+        return []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The device, by name and in numbers."""
+    if device.type != "cuda":
+        return {"device": str(device), "threads": torch.get_num_threads()}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "compute capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "memory, GB": total / 1e9,
+        "memory that is free, GB": free / 1e9,
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+    }

@@ -1,0 +1,201 @@
+"""What the stages of tools.accept work on: the device, the sizes, the models in their folder, and the reference."""
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from controlnet.common.devices import pick_device
+from controlnet.model import ControlNet
+from ldm import StableDiffusion
+from ldm.config import SD15, SD21, TINY, Config, UNetConfig
+from ldm.unet import UNet
+from tools import bench
+from tools.bench_case import Setup
+from tools.bench_ours import SEED, fill, write_models
+
+from .device import Skip, settle
+
+__all__ = ["SIZES", "Job", "Size", "Skip", "job"]
+
+SPACE = 12e9  # bytes that the models and the reference need at full size
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large all that is done is."""
+
+    config: Config  # of the base
+    other: UNetConfig  # SD 2.1's UNet, or one like it
+    side: int  # pixels
+    large: tuple[int, ...]  # sides for --low-memory
+    steps: int  # of sampling, where time is taken
+    count: int  # images at once
+    batches: tuple[int, ...]  # of training
+    memory_batches: tuple[int, ...]
+    runs: int  # timings of each thing
+    matrix: int  # the side of a large one
+    train_steps: int  # of each small training
+    whole_training: tuple[str, ...]  # options of the stage fill50k
+    pictures: tuple[int, int, int]  # of the small model: how many, steps, pixels
+    precision: str  # where time is taken
+    compiler: str  # torch.compile's backend
+
+
+SMALL = replace(
+    TINY,
+    name="small",
+    unet=replace(TINY.unet, channels=16, heads=(2, 2, 2), context_width=16),
+    vae=replace(TINY.vae, channels=4, multipliers=(1, 1, 2, 2)),
+    text=replace(TINY.text, width=16, heads=2, layers=1, vocabulary=600),
+    resolution=64,
+)
+SIZES = {
+    "full": Size(
+        config=SD15,
+        other=SD21.unet,
+        side=512,
+        large=(512, 1024, 2048),
+        steps=20,
+        count=8,
+        batches=(4, 8, 16),
+        memory_batches=(1, 4, 16),
+        runs=7,
+        matrix=8192,
+        train_steps=20,
+        whole_training=(),
+        pictures=(4, 10, 128),
+        precision="fp16",
+        compiler="inductor",
+    ),
+    "tiny": Size(  # for the program itself, on a CPU
+        config=SMALL,
+        other=replace(SMALL.unet, linear_projections=True),
+        side=64,
+        large=(64, 96),
+        steps=2,
+        count=2,
+        batches=(1, 2),
+        memory_batches=(1,),
+        runs=1,
+        matrix=256,
+        train_steps=2,
+        whole_training=("--steps", "2", "--images", "8", "--size", "64", "--sample-count", "1", "--batch-size", "2"),
+        pictures=(1, 1, 64),
+        precision="bf16",
+        compiler="eager",
+    ),
+}
+
+
+@dataclass
+class Job:
+    device: torch.device
+    size: Size
+    folder: Path
+    behind: list[multiprocessing.Process] = field(default_factory=list)
+
+    def settle(self) -> None:
+        settle(self.device)
+
+    def setup(self, precision: str | None = None) -> Setup:
+        """For the functions of tools.bench."""
+        numbers = {"size": self.size.side, "steps": self.size.steps, "cfg": 7.5, "batch_size": 1}
+        where = {"folder": self.folder, "device": str(self.device), "threads": torch.get_num_threads()}
+        return Setup(**numbers, **where, checkpointing=False, precision=precision or self.size.precision)
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    @property
+    def models(self) -> list[str]:
+        """Options of infer.py."""
+        return ["--base", str(self.folder / "base.safetensors"), "--control", str(self.folder / "control.safetensors")]
+
+    @property
+    def small_models(self) -> list[str]:
+        """The same of the models that ship, where the others are larger."""
+        return ["--base", "tiny", "--control", "circles"] if self.size.config is SD15 else self.models
+
+    @torch.no_grad()
+    def need_weights(self) -> None:
+        """The models, in half precision and in both layouts, made where the device is, unless they are there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "control").exists():  # the last that is written
+            return
+        torch.manual_seed(SEED)
+        with self.device:
+            sd, other = fill(StableDiffusion(self.size.config)), fill(UNet(self.size.other))
+        save_file(
+            {name: value.half().cpu().contiguous() for name, value in other.state_dict().items()},
+            self.folder / "other.safetensors",
+        )
+        write_models(self.folder, sd, fill(ControlNet.from_unet(sd.unet)), torch.float16)
+
+    def other_unet(self, device: torch.device, dtype: torch.dtype) -> UNet:
+        with torch.device("meta"):
+            unet = UNet(self.size.other)
+        state = load_file(self.folder / "other.safetensors", str(device))
+        unet.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+        return unet.eval().requires_grad_(False)
+
+    # ---------------------------------------------------------------------------------------------- the reference
+
+    def begin_behind(self) -> None:
+        """What the CPU computes while the device does something else, each in a process of its own."""
+        self.need_weights()
+        spawn = multiprocessing.get_context("spawn")
+        if not self.behind:
+            for function in ("write_reference", "write_predictions"):
+                process = spawn.Process(
+                    target=bench.call, args=("acceptance.behind", function, self.size, self.folder), daemon=True
+                )
+                process.start()
+                self.behind.append(process)
+
+    def from_behind(self, name: str) -> Path:
+        """A file that those processes write, waited for. Raises ValueError if it does not come."""
+        file = self.folder / name
+        if not file.exists():
+            self.begin_behind()
+        while not file.exists():
+            if not any(process.is_alive() for process in self.behind) and not file.exists():
+                raise ValueError(f"{name} was not written: stderr tells why")
+            for process in self.behind:
+                process.join(0.2)
+        return file
+
+    def reference(self) -> dict[str, Tensor]:
+        """What `behind.write_reference` has computed on the CPU, in fp32."""
+        return load_file(self.from_behind("reference.safetensors"))
+
+
+@contextmanager
+def job(device: str | None, size: str, folder: Path | None) -> Iterator[Job]:
+    """Raises ValueError for a device that is not there."""
+    picked = pick_device(device)
+    if picked.type == "cuda":
+        picked = torch.device("cuda", picked.index or 0)  # some of torch.cuda's functions refuse one without a number
+        torch.cuda.set_device(picked)  # events and the profiler are the current device's
+    with tempfile.TemporaryDirectory(dir=roomy_folder()) as temporary:
+        work = Job(picked, SIZES[size], folder or Path(temporary))
+        try:
+            yield work
+        finally:
+            for process in work.behind:
+                process.terminate()
+                process.join()
+
+
+def roomy_folder() -> str | None:
+    """Linux's folder in memory, if it is large enough; else the system's own for temporary files."""
+    memory = "/dev/shm"
+    fits = os.path.isdir(memory) and shutil.disk_usage(memory).free > SPACE
+    return memory if fits else None

@@ -137,6 +137,12 @@ class TrainSettings:
     deterministic: bool = in_machine("bit-identical runs on CUDA, too; slower", False)
     compile: bool = in_machine("torch.compile: slow to start, then faster", False)
     dry_run: bool = in_machine("print the plan and the memory it needs, train nothing", False, passing=True)
+    fit: float | None = in_machine(
+        "with --dry-run: also the largest batch size that fits into so many GB (10^9 bytes)",
+        type=positive_number,
+        metavar="GB",
+        passing=True,
+    )
 
     out: Path = in_run(
         "the run's folder (default: %(default)s)", Path("runs/control"), passing=True, type=Path, metavar="DIR"

@@ -98,7 +98,13 @@ class TrainSettings:
     batch_size: int | None = in_method(
         f"images per batch and process {by_base('batch_size')}", type=positive, metavar="N"
     )
-    accumulate: int = in_method("batches per optimizer step (default: %(default)s)", 1, type=positive, metavar="N")
+    accumulate: int = in_method(
+        "batches per optimizer step; from 2 on their gradients take memory beside the activations (default: "
+        "%(default)s)",
+        1,
+        type=positive,
+        metavar="N",
+    )
     optimizer: str | None = in_method(
         f"adamw8bit needs bitsandbytes {by_base('optimizer')}", fixed=True, choices=["adamw", "adamw8bit", "muon"]
     )

@@ -904,10 +904,10 @@ def test_a_size_that_does_not_fit_into_memory_is_refused_before_it_is_tried(monk
     monkeypatch.setattr(HintImage, "make", lambda *_: pytest.fail("the hint is made"))
     hint, size = ["--hint", "circle.png", "--control", "circles"], ["--size", "4096"]
     for free, options, message in (
-        (0.5, [], "needs about 1.2 GB of memory, but 0.5 GB are free: give a smaller --size"),
-        (0.7, [], "needs about 1.2 GB of memory, but 0.7 GB are free: add --low-memory or give a smaller --size"),
-        (0.5, ["--low-memory"], "needs about 0.6 GB of memory, but 0.5 GB are free: give a smaller --size"),
-        (0.4, ["--dtype", "fp16"], "needs about 0.6 GB of memory, but 0.4 GB are free: add --low-memory or"),
+        (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: give a smaller --size"),
+        (1.5, [], "needs about 2.0 GB of memory, but 1.5 GB are free: add --low-memory or give a smaller --size"),
+        (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: give a smaller --size"),
+        (0.8, ["--dtype", "fp16"], "needs about 1.0 GB of memory, but 0.8 GB are free: add --low-memory or"),
         (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: give a smaller --size"),
     ):
         gigabytes["free"] = free

@@ -177,14 +177,14 @@ def cuda_estimates(memory: Memory) -> dict[str, Estimate]:
 
 def cpu_estimates(memory: Memory, run: FakeRun) -> dict[str, Estimate]:
     """As measured on Linux: what Python and PyTorch take before a network is there; oneDNN's copy of a convolution's
-    weight in its own layout, of a gradient two; and what glibc's heap loses between blocks, a fifth of what comes and
-    goes with each step."""
+    weight in its own layout, of a gradient two; and what glibc's heap loses between the blocks of gradients, which come
+    and go with each step, a quarter of them."""
     kernels = [parameter for parameter in run.loss.parameters() if parameter.ndim == 4]
     workspace = max(parameter.nbytes * (2 if parameter.requires_grad else 1) for parameter in kernels)
     figures = {
         "Python and PyTorch": int(0.55e9),
         "workspaces of oneDNN": workspace,
-        "holes in the heap": (memory.gradients + memory.activations) // 5,
+        "holes in the heap": memory.gradients // 4,
     }
     return {name: Estimate(figure, figure) for name, figure in figures.items()}
 

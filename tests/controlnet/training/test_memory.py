@@ -16,7 +16,7 @@ from torch import nn
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
-from controlnet.training.memory import Estimate, Memory, Prediction, table
+from controlnet.training.memory import Estimate, Memory, Prediction, peak_by_batch, table
 from controlnet.training.optimisation import Optimisation, constant_schedule
 from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.resolve import control_config
@@ -125,11 +125,12 @@ def test_a_validation_pair_lies_on_the_device():
 def test_two_traces_tell_the_peak_of_every_batch_size():
     """The largest batch that fits is found from two simulated steps: its peak is that of a step simulated whole."""
     found = prediction(precision="fp16", checkpointing=True)
-    for enough in (7, 20):
-        limit = found(enough).most
-        assert found.largest_batch(limit) == (enough, found(enough))
-        assert found.largest_batch(limit - 1)[0] == enough - 1
-    assert found.largest_batch(1) == (0, found(1))
+    seven = found(7)
+    assert found.largest_batch(seven.most) == (7, seven)
+    none, one = found.largest_batch(1)
+    assert none == 0 and one == found(1)
+    step = peak_by_batch(found.step)
+    assert step(20) == max(found.step(20)) and step(6) < step(7)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

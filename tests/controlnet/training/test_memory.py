@@ -20,7 +20,7 @@ from controlnet.training.memory import Estimate, Memory, Prediction, peak_by_bat
 from controlnet.training.optimisation import Optimisation, constant_schedule
 from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.resolve import control_config
-from controlnet.training.simulation import StorageCounter, casts_of
+from controlnet.training.simulation import StorageCounter, casts_of, size_of
 from ldm import StableDiffusion
 from ldm.unet import set_checkpointing
 
@@ -66,6 +66,9 @@ def test_images_are_encoded_where_there_is_no_room_for_a_step():
     memory = predicted(wide, batch_size=4, checkpointing=True)
     assert memory.images > memory.gradients + memory.activations
     assert memory.counted == memory.base + memory.copy + memory.optimizer + memory.images
+    encoders = size_of(*(getattr(StableDiffusion(wide), name) for name in ("vae", "text_encoder")))
+    each = (memory.images - encoders) / 4  # of the images of a batch, and nearly all of it
+    assert predicted(wide, batch_size=8, checkpointing=True).images == pytest.approx(encoders + 8 * each, rel=0.02)
     assert "encoding or decoding images" in table(memory) and "activations" not in table(memory)
 
 

@@ -286,8 +286,8 @@ def main(argv: list[str] | None = None) -> int:
         "train.py",
         work,
         given.get("debug", False),
-        memory_advice="take a smaller --batch-size with more --accumulate, or add --checkpointing or --precision fp16 "
-        "(--dry-run tells how much each needs); what was saved is intact",
+        memory_advice="add --checkpointing or --precision fp16, or take a smaller --batch-size, with more --accumulate "
+        "for as many images a step (--dry-run --fit GB tells what fits); what was saved is intact",
         disk_advice="make room, or give another folder as --out (for latents: --cache); what was saved is intact",
     )
 

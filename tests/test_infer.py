@@ -973,19 +973,20 @@ def test_a_size_that_does_not_fit_into_memory_is_refused_before_it_is_tried(monk
     gigabytes = {}
     monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(1e9 * gigabytes["free"]))
     monkeypatch.setattr(HintImage, "make", lambda *_: pytest.fail("the hint is made"))
-    hint = ["--hint", "circle.png", "--control", "circles", "--size", "4096"]  # maps of 4 channels
+    hint, size = ["--hint", "circle.png", "--control", "circles"], ["--size", "4096"]
     for free, options, message in (
-        (0.5, [], "needs about 0.8 GB of memory, but 0.5 GB are free: give a smaller --size"),
-        (0.6, [], "needs about 0.8 GB of memory, but 0.6 GB are free: add --low-memory or give a smaller --size"),
-        (0.5, ["--low-memory"], "needs about 0.5 GB of memory, but 0.5 GB are free: give a smaller --size"),
-        (0.3, ["--dtype", "fp16"], "needs about 0.4 GB of memory, but 0.3 GB are free: add --low-memory or"),
+        (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: give a smaller --size"),
+        (1.5, [], "needs about 2.0 GB of memory, but 1.5 GB are free: add --low-memory or give a smaller --size"),
+        (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: give a smaller --size"),
+        (0.8, ["--dtype", "fp16"], "needs about 1.0 GB of memory, but 0.8 GB are free: add --low-memory or"),
+        (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: give a smaller --size"),
     ):
         gigabytes["free"] = free
-        assert run(*hint, *options) == 2
+        assert run(*size, *options) == 2
         assert f"an image of 4096x4096 (width x height) {message}" in capsys.readouterr().err
-    gigabytes["free"] = 0.9
+    gigabytes["free"] = 3.3
     with pytest.raises(pytest.fail.Exception, match="the hint is made"):
-        run(*hint)
+        run(*size, *hint)
     assert "an image of 4096x4096 (width x height) takes long on a CPU" in capsys.readouterr().err
 
 

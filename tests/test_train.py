@@ -960,13 +960,30 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_names_the_batch_size_that_fits(base, tmp_path, capsys):
+    plan = ["--steps", "1", "--dry-run", "--sd-unlocked"]
+    assert run(base, tmp_path / "out", *plan, "--fit", "1") == 0
+    *_, together, plain, checkpointed = capsys.readouterr().out.splitlines()
+    assert "at most, all together" in together
+    most = [int(line.split("1 GB hold --batch-size ")[1].split()[0]) for line in (plain, checkpointed)]
+    assert 2 < most[0] < most[1] and "--checkpointing" in checkpointed and "--checkpointing" not in plain
+    assert run(base, tmp_path / "out", *plan, "--fit", "0.1", "--checkpointing") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("0.1 GB do not hold --batch-size 1 --checkpointing, which needs 0.")
+    assert line.endswith(
+        ": leave out --sd-unlocked, add --precision fp16, add --optimizer adamw8bit, or give a smaller --size"
+    )
+    assert run(base, tmp_path / "out", "--fit", "8") == 2
+    assert "add --dry-run" in capsys.readouterr().err
+
+
 def test_no_memory_is_one_sentence(base, tmp_path, cache, capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(ControlLoss, "forward", fail)
     assert run(base, tmp_path, *cache) == 2
-    assert "out of memory: take a smaller --batch-size" in capsys.readouterr().err
+    assert "out of memory: add --checkpointing or --precision fp16, or take a smaller" in capsys.readouterr().err
 
 
 @contextmanager

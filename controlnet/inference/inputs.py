@@ -105,7 +105,7 @@ def read_inputs(options: Options, config: Config, device: torch.device) -> tuple
     first = init.part(init.image) if init else images[0].image if images else None
     size = height_and_width(options.size) if options.size else default_size(config, first)
     check_size(config, size)
-    check_memory(config, size, PRECISIONS[options.precision], device, options.low_memory)
+    check_memory(config, size, PRECISIONS[options.precision], device, options.low_memory, len(hints))
     if init:
         note_changes(options.init, init, size)
     parts = [hint_part(image, size, init) for image in images]

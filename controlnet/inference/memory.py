@@ -1,25 +1,34 @@
-"""Whether an image of some size fits into memory, before it is tried: a system that runs out of it may end the process
-without a word."""
+"""Whether an image of some size fits into memory, before it is tried, and how many fit at once: a system that runs out
+of memory may end the process without a word."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from controlnet.common.images import Size, size_text
 from controlnet.common.program import note
+from controlnet.model import ControlNet
+from ldm.checkpoints.load import without_weights
 from ldm.config import Config
+from ldm.stable_diffusion import StableDiffusion
 
 LONG_ON_CPU = 2048 * 1024  # pixels
+GLIBC_KEEPS = 2**25  # bytes: smaller blocks stay with the process when they are freed (`keep_freed_memory`)
+CGROUPS = Path("/sys/fs/cgroup")
 
 
-def check_memory(config: Config, size: Size, dtype: torch.dtype, device: torch.device, low_memory: bool) -> None:
-    """Raises ValueError for images that do not fit; a note for those that take long on a CPU."""
-    free, needed = free_memory(device), decoding_memory(config, size, dtype, low_memory)
+def check_memory(
+    config: Config, size: Size, dtype: torch.dtype, device: torch.device, low_memory: bool, controls: int
+) -> None:
+    """Raises ValueError for images that do not fit with their networks, which are not loaded yet; a note for those that
+    take long on a CPU. `controls` is the number of ControlNets."""
+    free, needed = free_memory(device), needed_memory(config, size, dtype, device, low_memory, controls)
     if free is not None and needed > free:
-        tiled = not low_memory and decoding_memory(config, size, dtype, tiled=True) <= free
+        saving = not low_memory and needed_memory(config, size, dtype, device, True, controls) <= free
         raise ValueError(
             f"an image of {size_text(size)} needs about {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB "
-            f"are free: {'add --low-memory or ' if tiled else ''}give a smaller --size"
+            f"are free: {'add --low-memory or ' if saving else ''}give a smaller --size"
         )
     if device.type == "cpu" and size[0] * size[1] >= LONG_ON_CPU:
         note(f"an image of {size_text(size)} takes long on a CPU: try a smaller --size first")
@@ -28,33 +37,107 @@ def check_memory(config: Config, size: Size, dtype: torch.dtype, device: torch.d
 def fitting_batch(
     config: Config, size: Size, dtype: torch.dtype, device: torch.device, count: int, low_memory: bool, controls: int
 ) -> int:
-    """How many of `count` images with this many controls fit into the memory that is free on CUDA, sampled and decoded
-    at once: at least 1. On other devices 1."""
-    return decoding_batch(config, size, dtype, device, count, low_memory) if device.type == "cuda" else 1
+    """How many of `count` images fit into the memory that is free on CUDA, sampled at once beside the networks, which
+    are loaded: at least 1. On other devices 1. What does not fit when it is decoded is decoded in parts
+    (`decoding_batch`)."""
+    if device.type != "cuda":
+        return 1
+    return fitting(count, device, guided_memory(config, size, dtype, low_memory, controls))
 
 
 def decoding_batch(
     config: Config, size: Size, dtype: torch.dtype, device: torch.device, count: int, tiled: bool
 ) -> int:
     """How many of `count` images fit into free memory when they are decoded at once: at least 1."""
+    return fitting(count, device, decoding_memory(config, size, dtype, tiled))
+
+
+def fitting(count: int, device: torch.device, each: int) -> int:
     free = free_memory(device) if count > 1 else None
-    return count if free is None else max(1, min(count, free // decoding_memory(config, size, dtype, tiled)))
+    return count if free is None else max(1, min(count, free // each))
+
+
+# ----------------------------------------------------------------------------------------------------- what is needed
+
+
+def needed_memory(
+    config: Config, size: Size, dtype: torch.dtype, device: torch.device, low_memory: bool, controls: int
+) -> int:
+    """Bytes for one image and the networks.
+
+    On a CPU most of what sampling has freed is not there for decoding: glibc keeps its smaller blocks, in pieces. With
+    `low_memory` a CPU's networks stay in their files, of which the system keeps in memory what it has room for.
+    """
+    guided = guided_memory(config, size, dtype, low_memory, controls)
+    decoding = decoding_memory(config, size, dtype, low_memory)
+    encoding_hints = 3 * 16 * dtype.itemsize * size[0] * size[1] if controls else 0  # three maps of 16 channels
+    kept = guided if device.type == "cpu" and feature_map(config, size, dtype) < GLIBC_KEEPS else 0
+    working = max(encoding_hints, guided, kept + decoding)
+    return working if low_memory else working + dtype.itemsize * parameters(config, controls)
+
+
+def guided_memory(config: Config, size: Size, dtype: torch.dtype, one_by_one: bool, controls: int) -> int:
+    """Bytes that one image holds at the peak of a guided step, for each branch of the guidance: as counted for SD, 37
+    feature maps of the UNet's first level, or with many controls 20 and 5 for the residuals of each. (The small base
+    holds a few less.)"""
+    maps = max(37, 20 + 5 * controls)
+    return (1 if one_by_one else 2) * maps * feature_map(config, size, dtype)
+
+
+def feature_map(config: Config, size: Size, dtype: torch.dtype) -> int:
+    """Bytes of one of the UNet's first level."""
+    return config.unet.channels * dtype.itemsize * size[0] * size[1] // config.vae.downscale**2
 
 
 def decoding_memory(config: Config, size: Size, dtype: torch.dtype, tiled: bool) -> int:
-    """Bytes that decoding holds at its peak, the most of all: as measured on a CPU, three feature maps as wide as the
-    second level and as large as the image, with a tiled VAE two. (Half a map of that are the kernels' workspaces. The
-    guided UNet with a ControlNet takes about half.)"""
+    """Bytes that decoding holds at its peak: as measured on a CPU, three feature maps as wide as the second level and
+    as large as the image, with a tiled VAE two. (Half a map of that are the kernels' workspaces.)"""
     width = config.vae.channels * config.vae.multipliers[min(1, len(config.vae.multipliers) - 1)]
     return (2 if tiled else 3) * width * dtype.itemsize * size[0] * size[1]
+
+
+@cache
+def parameters(config: Config, controls: int) -> int:
+    """Of the base and so many ControlNets."""
+    with without_weights():
+        sd = StableDiffusion(config)
+        control = ControlNet(sd.unet)
+    base, copy = (sum(parameter.numel() for parameter in network.parameters()) for network in (sd, control))
+    return base + controls * copy
+
+
+# -------------------------------------------------------------------------------------------------------- what is free
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch has reserved and does not use counts as used with CUDA, but is there for the next tensors.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return None
     values = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return sum(1024 * int(values[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in values)
+    free = sum(1024 * int(values[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in values)
+    in_container = free_in_cgroup(CGROUPS)
+    return free if in_container is None else min(free, in_container)
+
+
+def free_in_cgroup(root: Path) -> int | None:
+    """What a container may still take, by version 2 of Linux's control groups or by version 1; None without a limit.
+
+    The cached contents of files count as used there, but give way: `inactive_file` are those that do so at once.
+    """
+    for folder, limit, used, reclaimable in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if most != "max":  # version 1 has a number near 2^63 in its place
+            return max(0, int(most) - now + int(statistics.get(reclaimable, 0)))
+    return None

@@ -1,6 +1,11 @@
 """What train.py would do with its settings, told without doing it."""
 
+import os
+from dataclasses import replace
+
 from controlnet.checkpoint import find_control
+from controlnet.common.devices import pick_device
+from controlnet.common.images import Size
 from controlnet.config import ControlConfig
 from controlnet.layouts import IGNORED_BESIDE_CONTROL, recognise_control
 from controlnet.model import ControlNet
@@ -14,7 +19,7 @@ from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 
 from .data import image_size
-from .memory import predict, table
+from .memory import Prediction, table
 from .options import TrainSettings
 from .resolve import check_hint_channels, config_of, control_config
 from .sources import BadSamples, open_sources
@@ -34,20 +39,59 @@ def plan(settings: TrainSettings) -> str:
     missing = [f'"{file}" does not exist' for file in sources.train.missing()]
     pairs, problems = len(sources.train) - len(missing), sources.problems + missing
     BadSamples(pairs, problems, settings.bad_share)
-    memory, samples = (
-        predict(config, settings, size, control),
-        settings.steps * settings.batch_size * settings.accumulate,
-    )
+    prediction = predict(config, settings, size, control, len(sources.validation))
+    memory, samples = prediction(settings.batch_size), settings.steps * settings.batch_size * settings.accumulate
     epochs = samples / max(pairs, 1)
+    fitting = fitting_batches(config, settings, size, control, len(sources.validation)) if settings.fit else []
     return "\n".join(
         [
             f"{config.name}: {memory.trained / 1e6:.1f} million parameters (fp32) are trained in {settings.precision}",
             f"{pairs} pairs of {size[1]}x{size[0]} pixels, {samples} samples seen ({epochs:.1f} epochs)",
             *([f"{len(problems)} pairs cannot be used: {', '.join(problems[:3])}"] if problems else []),
             f"{settings.steps} optimizer steps of {settings.accumulate} x {settings.batch_size}, a process",
+            f"memory of a process on {prediction.device.type}:",
             table(memory),
+            *fitting,
         ]
     )
+
+
+def predict(config: Config, settings: TrainSettings, size: Size, control: ControlConfig, validation: int) -> Prediction:
+    """For the device that is there, and as many processes as torchrun has started."""
+    device, world_size = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
+    return Prediction(config, settings, size, control, device, world_size, validation)
+
+
+def fitting_batches(
+    config: Config, settings: TrainSettings, size: Size, control: ControlConfig, validation: int
+) -> list[str]:
+    """The largest batch size that fits into --fit, and with gradient checkpointing if that is off: a line each."""
+    lines = []
+    for checkpointing in sorted({settings.checkpointing, True}):
+        prediction = predict(config, replace(settings, checkpointing=checkpointing), size, control, validation)
+        batch_size, memory = prediction.largest_batch(settings.fit * 1e9)
+        what = " --checkpointing" if checkpointing else ""
+        if batch_size:
+            lines.append(f"{settings.fit:g} GB hold --batch-size {batch_size}{what} ({memory.most / 1e9:.2f} GB)")
+        else:
+            lines.append(
+                f"{settings.fit:g} GB do not hold --batch-size 1{what}, which needs {memory.most / 1e9:.2f} GB: "
+                f"{savings(settings)}"
+            )
+    return lines
+
+
+def savings(settings: TrainSettings) -> str:
+    """What would need less memory, of what is not chosen yet."""
+    advice = {
+        "leave out --sd-unlocked": settings.sd_unlocked,
+        "leave out --no-cache": settings.no_cache,
+        "leave out --ema": settings.ema is not None,
+        "leave out --accumulate": settings.accumulate > 1,
+        "add --precision fp16": settings.precision == "fp32",
+        "add --optimizer adamw8bit": settings.optimizer != "adamw8bit",
+    }
+    return ", ".join([*(words for words, helps in advice.items() if helps), "or give a smaller --size"])
 
 
 def check_base(base: str, config: Config) -> None:

@@ -1,31 +1,33 @@
-"""How much memory a training run will need, found without it: one step runs on fake tensors, which have shapes and
-dtypes but no contents, while every storage that comes and goes is counted.
+"""How much memory a training run will need, found without it.
 
-What is counted is what PyTorch's allocator hands out. The workspaces of cuDNN, the CUDA context (some 0.5 GB) and
-fragmentation come on top. The optimizer's moments exist from the end of the first step on, so they always count.
+What the networks and the optimizer keep follows from their parameters, what comes and goes from a simulated step
+(simulation.py). What is neither is estimated: on a CPU from measurements, on CUDA from what is known of PyTorch, for
+want of a measurement as a range. Not in it: torch.compile, and the workers that read data.
 """
 
-import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from controlnet.ablations import only_middle
-from controlnet.common.devices import PRECISIONS
 from controlnet.common.images import Size
 from controlnet.config import ControlConfig
-from controlnet.model import ControlNet
-from controlnet.objective import ControlLoss
 from ldm.config import Config
-from ldm.stable_diffusion import StableDiffusion
-from ldm.unet import set_checkpointing
 
 from .muon import Muon
 from .options import TrainSettings
+from .simulation import FakeRun, size_of
+
+LARGEST_BATCH = 4096  # beyond it no answer is looked for
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that no simulation sees, between two bounds."""
+
+    least: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -33,79 +35,113 @@ class Memory:
     """Bytes on the device, item by item, when most is held in all."""
 
     base: int  # the locked UNet, with an unlocked decoder
-    encoders: int  # autoencoder and text encoder: none with cached latents, which let them leave the device
+    encoders: int  # autoencoder and text encoder, as far as they are there during the steps
     copy: int  # the trained ControlNet, in fp32, and its moving average
-    gradients: int
     optimizer: int  # the moments of each trained parameter
-    activations: int  # peak activations and temporaries of a step
-    encoding: int  # the peak of encoding a batch, which comes before and is over then
+    validation: int  # the inputs of the validation loss
+    gradients: int
+    activations: int  # what a step holds beside them at its peak
+    images: int  # the peak while images are encoded or decoded, when there are no activations
+    estimates: dict[str, Estimate]
     trained: int  # parameters, a number and not bytes
 
     @property
-    def peak(self) -> int:
-        lasting = self.base + self.encoders + self.copy + self.optimizer
-        return lasting + max(self.gradients + self.activations, self.encoding)
+    def counted(self) -> int:
+        lasting = self.base + self.encoders + self.copy + self.optimizer + self.validation
+        return lasting + max(self.gradients + self.activations, self.images)
+
+    @property
+    def least(self) -> int:
+        return self.counted + sum(estimate.least for estimate in self.estimates.values())
+
+    @property
+    def most(self) -> int:
+        return self.counted + sum(estimate.most for estimate in self.estimates.values())
 
 
-class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of the storages made within `with`, now and at most."""
+class Prediction:
+    """batch size -> `Memory`, for one process of a run. Nothing of the model's size is allocated, and no weights are
+    needed.
 
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.known = weakref.WeakSet()
+    `world_size` is the number of processes, `validation` that of validation pairs.
+    """
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for storage in storages((args, kwargs)):
-            self.known.add(storage)  # was there before, like the weights: a view of it takes no memory
-        output = func(*args, **(kwargs or {}))
-        for storage in storages(output):
-            if storage not in self.known:
-                self.count(storage)
-        return output
+    def __init__(
+        self,
+        config: Config,
+        settings: TrainSettings,
+        size: Size,
+        control_config: ControlConfig,
+        device: torch.device,
+        world_size: int = 1,
+        validation: int = 0,
+    ):
+        self.settings, self.size, self.device, self.validation = settings, size, device, validation
+        self.run = FakeRun(config, settings, control_config, device)
+        self.buckets_last = world_size > 1  # DistributedDataParallel's, in which the gradients lie
+        # With accumulated batches gradients live through the next forward pass. On a CPU they might as well: what they
+        # leave in the heap is in pieces, and most activations come to lie elsewhere.
+        self.gradients_last = self.buckets_last or settings.accumulate > 1 or device.type == "cpu"
+        self.decoding = max(self.run.decoding(size)) if settings.sample_count else 0
 
-    def count(self, storage: torch.UntypedStorage) -> None:
-        self.known.add(storage)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.forget, storage.nbytes())
+    def __call__(self, batch_size: int) -> Memory:
+        """Simulated at this batch size."""
+        return self.memory(max(self.step(batch_size)), max(self.encoding(batch_size)))
 
-    def forget(self, size: int) -> None:
-        self.now -= size
+    def largest_batch(self, limit: float) -> tuple[int, Memory]:
+        """The largest batch size, and what it needs: no more than `limit` bytes. 0, and what a batch of 1 needs, if
+        that is more."""
+        step, encoding = peak_by_batch(self.step), peak_by_batch(self.encoding)
+        fitting, too_large = 0, LARGEST_BATCH + 1
+        while too_large - fitting > 1:
+            middle = (fitting + too_large) // 2
+            if self.memory(step(middle), encoding(middle)).most <= limit:
+                fitting = middle
+            else:
+                too_large = middle
+        return fitting, self.memory(step(fitting or 1), encoding(fitting or 1))
 
+    def step(self, batch_size: int) -> list[int]:
+        return self.run.step(self.size, batch_size, self.gradients_last)
 
-def storages(tree) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    def encoding(self, batch_size: int) -> list[int]:
+        return self.run.encoding(self.size, batch_size)
 
-
-def predict(config: Config, settings: TrainSettings, size: Size, control_config: ControlConfig) -> Memory:
-    """For one process. Nothing of the model's size is allocated, and no weights are needed."""
-    with torch.device("meta"):
-        sd = StableDiffusion(config).to(PRECISIONS[settings.precision]).requires_grad_(False)
-        control = ControlNet.from_unet(sd.unet, control_config)
-    if settings.only_mid_control:
-        only_middle(control)
-    if settings.sd_unlocked:
-        sd.unet.decoder.float().requires_grad_(True)
-    set_checkpointing(sd.unet, settings.checkpointing)
-    set_checkpointing(control, settings.checkpointing)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the schedule's tables are real
-        make_fake(sd)
-        make_fake(control)
-        loss = ControlLoss(sd.unet, control, sd.schedule)
-        trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        gradients = sum(parameter.nbytes for parameter in trained)
-        step = step_peak(sd, loss, settings, size)
-        return Memory(
-            base=size_of(sd.unet),
-            encoders=size_of(sd.vae) + size_of(sd.text_encoder) if settings.no_cache else 0,
-            copy=size_of(control) * (2 if settings.ema else 1),
-            gradients=gradients,
-            optimizer=optimizer_size(loss, settings.optimizer),
-            activations=max(step - gradients, 0),
-            encoding=encoding_peak(sd, settings, size) if settings.no_cache else 0,
-            trained=sum(parameter.numel() for parameter in trained),
+    def memory(self, step: int, encoding: int) -> Memory:
+        """From the peaks of a step, with its gradients, and of encoding a batch."""
+        run, settings = self.run, self.settings
+        encoders, for_images = self.encoders()
+        memory = Memory(
+            base=size_of(run.sd.unet),
+            encoders=encoders,
+            copy=size_of(run.loss.control) * (2 if settings.ema else 1),
+            optimizer=optimizer_size(run.loss, settings.optimizer),
+            validation=self.validation * run.inputs_size(self.size),
+            gradients=run.gradients,
+            activations=max(step - run.gradients, 0),
+            images=for_images + max(encoding, self.decoding) + (run.gradients if self.buckets_last else 0),
+            estimates={},
+            trained=sum(parameter.numel() for parameter in run.trained),
         )
+        return replace(memory, estimates=estimates(memory, run))
+
+    def encoders(self) -> tuple[int, int]:
+        """Bytes of autoencoder and text encoder during the steps, and what comes on top while images are encoded for
+        the cache or decoded for the grids. On a CPU they never leave, and encoding packs copies of them (prepare.py).
+        """
+        sd, cached = self.run.sd, not self.settings.no_cache
+        plain = size_of(sd.vae, sd.text_encoder)
+        if self.device.type != "cpu":
+            return (0, plain) if cached else (plain, 0)
+        packed = size_of(sd.vae.encoder, sd.text_encoder) if self.run.dtype == torch.float32 else 0
+        return (plain, packed) if cached else (plain + packed, 0)
+
+
+def peak_by_batch(trace: Callable[[int], list[int]]) -> Callable[[int], int]:
+    """batch size -> the most bytes of a trace, from two traces: whatever is held at some point grows linearly with the
+    batch. (Not from a batch of 1, whose tensors need fewer copies: axes of length 1 are contiguous in any order.)"""
+    twos, threes = trace(2), trace(3)
+    return lambda n: max(two + (n - 2) * (three - two) for two, three in zip(twos, threes, strict=True))
 
 
 def optimizer_size(module: nn.Module, optimizer: str) -> int:
@@ -118,37 +154,42 @@ def optimizer_size(module: nn.Module, optimizer: str) -> int:
     return two // 4 if optimizer == "adamw8bit" else two
 
 
-def make_fake(module: nn.Module) -> None:
-    """The parameters of a module on the meta device become fake tensors of the mode that is on."""
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-            setattr(part, name, nn.Parameter(fake, parameter.requires_grad))
+# ----------------------------------------------------------------------------------------------------------- estimates
 
 
-def size_of(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+def estimates(memory: Memory, run: FakeRun) -> dict[str, Estimate]:
+    """What comes on top of what is counted, by name. The optimizer, the scaler of the loss and the moving average add
+    nothing: they work in place, and Muon's products come when there are no activations."""
+    if run.device.type == "cuda":
+        return cuda_estimates(memory)
+    return cpu_estimates(memory, run) if run.device.type == "cpu" else {}
 
 
-def step_peak(sd: StableDiffusion, loss: ControlLoss, settings: TrainSettings, size: Size) -> int:
-    """The most bytes that one forward and backward pass holds, with its gradients and its inputs."""
-    b, (height, width), dtype = settings.batch_size, size, PRECISIONS[settings.precision]
-    factor, config = sd.config.vae.downscale, sd.config
-    with StorageCounter() as counter:
-        z0 = torch.zeros(b, config.unet.latent_channels, height // factor, width // factor)
-        context = torch.zeros(b, config.text.positions, config.unet.context_width, dtype=dtype)
-        hint = torch.zeros(b, loss.control.config.hint_channels, height, width)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            value = loss(z0, torch.zeros_like(z0), torch.zeros(b, dtype=torch.int64), context, hint)
-        value.backward()
-    return counter.most
+def cuda_estimates(memory: Memory) -> dict[str, Estimate]:
+    """Not measured: the usual sizes of what CUDA's libraries take, and of what PyTorch's allocator reserves in blocks
+    that do not fit what comes next."""
+    return {
+        "CUDA context": Estimate(int(0.5e9), int(0.6e9)),
+        "workspaces of cuDNN, cuBLAS": Estimate(int(0.2e9), int(1.0e9)),
+        "reserved, not used": Estimate(int(0.05 * memory.counted), int(0.15 * memory.counted)),
+    }
 
 
-@torch.no_grad()
-def encoding_peak(sd: StableDiffusion, settings: TrainSettings, size: Size) -> int:
-    with StorageCounter() as counter:
-        sd.vae.posterior(torch.zeros(settings.batch_size, 3, *size, dtype=PRECISIONS[settings.precision]))
-    return counter.most
+def cpu_estimates(memory: Memory, run: FakeRun) -> dict[str, Estimate]:
+    """As measured on Linux: what Python and PyTorch take before a network is there; oneDNN's copy of a convolution's
+    weight in its own layout, of a gradient two; and what glibc's heap loses between the blocks of gradients, which come
+    and go with each step, a quarter of them."""
+    kernels = [parameter for parameter in run.loss.parameters() if parameter.ndim == 4]
+    workspace = max(parameter.nbytes * (2 if parameter.requires_grad else 1) for parameter in kernels)
+    figures = {
+        "Python and PyTorch": int(0.55e9),
+        "workspaces of oneDNN": workspace,
+        "holes in the heap": memory.gradients // 4,
+    }
+    return {name: Estimate(figure, figure) for name, figure in figures.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
 
 
 def table(memory: Memory) -> str:
@@ -158,8 +199,17 @@ def table(memory: Memory) -> str:
         "autoencoder, text encoder": memory.encoders,
         "trained copy": memory.copy,
         "optimizer": memory.optimizer,
+        "validation": memory.validation,
         "gradients": memory.gradients,
         "activations": memory.activations,
     }
-    lines = [f"    {name:<26}{size / 1e9:7.2f} GB" for name, size in items.items()]
-    return "\n".join([*lines, f"    {'at most, all together':<26}{memory.peak / 1e9:7.2f} GB"])
+    if memory.images > memory.gradients + memory.activations:
+        del items["gradients"], items["activations"]
+        items["encoding or decoding images"] = memory.images
+    lines = [f"    {name:<28}{size / 1e9:7.2f} GB" for name, size in items.items()]
+    lines += [f"    {name:<28}{span(bounds.least, bounds.most)}" for name, bounds in memory.estimates.items()]
+    return "\n".join([*lines, f"    {'at most, all together':<28}{span(memory.least, memory.most)}"])
+
+
+def span(least: int, most: int) -> str:
+    return f"{least / 1e9:7.2f} GB" if least == most else f"{least / 1e9:7.2f} to {most / 1e9:.2f} GB (estimated)"

@@ -106,7 +106,13 @@ class TrainSettings:
     batch_size: int | None = in_method(
         f"images per batch and process {by_base('batch_size')}", type=positive, metavar="N"
     )
-    accumulate: int = in_method("batches per optimizer step (default: %(default)s)", 1, type=positive, metavar="N")
+    accumulate: int = in_method(
+        "batches per optimizer step; from 2 on their gradients take memory beside the activations (default: "
+        "%(default)s)",
+        1,
+        type=positive,
+        metavar="N",
+    )
     optimizer: str | None = in_method(
         f"adamw8bit needs bitsandbytes {by_base('optimizer')}", fixed=True, choices=["adamw", "adamw8bit", "muon"]
     )
@@ -149,6 +155,12 @@ class TrainSettings:
     deterministic: bool = in_machine("bit-identical runs on CUDA, too; slower", False)
     compile: bool = in_machine("torch.compile: slow to start, then faster", False)
     dry_run: bool = in_machine("print the plan and the memory it needs, train nothing", False, passing=True)
+    fit: float | None = in_machine(
+        "with --dry-run: also the largest batch size that fits into so many GB (10^9 bytes)",
+        type=positive_number,
+        metavar="GB",
+        passing=True,
+    )
 
     out: Path = in_run(
         "the run's folder (default: %(default)s)", Path("runs/control"), passing=True, type=Path, metavar="DIR"

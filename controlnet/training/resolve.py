@@ -34,6 +34,8 @@ def resolve(given: dict) -> TrainSettings:
                 f"the learning rate rises again: it falls to 0 at step {settings.steps} now, no longer at "
                 f"{before['steps']}"
             )
+    if settings.fit and not settings.dry_run:
+        raise ValueError("--fit only tells which batch size fits: add --dry-run, then train with that --batch-size")
     if settings.tensorboard:
         optional("tensorboard", "--tensorboard")
     if settings.ema and settings.sd_unlocked:

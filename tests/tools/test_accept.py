@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import infer
-from controlnet.inference.generate import generate
 from controlnet.training.options import parse_args
 from ldm.unet import UNetDecoder
-from tools import accept, bench, bench_ours
+from tools import accept, bench
 from tools.acceptance import behind, device, exact, figures, job, programs
 from tools.acceptance.report import Report
 
@@ -42,8 +41,6 @@ def little(monkeypatch):
     monkeypatch.setattr(bench, "have_peers", lambda: False)
     monkeypatch.setattr(torch, "compile", compile_by_name)
     monkeypatch.setattr(programs.subprocess, "run", train_in_no_time)
-    if "batch_size" not in inspect.signature(generate).parameters:
-        monkeypatch.setattr(bench_ours, "generate", lambda *args, batch_size=1, **kwargs: generate(*args, **kwargs))
 
 
 real_compile = torch.compile

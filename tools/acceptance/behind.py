@@ -18,7 +18,7 @@ from controlnet.config import ControlConfig
 from controlnet.guidance import Control, guided
 from controlnet.inference.generate import generate
 from controlnet.model import ControlNet
-from controlnet.training.memory import predict
+from controlnet.training.memory import Prediction
 from controlnet.training.options import TrainSettings
 from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
@@ -106,26 +106,32 @@ def write_reference(size: Size, folder: Path) -> None:
     save_checkpoint(folder / "reference.safetensors", tensors, {})
 
 
-def write_predictions(size: Size, folder: Path) -> None:
-    """The memory of training steps, in bytes, by the words of `cases`."""
+def write_predictions(size: Size, folder: Path, device_type: str) -> None:
+    """The memory of training steps, in bytes, by the words of `cases`: what tensors take, and the most in all."""
     os.nice(5)
     torch.set_num_threads(1)
     sizes = (size.side, size.side)
-    found = {what: predicted(size.config, settings, sizes) for what, settings in cases(size).items()}
+    found = {what: predicted(size.config, settings, sizes, device_type) for what, settings in cases(size).items()}
     temporary = folder / "predictions.tmp"
     temporary.write_text(json.dumps(found))
     temporary.rename(folder / "predictions.json")
 
 
-def predicted(config: Config, settings: TrainSettings, size: tuple[int, int]) -> int:
-    return predict(config, settings, size, ControlConfig()).peak
+def predicted(config: Config, settings: TrainSettings, size: tuple[int, int], device_type: str) -> tuple[int, int]:
+    memory = Prediction(config, settings, size, ControlConfig(), torch.device(device_type))(settings.batch_size)
+    return memory.counted, memory.most
 
 
 def cases(size: Size) -> dict[str, TrainSettings]:
     """The trainings whose memory is measured, with latents computed before."""
     return {
         f"batch {batch}{', checkpointing' * checkpointing}{', accumulate 2' * (accumulate == 2)}": TrainSettings(
-            batch_size=batch, checkpointing=checkpointing, accumulate=accumulate, precision="fp16", optimizer="adamw"
+            batch_size=batch,
+            checkpointing=checkpointing,
+            accumulate=accumulate,
+            precision="fp16",
+            optimizer="adamw",
+            sample_count=0,
         )
         for batch, checkpointing, accumulate in product(size.memory_batches, (False, True), (1, 2))
     }

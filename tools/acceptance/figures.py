@@ -180,7 +180,8 @@ def memory(job: Job, report: Report) -> None:
             set_checkpointing(network, settings.checkpointing)
         work()  # the optimizer's moments exist from here on
         allocated, reserved = (peak - before for peak in device.peaks(work, job.device))
-        report.note(f"{what}: predicted, GB", predictions[what] / 1e9)
+        for words, size in zip(("predicted for tensors", "predicted in all"), predictions[what], strict=True):
+            report.note(f"{what}: {words}, GB", size / 1e9)
         report.note(f"{what}: allocated, GB", allocated / 1e9)
         report.note(f"{what}: reserved, GB", reserved / 1e9)
 

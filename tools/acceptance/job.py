@@ -153,10 +153,9 @@ class Job:
         self.need_weights()
         spawn = multiprocessing.get_context("spawn")
         if not self.behind:
-            for function in ("write_reference", "write_predictions"):
-                process = spawn.Process(
-                    target=bench.call, args=("acceptance.behind", function, self.size, self.folder), daemon=True
-                )
+            for function, *more in (["write_reference"], ["write_predictions", self.device.type]):
+                arguments = ("acceptance.behind", function, self.size, self.folder, *more)
+                process = spawn.Process(target=bench.call, args=arguments, daemon=True)
                 process.start()
                 self.behind.append(process)
 

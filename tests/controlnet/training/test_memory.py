@@ -1,27 +1,49 @@
-"""What a run will need, against what is known of its parts and what the same step really allocates."""
+"""What a run will need, against what is known of its parts, what the same step really allocates, and what real runs
+really take."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import SMALL
+from torch import nn
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
-from controlnet.training.memory import Memory, StorageCounter, predict, table
+from controlnet.training.memory import Estimate, Memory, Prediction, peak_by_batch, table
+from controlnet.training.optimisation import Optimisation, constant_schedule
 from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.resolve import control_config
+from controlnet.training.simulation import StorageCounter, casts_of, size_of
 from ldm import StableDiffusion
 from ldm.unet import set_checkpointing
 
 SIZE = (64, 64)
 TWO_LEVELS = replace(SMALL.unet, multipliers=(1, 2), attention=(False, True), heads=(2, 2))
 SHALLOW = replace(SMALL, unet=TWO_LEVELS)  # what is fake takes time by the layer, not by its size
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOT = Path(__file__).parents[3]
 
 
-def predicted(config=SHALLOW, **settings):
-    settings = TrainSettings(**{**PAPER, "batch_size": 1, **settings})
-    return predict(config, settings, SIZE, control_config(settings))
+def prediction(config=SHALLOW, device=CUDA, world_size=1, validation=0, **settings) -> Prediction:
+    settings = TrainSettings(**{**PAPER, **settings})
+    return Prediction(config, settings, SIZE, control_config(settings), device, world_size, validation)
+
+
+def predicted(config=SHALLOW, batch_size=1, **settings) -> Memory:
+    return prediction(config, **settings)(batch_size)
+
+
+@cache
+def plain() -> Memory:
+    """On CUDA, at batch size 1."""
+    return predicted()
 
 
 def test_weights_gradients_and_moments_are_what_they_are():
@@ -29,28 +51,116 @@ def test_weights_gradients_and_moments_are_what_they_are():
     trained = sum(p.numel() for p in ControlNet.from_unet(sd.unet).parameters())
     unet = sum(p.numel() for p in sd.unet.parameters())
     encoders = sum(p.numel() for part in (sd.vae, sd.text_encoder) for p in part.parameters())
-    full, half = predicted(), predicted(precision="fp16", no_cache=True, ema=0.9)
+    full, half = plain(), predicted(precision="fp16", no_cache=True, ema=0.9)
     assert (full.trained, full.copy, full.gradients, full.optimizer) == (trained, 4 * trained, 4 * trained, 8 * trained)
-    assert (full.base, full.encoders, full.encoding) == (4 * unet, 0, 0)
-    assert (half.base, half.encoders, half.copy) == (2 * unet, 2 * encoders, 8 * trained) and half.encoding > 0
-    assert full.peak == full.base + full.copy + full.optimizer + full.gradients + full.activations
+    assert (full.base, full.encoders) == (4 * unet, 0) and full.images > 4 * encoders
+    assert (half.base, half.encoders, half.copy) == (2 * unet, 2 * encoders, 8 * trained)
+    assert full.counted == full.base + full.copy + full.optimizer + full.gradients + full.activations
     unlocked = predicted(precision="fp16", sd_unlocked=True)
     assert unlocked.trained > full.trained and unlocked.gradients == 4 * unlocked.trained
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_step_holds_what_the_real_one_holds(checkpointing):
-    """The counter's figure for real tensors is that for fake ones."""
+def test_images_are_encoded_where_there_is_no_room_for_a_step():
+    """Checkpointed steps of small networks hold less than the autoencoder does."""
+    wide = replace(SHALLOW, vae=replace(SHALLOW.vae, channels=64))  # the autoencoder's maps
+    memory = predicted(wide, batch_size=4, checkpointing=True)
+    assert memory.images > memory.gradients + memory.activations
+    assert memory.counted == memory.base + memory.copy + memory.optimizer + memory.images
+    encoders = size_of(*(getattr(StableDiffusion(wide), name) for name in ("vae", "text_encoder")))
+    each = (memory.images - encoders) / 4  # of the images of a batch, and nearly all of it
+    assert predicted(wide, batch_size=8, checkpointing=True).images == pytest.approx(encoders + 8 * each, rel=0.02)
+    assert "encoding or decoding images" in table(memory) and "activations" not in table(memory)
+
+
+@pytest.mark.parametrize("checkpointing, before", [(False, False), (True, False), (True, True)])
+def test_the_step_holds_what_the_real_one_holds(checkpointing, before):
+    """The counter's figure for real tensors is that for fake ones, with and without gradients of a batch before."""
     sd = StableDiffusion(SHALLOW).requires_grad_(False)
     net = ControlNet.from_unet(sd.unet)
     for model in (sd.unet, net):
         set_checkpointing(model, checkpointing)
     loss = ControlLoss(sd.unet, net, sd.schedule)
-    with StorageCounter() as counter:
+
+    def step():
         z0, context = torch.zeros(2, 4, 8, 8), torch.zeros(2, 77, TWO_LEVELS.context_width)
         loss(z0, torch.zeros_like(z0), torch.zeros(2, dtype=torch.int64), context, torch.zeros(2, 3, 64, 64)).backward()
-    memory = predicted(batch_size=2, checkpointing=checkpointing)
-    assert memory.gradients + memory.activations == pytest.approx(counter.most, rel=0.02)
+
+    if before:
+        step()
+    gradients = sum(p.nbytes for p in net.parameters()) if before else 0
+    with StorageCounter() as counter:
+        step()
+    memory = predicted(batch_size=2, checkpointing=checkpointing, accumulate=2 if before else 1)
+    assert memory.gradients + memory.activations == pytest.approx(gradients + counter.most, rel=0.02)
+
+
+def test_gradients_that_last_are_there_beside_all_activations():
+    accumulated, in_buckets = predicted(accumulate=2), predicted(world_size=2)
+    assert accumulated.activations == in_buckets.activations > 1.5 * plain().activations
+    assert accumulated.gradients == in_buckets.gradients == plain().gradients
+    assert in_buckets.images == plain().images + plain().gradients == accumulated.images + plain().gradients
+    assert predicted(device=CPU).activations == predicted(device=CPU, accumulate=2).activations
+
+
+def test_norms_and_enlarged_maps_are_fp32_under_cuda_s_autocast():
+    x, norm = torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16), nn.GroupNorm(2, 4).to(torch.bfloat16)
+    layer_norm = nn.LayerNorm(8).to(torch.bfloat16)
+    functions = (norm, layer_norm, lambda x: F.interpolate(x, scale_factor=2))
+    before = (F.group_norm, F.layer_norm, F.interpolate)
+    for device, autocast, expected in (
+        (CUDA, True, torch.float32),
+        (CUDA, False, torch.bfloat16),  # as in the locked base, where it computes in its own dtype
+    ):
+        with casts_of(device), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert {function(x).dtype for function in functions} == {expected}
+    with casts_of(CPU), torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
+    assert (F.group_norm, F.layer_norm, F.interpolate) == before
+    half = {"precision": "fp16", "batch_size": 4, "accumulate": 2}
+    assert predicted(device=CUDA, **half).activations > 1.05 * predicted(device=CPU, **half).activations
+
+
+def test_a_validation_pair_lies_on_the_device():
+    latents, context, hint, t = 4 * 8 * 8 * 4, 77 * TWO_LEVELS.context_width * 2, 3 * 64 * 64 * 4, 8
+    assert predicted(precision="fp16", validation=5).validation == 5 * (2 * latents + context + hint + t)
+
+
+def test_two_traces_tell_the_peak_of_every_batch_size():
+    """The largest batch that fits is found from two simulated steps: its peak is that of a step simulated whole."""
+    found = prediction(precision="fp16", checkpointing=True)
+    seven = found(7)
+    assert found.largest_batch(seven.most) == (7, seven)
+    none, one = found.largest_batch(1)
+    assert none == 0 and one == found(1)
+    step = peak_by_batch(found.step)
+    assert step(20) == max(found.step(20)) and step(6) < step(7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizer_works_in_place(optimizer):
+    """So the prediction may leave out its temporaries: next to nothing, of Muon a few times the largest weight."""
+    net = ControlNet.from_unet(StableDiffusion(SHALLOW).unet)
+    named = list(net.named_parameters())
+    optimisation = Optimisation(named, 1e-3, constant_schedule(1), CPU, "fp16", clip=1.0, optimizer=optimizer)
+    for _ in range(2):  # the moments are made at the first
+        for _, parameter in named:
+            parameter.grad = torch.ones_like(parameter)
+        optimisation.scaler.scale(torch.zeros(()))
+        with StorageCounter() as counter:
+            optimisation.step()
+    largest = max(parameter.nbytes for parameter in net.parameters())
+    assert counter.most < (6 * largest if optimizer == "muon" else 0.05 * sum(p.nbytes for p in net.parameters()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")
+def test_real_runs_take_what_was_predicted(tmp_path):
+    """Within 10 %: plain, accumulated, checkpointed, and with all that is usually left out."""
+    runs = ["--batch-size 8", "--batch-size 8 --accumulate 2", "--batch-size 8 --checkpointing"]
+    runs += ["--batch-size 4 --no-cache --sd-unlocked"]
+    command = [sys.executable, ROOT / "tests" / "training_memory.py", tmp_path, *runs]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for options, (bytes_predicted, bytes_taken) in zip(runs, json.loads(said.splitlines()[-1]), strict=True):
+        assert bytes_predicted == pytest.approx(bytes_taken, rel=0.1), options
 
 
 def test_the_counter_sees_what_comes_and_goes():
@@ -70,15 +180,26 @@ def test_the_counter_sees_what_comes_and_goes():
 
 def test_every_saving_saves():
     deep = replace(SMALL, unet=replace(TWO_LEVELS, blocks=3))
-    plain = predicted(deep, batch_size=4)
-    assert predicted(deep, batch_size=4, checkpointing=True).activations < 0.9 * plain.activations
-    half = predicted(deep, batch_size=4, precision="fp16", optimizer="adamw8bit")
-    assert half.activations < 0.7 * plain.activations and half.optimizer * 4 == plain.optimizer
-    muon = predicted(deep, batch_size=4, optimizer="muon")
-    assert 0.5 * plain.optimizer < muon.optimizer < 0.6 * plain.optimizer  # one moment, but for norms and biases
+    full = predicted(deep, batch_size=4, device=CPU)
+    assert predicted(deep, batch_size=4, device=CPU, checkpointing=True).activations < 0.9 * full.activations
+    half = predicted(deep, batch_size=4, device=CPU, precision="fp16", optimizer="adamw8bit")
+    assert half.activations < 0.7 * full.activations and half.optimizer * 4 == full.optimizer
+    muon = predicted(deep, batch_size=4, device=CPU, optimizer="muon")
+    assert 0.5 * full.optimizer < muon.optimizer < 0.6 * full.optimizer  # one moment, but for norms and biases
 
 
 def test_every_item_is_told_in_gigabytes():
-    text = table(Memory(*(int(x * 1e9) for x in (1, 2, 3, 4, 5, 6, 7)), trained=1))
-    figures = [float(line.split()[-2]) for line in text.splitlines()]
-    assert figures == [1, 2, 3, 5, 4, 6, 21]
+    estimates = {"context": Estimate(int(1e9), int(2e9)), "heap": Estimate(int(3e9), int(3e9))}
+    text = table(Memory(*(int(x * 1e9) for x in (1, 2, 3, 4, 5, 6, 7, 8)), estimates=estimates, trained=1))
+    assert [line.split()[-2] for line in text.splitlines()[:7]] == [
+        "1.00",
+        "2.00",
+        "3.00",
+        "4.00",
+        "5.00",
+        "6.00",
+        "7.00",
+    ]
+    *_, context, heap, together = (line.split(maxsplit=1)[1].strip() for line in text.splitlines())
+    assert (context, heap) == ("1.00 to 2.00 GB (estimated)", "3.00 GB")
+    assert together.endswith("32.00 to 33.00 GB (estimated)")

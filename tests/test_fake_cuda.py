@@ -78,7 +78,7 @@ class CudaRules(TorchDispatchMode):
 def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    monkeypatch.setattr("controlnet.inference.generate.to_pil", lambda image: image)
+    monkeypatch.setattr("controlnet.inference.offload.to_pil", lambda image: image)
     rules = CudaRules()
     rules.norms = []
     with FAKE, rules:

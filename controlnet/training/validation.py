@@ -9,9 +9,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from controlnet.common.images import save_png, to_hints, to_images, to_pil
-from controlnet.guidance import Control
-from controlnet.inference.generate import default_cfg, generate, make_denoise, prompt_contexts
+from controlnet.common.images import save_png, to_hints, to_images
+from controlnet.guidance import Control, exact
+from controlnet.inference.generate import default_cfg, generate, latent_shape, make_denoise, prompt_contexts
+from controlnet.inference.noise import draw
 from controlnet.inference.offload import decode
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, Draws, loss_inputs
@@ -114,17 +115,16 @@ def images_for(
     """What `image_for` makes of each, with the seeds `seed`, `seed` + 1 ...: equal to rounding, but sampled as one
     batch. They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
     hints = to_hints(sample.hint for sample in samples)  # (B, C, H, W)
-    factor, channels = sd.config.vae.downscale, sd.config.unet.latent_channels
-    shape = (1, channels, hints.shape[-2] // factor, hints.shape[-1] // factor)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(samples))]
-    x = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(sd.device)
+    x = draw(generators, latent_shape(sd.config, tuple(hints.shape[-2:]))).to(sd.device)
     contexts = [prompt_contexts(sd, sample.caption, "", clip_skip=1, long=False) for sample in samples]
     prompt, negative = map(torch.cat, zip(*contexts, strict=True))  # (B, 77, D)
     timesteps = samplers.timesteps_for("ddim", sd.schedule, steps)
-    controls = [Control(control, hints)]
-    denoise = make_denoise(sd, prompt, negative, default_cfg(sd.config), controls, timesteps, batched=True, reuse=1)
+    cfg, controls = default_cfg(sd.config), [Control(control, hints)]
+    denoise = make_denoise(sd, prompt, negative, cfg, controls, timesteps, batched=True, make_predictor=exact)
     latents = samplers.sample("ddim", denoise, x, sd.schedule, steps)
-    return [np.asarray(to_pil(decode(sd, one, tiled=False)[0])) for one in latents.split(1)]
+    denoise.check(latents)
+    return [np.asarray(image) for one in latents.split(1) for image in decode(sd, one, tiled=False)]
 
 
 def as_rgb(hint: np.ndarray) -> np.ndarray:

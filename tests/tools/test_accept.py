@@ -91,7 +91,7 @@ def test_the_whole_program(run, tmp_path):
         "step": "cosine of all gradients, bf16",
         "infer": "inpainting: --again is equal",
         "peers": "a training step, batch 2, latents before: ours, GB",
-        "memory": "batch 1, checkpointing, accumulate 2: predicted, GB",
+        "memory": "batch 1, checkpointing, accumulate 2: predicted in all, GB",
         "profile": "a training step: attention without a fused kernel",
         "fill50k": "at its end: validation_loss",
         "options": "a denoising step, channels_last, compiled: reduce-overhead, s",

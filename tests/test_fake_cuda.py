@@ -78,6 +78,7 @@ class CudaRules(TorchDispatchMode):
 def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # fake tensors have none
     monkeypatch.setattr("controlnet.inference.offload.to_pil", lambda image: image)
     rules = CudaRules()
     rules.norms = []

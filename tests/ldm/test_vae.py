@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from minis import mini_vae, relative, stored
 from torch import nn
 
-from controlnet.training.memory import StorageCounter
+from controlnet.training.simulation import StorageCounter
 from ldm.vae import AutoencoderKL, Posterior
 
 TOLERANCE = 2e-5

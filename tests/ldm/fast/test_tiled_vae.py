@@ -4,7 +4,7 @@ import pytest
 import torch
 from minis import mini_vae, relative, stored
 
-from controlnet.training.memory import StorageCounter
+from controlnet.training.simulation import StorageCounter
 from ldm.fast.tiled_vae import decode_tiled, pointwise_norm_silu, posterior_tiled
 
 TOLERANCE = 2e-6  # of the relative error; one step of 8 bits is 4e-3 of an image's range

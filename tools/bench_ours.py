@@ -116,9 +116,8 @@ def sampling(setup: Setup) -> Work:
 def load_for_sampling(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
     keep_freed_memory(torch.device(setup.device), large=False)
     sd, control = load(setup)
-    networks = sd.unet, sd.vae, control
-    lay_out(networks, torch.device(setup.device), setup.precision)
-    pack(*networks)
+    lay_out((sd.unet, control), torch.device(setup.device), setup.precision)
+    pack(sd.unet, sd.vae, control)
     return sd, control
 
 
@@ -200,6 +199,7 @@ class Training:
         self.control = ControlNet.load(setup.folder / "control.safetensors", self.sd.unet, dtype=torch.float32)
         self.control.train().requires_grad_(True)
         prepare_networks(self.sd, self.control, settings, self.device)
+        self.sd.schedule = self.sd.schedule.to(self.device)
         self.loss = ControlLoss(self.sd.unet, self.control, self.sd.schedule)
         self.optimisation = Optimisation.from_settings(self.control.named_parameters(), settings, self.device)
         self.encoders = with_packed_encoders(self.sd)

@@ -113,7 +113,7 @@ def waits(work: Callable[[], Any], device: torch.device) -> list[str]:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    return [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
 def describe(device: torch.device) -> dict[str, Any]:

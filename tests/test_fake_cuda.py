@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from controlnet.config import ControlConfig
-from controlnet.guidance import Control, guided
+from controlnet.guidance import Control, exact, guided
 from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
 from controlnet.inference.offload import decode, encode
@@ -80,6 +80,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # fake tensors have none
     monkeypatch.setattr("controlnet.inference.offload.to_pil", lambda image: image)
+    monkeypatch.setattr("controlnet.inference.generate.fastest_exact", lambda device: exact)  # not as CUDA graphs
     rules = CudaRules()
     rules.norms = []
     with FAKE, rules:

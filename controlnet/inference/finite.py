@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from ldm.samplers import Denoise
@@ -27,8 +26,10 @@ class Watched:
     A look at the end is enough. What is not finite stays so: samplers, masks and later steps add and multiply.
     """
 
-    def __init__(self, denoise: Denoise, networks: dict[str, nn.Module]):
-        self.denoise, self.networks = denoise, networks
+    def __init__(self, denoise: Denoise, plainly: Callable[[], Denoise], networks: dict[str, nn.Module]):
+        """`plainly` makes a denoiser of the same that runs each layer as it is: where graphs are compiled or replayed,
+        layers are not seen."""
+        self.denoise, self.plainly, self.networks = denoise, plainly, networks
         self.steps: list[tuple[Tensor, Tensor, int]] = []
 
     def __call__(self, x: Tensor, t: Tensor, timestep: int) -> Tensor:
@@ -39,10 +40,10 @@ class Watched:
         """Raises FloatingPointError if what was made of the denoiser's results is not finite."""
         if latents.isfinite().all():
             return
-        # A compiled network has no layers to look at.
-        with torch.compiler.set_stance("force_eager"), stopping_at_bad_layers(self.networks):
+        denoise = self.plainly()
+        with stopping_at_bad_layers(self.networks):
             for step in self.steps:
-                output = self.denoise(*step)
+                output = denoise(*step)
                 if not output.isfinite().all():
                     raise FloatingPointError(sentence("the sum of the guidance", output))
         raise FloatingPointError(sentence("the sampler", latents))

@@ -22,12 +22,13 @@ from controlnet.guidance import Control, Predict, exact, guided
 from controlnet.hints.hint_image import HintImage
 from controlnet.reuse import reusing
 from ldm.config import Config
-from ldm.samplers import sample, timesteps_for
+from ldm.samplers import Denoise, sample, timesteps_for
 from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 
 from .compiled import check_compile, compiling
 from .finite import Watched, finite
+from .graphed import graphed
 from .image_to_image import Init, begin, steps_done
 from .memory import fitting_batch
 from .noise import draw, noise_from
@@ -95,7 +96,7 @@ def generate(
     check_cfg(cfg)
     if compile:
         check_compile(reuse, cpu_offload is not None, sd.unet)
-    make_predictor = compiling() if compile else exact if reuse == 1 else reusing(reuse)
+    make_predictor = compiling() if compile else reusing(reuse) if reuse != 1 else fastest_exact(sd.device)
     timesteps = timesteps_for(sampler, sd.schedule, steps)
     skip = len(timesteps) - steps_done(init.strength, len(timesteps)) if init else 0
     timesteps = timesteps[skip:]
@@ -222,6 +223,10 @@ def default_batch_size(
     return fitting_batch(sd.config, size, sd.dtype, device, count, cpu_offload is not None, len(controls))
 
 
+def fastest_exact(device: torch.device) -> Callable[[UNet], Predict]:
+    return graphed if device.type == "cuda" else exact
+
+
 def check_batch_size(batch_size: int | None) -> None:
     """Raises ValueError for a number of images that cannot be made at once."""
     if batch_size is not None and batch_size < 1:
@@ -278,6 +283,10 @@ def make_denoise(
     like = next(sd.unet.parameters())
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
-    denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, make_predictor)
+
+    def with_predictor(make_predictor: Callable[[UNet], Predict]) -> Denoise:
+        denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, make_predictor)
+        return lambda x, t, timestep: denoise(x.to(like.dtype), t, timestep)
+
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
-    return Watched(lambda x, t, timestep: denoise(x.to(like.dtype), t, timestep), networks)
+    return Watched(with_predictor(make_predictor), partial(with_predictor, exact), networks)

@@ -131,10 +131,10 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
         replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs
     ]
     jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
-    networks = [sd.unet, sd.vae, *{control.net for job in jobs for control in job.controls}]
+    networks = [sd.unet, *{control.net for job in jobs for control in job.controls}]
     lay_out(networks, device, options.precision)
     if not options.low_memory:  # which moves networks about, and needs plain weights for the tiled VAE
-        pack(*([sd.vae] if options.compile else networks))
+        pack(sd.vae, *(() if options.compile else networks))
     return sd, jobs
 
 

@@ -1,0 +1,92 @@
+"""CUDA graphs around UNet and ControlNets: what is recorded when, and that a replay computes what is asked for."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from small import small_control, small_sd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from controlnet.guidance import Control, exact, guided
+from controlnet.inference import graphed
+from controlnet.inference.generate import generate
+
+
+class Tape(TorchDispatchMode):
+    """Stands for a CUDA graph: keeps each operation with the very tensors that it read and wrote."""
+
+    tapes = []
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+        self.tapes.append(self)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, output))
+        return output
+
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, output in self.calls:
+            for old, new in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+@contextmanager
+def recording(tape):
+    with tape:
+        yield
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    monkeypatch.setattr(Tape, "tapes", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    return Tape.tapes
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_sd()
+
+
+def images(sd, monkeypatch, make_predictor, **settings):
+    monkeypatch.setattr("controlnet.inference.generate.fastest_exact", lambda device: make_predictor)
+    hint = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    control = Control(small_control(sd), hint, start=0.5)
+    made = generate(sd, "a", [control], negative="b", steps=6, cfg=2.5, **settings)
+    return [np.asarray(image) for image in made]
+
+
+def test_replayed_steps_are_those_that_are_computed(sd, tapes, monkeypatch):
+    """With the control and without it: two recordings, each of a first step that two replays follow."""
+    wanted = images(sd, monkeypatch, exact)
+    assert np.array_equal(images(sd, monkeypatch, graphed.graphed), wanted)
+    assert [tape.replays for tape in tapes] == [2, 2]
+
+
+def test_a_replay_leaves_alone_what_the_one_before_it_gave(sd, tapes):
+    context, t = torch.randn(2, 1, sd.config.text.positions, sd.config.unet.context_width), torch.tensor([5])
+    denoise = guided(sd.unet, *context, cfg=1.0, make_predictor=graphed.graphed)
+    plain = guided(sd.unet, *context, cfg=1.0)
+    x = torch.randn(3, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        outputs = [denoise(one, t, 5) for one in x]
+        assert all(torch.equal(output, plain(one, t, 5)) for output, one in zip(outputs, x, strict=True))
+
+
+def test_batches_that_keep_the_gpu_busy_are_not_recorded(sd, tapes, monkeypatch):
+    positions = (32 // sd.config.vae.downscale) ** 2
+    monkeypatch.setattr(graphed, "MOST_POSITIONS", 2 * 2 * positions)
+    wanted = images(sd, monkeypatch, exact, count=3, batch_size=2)
+    assert np.array_equal(images(sd, monkeypatch, graphed.graphed, count=3, batch_size=2), wanted)
+    assert len(tapes) == 4  # of a batch of two and one of one
+    tapes.clear()
+    images(sd, monkeypatch, graphed.graphed, count=3, batch_size=3)
+    assert not tapes

@@ -155,7 +155,7 @@ def test_an_image_from_prompt_and_hints(cuda, style, dtype, sampler, steps, monk
 
 
 def test_an_image_from_an_image_with_a_mask(cuda, monkeypatch):
-    monkeypatch.setattr(Init, "put_back", lambda init, image: image)
+    monkeypatch.setattr(Init, "put_back", lambda init, image, start: image)
     photograph = Init(Image.new("RGB", (SIDE, SIDE)), strength=0.5, mask=Image.new("L", (SIDE, SIDE), 255))
     (image,) = generate(base("sd1", FP16), "a bird", steps=2, init=photograph)
     check(image, FP16, 3, SIDE, SIDE)
@@ -163,8 +163,9 @@ def test_an_image_from_an_image_with_a_mask(cuda, monkeypatch):
 
 def test_the_tiled_vae(cuda):
     sd = base("sd1", FP16)
-    check(encode(sd, Image.new("RGB", (SIDE, SIDE)), torch.Generator(), tiled=True), FP16, 1, 4, 8, 8)
-    check(decode(sd, torch.zeros(1, 4, 8, 8, device=CUDA), tiled=True), FP16, 1, 3, SIDE, SIDE)
+    check(encode(sd, Image.new("RGB", (SIDE, SIDE)), [torch.Generator()], tiled=True), FP16, 1, 4, 8, 8)
+    (image,) = decode(sd, torch.zeros(1, 4, 8, 8, device=CUDA), tiled=True)
+    check(image, FP16, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Runs of train.py's own `Training`, one after the other: how many bytes each was predicted to take and took at most,
-beyond what Python and PyTorch had before. Linux only.
+"""Runs of train.py's own `Training`, one after the other: how many bytes each was predicted to take, at least and
+at most, and took at its peak, beyond what Python and PyTorch had before. Linux only.
 
     python tests/training_memory.py FOLDER "--batch-size 8" "--batch-size 4 --accumulate 2"
 
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -22,6 +23,7 @@ from small import SMALL  # noqa: E402
 from controlnet.training.distributed import Process  # noqa: E402
 from controlnet.training.memory import Prediction  # noqa: E402
 from controlnet.training.options import TrainSettings, parse_args  # noqa: E402
+from controlnet.training.progress import Progress  # noqa: E402
 from controlnet.training.resolve import control_config, resolve  # noqa: E402
 from ldm import StableDiffusion  # noqa: E402
 from train import Training  # noqa: E402
@@ -31,11 +33,12 @@ UNET = replace(SMALL.unet, channels=160, multipliers=(1, 2), attention=(False, T
 CONFIG = replace(SMALL, unet=UNET)
 
 
-def predicted(settings: TrainSettings) -> int:
+def predicted(settings: TrainSettings) -> tuple[int, int]:
     size = (CONFIG.resolution, CONFIG.resolution)
     prediction = Prediction(CONFIG, settings, size, control_config(settings), CPU, validation=settings.validation)
     memory = prediction(settings.batch_size)
-    return memory.most - memory.estimates["Python and PyTorch"].most
+    before = memory.estimates["Python and PyTorch"].most
+    return memory.least - before, memory.most - before
 
 
 def measured(settings: TrainSettings) -> int:
@@ -46,8 +49,11 @@ def measured(settings: TrainSettings) -> int:
     settings.out.mkdir()
     training = Training(settings, Process(0, 1, CPU))
     training.open_data(0)
-    for _ in range(STEPS):
-        training.step()
+    with training.writer:
+        for step in range(STEPS):
+            training.step()
+            if step + 1 < STEPS:
+                training.save(step + 1, Progress(training.run, tqdm(disable=True), tensorboard=False))
     return resident("VmHWM") - before
 
 
@@ -64,7 +70,7 @@ def main(folder: Path, runs: list[str]) -> None:
         settings = resolve(parse_args("", [*common, "--out", str(folder / f"run {i}"), *options.split()]))
         took = measured(settings)
         if i > 0:  # the first run loads code
-            results.append((predicted(settings), took))
+            results.append((*predicted(settings), took))
     print(json.dumps(results))
 
 

@@ -88,7 +88,7 @@ def savings(settings: TrainSettings) -> str:
         "leave out --no-cache": settings.no_cache,
         "leave out --ema": settings.ema is not None,
         "leave out --accumulate": settings.accumulate > 1,
-        "add --precision fp16": settings.precision == "fp32",
+        "add --precision fp16": settings.precision in ("fp32", "tf32"),
         "add --optimizer adamw8bit": settings.optimizer != "adamw8bit",
     }
     return ", ".join([*(words for words, helps in advice.items() if helps), "or give a smaller --size"])

@@ -91,7 +91,7 @@ class Optimisation:
                 self.optimizer = torch.optim.AdamW(self.parameters, **settings)
         self.sharded = shard
         self.adamw = self.optimizer.optim if shard else self.optimizer
-        self.can_skip = isinstance(self.adamw, torch.optim.AdamW)
+        self.can_skip = optimizer == "adamw"
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule)
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.

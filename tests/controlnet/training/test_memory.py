@@ -4,6 +4,7 @@ really take."""
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
-from controlnet.training.memory import Estimate, Memory, Prediction, peak_by_batch, table
+from controlnet.training.memory import Estimate, Memory, Prediction, table
 from controlnet.training.optimisation import Optimisation, constant_schedule
 from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.resolve import control_config
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def prediction(config=SHALLOW, device=CUDA, world_size=1, validation=0, **settings) -> Prediction:
-    settings = TrainSettings(**{**PAPER, **settings})
+    settings = TrainSettings(**{**PAPER, "images": 1, "sample_count": 0, **settings})
     return Prediction(config, settings, SIZE, control_config(settings), device, world_size, validation)
 
 
@@ -53,7 +54,7 @@ def test_weights_gradients_and_moments_are_what_they_are():
     encoders = sum(p.numel() for part in (sd.vae, sd.text_encoder) for p in part.parameters())
     full, half = plain(), predicted(precision="fp16", no_cache=True, ema=0.9)
     assert (full.trained, full.copy, full.gradients, full.optimizer) == (trained, 4 * trained, 4 * trained, 8 * trained)
-    assert (full.base, full.encoders) == (4 * unet, 0) and full.images > 4 * encoders
+    assert (full.base, full.encoders) == (4 * unet, 0) and full.images == 4 * encoders
     assert (half.base, half.encoders, half.copy) == (2 * unet, 2 * encoders, 8 * trained)
     assert full.counted == full.base + full.copy + full.optimizer + full.gradients + full.activations
     unlocked = predicted(precision="fp16", sd_unlocked=True)
@@ -61,15 +62,44 @@ def test_weights_gradients_and_moments_are_what_they_are():
 
 
 def test_images_are_encoded_where_there_is_no_room_for_a_step():
-    """Checkpointed steps of small networks hold less than the autoencoder does."""
+    """Checkpointed steps of small networks hold less than the autoencoder does: when the cache is made, in batches of
+    its own and before there are moments, and without a cache at every step."""
     wide = replace(SHALLOW, vae=replace(SHALLOW.vae, channels=64))  # the autoencoder's maps
-    memory = predicted(wide, batch_size=4, checkpointing=True)
-    assert memory.images > memory.gradients + memory.activations
-    assert memory.counted == memory.base + memory.copy + memory.optimizer + memory.images
     encoders = size_of(*(getattr(StableDiffusion(wide), name) for name in ("vae", "text_encoder")))
-    each = (memory.images - encoders) / 4  # of the images of a batch, and nearly all of it
-    assert predicted(wide, batch_size=8, checkpointing=True).images == pytest.approx(encoders + 8 * each, rel=0.02)
+    cached, at_each_step = prediction(wide, images=None), prediction(wide, no_cache=True, checkpointing=True)
+    memory, each = cached(1), max(at_each_step.encoding(2)) / 2  # nearly all is of the images
+    assert memory.images + memory.optimizer == pytest.approx(encoders + 256 * each, rel=0.02)
+    assert memory.counted == memory.base + memory.copy + memory.optimizer + memory.images
+    assert cached(4).images == memory.images and at_each_step(4).images == pytest.approx(4 * each, rel=0.02)
     assert "encoding or decoding images" in table(memory) and "activations" not in table(memory)
+    shown = prediction(wide, sample_count=1)
+    assert shown.memory(0, 0).images == encoders + shown.decoding > encoders
+    few, validation = prediction(wide, images=3), prediction(wide, images=3, validation=6)
+    assert [few.encoded_at_once(8), *map(validation.encoded_at_once, (2, 4, 8))] == [3, 3, 4, 6]
+
+
+def test_processes_share_the_moments_and_a_save_copies_them():
+    """A GPU's copies go to the CPU's memory. On a CPU the main process keeps the moments that it has gathered, too."""
+    net, average = plain().copy, predicted(ema=0.9, device=CPU)
+    shared = [predicted(shard=True, world_size=4, device=device) for device in (CUDA, CPU)]
+    assert [memory.optimizer for memory in shared] == [plain().optimizer // 4] * 2
+    assert [memory.snapshot for memory in shared] == [0, net + plain().optimizer + 3 * plain().optimizer // 4]
+    assert average.snapshot == 2 * net + plain().optimizer and "copy for a save" in table(average)
+    lasting = average.base + average.encoders + average.copy + average.optimizer + average.snapshot
+    assert average.counted == lasting + max(average.gradients + average.activations, average.images)
+    unlocked = predicted(sd_unlocked=True, device=CPU)
+    assert unlocked.snapshot == 3 * unlocked.gradients and "copy for a save" not in table(plain())
+
+
+def test_tf32_takes_what_fp32_takes():
+    assert predicted(precision="tf32") == plain()
+
+
+def test_the_locked_half_computes_in_its_own_precision(monkeypatch):
+    """As it does in a run: autocast would make its norms fp32, of which the decoder keeps the results."""
+    half = predicted(precision="fp16", batch_size=4)
+    monkeypatch.setattr("controlnet.objective.own_precision", lambda *_: nullcontext())
+    assert predicted(precision="fp16", batch_size=4).activations > 1.05 * half.activations
 
 
 @pytest.mark.parametrize("checkpointing, before", [(False, False), (True, False), (True, True)])
@@ -116,7 +146,7 @@ def test_norms_and_enlarged_maps_are_fp32_under_cuda_s_autocast():
     with casts_of(CPU), torch.autocast("cpu", torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
     assert (F.group_norm, F.layer_norm, F.interpolate) == before
-    half = {"precision": "fp16", "batch_size": 4, "accumulate": 2}
+    half = {"precision": "fp16", "batch_size": 4, "accumulate": 2, "sd_unlocked": True}
     assert predicted(device=CUDA, **half).activations > 1.05 * predicted(device=CPU, **half).activations
 
 
@@ -132,8 +162,6 @@ def test_two_traces_tell_the_peak_of_every_batch_size():
     assert found.largest_batch(seven.most) == (7, seven)
     none, one = found.largest_batch(1)
     assert none == 0 and one == found(1)
-    step = peak_by_batch(found.step)
-    assert step(20) == max(found.step(20)) and step(6) < step(7)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -154,13 +182,13 @@ def test_the_optimizer_works_in_place(optimizer):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")
 def test_real_runs_take_what_was_predicted(tmp_path):
-    """Within 10 %: plain, accumulated, checkpointed, and with all that is usually left out."""
-    runs = ["--batch-size 8", "--batch-size 8 --accumulate 2", "--batch-size 8 --checkpointing"]
+    """Within 10 %, with a save that is written meanwhile: plain, with all that saves, and with all that costs."""
+    runs = ["--batch-size 8", "--batch-size 4 --accumulate 2 --checkpointing"]
     runs += ["--batch-size 4 --no-cache --sd-unlocked"]
     command = [sys.executable, ROOT / "tests" / "training_memory.py", tmp_path, *runs]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for options, (bytes_predicted, bytes_taken) in zip(runs, json.loads(said.splitlines()[-1]), strict=True):
-        assert bytes_predicted == pytest.approx(bytes_taken, rel=0.1), options
+    for options, (least, most, taken) in zip(runs, json.loads(said.splitlines()[-1]), strict=True):
+        assert most < 1.2 * least and 0.9 * least < taken < 1.1 * most, options
 
 
 def test_the_counter_sees_what_comes_and_goes():
@@ -179,7 +207,7 @@ def test_the_counter_sees_what_comes_and_goes():
 
 
 def test_every_saving_saves():
-    deep = replace(SMALL, unet=replace(TWO_LEVELS, blocks=3))
+    deep = replace(SMALL, unet=replace(TWO_LEVELS, blocks=2))
     full = predicted(deep, batch_size=4, device=CPU)
     assert predicted(deep, batch_size=4, device=CPU, checkpointing=True).activations < 0.9 * full.activations
     half = predicted(deep, batch_size=4, device=CPU, precision="fp16", optimizer="adamw8bit")
@@ -190,16 +218,8 @@ def test_every_saving_saves():
 
 def test_every_item_is_told_in_gigabytes():
     estimates = {"context": Estimate(int(1e9), int(2e9)), "heap": Estimate(int(3e9), int(3e9))}
-    text = table(Memory(*(int(x * 1e9) for x in (1, 2, 3, 4, 5, 6, 7, 8)), estimates=estimates, trained=1))
-    assert [line.split()[-2] for line in text.splitlines()[:7]] == [
-        "1.00",
-        "2.00",
-        "3.00",
-        "4.00",
-        "5.00",
-        "6.00",
-        "7.00",
-    ]
+    text = table(Memory(*(int(x * 1e9) for x in (1, 2, 3, 4, 5, 6, 7, 8, 9)), estimates=estimates, trained=1))
+    assert [line.split()[-2] for line in text.splitlines()[:8]] == [f"{i}.00" for i in range(1, 9)]
     *_, context, heap, together = (line.split(maxsplit=1)[1].strip() for line in text.splitlines())
     assert (context, heap) == ("1.00 to 2.00 GB (estimated)", "3.00 GB")
-    assert together.endswith("32.00 to 33.00 GB (estimated)")
+    assert together.endswith("40.00 to 41.00 GB (estimated)")

@@ -92,7 +92,8 @@ class Training:
         torch.manual_seed(settings.seed)
 
         # Load the base, in fp32, and copy its encoder: the trainable copy stays in fp32.
-        self.sd = StableDiffusion.load(settings.base, prediction=settings.prediction)
+        described = dict(prediction=settings.prediction, zero_snr=settings.zero_snr, vae=settings.vae)
+        self.sd = StableDiffusion.load(settings.base, **described)
         self.unet_fingerprint = ends_of_weights(self.sd.unet)
         self.control = new_control(self.sd.unet, settings, self.run).to(process.device)
 

@@ -38,9 +38,9 @@ def transfer(args: argparse.Namespace) -> None:
     from controlnet.common.devices import PRECISIONS
     from controlnet.layouts import recognise_control
     from ldm.checkpoints.open import open_checkpoint
-    from tools.checkpoints import load_base, load_control
+    from tools.checkpoints import find_model, load_base, load_control
 
-    checkpoint = open_checkpoint(args.control)
+    checkpoint = open_checkpoint(find_model(args.control)[0])
     is_difference = recognise_control(checkpoint).difference
     if is_difference and args.old:
         note(f"{args.control} holds a difference: --from {args.old} is not needed")

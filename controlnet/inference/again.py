@@ -16,7 +16,7 @@ from .options import A1111_SAMPLERS, ALWAYS_RECORDED, RECORDED, Options
 from .png_text import read_texts
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("base", "control", "hint", "init", "mask", "control_mask")  # the options that name files
+FILES = ("base", "vae", "control", "hint", "init", "mask", "control_mask")  # the options that name files
 LONGEST_NAME = 1000
 
 

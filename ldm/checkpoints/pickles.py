@@ -55,7 +55,7 @@ LEFTOVER_NAMES = frozenset(
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """The tensors by name: the outermost dictionary's, or those of its "state_dict".
+    """The tensors by name: those of "state_dict" if there is one, else all, `tensors_by_name` says how.
 
     The weights stay on disk; but a file from before PyTorch 1.6 is read whole.
     Raises Refused for a pickle that does more than describe tensors, Damaged for a file that is incomplete.
@@ -136,15 +136,14 @@ def stand_in(name: str) -> type:
 
 
 def tensors_by_name(values: object, file_size: int) -> dict[str, Tensor]:
-    """Those of the outermost dictionary or of its "state_dict"; if there are none, those within its values.
-
-    Their names are then joined, and what the file is can be recognised by them.
+    """Those of the outermost dictionary or of its "state_dict", and those within its values, their names joined:
+    "module.control_model..." by which the model in it, or what else it is, can be recognised.
     """
-    if isinstance(values, dict):
-        values = values.get("state_dict", values)
+    if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
+        values = values["state_dict"]
     if not isinstance(values, dict):
         raise Damaged("it holds no tensors by name: save a model's state_dict")
-    tensors = plain_tensors(values.items()) or plain_tensors(islice(inner_items(values), MOST_INNER))
+    tensors = plain_tensors(values.items()) | plain_tensors(islice(inner_items(values), MOST_INNER))
     for name, tensor in tensors.items():
         size = tensor.untyped_storage().nbytes()
         # Strides of 0 make much of little.

@@ -296,8 +296,8 @@ def test_loras_of_all_kinds(tmp_path, key):
         ({320: [{"linear.0.weight": 0}], "name": "x"}, "a hypernetwork"),
         ({"image_proj": {"proj.weight": 0}, "ip_adapter": {"1.to_k_ip.weight": 0}}, "an IP-Adapter"),
         (
-            {"module": {"input_hint_block.0.weight": 0}, "ds_config": {}},
-            "a file whose tensors are a level deeper than a model's",
+            {"a": {"input_hint_block.0.weight": 0}, "b": {"input_hint_block.0.weight": 0}},
+            "a file with the tensors of several models",
         ),
         ({"step": 3, "control": {"encoder.blocks.0.weight": 0}}, "the state of a training run, for its --resume"),
         ({"state": {0: {"exp_avg": 0}}, "param_groups": []}, "the state of an optimizer"),

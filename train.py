@@ -79,7 +79,11 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
         return 128 + (signals.received or signal.SIGTERM)
     if process.is_main:
         print(f"the ControlNet is {training.run.control}: try it with")
-        base, hint = (training.run.base if settings.sd_unlocked else settings.base), EXAMPLE_OF.get(settings.data)
+        base, hint = settings.base, EXAMPLE_OF.get(settings.data)
+        if settings.sd_unlocked:
+            base = training.run.base
+        elif settings.vae:
+            base = f"{base} --vae {settings.vae}"
         print(f"python infer.py --base {base} --hint {hint or 'HINT.png'} --control {training.run.control}")
     return 0
 

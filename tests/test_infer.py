@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small import SMALL, small_control, small_sd
 
 import infer
@@ -32,7 +33,7 @@ from controlnet.inference.png_text import fingerprint
 from controlnet.model import ControlNet
 from controlnet.worlds.fill50k import draw_circle
 from ldm import StableDiffusion
-from ldm.config import PRESETS, SD15
+from ldm.config import PRESETS, SD15, ScheduleConfig
 from ldm.fast.packed import pack
 from ldm.samplers import SAMPLERS
 from ldm.unet import UNet
@@ -421,11 +422,42 @@ def test_a_prompt_that_is_no_unicode_is_kept_and_read_again(place):
 
 def test_an_image_from_before_an_option_is_made_again(everything):
     settings = settings_of("first-2.png")
-    for name in ("fit", "mask_blur", "only_masked"):
+    for name in ("fit", "mask_blur", "only_masked", "vae", "zero_snr"):
         del settings[name]
     save_png(photograph((8, 8)), "old.png", {"controlnet": json.dumps(settings)})
     assert infer.main(["--again", "old.png", "--out", "again.png"]) == 0
     assert np.array_equal(pixels_of("again.png"), pixels_of("first-2.png"))
+
+
+def test_another_autoencoder_is_recorded_and_taken_again(weights, place, capsys):
+    tensors = load_file(weights / "tiny.safetensors")
+    vae = {key: tensors.pop(key) for key in list(tensors) if key.startswith("first_stage_model.")}
+    save_file(tensors, place / "without.safetensors", {"config": json.dumps(SMALL.to_dict())})
+    vae["first_stage_model.decoder.conv_out.bias"] += 0.5
+    save_file(vae, place / "vae.safetensors")
+    assert run("--base", "without.safetensors") == 2
+    assert "it has no autoencoder" in (said := capsys.readouterr().err) and "give one with --vae FILE" in said
+    assert run("--out", "own.png") == run("--vae", "vae.safetensors", "--out", "other.png") == 0
+    assert run("--base", "without.safetensors", "--vae", "vae.safetensors", "--out", "first-2.png") == 0
+    assert settings_of("first-2.png")["files"]["vae.safetensors"] == fingerprint(place / "vae.safetensors")
+    assert again("--out", "again.png") == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("other.png"))
+    assert not np.array_equal(pixels_of("again.png"), pixels_of("own.png"))
+
+
+def test_zero_terminal_snr_is_said_for_a_base_that_does_not_tell(place, capsys):
+    """As if its file told."""
+    for name, schedule in {"mute": ScheduleConfig("v"), "eps": ScheduleConfig("eps"), "tells": SMALL.schedule}.items():
+        sd = small_sd()
+        sd.config = replace(sd.config, schedule=schedule)
+        sd.save(place / f"{name}.safetensors")
+    assert run("--base", "mute.safetensors", "--zero-snr", "--out", "first-2.png") == 0
+    assert run("--base", "tells.safetensors", "--out", "told.png") == 0
+    assert run("--base", "mute.safetensors", "--out", "untold.png") == again("--out", "again.png") == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("told.png"))
+    assert not np.array_equal(pixels_of("again.png"), pixels_of("untold.png"))
+    assert run("--base", "eps.safetensors", "--zero-snr") == 2
+    assert "leave out --zero-snr, or say --prediction v if it does" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- again: which files

@@ -136,8 +136,8 @@ def other_pipeline(checkpoint: Checkpoint) -> str | None:
 
 def use_as_base(checkpoint: Checkpoint) -> str | None:
     """What a base is for that is made for more than text: by the channels that its UNet reads. None for all others."""
-    for key in FIRST_CONVOLUTIONS:
-        if key in checkpoint.tensors and len(checkpoint.shape(key)) == 4:
+    for key in checkpoint.tensors:
+        if key.endswith(FIRST_CONVOLUTIONS) and len(checkpoint.shape(key)) == 4:
             return other_use(checkpoint.shape(key)[1])
     return None
 

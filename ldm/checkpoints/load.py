@@ -134,7 +134,8 @@ def warn_of_left_out(checkpoint: Checkpoint, keys: set[str]) -> None:
     """One warning for each file, which may be that of another autoencoder."""
     by_file = defaultdict(list)
     for key in sorted(keys):
-        by_file[checkpoint.tensors[key.partition("[")[0]].path].append(key)
+        tensor = checkpoint.tensors.get(key) or checkpoint.tensors[key.rpartition("[")[0]]  # "KEY[N:]" is of KEY
+        by_file[tensor.path].append(key)
     for path, names in by_file.items():
         count = f" ({len(names)} in all)" if len(names) > 3 else ""
         warnings.warn(f'"{path}" has more than the model reads: {first_few(names)}{count}', stacklevel=4)
@@ -215,7 +216,7 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-FIRST_CONVOLUTIONS = ("model.diffusion_model.input_blocks.0.0.weight", "unet.conv_in.weight")
+FIRST_CONVOLUTIONS = ("input_blocks.0.0.weight", "unet.conv_in.weight")
 # What a UNet is for that reads more than a latent of 4 channels, and what does the same here.
 OTHER_USES = {
     5: ("a depth", ", with a depth control"),
@@ -241,7 +242,7 @@ def likely_cause(found: dict[str, tuple], wanted: dict[str, tuple], missing: set
     for key, shape in found.items():
         if key.endswith("attn2.to_k.weight") and shape[-1:] != wanted[key][-1:]:
             return f"it is {made_for(shape[-1:])}, expected {made_for(wanted[key][-1:])}: give files of one family"
-        if key in FIRST_CONVOLUTIONS and len(shape) == 4 and shape[1] != wanted[key][1] == 4:
+        if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1] == 4:
             return f"it is {other_use(shape[1])}"
     for prefix, part in PARTS.items():
         keys = {key for key in wanted if key.startswith(prefix)}

@@ -168,10 +168,11 @@ def check_keys(checkpoint: Checkpoint, parts: Parts, ignored: tuple[str, ...]) -
     """
     wanted, unused = wanted_shapes(parts), keys_of(parts, "unused")
     found = {key: checkpoint.shape(key) for key in checkpoint.keys & wanted.keys()}
-    missing = wanted.keys() - found.keys() - unused - keys_of(parts, "sparse")
     misshapen = sorted(key for key, shape in found.items() if not fits(key, as_matrix(shape), as_matrix(wanted[key])))
     integers = sorted(key for key in found if not checkpoint.tensors[key].dtype.is_floating_point)
     left_out = {key for key in checkpoint.keys - wanted.keys() - IGNORED if not key.startswith(ignored)}
+    sparse = set() if left_out else keys_of(parts, "sparse")  # beside strange keys it is not sparse but damaged
+    missing = wanted.keys() - found.keys() - unused - sparse
     left_out |= unused & {*misshapen, *integers}
     misshapen, integers = ([key for key in keys if key not in unused] for keys in (misshapen, integers))
     left_out |= {f"{key}[{wanted[key][0]}:]" for key in found if key.endswith(TOKENS) and found[key] != wanted[key]}

@@ -269,6 +269,22 @@ def test_variants_shards_and_pickles(sd, folder):
     assert "does not say which tensor is in which file" in error_of(StableDiffusion.load, folder)
 
 
+def test_tokens_that_were_added_to_a_small_vocabulary(sd, folder):
+    """As transformers' `resize_token_embeddings` adds them; start and end keep their places."""
+    key = "text_model.embeddings.token_embedding.weight"
+    rewrite(
+        folder / "text_encoder" / "model.safetensors",
+        lambda tensors: tensors.update({key: torch.cat([tensors[key], torch.ones(2, SMALL.text.width)])}),
+    )
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": SMALL.text.vocabulary + 2}))
+    rewrite_folder(folder / "unet")
+    with pytest.warns(UserWarning, match=re.escape(f"reads: text_encoder.{key}[600:]")):
+        again = StableDiffusion.load(folder)
+    assert again.config.text == SMALL.text
+    assert torch.equal(again.encode_text(["a dog"]), sd.encode_text(["a dog"]))
+
+
 def test_folders_that_lack_something(folder, tmp_path):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "vae.safetensors")
     assert "holds no weights" in error_of(StableDiffusion.load, folder)

@@ -40,12 +40,13 @@ def transfer(args: argparse.Namespace) -> None:
     from ldm.checkpoints.open import open_checkpoint
     from tools.checkpoints import find_model, load_base, load_control
 
-    checkpoint = open_checkpoint(find_model(args.control)[0])
+    control_name = str(find_model(args.control)[0])
+    checkpoint = open_checkpoint(control_name)
     is_difference = recognise_control(checkpoint).difference
     if is_difference and args.old:
         note(f"{args.control} holds a difference: --from {args.old} is not needed")
     has_base = checkpoint.any_key("model.diffusion_model.")
-    old_name = args.old or (args.control if has_base else None)
+    old_name = args.old or (control_name if has_base else None)
     if not is_difference and old_name is None:
         raise ValueError(f'"{args.control}" holds a ControlNet alone: say with --from which base it was trained on')
 

@@ -97,7 +97,7 @@ def names_in(value: str | list[str | None] | None) -> list[str]:
 
 def located(path: str, option: str, name: str, trust: bool) -> str:
     """Where a file that the image at `path` names may be opened; the name alone if it is to be looked up by it."""
-    if option == "base" and name in PRESETS:
+    if option in ("base", "vae") and name in PRESETS:
         return name
     if len(name) > LONGEST_NAME:
         raise ValueError(f'"{path}" names a file with {len(name)} characters: give {flag_of(option)} yourself')

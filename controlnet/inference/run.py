@@ -16,6 +16,7 @@ from controlnet.common.devices import PRECISIONS, keep_freed_memory, pick_device
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_timesteps
+from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import open_base
 from ldm.config import Config
 from ldm.fast.packed import pack
@@ -85,8 +86,9 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
         size, init, hints = read_inputs(options, config, device)
         steps = steps_done(init.strength, len(timesteps)) if init else len(timesteps)
         note_idle_hints(hints, steps)
-        files = (options.vae, options.init, options.mask)
-        used = {options.base: base.checkpoint.path, **{name: Path(name) for name in files if name}}
+        used = {options.base: base.checkpoint.path}
+        used |= {name: find(name)[0] for name in (options.vae,) if name}
+        used |= {name: Path(name) for name in (options.init, options.mask) if name}
         for hint in hints:
             used |= hint.files()
         return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files))

@@ -119,8 +119,7 @@ def pretender(checkpoint: Checkpoint) -> str | None:
 
 
 def of_family(family: str) -> str:
-    article = "an" if family.startswith("SD") and not family.startswith("SDv") else "a"
-    return f"{article} {family} checkpoint, and {ONLY}: give one of these, like sd15"
+    return f"{'an' if family.startswith('SD') else 'a'} {family} checkpoint, and {ONLY}: give one of these, like sd15"
 
 
 def other_pipeline(checkpoint: Checkpoint) -> str | None:
@@ -128,10 +127,10 @@ def other_pipeline(checkpoint: Checkpoint) -> str | None:
     name = checkpoint.configs.get("pipeline", {}).get("_class_name")
     if not isinstance(name, str) or checkpoint.any_key("unet."):
         return None
-    family = next((family for start, family in PIPELINES if name.startswith(start)), None)
-    if family or not name.startswith("StableDiffusion"):
-        return of_family(family) if family else f"a pipeline of the class {name!s:.80}, and {ONLY}"
-    return None
+    for start, family in PIPELINES:
+        if name.startswith(start):
+            return of_family(family)
+    return None if name.startswith("StableDiffusion") else f"a pipeline of the class {name:.80}, and {ONLY}"
 
 
 def use_as_base(checkpoint: Checkpoint) -> str | None:

@@ -138,7 +138,7 @@ def warn_of_left_out(checkpoint: Checkpoint, keys: set[str]) -> None:
         by_file[tensor.path].append(key)
     for path, names in by_file.items():
         count = f" ({len(names)} in all)" if len(names) > 3 else ""
-        warnings.warn(f'"{path}" has more than the model reads: {first_few(names)}{count}', stacklevel=4)
+        warnings.warn(f'"{path}" has more than the model reads, left out: {first_few(names)}{count}', stacklevel=4)
 
 
 def is_finite(tensor: Tensor) -> bool:

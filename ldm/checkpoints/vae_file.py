@@ -14,17 +14,18 @@ from .key_maps import Layout, diffusers_vae_map, vae_map
 from .kinds import kind
 from .load import check_keys, without_weights
 from .open import Checkpoint, open_checkpoint
+from .published import find
 from .stored import CheckpointError
 
 PREFIXES = {"ldm": "first_stage_model.", "diffusers": "vae."}  # in a base
 
 
 def open_vae(path: str | Path) -> Checkpoint:
-    """Its tensors alone, under the prefix that its layout has in a base.
+    """Its tensors alone, under the prefix that its layout has in a base. It is found as a base is, by path or name.
 
     Raises CheckpointError as `open_checkpoint` does, and for a file without autoencoder.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(find(path)[0])
     prefix = next((p for p in (*PREFIXES.values(), "") if f"{p}decoder.conv_in.weight" in checkpoint.tensors), None)
     if prefix is None:
         raise CheckpointError(

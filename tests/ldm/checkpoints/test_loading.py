@@ -405,11 +405,11 @@ def test_what_is_not_known_to_be_useless_is_named_when_it_is_left_out(folder, tm
         load_changed(folder, tmp_path, lambda tensors: tensors.update({key: torch.zeros(1) for key in extras}))
     (warning,) = caught
     assert str(warning.message).endswith(
-        "more than the model reads: betas2, cond_stage_model.position_ids, loss.logvar, ... (4 in all)"
+        "more than the model reads, left out: betas2, cond_stage_model.position_ids, loss.logvar, ... (4 in all)"
     )
     tensors = load_file(folder / "mini_sd1_control_only.safetensors")
     save_file({**tensors, "control_model.extra": torch.zeros(1)}, tmp_path / "control.safetensors")
-    with pytest.warns(UserWarning, match="more than the model reads: control_model.extra$"):
+    with pytest.warns(UserWarning, match="more than the model reads, left out: control_model.extra$"):
         ControlNet.load(tmp_path / "control.safetensors", empty_unet(MINI_SD1), "cpu")
 
 

@@ -81,12 +81,12 @@ MORE = {
     "an int64 logit_scale": (SD2, {}, (f"{OPEN_CLIP}logit_scale",), f"{OPEN_CLIP}logit_scale"),
     "a logit_scale of another shape": (SD2, {f"{OPEN_CLIP}logit_scale": (1,)}, (), f"{OPEN_CLIP}logit_scale"),
     "position ids of SD 2": (SD2, {f"{OPEN_CLIP}transformer.text_model.embeddings.position_ids": (1, 77)}, (), "ids"),
-    "an embedding manager": (SD1, {"embedding_manager.x": (3,)}, (), "reads: embedding_manager.x"),
+    "an embedding manager": (SD1, {"embedding_manager.x": (3,)}, (), "left out: embedding_manager.x"),
     "many": (SD1, {f"loss.{i}": (3,) for i in range(9)}, (), "loss.0, loss.1, loss.2, ... (9 in all)"),
-    "a stray LoRA": (SD1, {"lora_te_text_model_x.alpha": ()}, (), "reads: lora_te_text_model_x.alpha"),
-    "optimizer states": (SD1, {"optimizer.state.0.exp_avg": (3,)}, (), "reads: optimizer.state.0.exp_avg"),
+    "a stray LoRA": (SD1, {"lora_te_text_model_x.alpha": ()}, (), "left out: lora_te_text_model_x.alpha"),
+    "optimizer states": (SD1, {"optimizer.state.0.exp_avg": (3,)}, (), "left out: optimizer.state.0.exp_avg"),
     "EMA's bookkeeping": (SD1, {"model_ema.decay": (), "model_ema.num_updates": ()}, (), None),
-    "one token more": (SD1, {TOKENS: (49409, 768)}, (), f"reads: {TOKENS}[49408:]"),
+    "one token more": (SD1, {TOKENS: (49409, 768)}, (), f"left out: {TOKENS}[49408:]"),
     "two tokens more": (
         SD2,
         {f"{OPEN_CLIP}token_embedding.weight": (49410, 1024)},
@@ -94,7 +94,12 @@ MORE = {
         "weight[49408:]",
     ),
     "a mark": (SD1, {"v_pred": (0,)}, (), None),
-    "a control's leftovers": (CONTROL1, {"loss.x": (3,), "control_model.y": ()}, (), "reads: control_model.y, loss.x"),
+    "a control's leftovers": (
+        CONTROL1,
+        {"loss.x": (3,), "control_model.y": ()},
+        (),
+        "left out: control_model.y, loss.x",
+    ),
 }
 
 

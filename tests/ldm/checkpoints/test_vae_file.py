@@ -94,9 +94,7 @@ def test_what_a_base_with_none_or_a_broken_one_asks_for(folder):
 
 
 def test_what_is_left_out_is_said_with_the_file_it_is_in(folder):
-    with pytest.warns(
-        UserWarning, match=r"published.ckpt. has more than the model reads, left out: .*loss.discriminator"
-    ):
+    with pytest.warns(UserWarning, match=r"published.ckpt. has more .*, left out: .*loss.discriminator"):
         StableDiffusion.load(folder / "without.safetensors", vae=folder / "published.ckpt")
 
 

@@ -149,6 +149,8 @@ def test_the_image_carries_everything_used(weights):
         "only_masked": None,
         "base": "tiny",
         "prediction": None,
+        "zero_snr": False,
+        "vae": None,
         "clip_skip": 1,
         "long_prompts": False,
         "steps": 2,
@@ -773,7 +775,10 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--hint text.png", '"text.png" is not readable as an image'),
         ("--hint circle.png --control none", 'there is no ControlNet "none", neither as a file nor in '),
         ("--hint circle.png --control tiny", '"{weights}/tiny.safetensors" holds no ControlNet: it is a base model'),
-        ("--hint circle.png --control sd15.safetensors", '"sd15.safetensors" does not fit, '),
+        (
+            "--hint circle.png --control sd15.safetensors",
+            '"sd15.safetensors" is a ControlNet for SD 1.x, and your base is',
+        ),
         ("--control tiny-fill50k", "there are 0 --hint and 1 --control, expected one --control for each --hint"),
         ("--base {weights}/other.safetensors --hint circle.png", 'there is no --control for the hint "circle.png", '),
         (

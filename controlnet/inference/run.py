@@ -87,8 +87,9 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
         steps = steps_done(init.strength, len(timesteps)) if init else len(timesteps)
         note_idle_hints(hints, steps)
         used = {options.base: base.checkpoint.path}
-        used |= {name: find(name)[0] for name in (options.vae,) if name}
         used |= {name: Path(name) for name in (options.init, options.mask) if name}
+        if options.vae:
+            used[options.vae] = find(options.vae)[0]
         for hint in hints:
             used |= hint.files()
         return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files))
@@ -105,8 +106,8 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     if not options.low_memory:
         keep_freed_memory(device, large=False)
     home = "cpu" if options.low_memory else device
-    dtype, described = PRECISIONS[options.dtype], (options.prediction, False, options.zero_snr, options.vae)
-    sd = StableDiffusion.load(options.base, home, dtype, *described)
+    described = dict(prediction=options.prediction, zero_snr=options.zero_snr, vae=options.vae)
+    sd = StableDiffusion.load(options.base, home, PRECISIONS[options.dtype], **described)
     controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
     jobs = [
         replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs

@@ -35,6 +35,8 @@ def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], di
     if not tensors:
         files = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt", ".pth"))
         advice = f"give one of its files ({first_few(files)})" if files else "give a checkpoint, or a folder with one"
+        if (path / "snapshots").is_dir():  # the cache of Hugging Face
+            advice = "give one of the folders in its snapshots/"
         raise CheckpointError(
             f'"{path}" is a folder without unet/, vae/ and text_encoder/ in diffusers\' layout: {advice}'
         )

@@ -29,6 +29,8 @@ PRETENDERS: Rows = (
     (r"^lllite_", f"a ControlNet-LLLite, {ANOTHER}"),
     (r"^lora_controlnet$", f"a Control-LoRA, {ANOTHER}"),
     (r"(^|\.)(brushnet_\w+|conv_in_condition)\.", "a BrushNet, which is another architecture: get a ControlNet"),
+    (r"^scaled_fp8$|\.scale_weight$", "a model in scaled fp8, which is not read here: get it in fp16 or fp32"),
+    (r"(^|\.)cond_proj\.", "a latent consistency model (LCM), sampled in another way: give the base it was made from"),
     (r"(^|\.)position_net\.|\.fuser\.", "a GLIGEN model, which places objects in boxes: give the base without it"),
     (r"(^|\.)(label_emb|class_embedding)\.weight$", "an upscaler, expected a text-to-image model: give SD 1.x or 2.x"),
     (r"^depth_model\.", "a depth model (depth2img), expected a text-to-image model: give SD 2.x, with a depth control"),

@@ -245,13 +245,16 @@ def likely_cause(found: dict[str, tuple], wanted: dict[str, tuple], missing: set
             return f"it is {made_for(shape[-1:])}, expected {made_for(wanted[key][-1:])}: give files of one family"
         if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1] == 4:
             return f"it is {other_use(shape[1])}"
+    absent = []
     for prefix, part in PARTS.items():
         keys = {key for key in wanted if key.startswith(prefix)}
         if keys and keys <= missing:
-            complete = "get the complete version of the model, which includes one"
-            remedy = "give one with --vae FILE" if part == "autoencoder" else complete
-            return f"it has no {part} (or another one), expected a whole checkpoint: {remedy}"
-    return None
+            absent.append(part)
+    if not absent:
+        return None
+    complete = "get the complete version of the model"
+    remedy = "give one with --vae FILE" if absent == ["autoencoder"] else complete
+    return f"it has no {' and no '.join(absent)} (or another one), expected a whole checkpoint: {remedy}"
 
 
 def made_for(context_width: tuple[int, ...]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from .pickle_scan import Refused, Scan
-from .stored import Damaged, StoredTensor
+from .stored import CheckpointError, Damaged, StoredTensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of a file from before PyTorch 1.6
@@ -70,7 +70,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
             name: StoredTensor(path, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
             for name, tensor in tensors_by_name(values, path.stat().st_size).items()
         }
-    except (Damaged, Refused, OSError):
+    except (CheckpointError, Damaged, Refused, OSError):
         raise
     except zipfile.BadZipFile as error:
         raise Damaged(f"it is no complete zip archive ({error!s:.200})") from error
@@ -86,18 +86,23 @@ def is_zip(path: Path) -> bool:
 
 
 def check_archive(path: Path) -> None:
-    """What PyTorch takes on trust in a zip archive, which holds the pickle in data.pkl and each storage in a file."""
+    """What PyTorch takes on trust in a zip archive, which holds the pickle in data.pkl and each storage in a file.
+
+    Raises CheckpointError for an archive of something else.
+    """
     if not is_zip(path):
         return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
+    if not any(record.filename.endswith("data.pkl") for record in records):
+        raise CheckpointError(
+            f'"{path}" is a zip archive that PyTorch did not write: unpack it, and give the checkpoint in it'
+        )
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
             raise Damaged(f"{record.filename!r:.200} is compressed or encrypted: save it again with torch.save")
         if record.filename.endswith(".pkl") and record.file_size > LARGEST_PROGRAM:
             raise Damaged(f"its pickle has {record.file_size} bytes, expected at most {LARGEST_PROGRAM}")
-    if not any(record.filename.endswith("data.pkl") for record in records):
-        raise Damaged("it is a zip archive, but no checkpoint of PyTorch")
 
 
 def programs(path: Path) -> Iterator[BinaryIO]:

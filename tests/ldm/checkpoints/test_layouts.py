@@ -124,6 +124,13 @@ def test_other_tensors_than_plain_ones_are_dropped(tmp_path):
     assert "asks for 'torch._utils._rebuild_sparse_tensor'" in error_of(open_checkpoint, tmp_path / "file.ckpt")
 
 
+def test_an_archive_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.safetensors", bytes(1000))
+    message = error_of(open_checkpoint, tmp_path / "model.zip")
+    assert "is a zip archive that PyTorch did not write: unpack it" in message and "damaged" not in message
+
+
 def test_archives_that_pytorch_would_trust_too_much(tmp_path, monkeypatch):
     path = tmp_path / "file.ckpt"
     torch.save({"a": torch.ones(2)}, path)
@@ -296,6 +303,8 @@ def test_folders_that_lack_something(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "is a folder without unet/" in error_of(StableDiffusion.load, tmp_path / "empty")
     assert "give one of its files (vae.safetensors)" in error_of(StableDiffusion.load, tmp_path)
+    (tmp_path / "models--x" / "snapshots" / "0123").mkdir(parents=True)
+    assert "give one of the folders in its snapshots/" in error_of(StableDiffusion.load, tmp_path / "models--x")
 
 
 @pytest.mark.parametrize("key", ["unet.x.lora_A.weight", "lora_te_x.lora_up.weight", "down_blocks.0.lora.down.weight"])

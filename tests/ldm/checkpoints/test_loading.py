@@ -300,6 +300,11 @@ def test_files_that_are_no_checkpoints(folder, tmp_path):
         "another language": ("\ufeffZugriff verweigert für Gäste".encode(), '("Zugriff verweigert für Gäste")'),
         "xet": (b"# xet version 0\nfilesize = 4265146304\n", "git xet pull"),
         "page after many blank lines": (b"\r\n" * 99 + b"<html>" + b"x" * 9999, "it is a web page"),
+        "YAML": (
+            b"# ControlNet\nmodel:\n  target: cldm.cldm.ControlLDM\n",
+            "a configuration in YAML: give the checkpoint",
+        ),
+        "config.json": (b'{\n  "_class_name": "UNet2DConditionModel"}', "give the folder it is in"),
         "packed": (b"\x1f\x8b\x08" + bytes(99), "it is a packed archive: unpack it"),
         "image": (b"\x89PNG\r\n" + bytes(99), "it is an image"),
         "JSON": (b'{"error":"Unauthorized",\n"message":"log in"}', "such as a failed download leaves: repeat it"),

@@ -134,6 +134,7 @@ LESS = {
     "five channels": (SD2, FIRST, (320, 5, 3, 3), "it is a depth model"),
     "no autoencoder": (SD1, "first_stage_model.", None, "it has no autoencoder (or another one), expected a whole"),
     "no autoencoder, the remedy": (SD1, "first_stage_model.", None, ": give one with --vae FILE"),
+    "a UNet alone": (SD1, ("first_stage_model.", "cond_"), None, "it has no autoencoder and no text encoder (or"),
     "no text encoder": (SD1, "cond_stage_model.", None, "it has no text encoder"),
 }
 
@@ -272,6 +273,8 @@ OTHERS = {
     "unCLIP": ([f"{UNET}x", "embedder.model.visual.proj"], "an SD unCLIP checkpoint", "an SD unCLIP"),
     "unCLIP of diffusers": (["unet.class_embedding.linear_1.weight"], "an SD unCLIP checkpoint", "an SD unCLIP"),
     "Stable Video Diffusion": ([f"{UNET}x", f"{UNET}x.time_stack.0.x"], "a Stable Video", "a Stable Video"),
+    "scaled fp8": ([f"{UNET}x", "scaled_fp8"], "in scaled fp8", "in scaled fp8"),
+    "LCM": (["unet.time_embedding.cond_proj.weight"], "(LCM)", "(LCM)"),
     "GLIGEN": ([f"{UNET}x", f"{UNET}x.fuser.linear.weight"], "a GLIGEN model", "a GLIGEN model"),
     "x4 upscaler": ([f"{UNET}x", f"{UNET}label_emb.weight"], "an upscaler", "an upscaler"),
     "depth2img": ([f"{UNET}x", "depth_model.model.x"], "depth2img", "depth2img"),

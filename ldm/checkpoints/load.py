@@ -171,8 +171,9 @@ def check_keys(checkpoint: Checkpoint, parts: Parts, ignored: tuple[str, ...]) -
     misshapen = sorted(key for key, shape in found.items() if not fits(key, as_matrix(shape), as_matrix(wanted[key])))
     integers = sorted(key for key in found if not checkpoint.tensors[key].dtype.is_floating_point)
     left_out = {key for key in checkpoint.keys - wanted.keys() - IGNORED if not key.startswith(ignored)}
-    sparse = set() if left_out else keys_of(parts, "sparse")  # beside strange keys it is not sparse but damaged
-    missing = wanted.keys() - found.keys() - unused - sparse
+    missing = wanted.keys() - found.keys() - unused
+    if not any(key.startswith(key_map.prefix) for key in left_out for _, key_map in parts):
+        missing -= keys_of(parts, "sparse")  # beside strange keys of its own it is not sparse but damaged
     left_out |= unused & {*misshapen, *integers}
     misshapen, integers = ([key for key in keys if key not in unused] for keys in (misshapen, integers))
     left_out |= {f"{key}[{wanted[key][0]}:]" for key in found if key.endswith(TOKENS) and found[key] != wanted[key]}

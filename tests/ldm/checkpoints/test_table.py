@@ -344,6 +344,7 @@ def test_a_difference_may_lack_what_is_zero():
     shapes = {**load_manifest(CONTROL1), "difference": (1,)}
     some = {key: shape for key, shape in shapes.items() if "input_blocks.1" not in key}
     assert verdict_as_control(stand_in(some)) == []
+    assert "left out: loss.x" in verdict_as_control(stand_in({**some, "loss.x": (1,)}))[0]
     assert "1 key unexpected" in error_of(
         verdict_as_control, stand_in({**some, "control_model.input_bl0cks.1.x": (1,)})
     )

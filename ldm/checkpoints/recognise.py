@@ -75,13 +75,6 @@ def open_base(
     return base
 
 
-def recognise(checkpoint: Checkpoint, prediction: str | None = None) -> BaseFile:
-    """`identify` with a warning where the prediction had to be assumed."""
-    base = identify(checkpoint, prediction)
-    base.warn()
-    return base
-
-
 ASSUMED = "assumed, as nothing says it"
 
 

@@ -21,7 +21,7 @@ from ldm import StableDiffusion
 from ldm.checkpoints.key_maps import base_maps
 from ldm.checkpoints.load import load_parts
 from ldm.checkpoints.open import open_checkpoint
-from ldm.checkpoints.recognise import recognise
+from ldm.checkpoints.recognise import identify
 from ldm.config import SD15, SD20_BASE, SD21, SD21_BASE, TINY
 from ldm.unet import UNet
 from tools.checkpoints import contents
@@ -215,7 +215,8 @@ def test_who_says_eps_or_v(tmp_path):
         save_file(tensors, tmp_path / "file.safetensors", metadata)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = recognise(open_checkpoint(tmp_path / "file.safetensors"), prediction)
+            found = identify(open_checkpoint(tmp_path / "file.safetensors"), prediction)
+            found.warn()
         assert found.config == config and source in found.prediction_source
         assert bool(caught) == (source == "assumed")
 
@@ -229,11 +230,11 @@ def test_folders_say_what_they_are(sd, folder):
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert vae["encoder.mid_block.attentions.0.to_q.weight"].shape == (SMALL.vae.widths[-1],) * 2
     rewrite_folder(folder / "unet")
-    found = recognise(open_checkpoint(folder))
+    found = identify(open_checkpoint(folder))
     assert found.config.unet == SMALL.unet and found.config.schedule == SMALL.schedule
     assert found.prediction_source == "the scheduler's configuration"
     assert_same(StableDiffusion.load(folder), sd)
-    assert recognise(open_checkpoint(folder), "x0").config.schedule.prediction == "x0"
+    assert identify(open_checkpoint(folder), "x0").config.schedule.prediction == "x0"
 
 
 def rewrite_folder(component, names=lambda key: key):

@@ -24,7 +24,7 @@ from ldm import StableDiffusion
 from ldm.checkpoints.load import without_weights
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import recognise
+from ldm.checkpoints.recognise import identify
 from ldm.checkpoints.save import save_checkpoint
 from ldm.config import PRESETS, SD15, SD21, SD21_BASE, TINY
 from ldm.fast.packed import pack
@@ -235,22 +235,25 @@ def test_models_to_be_filled_compute_nothing(config):
 
 def test_families_are_recognised_by_the_context(tmp_path):
     sd1 = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (320, 768)}, name="sd1"))
-    assert recognise(sd1).config == SD15
-    assert recognise(sd1, "v").config.schedule.prediction == "v"
+    assert identify(sd1).config == SD15
+    assert identify(sd1, "v").config.schedule.prediction == "v"
     sd2 = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (320, 1024)}, name="sd2"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert recognise(sd2, "eps").config == SD21_BASE
-        assert recognise(sd2, "v").config == SD21
+        for prediction, config in (("eps", SD21_BASE), ("v", SD21)):
+            base = identify(sd2, prediction)
+            base.warn()
+            assert base.config == config
     with pytest.warns(UserWarning, match="assuming v: say --prediction eps"):
-        assert recognise(sd2).config == SD21
+        identify(sd2).warn()
+    assert identify(sd2).config == SD21
 
 
 def test_metadata_come_first_and_the_argument_before_them(tmp_path):
     metadata = {"config": json.dumps(TINY.to_dict())}
     checkpoint = open_checkpoint(file_of(tmp_path, {CONTEXT_KEY: (48, 128)}, metadata))
-    assert recognise(checkpoint).config == TINY
-    assert recognise(checkpoint, "x0").config == replace(TINY, schedule=replace(TINY.schedule, prediction="x0"))
+    assert identify(checkpoint).config == TINY
+    assert identify(checkpoint, "x0").config == replace(TINY, schedule=replace(TINY.schedule, prediction="x0"))
 
 
 def test_presets_are_found_in_weights(tmp_path, monkeypatch):
@@ -379,7 +382,7 @@ UNBUILDABLE = TINY.to_dict() | {"schedule": {"timesteps": 10**10}}
 def test_metadata_of_other_programs_are_passed_over(tmp_path, config):
     """ "config" is a common name."""
     path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)}, {"config": config})
-    assert recognise(open_checkpoint(path)).config == SD15
+    assert identify(open_checkpoint(path)).config == SD15
 
 
 def test_missing_unexpected_and_misshapen_keys_are_named(folder, tmp_path):

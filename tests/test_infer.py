@@ -902,7 +902,7 @@ def test_options_that_make_no_sense_are_refused_by_the_parser(place, capsys, opt
 
 
 def test_numbers_are_checked_before_weights_are_read(monkeypatch):
-    monkeypatch.setattr(StableDiffusion, "load", lambda *_: pytest.fail("the weights are read"))
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("the weights are read"))
     for options in (
         "--steps 0",
         "--sampler euler",
@@ -922,7 +922,7 @@ def test_numbers_are_checked_before_weights_are_read(monkeypatch):
 
 def test_too_little_memory_is_a_sentence_and_other_failures_are_not_hidden(monkeypatch, capsys):
     def fail_with(error):
-        def load(*_):
+        def load(*_, **__):
             raise error
 
         monkeypatch.setattr(StableDiffusion, "load", load)
@@ -980,13 +980,13 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch,
 def test_loading_is_said_if_it_takes_long(monkeypatch, capsys):
     monkeypatch.setattr("infer.said_if_slow", partial(said_if_slow, seconds=0.01))
     load = StableDiffusion.load
-    monkeypatch.setattr(StableDiffusion, "load", lambda *given: time.sleep(0.2) or load(*given))
+    monkeypatch.setattr(StableDiffusion, "load", lambda *given, **named: time.sleep(0.2) or load(*given, **named))
     assert run("--base", "tiny") == 0
     assert notes(capsys.readouterr()) == ["loading tiny ..."]
 
 
 def test_a_stop_is_a_sentence(monkeypatch, capsys):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(StableDiffusion, "load", stop)

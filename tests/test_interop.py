@@ -237,6 +237,20 @@ def test_we_read_what_diffusers_saves(pair, tmp_path, arguments, file):
     assert_same(ControlNet.load(tmp_path, sd.unet), pair.control)
 
 
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_an_autoencoder_alone_that_diffusers_saves(pair, tmp_path, safe):
+    torch.manual_seed(3)
+    theirs = diffusers.AutoencoderKL.from_config(pair.theirs.vae.config).eval()
+    theirs.save_pretrained(tmp_path / "vae", safe_serialization=safe)
+    (file,) = (path for path in (tmp_path / "vae").iterdir() if path.suffix != ".json")
+    latents = torch.randn(1, 4, 4, 4)
+    for vae in (tmp_path / "vae", file):
+        sd = StableDiffusion.load(pair.folder, vae=vae)
+        with torch.no_grad():
+            assert relative(sd.decode(latents), theirs.decode(latents / sd.config.vae.scale).sample) < 2e-5
+    assert_same(sd.unet, pair.sd.unet)
+
+
 def test_there_and_back_is_bit_identical(pair, tmp_path):
     """Original layout -> ours -> diffusers -> ours -> original layout."""
     sd = StableDiffusion.load(pair.folder)

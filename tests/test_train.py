@@ -34,10 +34,11 @@ from controlnet.training import options as train_options
 from controlnet.training.folders import list_folder
 from controlnet.training.interruptions import Signals
 from controlnet.training.lock import locked
-from controlnet.training.resolve import resolve
+from controlnet.training.resolve import config_of, resolve
 from controlnet.training.sources import FolderSource, Transform, split
 from controlnet.training.validation import ValidationLoss
 from ldm import StableDiffusion
+from ldm.config import ScheduleConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -460,6 +461,32 @@ def test_a_run_is_not_resumed_as_another(tmp_path, copy_of_run, capsys):
     assert resume(tmp_path, "--steps", "4", "--precision", "bf16") == 2
     assert "--precision" in capsys.readouterr().err
     assert (tmp_path / "control.safetensors").read_bytes() == before
+
+
+def test_a_base_without_autoencoder_is_trained_with_another_one(base, tmp_path, capsys):
+    tensors, vae = load_file(base), tmp_path / "vae.safetensors"
+    own = {key: tensors.pop(key) for key in list(tensors) if key.startswith("first_stage_model.")}
+    save_file(own, vae)
+    save_file(tensors, tmp_path / "base.safetensors", {"config": json.dumps(SMALLEST.to_dict())})
+    arguments = ("--steps", "1", "--vae", str(vae))
+    assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments, "--dry-run") == 0
+    assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments) == 0
+    assert f"--vae {vae} --hint" in capsys.readouterr().out
+    assert run(base, tmp_path / "whole", "--steps", "1") == 0
+    assert_equal(control_of(tmp_path / "out"), control_of(tmp_path / "whole"))
+    capsys.readouterr()
+    assert resume(tmp_path / "out", "--steps", "2", "--vae", str(base)) == 2
+    assert f"was started with --vae {vae}, not" in capsys.readouterr().err
+
+
+def test_zero_terminal_snr_is_a_setting_of_the_run(tmp_path):
+    sd = small_sd()
+    sd.config = replace(sd.config, schedule=ScheduleConfig("v"))
+    sd.save(tmp_path / "base.safetensors")
+    for given, expected in (([], False), (["--zero-snr"], True)):
+        argv = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out"), *given]
+        config = config_of(resolve(train_options.parse_args("", argv)))
+        assert config.schedule.zero_terminal_snr == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- method

@@ -16,7 +16,7 @@ from .options import A1111_SAMPLERS, ALWAYS_RECORDED, RECORDED, Options
 from .png_text import read_texts
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("base", "control", "hint", "init", "mask", "control_mask")  # the options that name files
+FILES = ("base", "vae", "control", "hint", "init", "mask", "control_mask")  # the options that name files
 LONGEST_NAME = 1000
 
 
@@ -99,7 +99,7 @@ def names_in(value: str | list[str | None] | None) -> list[str]:
 
 def located(path: str, option: str, name: str, trust: bool) -> str:
     """Where a file that the image at `path` names may be opened; the name alone if it is to be looked up by it."""
-    if option == "base" and name in PRESETS:
+    if option in ("base", "vae") and name in PRESETS:
         return name
     if len(name) > LONGEST_NAME:
         raise ValueError(f'"{path}" names a file with {len(name)} characters: give {flag_of(option)} yourself')

@@ -169,6 +169,10 @@ class Options:
         "what the base predicts, where its file does not tell (default: v for an SD 2.x file of unknown name)",
         choices=("eps", "v"),
     )
+    zero_snr: bool = in_model("the base was trained with zero terminal SNR and does not tell", False, later=True)
+    vae: str | None = in_model(
+        "another autoencoder, or one for a base without: the file or folder of a VAE", metavar="FILE", later=True
+    )
     clip_skip: int = in_model(
         "which layer of the text encoder is read, from the last: 2 for many anime models (default: %(default)s)",
         1,

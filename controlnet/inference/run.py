@@ -16,9 +16,8 @@ from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, us
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_timesteps
-from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import identify
+from ldm.checkpoints.recognise import open_base
 from ldm.config import Config
 from ldm.fast.packed import pack
 from ldm.samplers import check_eta, timesteps_for
@@ -78,8 +77,8 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
         note(f"the seed is {options.seed}")
-    base, _ = find(options.base)
-    config = identify(open_checkpoint(base), options.prediction).config
+    base = open_base(options.base, options.prediction, options.zero_snr, options.vae)
+    config = base.config
     cfg = default_cfg(config) if options.cfg is None else options.cfg
     timesteps = timesteps_for(options.sampler, Schedule(config.schedule), options.steps)
     check_cfg(cfg)
@@ -100,7 +99,10 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
         size, init, hints = read_inputs(options, config, device)
         steps = steps_done(init.strength, len(timesteps)) if init else len(timesteps)
         note_idle_hints(hints, steps)
-        used = {options.base: base, **{name: Path(name) for name in (options.init, options.mask) if name}}
+        used = {options.base: base.checkpoint.path}
+        used |= {name: Path(name) for name in (options.init, options.mask) if name}
+        if options.vae:
+            used[options.vae] = find(options.vae)[0]
         for hint in hints:
             used |= hint.files()
         return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files))
@@ -125,7 +127,8 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     if not options.low_memory:
         keep_freed_memory(device, large=False)
     home = "cpu" if options.low_memory else device
-    sd = StableDiffusion.load(options.base, home, PRECISIONS[options.precision], options.prediction)
+    described = dict(prediction=options.prediction, zero_snr=options.zero_snr, vae=options.vae)
+    sd = StableDiffusion.load(options.base, home, PRECISIONS[options.precision], **described)
     controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
     jobs = [
         replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs

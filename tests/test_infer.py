@@ -229,7 +229,7 @@ def test_the_precision_is_fp16_on_cuda_unless_another_is_given(weights, device, 
     monkeypatch.setattr("controlnet.inference.run.use_device", lambda name: torch.device(device))
     monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: None)
     (job,) = prepare(Options(precision=given), {})
-    assert job.settings(seed=0)["precision"] == used
+    assert job.settings(0)["precision"] == used
     said = [line for line in notes(capsys.readouterr()) if "fp16" in line]
     assert said == (["computing in fp16 (--precision fp32: slower and exact)"] if used == "fp16" else [])
 

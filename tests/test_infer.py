@@ -148,6 +148,8 @@ def test_the_image_carries_everything_used(weights):
         "only_masked": None,
         "base": "tiny",
         "prediction": None,
+        "lora": [],
+        "embedding": [],
         "clip_skip": 1,
         "long_prompts": False,
         "steps": 2,
@@ -514,10 +516,10 @@ def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
     assert infer.main(["--again", "theirs.png", "--device", "cpu", "--out", "a.png"]) == 0
     said = capsys.readouterr().err
     assert "is not by infer.py, whose noise is another: the image will be similar at most" in said
-    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA" in said
+    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA ink" in said
     settings = settings_of("a.png")
     assert settings["base"] == str(weights / "tiny.safetensors")
-    assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird, <lora:ink:0.8>", "blurry")
+    assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird,", "blurry")
     assert [settings[name] for name in ("steps", "sampler", "cfg", "seed", "size")] == [3, "dpm++", 4.5, 9, "96x64"]
 
 
@@ -943,13 +945,13 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch,
 def test_loading_is_said_if_it_takes_long(monkeypatch, capsys):
     monkeypatch.setattr("infer.said_if_slow", partial(said_if_slow, seconds=0.01))
     load = StableDiffusion.load
-    monkeypatch.setattr(StableDiffusion, "load", lambda *given: time.sleep(0.2) or load(*given))
+    monkeypatch.setattr(StableDiffusion, "load", lambda *given, **more: time.sleep(0.2) or load(*given, **more))
     assert run("--base", "tiny") == 0
     assert notes(capsys.readouterr()) == ["loading tiny ..."]
 
 
 def test_a_stop_is_a_sentence(monkeypatch, capsys):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(StableDiffusion, "load", stop)

@@ -17,10 +17,13 @@ from small import small_control, small_sd
 
 from controlnet.config import ControlConfig
 from controlnet.guidance import Control, guided
+from controlnet.inference.prompts import encode_prompts
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
 from ldm.checkpoints.lora import merge_loras, read_loras
 from ldm.checkpoints.open import open_checkpoint
+from ldm.checkpoints.textual_inversion import read_embedding
+from ldm.embeddings import with_embeddings
 from ldm.samplers import ddim_timesteps, sample_loop
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: a missing file must fail here
@@ -341,3 +344,21 @@ def test_a_lora_is_what_diffusers_makes_of_it_and_what_it_saves_is_the_same(pair
         assert relative(sd.text_encoder(ids), outputs[1]) < 2e-5
     assert relative(pair.sd.unet(x, t, context), outputs[0]) > 1e-3  # it had an effect
     assert relative(pair.sd.text_encoder(ids), outputs[1]) > 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------- embeddings
+
+
+@torch.no_grad()
+def test_an_embedding_is_what_diffusers_makes_of_it(pair, tmp_path):
+    """Of several vectors, in the middle of a prompt. Diffusers takes only names that no token is part of."""
+    vectors = 0.02 * noise(3, pair.sd.config.text.width)
+    torch.save({"string_to_param": {"*": vectors}, "name": "x"}, tmp_path / "qzcalm.pt")
+    theirs = deepcopy(pair.theirs.text_encoder)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pair.folder, text_encoder=theirs)
+    pipeline.load_textual_inversion(tmp_path / "qzcalm.pt", token="qzcalm")
+    sd = with_embeddings(pair.sd, {"qzcalm": read_embedding(tmp_path / "qzcalm.pt", vectors.shape[1])})
+    prompts = ["a red qzcalm circle", "qzcalm"]
+    expected = [pipeline.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in prompts]
+    assert relative(encode_prompts(sd, prompts), torch.cat(expected)) < 2e-5
+    assert relative(pair.sd.encode_text(prompts), torch.cat(expected)) > 1e-3

@@ -40,8 +40,7 @@ def load_base(
     """In its file's precision unless another is given. Raises CheckpointError as `StableDiffusion.load` does."""
     note(f"reading {path_or_preset} ...")
     checkpoint = open_checkpoint(find(path_or_preset)[0])
-    dtype = dtype or widest_dtype(checkpoint, (key for key in checkpoint.tensors if key.startswith(BASE_PARTS)))
-    return StableDiffusion.load(path_or_preset, dtype=dtype, prediction=prediction, ema=ema)
+    return StableDiffusion.load(path_or_preset, dtype=dtype or base_dtype(checkpoint), prediction=prediction, ema=ema)
 
 
 def load_control(
@@ -61,6 +60,11 @@ def load_control(
     own = (key for key in checkpoint.tensors if key.startswith(found.prefix) and not key.startswith(BASE_PARTS))
     dtype = dtype or widest_dtype(checkpoint, own)
     return ControlNet.load(path, unet, "cpu", dtype, global_average_pooling)
+
+
+def base_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The precision of a base's file."""
+    return widest_dtype(checkpoint, (key for key in checkpoint.tensors if key.startswith(BASE_PARTS)))
 
 
 def widest_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:

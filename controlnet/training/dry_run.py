@@ -5,6 +5,7 @@ from controlnet.config import ControlConfig
 from controlnet.layouts import IGNORED_BESIDE_CONTROL, recognise_control
 from controlnet.model import ControlNet
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, without_weights
+from ldm.checkpoints.lora import check_loras
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import base_layout
@@ -28,6 +29,7 @@ def plan(settings: TrainSettings) -> str:
     """
     config = config_of(settings.base, settings.prediction)
     check_base(settings.base, config)
+    check_loras(settings.lora, config)
     control = check_control(settings, config) if settings.control else control_config(settings)
     size = image_size(settings.size, config)
     sources = open_sources(settings, size)

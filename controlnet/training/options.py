@@ -87,6 +87,12 @@ class TrainSettings:
     prediction: str | None = in_method(
         "what the UNet predicts, if an SD 2.x file does not say", fixed=True, choices=["eps", "v"]
     )
+    lora: list[str] = in_method(
+        "a LoRA that is merged into the locked model, and how strongly (default: 1); several are given one by one",
+        fixed=True,
+        metavar="FILE[:X]",
+        each=True,
+    )
     control: str | None = in_method("start from this ControlNet, not from a fresh copy", fixed=True, metavar="FILE")
     architecture: str = in_method(
         "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",

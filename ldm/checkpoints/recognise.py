@@ -46,9 +46,9 @@ PRETENDERS = (
     (r"^lora_controlnet$", "a Control-LoRA, which is another architecture: get a ControlNet"),
 )
 # What a file is that is not what was asked for, by a pattern in any of its keys; the first row that fits.
-LORA = "a LoRA: give the whole checkpoint that it was merged into"
+LORA = "a LoRA, which changes a base: pass it as --lora, beside the base"
 CONTROL = "a ControlNet: pass it as --control"
-TEXTUAL_INVERSION = "a textual inversion, which is no model: give the base"
+TEXTUAL_INVERSION = "a textual inversion, a word for prompts: pass it as --embedding, beside the base"
 WHOLE_FOLDER = "give the folder that holds unet/, vae/ and text_encoder/"
 DEEPER = r"input_hint_block\.|control_model\.|model\.diffusion_model\.|controlnet_cond_embedding\."
 KINDS = (
@@ -190,7 +190,7 @@ def kind(checkpoint: Checkpoint) -> str:
     if len(checkpoint.keys) <= 2 and all(
         tensor.shape[-1:] in ((768,), (1024,)) for tensor in checkpoint.tensors.values()
     ):
-        return f"a textual inversion ({keys}), which is no model: give the base"
+        return f"a textual inversion ({keys}), a word for prompts: pass it as --embedding, beside the base"
     return f"something unknown ({keys}), expected keys of the original layout or diffusers'"
 
 

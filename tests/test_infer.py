@@ -887,7 +887,7 @@ def test_numbers_are_checked_before_weights_are_read(monkeypatch):
 
 def test_too_little_memory_is_a_sentence_and_other_failures_are_not_hidden(monkeypatch, capsys):
     def fail_with(error):
-        def load(*_):
+        def load(*_, **__):
             raise error
 
         monkeypatch.setattr(StableDiffusion, "load", load)

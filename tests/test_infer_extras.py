@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import assert_same, small_sd
+from written import write_small_lora
 
 import infer
 from controlnet.common.images import save_png
@@ -16,12 +17,6 @@ from ldm import StableDiffusion
 from ldm.checkpoints.open import open_checkpoint
 from ldm.embeddings import with_embeddings
 from tools import merge
-
-MODULES = {  # by kohya's names: (O, I) or (O, I, h, w)
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v": (32, 32),
-    "lora_unet_down_blocks_0_resnets_0_conv1": (16, 16, 3, 3),
-    "lora_te_text_model_encoder_layers_0_mlp_fc2": (16, 64),
-}
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +26,10 @@ def files(tmp_path_factory):
     sd = small_sd()
     sd.config = replace(sd.config, name="tiny")
     sd.save(folder / "tiny.safetensors")
-    generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, (o, i, *kernel) in MODULES.items():
-        tensors[f"{name}.lora_down.weight"] = torch.randn(2, i, *kernel, generator=generator)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(o, 2, *[1] * len(kernel), generator=generator)
-    save_file(tensors, folder / "ink.safetensors")
-    save_file({"emb_params": torch.randn(2, 16, generator=generator)}, folder / "thing.safetensors")
+    write_small_lora(folder / "ink.safetensors")
+    save_file(
+        {"emb_params": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}, folder / "thing.safetensors"
+    )
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -49,3 +49,20 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] 
     tensors = {key: value.clone() for key, value in load_file(path).items()}
     tensors = change(tensors) or tensors
     save_file(tensors, target or path, checkpoint.metadata)
+
+
+SMALL_MODULES = {  # of small.SMALL, by kohya's names: (O, I) or (O, I, h, w)
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v": (32, 32),
+    "lora_unet_down_blocks_0_resnets_0_conv1": (16, 16, 3, 3),
+    "lora_te_text_model_encoder_layers_0_mlp_fc2": (16, 64),
+}
+
+
+def write_small_lora(path: Path) -> Path:
+    """A random LoRA of rank 2 for small.small_sd."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, (o, i, *kernel) in SMALL_MODULES.items():
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, i, *kernel, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(o, 2, *[1] * len(kernel), generator=generator)
+    save_file(tensors, path)
+    return path

@@ -45,7 +45,7 @@ def merge(args: argparse.Namespace) -> None:
     from controlnet.common.devices import PRECISIONS
     from tools.checkpoints import load_base, load_control
 
-    base = load_base(args.base).unet if args.base else None
+    base = load_base(args.base, prediction=args.prediction).unet if args.base else None
     result = load_control(args.controls[0], base)
     dtype = dtype_of(result)
     result.float()

@@ -21,6 +21,7 @@ from ldm.tokenizer import Tokenizer
 from .options import Options
 from .prompts import lora_tags, parse
 
+MAX_LORAS = 32  # an image for --again is anyone's
 WORD = "embedding:"  # before the names of those that were found by a word
 TAGGED = re.compile(r"(?<!\w)embedding:([\w-]+)", re.IGNORECASE)
 
@@ -70,6 +71,8 @@ def named_loras(options: Options) -> tuple[list[str], dict[str, Path]]:
             raise no_extra(name, LORAS, "LoRA")
         files[f"lora:{name}"] = path
         found.append(f"{path}:{strength}")
+    if len(found) > MAX_LORAS:
+        raise ValueError(f"there are {len(found)} LoRAs, expected at most {MAX_LORAS}: leave some out")
     return found, files
 
 

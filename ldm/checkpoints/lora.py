@@ -234,8 +234,8 @@ def does_not_fit(
     """The error for a change of another shape than its weight's."""
     down = tensors.get("down")
     of_prompts = re.search(r"(cross_attention\.[kv]|\.attention\.[qkv])$", module)  # as wide as the family's context
-    width = down.shape[1] if of_prompts and down is not None and len(down.shape) > 1 else None
-    if width not in (None, weight.shape[1]):
+    if of_prompts and down is not None and len(down.shape) > 1 and down.shape[1] != weight.shape[1]:
+        width = down.shape[1]
         found = "SDXL" if width == 2048 else made_for((width,))
         return CheckpointError(
             f'"{checkpoint.path}" is a LoRA for {found}, expected {made_for(tuple(weight.shape[1:2]))}: give files of '

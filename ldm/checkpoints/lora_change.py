@@ -58,7 +58,7 @@ class Change:
         """By the formula itself, on shapes alone. Raises Misshapen if it does not give the weight's shape."""
         try:
             self.compute(weight.to("meta", torch.float32), lambda factor: torch.empty(factor.shape, device="meta"))
-        except (RuntimeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+        except (RuntimeError, IndexError, KeyError, TypeError, ArithmeticError) as error:
             raise Misshapen(
                 f"it is {', '.join(f'{list(f.shape)} ({role})' for role, f in self.factors.items())}"
             ) from error

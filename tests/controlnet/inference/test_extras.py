@@ -78,6 +78,7 @@ def test_a_name_of_a_lora_is_no_word_of_the_prompt():
         (dict(prompt="<lora:ink:inf>"), "has no finite strength"),
         (dict(negative="<lora:ink:1>"), "the negative prompt names a LoRA, which acts on the whole image"),
         (dict(prompt="<lora:tiny:1>"), "is not a LoRA: it is a diffusion model"),
+        (dict(prompt="<lora:ink:1>" * 33), "there are 33 LoRAs, expected at most 32"),
         (dict(lora=["chalk:1"]), 'there is no LoRA "chalk"'),
         (
             dict(prompt="embedding:chalk"),

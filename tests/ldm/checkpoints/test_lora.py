@@ -339,6 +339,7 @@ WRONG = [
     (proj_in(down=(2, 32), up=(32, 2), alpha=(2,)), "its alpha has 2 numbers"),
     (proj_in(down=(2, 32), up=(32, 2), dora_scale=(5,)), "does not fit its weight"),
     (proj_in(down=(2, 32), up=(32, 2), mid=(2, 2)), "does not fit its weight"),
+    ({"lora_unet_conv_norm_out.alpha": ()}, "change of decoder.norm_out does not fit its weight of [16], it has alpha"),
     (proj_in(lokr_w1=(4, 4)), "does not fit its weight"),
     (proj_in(lokr_w1=(4, 4), lokr_w2=(9, 8)), "it makes [36, 32]"),
     (

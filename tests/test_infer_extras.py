@@ -128,6 +128,9 @@ def test_a_base_is_merged_in_fp32_and_keeps_its_type(weights, capsys):
     merged = open_checkpoint("merged.safetensors")
     assert {tensor.dtype for tensor in merged.tensors.values()} == {torch.float16}
     assert_same(StableDiffusion.load("merged.safetensors", dtype=torch.float16), want.half())
+    assert merge.main(["--base", "tiny", "--lora", "ink", "--dtype", "fp16", "--out", "other.safetensors"]) == 0
+    want = StableDiffusion.load("tiny", loras=["ink"]).half()
+    assert_same(StableDiffusion.load("other.safetensors", dtype=torch.float16), want)
     capsys.readouterr()
     for arguments in (["--lora", "ink"], ["a", "--base", half, "--lora", "ink"]):
         assert merge.main([*arguments, "--out", "b.safetensors"]) == 2

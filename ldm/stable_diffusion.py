@@ -5,6 +5,7 @@ Shapes: B batch, H W pixels, h = H/8, w = W/8, D context width.
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.diffusers import save_pipeline
 from ldm.checkpoints.key_maps import KeyMap, Layout, base_maps
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, load_parts, without_weights
+from ldm.checkpoints.lora import merge_loras, read_loras
 from ldm.checkpoints.open import Checkpoint
 from ldm.checkpoints.recognise import maps_in, open_base
 from ldm.checkpoints.save import gather, save_checkpoint
@@ -34,6 +36,7 @@ class StableDiffusion(nn.Module):
         self.unet = UNet(config.unet)
         self.vae = AutoencoderKL(config.vae)
         self.text_encoder = TextEncoder(config.text)
+        self.loras: tuple[str, ...] = ()  # the names of those that were merged into the weights
         self.tokenizer = Tokenizer(config.text)
         # Its tables are no parameters: they stay on the CPU when the model is built elsewhere, as `load` does.
         with torch.device("cpu"):
@@ -49,20 +52,27 @@ class StableDiffusion(nn.Module):
         ema: bool = False,
         zero_snr: bool = False,
         vae: str | Path | None = None,
+        loras: Sequence[str] = (),
     ) -> "StableDiffusion":
         """A trained model from a file or folder in any published layout, or from `weights/` by its preset's name.
 
         It is locked: in eval mode and without gradients for its parameters (call `requires_grad_` to train them).
         `prediction` says what the UNet predicts where the file does not: see recognise.py. `ema` takes the UNet's
         moving average, where a file has both. `zero_snr` adds zero terminal SNR, for bases that were trained with it
-        and do not say so; `vae` is a file or folder with another autoencoder. A file of a base with its ControlNet
-        serves as that base.
+        and do not say so; `vae` is a file or folder with another autoencoder. `loras` are merged into the weights:
+        files or names in weights/, each perhaps with a strength ("ink.safetensors:0.8"). A file of a base with its
+        ControlNet serves as that base.
         Raises CheckpointError if there is no such file or it cannot be used.
         """
         base = open_base(path_or_preset, prediction, zero_snr, vae)
         base.warn()
         checkpoint = base.checkpoint.with_ema() if ema else base.checkpoint
-        return cls.from_checkpoint(checkpoint, base.config, device, dtype)
+        model = cls.from_checkpoint(checkpoint, base.config, device, dtype)
+        if loras:
+            found = read_loras(loras, model.unet, model.text_encoder)
+            merge_loras(found)
+            model.loras = tuple(lora.path.stem for lora in found)
+        return model
 
     @classmethod
     def from_checkpoint(

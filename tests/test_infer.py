@@ -155,6 +155,8 @@ def test_the_image_carries_everything_used(weights):
         "prediction": None,
         "zero_snr": False,
         "vae": None,
+        "lora": [],
+        "embedding": [],
         "clip_skip": 1,
         "long_prompts": False,
         "steps": 2,
@@ -490,7 +492,7 @@ def test_a_prompt_that_is_no_unicode_is_kept_and_read_again(place):
 
 def test_an_image_from_before_an_option_and_its_name_is_made_again(everything):
     settings = settings_of("first-2.png")
-    for name in ("batch_size", "compile", "fit", "mask_blur", "only_masked", "vae", "zero_snr"):
+    for name in ("batch_size", "compile", "embedding", "fit", "lora", "mask_blur", "only_masked", "vae", "zero_snr"):
         del settings[name]
     settings["dtype"] = settings.pop("precision")
     save_png(photograph((8, 8)), "old.png", {"controlnet": json.dumps(settings)})
@@ -615,10 +617,10 @@ def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
     assert infer.main(["--again", "theirs.png", "--device", "cpu", "--out", "a.png"]) == 0
     said = capsys.readouterr().err
     assert "is not by infer.py, whose noise is another: the image will be similar at most" in said
-    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA" in said
+    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA ink" in said
     settings = settings_of("a.png")
     assert settings["base"] == str(weights / "tiny.safetensors")
-    assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird, <lora:ink:0.8>", "blurry")
+    assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird,", "blurry")
     assert [settings[name] for name in ("steps", "sampler", "cfg", "seed", "size")] == [3, "dpm++", 4.5, 9, "96x64"]
 
 

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import SMALLEST, small_control
 from small import small_sd as sd_of
+from written import write_small_lora
 
 import train
 from controlnet.hints import detect as detector
@@ -158,6 +159,23 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
 
     written = json.loads((tmp_path / "settings.json").read_text())
     assert written["settings"]["batch_size"] == 2 and written["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
+    lora = f"{write_small_lora(tmp_path / 'ink.safetensors', SMALLEST)}:0.5"
+    StableDiffusion.load(base, loras=[lora]).save(tmp_path / "merged.safetensors")
+    assert run(base, tmp_path / "a", "--lora", lora, "--steps", "1") == 0
+    assert f" --base {base} --lora {lora} --hint " in capsys.readouterr().out.splitlines()[-1]
+    assert run(tmp_path / "merged.safetensors", tmp_path / "b", "--steps", "1") == 0
+    assert_equal(control_of(tmp_path / "a"), control_of(tmp_path / "b"))
+    assert json.loads((tmp_path / "a" / "settings.json").read_text())["settings"]["lora"] == [lora]
+    capsys.readouterr()
+    for words, said in [
+        (["--resume", "--out", str(tmp_path / "a"), "--lora", f"{lora}5"], "was started with --lora"),
+        ([*options(base, tmp_path / "c"), "--lora", "chalk", "--dry-run"], 'there is no LoRA "chalk"'),
+    ]:
+        assert train.main([*words, "--steps", "2", "--device", "cpu"]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option, status", [("--help", 0), ("--stepz", 2)])

@@ -35,8 +35,7 @@ def load_base(path_or_preset: str, dtype: torch.dtype | None = None, ema: bool =
     """
     note(f"reading {path_or_preset} ...")
     checkpoint = open_base(path_or_preset, **arguments).checkpoint
-    dtype = dtype or widest_dtype(checkpoint, (key for key in checkpoint.tensors if key.startswith(BASE_PARTS)))
-    return StableDiffusion.load(path_or_preset, dtype=dtype, ema=ema, **arguments)
+    return StableDiffusion.load(path_or_preset, dtype=dtype or base_dtype(checkpoint), ema=ema, **arguments)
 
 
 def find_model(name: str) -> tuple[Path, Config | None]:
@@ -72,6 +71,11 @@ def load_control(
     own = (key for key in checkpoint.tensors if key.startswith(found.prefix) and not key.startswith(BASE_PARTS))
     dtype = dtype or widest_dtype(checkpoint, own)
     return ControlNet.load(path, unet, "cpu", dtype, global_average_pooling)
+
+
+def base_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The precision of a base's file."""
+    return widest_dtype(checkpoint, (key for key in checkpoint.tensors if key.startswith(BASE_PARTS)))
 
 
 def widest_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:

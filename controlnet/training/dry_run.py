@@ -10,6 +10,7 @@ from controlnet.config import ControlConfig
 from controlnet.layouts import IGNORED_BESIDE_CONTROL, check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
+from ldm.checkpoints.lora import check_loras
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.recognise import BaseFile
 from ldm.config import Config
@@ -32,6 +33,7 @@ def plan(settings: TrainSettings) -> str:
     config = config_of(settings)
     if base := open_base_of(settings):
         check_base(base)
+    check_loras(settings.lora, config)
     control = check_control(settings, config) if settings.control else control_config(settings)
     size = image_size(settings.size, config)
     sources = open_sources(settings, size)

@@ -99,6 +99,12 @@ class TrainSettings:
     vae: str | None = in_method(
         "another autoencoder, or one for a base without: the file or folder of a VAE", fixed=True, metavar="FILE"
     )
+    lora: list[str] = in_method(
+        "a LoRA that is merged into the locked model, and how strongly (default: 1); several are given one by one",
+        fixed=True,
+        metavar="FILE[:X]",
+        each=True,
+    )
     control: str | None = in_method("start from this ControlNet, not from a fresh copy", fixed=True, metavar="FILE")
     architecture: str = in_method(
         "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",

@@ -133,9 +133,18 @@ class LeftoverDict:
         return OrderedDict()
 
 
+class LeftoverParameters(dict):
+    """The first textual inversions keep their vectors in a module: its parameters, as a dictionary."""
+
+    def __setstate__(self, state):
+        self.update(state.get("_parameters") or {})
+
+
 def stand_in(name: str) -> type:
     """An empty class under the name of another."""
     module, _, last = name.rpartition(".")
+    if last == "ParameterDict":
+        return type(last, (LeftoverParameters,), {"__module__": module})
     base = LeftoverDict if last in ("defaultdict", "AttributeDict") else Leftover
     return type(last, (base,), {"__module__": module})
 

@@ -91,7 +91,12 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
         return 128 + (signals.received or signal.SIGTERM)
     if process.is_main:
         print(f"the ControlNet is {training.run.control}: try it with")
-        base, hint = (training.run.base if settings.sd_unlocked else settings.base), EXAMPLE_OF.get(settings.data)
+        base, hint = settings.base, EXAMPLE_OF.get(settings.data)
+        if settings.sd_unlocked:
+            base = training.run.base
+        else:
+            base += "".join(f" --lora {lora}" for lora in settings.lora)
+            base += f" --vae {settings.vae}" if settings.vae else ""
         print(f"python infer.py --base {base} --hint {hint or 'HINT.png'} --control {training.run.control}")
     return 0
 
@@ -103,8 +108,9 @@ class Training:
         self.settings, self.process, self.run, self.writer = settings, process, RunFolder(settings.out), Writer()
         torch.manual_seed(settings.seed)
 
-        # Load the base, in fp32, and copy its encoder: the trainable copy stays in fp32.
-        self.sd = StableDiffusion.load(settings.base, prediction=settings.prediction)
+        # Load the base, in fp32, with its LoRAs merged, and copy its encoder: the trainable copy stays in fp32.
+        described = dict(prediction=settings.prediction, zero_snr=settings.zero_snr, vae=settings.vae)
+        self.sd = StableDiffusion.load(settings.base, **described, loras=settings.lora)
         self.unet_fingerprint = ends_of_weights(self.sd.unet)
         self.control = new_control(self.sd.unet, settings, self.run).to(process.device)
 

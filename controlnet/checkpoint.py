@@ -14,9 +14,11 @@ from ldm import StableDiffusion
 from ldm.checkpoints import published
 from ldm.checkpoints.diffusers import WEIGHTS_NAME, write_json
 from ldm.checkpoints.files import new_folder
+from ldm.checkpoints.folders import is_model
 from ldm.checkpoints.key_maps import Layout, unet_map
 from ldm.checkpoints.load import load_parts, without_weights
-from ldm.checkpoints.open import Checkpoint, open_checkpoint, where_to_find
+from ldm.checkpoints.open import Checkpoint, open_checkpoint
+from ldm.checkpoints.paths import as_path, where_to_find
 from ldm.checkpoints.save import gather, save_checkpoint
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, UNetConfig
@@ -25,6 +27,7 @@ from ldm.unet import UNet
 from .config import ControlConfig
 from .layouts import (
     IGNORED_BESIDE_CONTROL,
+    check_family,
     control_map,
     control_values,
     diffusers_control_map,
@@ -58,6 +61,7 @@ class ControlCheckpoint:
         unet = base if isinstance(base, UNet) else base.unet
         checkpoint = open_checkpoint(find_control(path_or_name, unet.config))
         found = recognise_control(checkpoint, global_average_pooling)
+        check_family(checkpoint, found, unet.config)
         with without_weights():
             control = cls(UNet(unet.config), found.config)
         like = next(unet.parameters())
@@ -169,17 +173,26 @@ def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
     Short names are those of `TINY_CONTROLS`, "fill50k" for tiny-fill50k.safetensors, and "canny" for
     control_v11p_sd15_canny.pth. Raises CheckpointError if there is none.
     """
-    path, name, weights = Path(path_or_name), str(path_or_name), published.WEIGHTS
+    path, name, weights = as_path(path_or_name), str(path_or_name), published.WEIGHTS
     files = [path, weights / name, *(weights / f"{name}{suffix}" for suffix in (".safetensors", ".pth"))]
-    for preset in (preset.name for preset in PRESETS.values() if preset.unet == unet):
-        if preset == "tiny":
-            files.append(weights / f"{TINY_CONTROLS.get(name, f'tiny-{name}')}.safetensors")
-        for family in (preset, f"{preset}s2"):  # s2: for clip skip 2
-            files += sorted(weights.glob(f"control_*{family}_{glob.escape(path.name)}.*"))
+    files += [file for preset in PRESETS.values() if preset.unet == unet for file in short_named(name, preset.name)]
     for file in files:
-        # No other folder that has the name by chance: one of a ControlNet, or of a pipeline, which may hold one.
-        if file.is_file() or any((file / config).is_file() for config in ("config.json", "model_index.json")):
+        if file.is_file() or (file.is_dir() and is_model(file)):  # no other folder that has the name by chance
             return file
     if path.exists():
         return path
-    raise CheckpointError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: {where_to_find(path)}')
+    advice = where_to_find(path)
+    for preset in PRESETS:
+        for file in short_named(name, preset):
+            advice = f"{file.name} is for another base, so say --base {preset}"
+    raise CheckpointError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: {advice}')
+
+
+def short_named(name: str, preset: str) -> list[Path]:
+    """The ControlNets in `weights/` for a base that have this short name."""
+    weights, found = published.WEIGHTS, []
+    if preset == "tiny":
+        found = [weights / f"{TINY_CONTROLS.get(name, f'tiny-{name}')}.safetensors"]
+    for family in (preset, f"{preset}s2"):  # s2: for clip skip 2
+        found += sorted(weights.glob(f"control_*{family}_{glob.escape(Path(name).name)}.*"))
+    return [file for file in found if file.is_file()]

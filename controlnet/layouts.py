@@ -15,11 +15,12 @@ from ldm.checkpoints.key_maps import (
     encoder_length,
     encoder_rows,
 )
-from ldm.checkpoints.load import BASE_PARTS
+from ldm.checkpoints.kinds import kind, pretender, use_as_base
+from ldm.checkpoints.load import BASE_PARTS, FAMILIES
 from ldm.checkpoints.open import Checkpoint
-from ldm.checkpoints.recognise import described_config, description_errors, identify, kind, pretender
+from ldm.checkpoints.recognise import described_config, description_errors, identify
 from ldm.checkpoints.stored import CheckpointError
-from ldm.config import UNetConfig, dataclass_from_dict
+from ldm.config import PRESETS, UNetConfig, dataclass_from_dict
 
 from .config import ControlConfig
 
@@ -101,7 +102,9 @@ class ControlFile:
     def key_map(self, unet: UNetConfig) -> KeyMap:
         """`unet` is that of the base."""
         make = control_map if self.layout == "ldm" else diffusers_control_map
-        return make(unet, self.config, self.prefix)
+        key_map = make(unet, self.config, self.prefix)
+        # Where the copy is equal to the base, some programs leave the difference out.
+        return replace(key_map, sparse=("encoder.",)) if self.difference else key_map
 
 
 # (layout, what all keys begin with, what then the hint encoder's); some programs drop "control_model."
@@ -143,7 +146,26 @@ def what_else(checkpoint: Checkpoint) -> str:
         identify(checkpoint)
     except CheckpointError:
         return kind(checkpoint)
-    return "a base model without one: pass it as --base"
+    return use_as_base(checkpoint) or "a base model without one: pass it as --base"
+
+
+def check_family(checkpoint: Checkpoint, found: ControlFile, unet: UNetConfig) -> None:
+    """Raises CheckpointError for a ControlNet of another family than a base with this UNet."""
+    widths = context_widths(checkpoint, found.prefix)
+    if not widths or widths[0] in ((), (unet.context_width,)):
+        return
+    (width,) = widths[0]
+    bases = {preset.unet.context_width: name for name, preset in reversed(PRESETS.items())}
+    names = {**bases, **FAMILIES}
+    family, own = (names.get(w, f"a base with a context of width {w}") for w in (width, unet.context_width))
+    advice = f"give --base {bases[width]}, or another of its family" if width in bases else "give its own as --base"
+    raise CheckpointError(f'"{checkpoint.path}" is a ControlNet for {family}, and your base is {own}: {advice}')
+
+
+def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[tuple[int, ...]]:
+    """The last side of what is multiplied with the prompt's context; () for what is no matrix at all."""
+    keys = (key for key in checkpoint.tensors if key.startswith(prefix) and key.endswith("attn2.to_k.weight"))
+    return [checkpoint.shape(key)[-1:] for key in keys]
 
 
 def control_by_shape(checkpoint: Checkpoint, layout: Layout, start: str) -> ControlConfig:

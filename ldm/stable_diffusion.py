@@ -5,6 +5,7 @@ Shapes: B batch, H W pixels, h = H/8, w = W/8, D context width.
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from ldm.checkpoints.diffusers import save_pipeline
 from ldm.checkpoints.key_maps import KeyMap, Layout, base_maps
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, load_parts, without_weights
-from ldm.checkpoints.open import Checkpoint, open_checkpoint
-from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import base_layout, described_base, recognise
+from ldm.checkpoints.lora import merge_loras, read_loras
+from ldm.checkpoints.open import Checkpoint
+from ldm.checkpoints.recognise import maps_in, open_base
 from ldm.checkpoints.save import gather, save_checkpoint
 
 from .config import Config
@@ -35,6 +36,7 @@ class StableDiffusion(nn.Module):
         self.unet = UNet(config.unet)
         self.vae = AutoencoderKL(config.vae)
         self.text_encoder = TextEncoder(config.text)
+        self.loras: tuple[str, ...] = ()  # the names of those that were merged into the weights
         self.tokenizer = Tokenizer(config.text)
         # Its tables are no parameters: they stay on the CPU when the model is built elsewhere, as `load` does.
         with torch.device("cpu"):
@@ -48,20 +50,29 @@ class StableDiffusion(nn.Module):
         dtype: torch.dtype = torch.float32,
         prediction: str | None = None,
         ema: bool = False,
+        zero_snr: bool = False,
+        vae: str | Path | None = None,
+        loras: Sequence[str] = (),
     ) -> "StableDiffusion":
         """A trained model from a file or folder in any published layout, or from `weights/` by its preset's name.
 
         It is locked: in eval mode and without gradients for its parameters (call `requires_grad_` to train them).
         `prediction` says what the UNet predicts where the file does not: see recognise.py. `ema` takes the UNet's
-        moving average, where a file has both. A file of a base with its ControlNet serves as that base.
+        moving average, where a file has both. `zero_snr` adds zero terminal SNR, for bases that were trained with it
+        and do not say so; `vae` is a file or folder with another autoencoder. `loras` are merged into the weights:
+        files or names in weights/, each perhaps with a strength ("ink.safetensors:0.8"). A file of a base with its
+        ControlNet serves as that base.
         Raises CheckpointError if there is no such file or it cannot be used.
         """
-        path, preset = find(path_or_preset)
-        checkpoint = open_checkpoint(path)
-        if prediction is None and preset is not None and described_base(checkpoint) is None:
-            prediction = preset.schedule.prediction
-        config = recognise(checkpoint, prediction).config
-        return cls.from_checkpoint(checkpoint.with_ema() if ema else checkpoint, config, device, dtype)
+        base = open_base(path_or_preset, prediction, zero_snr, vae)
+        base.warn()
+        checkpoint = base.checkpoint.with_ema() if ema else base.checkpoint
+        model = cls.from_checkpoint(checkpoint, base.config, device, dtype)
+        if loras:
+            found = read_loras(loras, model.unet, model.text_encoder)
+            merge_loras(found)
+            model.loras = tuple(lora.path.stem for lora in found)
+        return model
 
     @classmethod
     def from_checkpoint(
@@ -74,7 +85,7 @@ class StableDiffusion(nn.Module):
         """`load` for a file that is open and whose architecture is known. Raises CheckpointError if it does not fit."""
         with without_weights():
             model = cls(config)
-        load_parts(checkpoint, model.parts(base_layout(checkpoint)), IGNORED_BESIDE_BASE, dtype, device)
+        load_parts(checkpoint, model.parts_in(checkpoint), IGNORED_BESIDE_BASE, dtype, device)
         return model.eval().requires_grad_(False)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None, layout: Layout = "ldm") -> None:
@@ -95,6 +106,10 @@ class StableDiffusion(nn.Module):
     def parts(self, layout: Layout = "ldm") -> list[tuple[nn.Module, KeyMap]]:
         """What a checkpoint consists of."""
         return list(zip((self.unet, self.vae, self.text_encoder), base_maps(self.config, layout), strict=True))
+
+    def parts_in(self, checkpoint: Checkpoint) -> list[tuple[nn.Module, KeyMap]]:
+        """What it consists of, with the places that this checkpoint of a base has for it."""
+        return list(zip((self.unet, self.vae, self.text_encoder), maps_in(checkpoint, self.config), strict=True))
 
     def with_parts(self, **networks: nn.Module) -> "StableDiffusion":
         """The same with other networks under these names (unet, vae, text_encoder); everything else is shared."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small import SMALL, small_control, small_sd
 
 import infer
@@ -35,7 +36,7 @@ from controlnet.inference.run import prepare
 from controlnet.model import ControlNet
 from controlnet.worlds.fill50k import draw_circle
 from ldm import StableDiffusion
-from ldm.config import PRESETS, SD15
+from ldm.config import PRESETS, SD15, ScheduleConfig
 from ldm.fast.packed import pack
 from ldm.samplers import SAMPLERS
 from ldm.unet import UNet
@@ -152,6 +153,10 @@ def test_the_image_carries_everything_used(weights):
         "only_masked": None,
         "base": "tiny",
         "prediction": None,
+        "zero_snr": False,
+        "vae": None,
+        "lora": [],
+        "embedding": [],
         "clip_skip": 1,
         "long_prompts": False,
         "steps": 2,
@@ -487,12 +492,43 @@ def test_a_prompt_that_is_no_unicode_is_kept_and_read_again(place):
 
 def test_an_image_from_before_an_option_and_its_name_is_made_again(everything):
     settings = settings_of("first-2.png")
-    for name in ("batch_size", "compile", "fit", "mask_blur", "only_masked"):
+    for name in ("batch_size", "compile", "embedding", "fit", "lora", "mask_blur", "only_masked", "vae", "zero_snr"):
         del settings[name]
     settings["dtype"] = settings.pop("precision")
     save_png(photograph((8, 8)), "old.png", {"controlnet": json.dumps(settings)})
     assert infer.main(["--again", "old.png", "--out", "again.png"]) == 0
     assert np.array_equal(pixels_of("again.png"), pixels_of("first-2.png"))
+
+
+def test_another_autoencoder_is_recorded_and_taken_again(weights, place, capsys):
+    tensors = load_file(weights / "tiny.safetensors")
+    vae = {key: tensors.pop(key) for key in list(tensors) if key.startswith("first_stage_model.")}
+    save_file(tensors, place / "without.safetensors", {"config": json.dumps(SMALL.to_dict())})
+    vae["first_stage_model.decoder.conv_out.bias"] += 0.5
+    save_file(vae, place / "vae.safetensors")
+    assert run("--base", "without.safetensors") == 2
+    assert "it has no autoencoder" in (said := capsys.readouterr().err) and "give one with --vae FILE" in said
+    assert run("--out", "own.png") == run("--vae", "vae.safetensors", "--out", "other.png") == 0
+    assert run("--base", "without.safetensors", "--vae", "vae.safetensors", "--out", "first-2.png") == 0
+    assert settings_of("first-2.png")["files"]["vae.safetensors"] == fingerprint(place / "vae.safetensors")
+    assert again("--out", "again.png") == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("other.png"))
+    assert not np.array_equal(pixels_of("again.png"), pixels_of("own.png"))
+
+
+def test_zero_terminal_snr_is_said_for_a_base_that_does_not_tell(place, capsys):
+    """As if its file told."""
+    for name, schedule in {"mute": ScheduleConfig("v"), "eps": ScheduleConfig("eps"), "tells": SMALL.schedule}.items():
+        sd = small_sd()
+        sd.config = replace(sd.config, schedule=schedule)
+        sd.save(place / f"{name}.safetensors")
+    assert run("--base", "mute.safetensors", "--zero-snr", "--out", "first-2.png") == 0
+    assert run("--base", "tells.safetensors", "--out", "told.png") == 0
+    assert run("--base", "mute.safetensors", "--out", "untold.png") == again("--out", "again.png") == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("told.png"))
+    assert not np.array_equal(pixels_of("again.png"), pixels_of("untold.png"))
+    assert run("--base", "eps.safetensors", "--zero-snr") == 2
+    assert "leave out --zero-snr, or say --prediction v if it does" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- again: which files
@@ -581,10 +617,10 @@ def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
     assert infer.main(["--again", "theirs.png", "--device", "cpu", "--out", "a.png"]) == 0
     said = capsys.readouterr().err
     assert "is not by infer.py, whose noise is another: the image will be similar at most" in said
-    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA" in said
+    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA ink" in said
     settings = settings_of("a.png")
     assert settings["base"] == str(weights / "tiny.safetensors")
-    assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird, <lora:ink:0.8>", "blurry")
+    assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird,", "blurry")
     assert [settings[name] for name in ("steps", "sampler", "cfg", "seed", "size")] == [3, "dpm++", 4.5, 9, "96x64"]
 
 
@@ -808,7 +844,10 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--hint text.png", '"text.png" is not readable as an image'),
         ("--hint circle.png --control none", 'there is no ControlNet "none", neither as a file nor in '),
         ("--hint circle.png --control tiny", '"{weights}/tiny.safetensors" holds no ControlNet: it is a base model'),
-        ("--hint circle.png --control sd15.safetensors", '"sd15.safetensors" does not fit, '),
+        (
+            "--hint circle.png --control sd15.safetensors",
+            '"sd15.safetensors" is a ControlNet for SD 1.x, and your base is',
+        ),
         ("--control tiny-fill50k", "there are 0 --hint and 1 --control, expected one --control for each --hint"),
         ("--base {weights}/other.safetensors --hint circle.png", 'there is no --control for the hint "circle.png", '),
         (
@@ -935,7 +974,7 @@ def test_options_that_make_no_sense_are_refused_by_the_parser(place, capsys, opt
 
 
 def test_numbers_are_checked_before_weights_are_read(monkeypatch):
-    monkeypatch.setattr(StableDiffusion, "load", lambda *_: pytest.fail("the weights are read"))
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("the weights are read"))
     for options in (
         "--steps 0",
         "--sampler euler",
@@ -955,7 +994,7 @@ def test_numbers_are_checked_before_weights_are_read(monkeypatch):
 
 def test_too_little_memory_is_a_sentence_and_other_failures_are_not_hidden(monkeypatch, capsys):
     def fail_with(error):
-        def load(*_):
+        def load(*_, **__):
             raise error
 
         monkeypatch.setattr(StableDiffusion, "load", load)
@@ -1015,13 +1054,13 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch,
 def test_loading_is_said_if_it_takes_long(monkeypatch, capsys):
     monkeypatch.setattr("infer.said_if_slow", partial(said_if_slow, seconds=0.01))
     load = StableDiffusion.load
-    monkeypatch.setattr(StableDiffusion, "load", lambda *given: time.sleep(0.2) or load(*given))
+    monkeypatch.setattr(StableDiffusion, "load", lambda *given, **named: time.sleep(0.2) or load(*given, **named))
     assert run("--base", "tiny") == 0
     assert notes(capsys.readouterr()) == ["loading tiny ..."]
 
 
 def test_a_stop_is_a_sentence(monkeypatch, capsys):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(StableDiffusion, "load", stop)

@@ -7,17 +7,23 @@ installed.
 
 import os
 import re
+from copy import deepcopy
 
 import pytest
 import torch
 from reference import MINI_SD1, MINI_SD2, fill, filled_checkpoint, load_manifest
+from safetensors.torch import load_file, save_file
 from small import small_control, small_sd
 
 from controlnet.config import ControlConfig
 from controlnet.guidance import Control, guided
+from controlnet.inference.prompts import encode_prompts
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
+from ldm.checkpoints.lora import merge_loras, read_loras
 from ldm.checkpoints.open import open_checkpoint
+from ldm.checkpoints.textual_inversion import read_embedding
+from ldm.embeddings import with_embeddings
 from ldm.samplers import ddim_timesteps, sample_loop
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded: a missing file must fail here
@@ -174,8 +180,6 @@ def test_diffusers_converts_the_text_encoder_of_the_original_layout(pair, tmp_pa
     from diffusers.loaders import single_file_utils as converters
 
     pair.sd.save(tmp_path / "base.safetensors")
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "base.safetensors")
     if pair.sd.config.text.family == "clip":
         found = converters.convert_ldm_clip_checkpoint(tensors)
@@ -237,6 +241,20 @@ def test_we_read_what_diffusers_saves(pair, tmp_path, arguments, file):
     assert_same(ControlNet.load(tmp_path, sd.unet), pair.control)
 
 
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_an_autoencoder_alone_that_diffusers_saves(pair, tmp_path, safe):
+    torch.manual_seed(3)
+    theirs = diffusers.AutoencoderKL.from_config(pair.theirs.vae.config).eval()
+    theirs.save_pretrained(tmp_path / "vae", safe_serialization=safe)
+    (file,) = (path for path in (tmp_path / "vae").iterdir() if path.suffix != ".json")
+    latents = torch.randn(1, 4, 4, 4)
+    for vae in (tmp_path / "vae", file):
+        sd = StableDiffusion.load(pair.folder, vae=vae)
+        with torch.no_grad():
+            assert relative(sd.decode(latents), theirs.decode(latents / sd.config.vae.scale).sample) < 2e-5
+    assert_same(sd.unet, pair.sd.unet)
+
+
 def test_there_and_back_is_bit_identical(pair, tmp_path):
     """Original layout -> ours -> diffusers -> ours -> original layout."""
     sd = StableDiffusion.load(pair.folder)
@@ -267,3 +285,94 @@ def test_the_small_family_is_described_too(tmp_path):
         ids = pipeline.tokenizer(PROMPTS[:1], padding="max_length", return_tensors="pt").input_ids
         assert torch.equal(ids, sd.tokenizer(PROMPTS[:1]))
     assert relative(sd.schedule.alphas_cumprod, pipeline.scheduler.alphas_cumprod) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRAs
+
+LORA_MODULES = {  # of both miniatures: where kohya's name has a block, and ours
+    "lora_unet_down_blocks_0_attentions_0_": (
+        "encoder.blocks.1.transformer.",
+        {"transformer_blocks_0_attn1_to_q": "block.self_attention.q", "proj_out": "proj_out"},
+    ),
+    "lora_unet_up_blocks_1_attentions_2_": (
+        "decoder.blocks.5.transformer.",
+        {
+            "transformer_blocks_0_attn2_to_k": "block.cross_attention.k",
+            "transformer_blocks_0_ff_net_0_proj": "block.feed_forward.expand",
+        },
+    ),
+    "lora_unet_": (
+        "",
+        {
+            "mid_block_resnets_1_conv2": "encoder.middle.res2.conv2",
+            "up_blocks_0_upsamplers_0_conv": "decoder.blocks.2.upsample.conv",
+            "down_blocks_1_resnets_0_time_emb_proj": "encoder.blocks.4.res.time",
+        },
+    ),
+    # Of kohya's text encoders diffusers 0.42.1 loses the attention where transformers 5 is installed.
+    "lora_te_text_model_encoder_layers_": ("blocks.", {"0_mlp_fc1": "0.mlp.expand", "1_mlp_fc2": "1.mlp.contract"}),
+}
+
+
+def random_lora(sd, path, rank=4):
+    """In kohya's spelling, with one alpha for all: diffusers 0.42.1 loses some of alphas that differ."""
+    tensors = {}
+    names = {a + c: b + d for a, (b, rows) in LORA_MODULES.items() for c, d in rows.items()}
+    for i, (name, ours) in enumerate(names.items()):
+        network = sd.text_encoder if name.startswith("lora_te") else sd.unet
+        o, inputs, *kernel = network.get_submodule(ours).weight.shape
+        tensors[f"{name}.lora_down.weight"] = 0.3 * noise(rank, inputs, *kernel, seed=2 * i)
+        tensors[f"{name}.lora_up.weight"] = 0.3 * noise(o, rank, *[1] * len(kernel), seed=2 * i + 1)
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path)
+    return path
+
+
+def with_lora(sd, file, strength):
+    changed = deepcopy(sd)
+    merge_loras(read_loras([f"{file}:{strength}"], changed.unet, changed.text_encoder))
+    return changed
+
+
+@torch.no_grad()
+def test_a_lora_is_what_diffusers_makes_of_it_and_what_it_saves_is_the_same(pair, tmp_path):
+    peft = pytest.importorskip("peft", reason=REASON)
+    file, theirs = random_lora(pair.sd, tmp_path / "lora.safetensors"), pair.theirs
+    ours = with_lora(pair.sd, file, 0.7)
+    theirs.load_lora_weights(file, adapter_name="lora")
+    theirs.set_adapters("lora", 0.7)
+    parts = {}
+    for name in ("unet", "text_encoder"):
+        network = getattr(theirs, name)
+        parts[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(network, adapter_name="lora")
+        parts[f"{name}_lora_adapter_metadata"] = network.peft_config["lora"].to_dict()
+    theirs.save_lora_weights(tmp_path, **parts)
+    again = with_lora(pair.sd, tmp_path / "pytorch_lora_weights.safetensors", 0.7)
+
+    x, t, context, _ = network_inputs(pair.sd)
+    ids = pair.sd.tokenizer(PROMPTS)
+    outputs = theirs.unet(x, t, context).sample, theirs.text_encoder(ids)[0]
+    theirs.unload_lora_weights()
+    for sd in (ours, again):
+        assert relative(sd.unet(x, t, context), outputs[0]) < 2e-5
+        assert relative(sd.text_encoder(ids), outputs[1]) < 2e-5
+    assert relative(pair.sd.unet(x, t, context), outputs[0]) > 1e-3  # it had an effect
+    assert relative(pair.sd.text_encoder(ids), outputs[1]) > 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------- embeddings
+
+
+@torch.no_grad()
+def test_an_embedding_is_what_diffusers_makes_of_it(pair, tmp_path):
+    """Of several vectors, in the middle of a prompt. Diffusers takes only names that no token is part of."""
+    vectors = 0.02 * noise(3, pair.sd.config.text.width)
+    torch.save({"string_to_param": {"*": vectors}, "name": "x"}, tmp_path / "qzcalm.pt")
+    theirs = deepcopy(pair.theirs.text_encoder)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pair.folder, text_encoder=theirs)
+    pipeline.load_textual_inversion(tmp_path / "qzcalm.pt", token="qzcalm")
+    sd = with_embeddings(pair.sd, {"qzcalm": read_embedding(tmp_path / "qzcalm.pt", vectors.shape[1])})
+    prompts = ["a red qzcalm circle", "qzcalm"]
+    expected = [pipeline.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in prompts]
+    assert relative(encode_prompts(sd, prompts), torch.cat(expected)) < 2e-5
+    assert relative(pair.sd.encode_text(prompts), torch.cat(expected)) > 1e-3

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import SMALLEST, small_control
 from small import small_sd as sd_of
+from written import write_small_lora
 
 import train
 from controlnet.hints import detect as detector
@@ -34,10 +35,11 @@ from controlnet.training import options as train_options
 from controlnet.training.folders import list_folder
 from controlnet.training.interruptions import Signals
 from controlnet.training.lock import locked
-from controlnet.training.resolve import resolve
+from controlnet.training.resolve import config_of, resolve
 from controlnet.training.sources import FolderSource, Transform, split
 from controlnet.training.validation import ValidationLoss
 from ldm import StableDiffusion
+from ldm.config import ScheduleConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,6 +159,23 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
 
     written = json.loads((tmp_path / "settings.json").read_text())
     assert written["settings"]["batch_size"] == 2 and written["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
+    lora = f"{write_small_lora(tmp_path / 'ink.safetensors', SMALLEST)}:0.5"
+    StableDiffusion.load(base, loras=[lora]).save(tmp_path / "merged.safetensors")
+    assert run(base, tmp_path / "a", "--lora", lora, "--steps", "1") == 0
+    assert f" --base {base} --lora {lora} --hint " in capsys.readouterr().out.splitlines()[-1]
+    assert run(tmp_path / "merged.safetensors", tmp_path / "b", "--steps", "1") == 0
+    assert_equal(control_of(tmp_path / "a"), control_of(tmp_path / "b"))
+    assert json.loads((tmp_path / "a" / "settings.json").read_text())["settings"]["lora"] == [lora]
+    capsys.readouterr()
+    for words, said in [
+        (["--resume", "--out", str(tmp_path / "a"), "--lora", f"{lora}5"], "was started with --lora"),
+        ([*options(base, tmp_path / "c"), "--lora", "chalk", "--dry-run"], 'there is no LoRA "chalk"'),
+    ]:
+        assert train.main([*words, "--steps", "2", "--device", "cpu"]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option, status", [("--help", 0), ("--stepz", 2)])
@@ -460,6 +479,32 @@ def test_a_run_is_not_resumed_as_another(tmp_path, copy_of_run, capsys):
     assert resume(tmp_path, "--steps", "4", "--precision", "bf16") == 2
     assert "--precision" in capsys.readouterr().err
     assert (tmp_path / "control.safetensors").read_bytes() == before
+
+
+def test_a_base_without_autoencoder_is_trained_with_another_one(base, tmp_path, capsys):
+    tensors, vae = load_file(base), tmp_path / "vae.safetensors"
+    own = {key: tensors.pop(key) for key in list(tensors) if key.startswith("first_stage_model.")}
+    save_file(own, vae)
+    save_file(tensors, tmp_path / "base.safetensors", {"config": json.dumps(SMALLEST.to_dict())})
+    arguments = ("--steps", "1", "--vae", str(vae))
+    assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments, "--dry-run") == 0
+    assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments) == 0
+    assert f"--vae {vae} --hint" in capsys.readouterr().out
+    assert run(base, tmp_path / "whole", "--steps", "1") == 0
+    assert_equal(control_of(tmp_path / "out"), control_of(tmp_path / "whole"))
+    capsys.readouterr()
+    assert resume(tmp_path / "out", "--steps", "2", "--vae", str(base)) == 2
+    assert f"was started with --vae {vae}, not" in capsys.readouterr().err
+
+
+def test_zero_terminal_snr_is_a_setting_of_the_run(tmp_path):
+    sd = small_sd()
+    sd.config = replace(sd.config, schedule=ScheduleConfig("v"))
+    sd.save(tmp_path / "base.safetensors")
+    for given, expected in (([], False), (["--zero-snr"], True)):
+        argv = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out"), *given]
+        config = config_of(resolve(train_options.parse_args("", argv)))
+        assert config.schedule.zero_terminal_snr == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- method

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from reference import MINI_SD1, MINI_SD2, filled_checkpoint, load_manifest
 from safetensors.torch import load_file, save_file
+from small import SMALL
 from torch import Tensor
 
 from ldm import StableDiffusion
@@ -49,3 +50,23 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] 
     tensors = {key: value.clone() for key, value in load_file(path).items()}
     tensors = change(tensors) or tensors
     save_file(tensors, target or path, checkpoint.metadata)
+
+
+def write_small_lora(path: Path, config: Config = SMALL) -> Path:
+    """A random LoRA of rank 2 for small.small_sd, by kohya's names."""
+    channels, middle, width = (
+        config.unet.channels,
+        config.unet.channels * config.unet.multipliers[-1],
+        config.text.width,
+    )
+    shapes = {  # (O, I) or (O, I, h, w)
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v": (middle, middle),
+        "lora_unet_down_blocks_0_resnets_0_conv1": (channels, channels, 3, 3),
+        "lora_te_text_model_encoder_layers_0_mlp_fc2": (width, 4 * width),
+    }
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, (o, i, *kernel) in shapes.items():
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, i, *kernel, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(o, 2, *[1] * len(kernel), generator=generator)
+    save_file(tensors, path)
+    return path

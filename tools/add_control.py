@@ -47,7 +47,7 @@ def add_control(args: argparse.Namespace) -> None:
     from controlnet.config import ControlConfig
     from tools.checkpoints import load_base, save_whole
 
-    sd = load_base(args.base, PRECISIONS.get(args.dtype), args.prediction, args.ema)
+    sd = load_base(args.base, PRECISIONS.get(args.dtype), args.ema, prediction=args.prediction)
     torch.manual_seed(args.seed)
     control = ControlNet.from_unet(sd.unet, ControlConfig(hint_channels=args.hint_channels))
     with written(args.out, args.force) as path:

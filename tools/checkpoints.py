@@ -10,48 +10,58 @@ from pathlib import Path
 
 import torch
 
+from controlnet.checkpoint import short_named
 from controlnet.common.program import note
-from controlnet.layouts import ControlFile, control_map, recognise_control
+from controlnet.layouts import ControlFile, context_widths, control_map, recognise_control
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
 from ldm.checkpoints.diffusers import unet_from_diffusers
 from ldm.checkpoints.key_maps import Layout
+from ldm.checkpoints.kinds import CONTROL, kind
 from ldm.checkpoints.load import BASE_PARTS, FAMILIES, IGNORED, PARTS, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import (
-    CONTROL,
-    BaseFile,
-    described_config,
-    description_errors,
-    identify,
-    is_base,
-    kind,
-)
+from ldm.checkpoints.recognise import BaseFile, described_config, description_errors, identify, is_base, open_base
 from ldm.checkpoints.save import gather, save_checkpoint
 from ldm.checkpoints.stored import CheckpointError
-from ldm.config import SD15, SD21, UNetConfig, dataclass_from_dict
+from ldm.config import PRESETS, SD15, SD21, Config, UNetConfig, dataclass_from_dict
 from ldm.unet import UNet
 
 
-def load_base(
-    path_or_preset: str, dtype: torch.dtype | None = None, prediction: str | None = None, ema: bool = False
-) -> StableDiffusion:
-    """In its file's precision unless another is given. Raises CheckpointError as `StableDiffusion.load` does."""
+def load_base(path_or_preset: str, dtype: torch.dtype | None = None, ema: bool = False, **arguments) -> StableDiffusion:
+    """In its file's precision unless another is given; `arguments` are those of `open_base`.
+
+    Raises CheckpointError as `StableDiffusion.load` does.
+    """
     note(f"reading {path_or_preset} ...")
-    checkpoint = open_checkpoint(find(path_or_preset)[0])
-    dtype = dtype or widest_dtype(checkpoint, (key for key in checkpoint.tensors if key.startswith(BASE_PARTS)))
-    return StableDiffusion.load(path_or_preset, dtype=dtype, prediction=prediction, ema=ema)
+    checkpoint = open_base(path_or_preset, **arguments).checkpoint
+    return StableDiffusion.load(path_or_preset, dtype=dtype or base_dtype(checkpoint), ema=ema, **arguments)
+
+
+def find_model(name: str) -> tuple[Path, Config | None]:
+    """The file of a base or a ControlNet by its path or any of its names, and the preset if a base's name tells.
+
+    Raises CheckpointError for a short name of several ControlNets. The file need not exist.
+    """
+    path, preset = find(name)
+    if path.exists():
+        return path, preset
+    files = [file for preset in PRESETS for file in short_named(name, preset)]
+    if len(files) > 1:
+        names = " or ".join(file.name for file in files)
+        raise CheckpointError(f'"{name}" is short for several ControlNets in {files[0].parent}: say {names}')
+    return (files or [path])[0], None
 
 
 def load_control(
-    path: str, base: UNet | None = None, dtype: torch.dtype | None = None, global_average_pooling: bool | None = None
+    name: str, base: UNet | None = None, dtype: torch.dtype | None = None, global_average_pooling: bool | None = None
 ) -> ControlNet:
     """In its file's precision unless another is given. `base` is needed for a file that holds a difference only.
 
     Raises CheckpointError as `ControlNet.load` does, and for a difference without a base.
     """
-    note(f"reading {path} ...")
+    note(f"reading {name} ...")
+    path, _ = find_model(name)
     checkpoint = open_checkpoint(path)
     found = recognise_control(checkpoint)
     if found.difference and base is None:
@@ -61,6 +71,11 @@ def load_control(
     own = (key for key in checkpoint.tensors if key.startswith(found.prefix) and not key.startswith(BASE_PARTS))
     dtype = dtype or widest_dtype(checkpoint, own)
     return ControlNet.load(path, unet, "cpu", dtype, global_average_pooling)
+
+
+def base_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The precision of a base's file."""
+    return widest_dtype(checkpoint, (key for key in checkpoint.tensors if key.startswith(BASE_PARTS)))
 
 
 def widest_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:
@@ -91,12 +106,6 @@ def control_unet_config(checkpoint: Checkpoint, found: ControlFile) -> UNetConfi
     )
 
 
-def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[tuple[int, ...]]:
-    """The last side of what is multiplied with the prompt's context; () for what is no matrix at all."""
-    keys = (key for key in checkpoint.tensors if key.startswith(prefix) and key.endswith("attn2.to_k.weight"))
-    return [checkpoint.shape(key)[-1:] for key in keys]
-
-
 def save_whole(path: Path, base: StableDiffusion, control: ControlNet, dtype: torch.dtype | None = None) -> None:
     """A base and its ControlNet in one file of the original layout, as ControlNet 1.0 was published."""
     tensors = gather(control, control_map(base.config.unet, control.config), dtype)
@@ -124,9 +133,12 @@ class Contents:
     problem: str | None  # why a base or a ControlNet that is there cannot be used
 
 
-def contents(checkpoint: Checkpoint, prediction: str | None = None) -> Contents:
-    """Never raises for a file that could be opened: what is no model is described as `kind`."""
-    base, bad_base = attempt(identify, checkpoint, prediction)
+def contents(checkpoint: Checkpoint, preset: Config | None = None) -> Contents:
+    """`preset` as `find` knows it by the file's name.
+
+    Never raises for a file that could be opened: what is no model is described as `kind`.
+    """
+    base, bad_base = attempt(identify, checkpoint, None, False, preset)
     control, bad_control = attempt(recognise_control, checkpoint)
     names = [name for name, found in (("base", base), ("ControlNet", control)) if found]
     parameters, dtypes = Counter(), Counter()

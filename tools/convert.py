@@ -27,9 +27,11 @@ def main(argv: list[str] | None = None) -> int:
         choices=("base", "control", "both"),
         help="of a file with a base and a ControlNet, like those of version 1.0 (default: the only one there is)",
     )
+    kept.add_argument("--vae", metavar="FILE", help="in place of a base's autoencoder, or where it has none")
     kept.add_argument("--ema", action="store_true", help="take the EMA of the UNet's weights")
     unsaid = parser.add_argument_group("what the source may not say; the result will")
     unsaid.add_argument("--prediction", choices=("eps", "v", "x0"), help="of a base (default: as detected)")
+    unsaid.add_argument("--zero-snr", action="store_true", help="of a base: trained with zero terminal SNR")
     unsaid.add_argument(
         "--global-average-pooling",
         action="store_true",
@@ -52,15 +54,15 @@ def convert(args: argparse.Namespace) -> None:
     check_difference(args, layout)
     from controlnet.common.devices import PRECISIONS
     from ldm.checkpoints.open import open_checkpoint
-    from ldm.checkpoints.published import find
-    from tools.checkpoints import contents, load_base, load_control, save_whole
+    from tools.checkpoints import contents, find_model, load_base, load_control, save_whole
 
-    part = args.part or only_part(contents(open_checkpoint(find(args.source)[0])), args.source)
+    part = args.part or only_part(contents(open_checkpoint(find_model(args.source)[0])), args.source)
     check_options(args, part)
     dtype = PRECISIONS.get(args.dtype)
     base = load_base(args.base).unet if args.base else None
     if part != "control":
-        sd = load_base(args.source, dtype, args.prediction, args.ema)
+        base_options = dict(prediction=args.prediction, zero_snr=args.zero_snr, vae=args.vae)
+        sd = load_base(args.source, dtype, args.ema, **base_options)
     if part != "base":
         control = load_control(args.source, base, dtype, args.global_average_pooling)
     with written(args.out, args.force) as path:
@@ -94,7 +96,7 @@ def check_difference(args: argparse.Namespace, layout: str) -> None:
 
 def check_options(args: argparse.Namespace, part: str) -> None:
     """Raises ValueError for an option about what is not written."""
-    of_bases = {"--ema": args.ema, "--prediction": args.prediction}
+    of_bases = {"--ema": args.ema, "--vae": args.vae, "--prediction": args.prediction, "--zero-snr": args.zero_snr}
     of_controls = {
         "--difference": args.difference,
         "--base": args.base,

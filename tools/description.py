@@ -12,12 +12,11 @@ from ldm import StableDiffusion
 from ldm.checkpoints.key_maps import encoder_length
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, is_finite, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
-from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import BaseFile, described_base, described_config
+from ldm.checkpoints.recognise import BaseFile, described_config
 from ldm.checkpoints.stored import CheckpointError, counted
 from ldm.config import UNetConfig
 from ldm.unet import UNet
-from tools.checkpoints import Contents, contents, control_unet_config
+from tools.checkpoints import Contents, contents, control_unet_config, find_model
 
 READ_ANYWAY = 64_000_000  # bytes: of smaller files all numbers are read
 CPU = torch.device("cpu")
@@ -27,14 +26,13 @@ Facts = dict[str, object]  # as JSON can have them
 
 def facts_of(name: str, values: bool, keys: bool) -> Facts:
     """What is known of one file. Raises CheckpointError for a file that cannot be read."""
-    path, preset = find(name)
+    path, preset = find_model(name)
     checkpoint = open_checkpoint(path)
-    by_name = preset is not None and described_base(checkpoint) is None  # as `StableDiffusion.load` has it
-    found = contents(checkpoint, preset.schedule.prediction if by_name else None)
-    control_unet, problem = None, found.problem
+    found = contents(checkpoint, preset)
+    control_unet, problem, left_out = None, found.problem, set()
     try:
         control_unet = control_unet_config(checkpoint, found.control) if found.control else None
-        check_fit(checkpoint, found, control_unet)
+        left_out = check_fit(checkpoint, found, control_unet)
     except CheckpointError as error:
         problem = str(error)
     size = sum(file.stat().st_size for file in {tensor.path for tensor in checkpoint.tensors.values()})
@@ -44,9 +42,10 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
         "kind": found.kind,
         "family": found.family if found.layout else None,
         "layout": {"ldm": "original", "diffusers": "diffusers", None: None}[found.layout],
-        **(base_facts(found.base, by_name) if found.base else {}),
+        **(base_facts(found.base) if found.base else {}),
         **(control_facts(checkpoint, found.control, control_unet) if found.control else {}),
         "not_usable": problem,
+        "left_out": sorted(left_out),
         "goes_with": None if problem else goes_with(found),
         "parameters": found.parameters,
         "precision": found.dtypes,
@@ -59,24 +58,28 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
     return {name: fact for name, fact in facts.items() if fact not in (None, {}, [])}
 
 
-def check_fit(checkpoint: Checkpoint, found: Contents, control_unet: UNetConfig | None) -> None:
-    """Raises CheckpointError where loading what was recognised would, by its keys and shapes."""
+def check_fit(checkpoint: Checkpoint, found: Contents, control_unet: UNetConfig | None) -> set[str]:
+    """-> what loading leaves out. Raises CheckpointError where loading would, by keys and shapes."""
+    left_out = set()
     if found.base:
         with without_weights():
             sd = StableDiffusion(found.base.config)
-        check_keys(checkpoint, sd.parts(found.base.layout), IGNORED_BESIDE_BASE)
+        left_out |= check_keys(checkpoint, sd.parts_in(checkpoint), IGNORED_BESIDE_BASE)
     if found.control:
         with without_weights():
             control = ControlNet(UNet(control_unet), found.control.config)
-        check_keys(checkpoint, [(control, found.control.key_map(control_unet))], IGNORED_BESIDE_CONTROL)
+        parts = [(control, found.control.key_map(control_unet))]
+        left_out |= check_keys(checkpoint, parts, IGNORED_BESIDE_CONTROL)
+    return left_out
 
 
-def base_facts(base: BaseFile, by_name: bool) -> Facts:
+def base_facts(base: BaseFile) -> Facts:
     return {
         "architecture": base.config.name,
         "resolution": base.config.resolution,
         "prediction": base.config.schedule.prediction,
-        "known_from": "the file's name, that of a published one" if by_name else base.prediction_source,
+        "zero_terminal_SNR": "yes" if base.config.schedule.zero_terminal_snr else None,
+        "known_from": base.prediction_source,
     }
 
 
@@ -145,7 +148,7 @@ def tensor_facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 def differences(first_name: str, second_name: str, values: bool) -> dict[str, list[str]]:
     """What differs -> a line for each tensor or metadata entry. Numbers are compared only with `values`."""
-    first, second = (open_checkpoint(find(name)[0]) for name in (first_name, second_name))
+    first, second = (open_checkpoint(find_model(name)[0]) for name in (first_name, second_name))
     ours, theirs = (
         tensor_facts(checkpoint) | {f"metadata {name}": text for name, text in sorted(checkpoint.metadata.items())}
         for checkpoint in (first, second)

@@ -1,9 +1,10 @@
-"""Merges ControlNets into one whose weights are a weighted sum of theirs.
+"""Merges ControlNets into one whose weights are a weighted sum of theirs, or LoRAs into a base.
 
     python -m tools.merge canny.safetensors hed.safetensors --weights 0.7 0.3 --out lines.safetensors
+    python -m tools.merge --base sd15 --lora ink.safetensors:0.8 --out inked.safetensors
 
-The result costs no more to run than one of them. They must share an architecture, and should share an origin (two
-stages of one training, say, or two trainings on the same base). The sum is computed in fp32.
+The result costs no more to run than one of them. ControlNets must share an architecture, and should share an origin
+(two stages of one training, say, or two trainings on the same base). Sums are computed in fp32.
 """
 
 import argparse
@@ -16,12 +17,18 @@ from tools.cli import add_output, check_output, layout_of, written
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.merge", __doc__)
-    parser.add_argument("controls", nargs="+", metavar="CONTROL", help="two or more, in any layout")
+    parser.add_argument("controls", nargs="*", metavar="CONTROL", help="two or more, in any layout; none with --lora")
     group = parser.add_argument_group("sum")
     group.add_argument(
         "--weights", nargs="+", type=float, metavar="X", help="one for each CONTROL, used as given (default: the mean)"
     )
-    group.add_argument("--base", metavar="BASE", help="what to add to those that are stored as a difference")
+    group.add_argument(
+        "--base", metavar="BASE", help="what the LoRAs change, or what to add to ControlNets stored as a difference"
+    )
+    group.add_argument(
+        "--lora", action="append", metavar="FILE[:X]", help="a LoRA, and how strongly (default: 1); one or more"
+    )
+    group.add_argument("--prediction", choices=("eps", "v"), help="what the base predicts, where its file does not say")
     add_output(parser)
     args = parser.parse_args(argv)
     return run("merge", lambda: merge(args), args.debug)
@@ -29,13 +36,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def merge(args: argparse.Namespace) -> None:
     check_output(args.out, args.force)
+    if args.lora:
+        merge_into_base(args)
+        return
     weights = check_weights(args.weights, len(args.controls))
     import torch
 
     from controlnet.common.devices import PRECISIONS
     from tools.checkpoints import load_base, load_control
 
-    base = load_base(args.base).unet if args.base else None
+    base = load_base(args.base, prediction=args.prediction).unet if args.base else None
     result = load_control(args.controls[0], base)
     dtype = dtype_of(result)
     result.float()
@@ -53,6 +63,23 @@ def merge(args: argparse.Namespace) -> None:
             own.data += weight * theirs.float()
     with written(args.out, args.force) as path:
         result.save(path, PRECISIONS.get(args.dtype, dtype), layout_of(args.out))
+
+
+def merge_into_base(args: argparse.Namespace) -> None:
+    if args.controls or args.weights or not args.base:
+        raise ValueError("--lora changes a base: give --base, and neither CONTROLs nor --weights")
+    import torch
+
+    from controlnet.common.devices import PRECISIONS
+    from ldm import StableDiffusion
+    from ldm.checkpoints.recognise import open_base
+    from tools.checkpoints import base_dtype
+
+    dtype = PRECISIONS.get(args.dtype) or base_dtype(open_base(args.base, args.prediction).checkpoint)
+    note(f"reading {args.base} ...")
+    sd = StableDiffusion.load(args.base, dtype=torch.float32, prediction=args.prediction, loras=args.lora)
+    with written(args.out, args.force) as path:
+        sd.save(path, dtype, layout_of(args.out))
 
 
 def check_weights(weights: list[float] | None, count: int) -> list[float]:

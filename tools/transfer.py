@@ -38,14 +38,15 @@ def transfer(args: argparse.Namespace) -> None:
     from controlnet.common.devices import PRECISIONS
     from controlnet.layouts import recognise_control
     from ldm.checkpoints.open import open_checkpoint
-    from tools.checkpoints import load_base, load_control
+    from tools.checkpoints import find_model, load_base, load_control
 
-    checkpoint = open_checkpoint(args.control)
+    control_name = str(find_model(args.control)[0])
+    checkpoint = open_checkpoint(control_name)
     is_difference = recognise_control(checkpoint).difference
     if is_difference and args.old:
         note(f"{args.control} holds a difference: --from {args.old} is not needed")
     has_base = checkpoint.any_key("model.diffusion_model.")
-    old_name = args.old or (args.control if has_base else None)
+    old_name = args.old or (control_name if has_base else None)
     if not is_difference and old_name is None:
         raise ValueError(f'"{args.control}" holds a ControlNet alone: say with --from which base it was trained on')
 

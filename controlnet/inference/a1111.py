@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from controlnet.hints import options_of, parse_detector
+from ldm.checkpoints.extras import split_strength
 
 from .options import A1111_SAMPLERS
 
@@ -45,11 +46,17 @@ MODULES = {
 
 
 def parameters(settings: dict) -> str:
-    lines = [settings["prompt"]]
+    lines = [settings["prompt"] + "".join(map(lora_tag, settings["lora"]))]
     if settings["negative"]:
         lines.append(f"{NEGATIVE} {settings['negative']}")
     lines.append(", ".join(f"{name}: {quoted(value)}" for name, value in pairs(settings)))
     return "\n".join(lines)
+
+
+def lora_tag(given: str) -> str:
+    """Of a LoRA that was given by --lora."""
+    name, strength = split_strength(given)
+    return f" <lora:{re.sub('[<>:]', ' ', Path(name).stem)}:{strength:g}>"
 
 
 def pairs(settings: dict) -> Iterator[tuple[str, object]]:

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from controlnet.common.program import flag_of, from_json, note
 from ldm.checkpoints import published
+from ldm.checkpoints.extras import LORAS, find_extra, split_strength
 from ldm.checkpoints.stored import first_few
 from ldm.config import PRESETS
 
 from .a1111 import read_parameters
 from .options import A1111_SAMPLERS, ALWAYS_RECORDED, RECORDED, Options
 from .png_text import read_texts
+from .prompts import LORA_TAG
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("base", "control", "hint", "init", "mask", "control_mask")  # the options that name files
+# The options that name files.
+FILES = ("base", "vae", "lora", "embedding", "control", "hint", "init", "mask", "control_mask")
 LONGEST_NAME = 1000
 
 
@@ -68,8 +71,11 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
     for name, needed in {"strength": "init", "mask_blur": "mask", "only_masked": "mask"}.items():
         if name in values and needed not in given:
             others[name] = values.pop(name)
-    if "<lora:" in values["prompt"]:
-        others["LoRA"] = ""
+    for name in ("prompt", "negative"):
+        for tag in LORA_TAG.finditer(values[name]):
+            if name == "negative" or find_extra(tag[1].strip(), LORAS) is None:
+                values[name] = values[name].replace(tag[0], "").strip()
+                others[f"LoRA {tag[1]}"] = ""
     if others:
         note(f"not taken from it: {first_few(others, 20)}")
     return values
@@ -85,8 +91,13 @@ def relocated(path: str, values: dict, files: dict[str, str], trust: bool) -> di
         note(f'"{path}" names these files: {first_few(dict.fromkeys(sum(named.values(), [])), 20)}')
     found = dict(values)
     for option, names in named.items():
-        places = {name: located(path, option, name, trust) for name in names}
-        files |= {place: files[name] for name, place in places.items() if name in files}
+        places = {}
+        for name in names:
+            file = split_strength(name)[0] if option == "lora" else name
+            place = located(path, option, file, trust)
+            places[name] = place + name.removeprefix(file)
+            if file in files:
+                files[place] = files[file]
         if names:
             value = values[option]
             found[option] = [places.get(name) for name in value] if isinstance(value, list) else places[value]
@@ -99,7 +110,7 @@ def names_in(value: str | list[str | None] | None) -> list[str]:
 
 def located(path: str, option: str, name: str, trust: bool) -> str:
     """Where a file that the image at `path` names may be opened; the name alone if it is to be looked up by it."""
-    if option == "base" and name in PRESETS:
+    if option in ("base", "vae") and name in PRESETS:
         return name
     if len(name) > LONGEST_NAME:
         raise ValueError(f'"{path}" names a file with {len(name)} characters: give {flag_of(option)} yourself')

@@ -75,4 +75,6 @@ def check_output(layer: str) -> Callable:
 def sentence(layer: str, output: Tensor) -> str:
     precision = str(output.dtype).removeprefix("torch.")
     remedy = "take a lower guidance or another checkpoint" if precision == "float32" else "take --precision fp32"
+    if layer.startswith("vae.") and precision == "float32":
+        remedy = "give another autoencoder with --vae"
     return f"{layer}, computed in {precision}, gives values that are not finite: {remedy}"

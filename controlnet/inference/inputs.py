@@ -24,7 +24,7 @@ from controlnet.guidance import MODES, Control, check_range, layer_weights
 from controlnet.hints import DETECTORS, parse_detector
 from controlnet.hints.detectors import IMAGES
 from controlnet.hints.hint_image import HintImage, check_channels
-from controlnet.layouts import recognise_control
+from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm.checkpoints.open import open_checkpoint
 from ldm.config import Config
@@ -158,7 +158,10 @@ def check_hint(
     if options.control is None:
         options = replace(options, control=choose_control(options.hint, pixels, config))
     control_file = find_control(options.control, config.unet)
-    check_channels(recognise_control(open_checkpoint(control_file)).config.hint_channels)
+    checkpoint = open_checkpoint(control_file)
+    found = recognise_control(checkpoint)
+    check_family(checkpoint, found, config.unet)
+    check_channels(found.config.hint_channels)
     if image.detector != "inpaint":
         source = None if image.detector is None else np.asarray(image.image)
         if sentence := doubt(options.hint, options.control, pixels, options.detect, source):

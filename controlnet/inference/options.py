@@ -169,6 +169,24 @@ class Options:
         "what the base predicts, where its file does not tell (default: v for an SD 2.x file of unknown name)",
         choices=("eps", "v"),
     )
+    zero_snr: bool = in_model("the base was trained with zero terminal SNR and does not tell", False, later=True)
+    vae: str | None = in_model(
+        "another autoencoder, or one for a base without: the file or folder of a VAE", metavar="FILE", later=True
+    )
+    lora: list[str] = in_model(
+        "a LoRA that is merged into the base, and how strongly (default: 1; may be below 0): a file, or a name in "
+        "weights/. Several are given one by one; <lora:name:0.8> in the prompt does the same",
+        metavar="FILE[:X]",
+        each=True,
+        later=True,
+    )
+    embedding: list[str] = in_model(
+        "a textual inversion, which the prompts name by its file; those in weights/ and weights/embeddings/ need only "
+        "be named",
+        metavar="FILE",
+        each=True,
+        later=True,
+    )
     clip_skip: int = in_model(
         "which layer of the text encoder is read, from the last: 2 for many anime models (default: %(default)s)",
         1,

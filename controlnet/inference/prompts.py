@@ -5,12 +5,14 @@
     (word:1.3)    1.3 times; any of them around several words, and inside each other
     \\( \\) \\[ \\]   the bracket itself; of two backslashes one is left, any other is left out
     BREAK         the rest begins a new chunk of 75 tokens
+    <lora:ink:0.8>   is left out: who loads the base merges the LoRA into it
 
 A text encoder reads 77 tokens at once: start, 75 of the prompt, end. A chunk is one such reading, and the context of
 several chunks is their contexts one after the other. A bracket that is never closed ends with the prompt; one that was
 never opened is text. Shapes: B prompts, M tokens (77 a chunk), D context width.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -22,6 +24,7 @@ from torch import Tensor
 from ldm.stable_diffusion import StableDiffusion
 from ldm.tokenizer import Tokenizer
 
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>:]*+):?([^<>]*+)>", re.IGNORECASE)
 MORE = 1.1  # what a pair of brackets multiplies or divides by
 
 # A prompt comes from anyone's file: these keep the time that it takes within seconds.
@@ -61,7 +64,7 @@ def parse(prompt: str) -> list[list[Piece]]:
             if piece is not None:
                 piece.weight *= factor
 
-    for found in SYNTAX.finditer(prompt):
+    for found in SYNTAX.finditer(LORA_TAG.sub("", prompt)):
         kind, value = found.lastgroup, found[found.lastgroup]
         if kind == "new_chunk":
             pieces.append(None)
@@ -93,6 +96,25 @@ def joined(pieces: list[Piece | None]) -> list[list[Piece]]:
     return parts
 
 
+def lora_tags(prompt: str) -> list[tuple[str, float]]:
+    """The LoRAs that a prompt names, with their strengths: 1 where there is none.
+
+    Raises ValueError for a strength that is not a finite number.
+    """
+    tags = []
+    for found in LORA_TAG.finditer(prompt):
+        try:
+            strength = float(found[2] or 1)
+        except ValueError:
+            strength = math.nan
+        if not math.isfinite(strength):
+            raise ValueError(
+                f'"{found[0]:.200}" in the prompt has no finite strength, expected one as in <lora:ink:0.8>'
+            )
+        tags.append((found[1].strip(), strength))
+    return tags
+
+
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
@@ -122,25 +144,37 @@ def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[Tokens]:
 
 def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
     """Chunks of at most 75 tokens. A part that is longer is cut after its first chunk, or with `long` goes on in the
-    next, even in the middle of a word or a sentence (A1111 moves the end of a sentence to the next chunk).
+    next, even in the middle of a word or a sentence (A1111 moves the end of a sentence to the next chunk), but not of
+    an embedding.
 
     Raises ValueError for more chunks than `MAX_CHUNKS`, and as `parse` does.
     """
-    length = tokenizer.positions - 2
     chunks = []
     for tokens in tokens_of(tokenizer, prompt):
-        end = max(1, len(tokens.ids)) if long else 1
-        chunks += [tokens[start : start + length] for start in range(0, end, length)]
+        start, more = 0, True
+        while more:
+            end = end_of_chunk(tokenizer, tokens.ids, start)
+            chunks.append(tokens[start:end])
+            start, more = end, long and end < len(tokens.ids)
     if len(chunks) > MAX_CHUNKS:
+        length = tokenizer.positions - 2
         raise ValueError(
             f"a prompt has {len(chunks)} chunks of {length} tokens, expected at most {MAX_CHUNKS}: shorten it"
         )
     return chunks
 
 
+def end_of_chunk(tokenizer: Tokenizer, ids: list[int], start: int = 0) -> int:
+    """Where the chunk that begins at `start` ends: not within an embedding, which has no more vectors than a chunk."""
+    end = start + tokenizer.positions - 2
+    while start < end < len(ids) and ids[end] in tokenizer.inner:
+        end -= 1
+    return end
+
+
 def cut_texts(tokenizer: Tokenizer, prompt: str) -> list[str]:
     """What is cut from a prompt that is not read as a long one: the end of each part with too many tokens."""
-    ends = [tokens.ids[tokenizer.positions - 2 :] for tokens in tokens_of(tokenizer, prompt)]
+    ends = [tokens.ids[end_of_chunk(tokenizer, tokens.ids) :] for tokens in tokens_of(tokenizer, prompt)]
     return [tokenizer.decode(ids) for ids in ends if ids]
 
 
@@ -151,8 +185,14 @@ def encode_prompts(sd: StableDiffusion, prompts: list[str], clip_skip: int = 1, 
     """B prompts -> contexts (B, M, D), M = 77 times the chunks of the longest; others are padded with empty chunks.
 
     `clip_skip` 1 is the layer that the published model reads, 2 the one before it. Raises ValueError for a layer that
-    does not exist and for weights beyond fp32.
+    does not exist, for weights beyond fp32, and for a LoRA that was not merged into `sd`.
     """
+    for name, _ in {tag for prompt in prompts for tag in lora_tags(prompt)}:
+        if name not in sd.loras:
+            raise ValueError(
+                f'a prompt names the LoRA "{name}", which is not in this base: StableDiffusion.load(..., '
+                f'loras=["{name}:0.8"]) merges it, or leave it out'
+            )
     chunks = [chunks_of(sd.tokenizer, prompt, long) for prompt in prompts]
     count = max(map(len, chunks))
     rows = [encode_chunks(sd, each + [Tokens()] * (count - len(each)), clip_skip) for each in chunks]

@@ -16,10 +16,9 @@ from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, us
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_timesteps
-from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import identify
-from ldm.config import Config
+from ldm.checkpoints.recognise import open_base
+from ldm.embeddings import with_embeddings
 from ldm.fast.packed import pack
 from ldm.samplers import check_eta, timesteps_for
 from ldm.schedule import Schedule
@@ -29,6 +28,7 @@ from ldm.tokenizer import Tokenizer
 
 from .again import with_recorded
 from .compiled import check_compile
+from .extras import Extras, find_extras
 from .generate import at_size, check_cfg, check_seeds, default_batch_size, default_cfg, generate
 from .image_to_image import Init, steps_done
 from .inputs import CheckedHint, hint_runs, load_controls, read_inputs
@@ -54,6 +54,7 @@ class Job:
     hints: list[CheckedHint]
     steps: int  # that are done, and not left out by image-to-image
     files: dict[str, str]  # fingerprints, by the names given
+    extras: Extras
     controls: tuple[Control, ...] = ()  # when the weights are loaded
     batch_size: int = 1
 
@@ -78,8 +79,8 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
         note(f"the seed is {options.seed}")
-    base, _ = find(options.base)
-    config = identify(open_checkpoint(base), options.prediction).config
+    base = open_base(options.base, options.prediction, options.zero_snr, options.vae)
+    config = base.config
     cfg = default_cfg(config) if options.cfg is None else options.cfg
     timesteps = timesteps_for(options.sampler, Schedule(config.schedule), options.steps)
     check_cfg(cfg)
@@ -90,7 +91,8 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     options = replace(options, precision=use_precision(options.precision or default_precision(device), device))
     check_out(options.out)
     check_pairs(options)
-    check_prompts(options, config)
+    extras = find_extras(options, config, recorded_files)
+    check_prompts(options, extras.tokenizer(config.text))
     if options.compile:
         check_compile(options.reuse, options.low_memory)
     if options.again and (options.batch_size or 1) > options.count:
@@ -100,10 +102,14 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
         size, init, hints = read_inputs(options, config, device)
         steps = steps_done(init.strength, len(timesteps)) if init else len(timesteps)
         note_idle_hints(hints, steps)
-        used = {options.base: base, **{name: Path(name) for name in (options.init, options.mask) if name}}
+        used = {options.base: base.checkpoint.path}
+        used |= {name: Path(name) for name in (options.init, options.mask) if name}
+        used |= extras.files
+        if options.vae:
+            used[options.vae] = find(options.vae)[0]
         for hint in hints:
             used |= hint.files()
-        return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files))
+        return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files), extras)
 
     return [job(one) for one in hint_runs(options)]
 
@@ -125,7 +131,10 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     if not options.low_memory:
         keep_freed_memory(device, large=False)
     home = "cpu" if options.low_memory else device
-    sd = StableDiffusion.load(options.base, home, PRECISIONS[options.precision], options.prediction)
+    extras = jobs[0].extras
+    described = dict(prediction=options.prediction, zero_snr=options.zero_snr, vae=options.vae, loras=extras.loras)
+    sd = StableDiffusion.load(options.base, home, PRECISIONS[options.precision], **described)
+    sd = with_embeddings(sd, extras.embeddings)
     controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
     jobs = [
         replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs
@@ -224,9 +233,8 @@ def note_idle_hints(hints: list[CheckedHint], steps: int) -> None:
             note(f'"{hint.options.hint}" acts in none of the {steps} steps, from {start} to {end} of them')
 
 
-def check_prompts(options: Options, config: Config) -> None:
+def check_prompts(options: Options, tokenizer: Tokenizer) -> None:
     """What the text encoder does not read has no effect: it is said. Raises ValueError for prompts without end."""
-    tokenizer = Tokenizer(config.text)
     for prompt in (options.prompt, options.negative):
         chunks_of(tokenizer, prompt, options.long_prompts)
         for text in () if options.long_prompts else cut_texts(tokenizer, prompt):

@@ -7,13 +7,12 @@ from controlnet.checkpoint import find_control
 from controlnet.common.devices import pick_device
 from controlnet.common.images import Size
 from controlnet.config import ControlConfig
-from controlnet.layouts import IGNORED_BESIDE_CONTROL, recognise_control
+from controlnet.layouts import IGNORED_BESIDE_CONTROL, check_family, recognise_control
 from controlnet.model import ControlNet
-from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, without_weights
+from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
+from ldm.checkpoints.lora import check_loras
 from ldm.checkpoints.open import open_checkpoint
-from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import base_layout
-from ldm.checkpoints.stored import CheckpointError
+from ldm.checkpoints.recognise import BaseFile
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
@@ -21,7 +20,7 @@ from ldm.unet import UNet
 from .data import image_size
 from .memory import Prediction, table
 from .options import TrainSettings
-from .resolve import check_hint_channels, config_of, control_config
+from .resolve import check_hint_channels, config_of, control_config, open_base_of
 from .sources import BadSamples, open_sources
 
 
@@ -31,8 +30,10 @@ def plan(settings: TrainSettings) -> str:
 
     Raises ValueError for what cannot be trained.
     """
-    config = config_of(settings.base, settings.prediction)
-    check_base(settings.base, config)
+    config = config_of(settings)
+    if base := open_base_of(settings):
+        check_base(base)
+    check_loras(settings.lora, config)
     control = check_control(settings, config) if settings.control else control_config(settings)
     size = image_size(settings.size, config)
     sources = open_sources(settings, size)
@@ -94,22 +95,21 @@ def savings(settings: TrainSettings) -> str:
     return ", ".join([*(words for words, helps in advice.items() if helps), "or give a smaller --size"])
 
 
-def check_base(base: str, config: Config) -> None:
-    try:
-        path, _ = find(base)
-    except CheckpointError:  # a preset that is still to be downloaded
-        return
-    checkpoint = open_checkpoint(path)
+def check_base(base: BaseFile) -> None:
+    """With the warnings of loading it."""
+    base.warn()
     with without_weights():
-        sd = StableDiffusion(config)
-    check_keys(checkpoint, sd.parts(base_layout(checkpoint)), IGNORED_BESIDE_BASE)
+        sd = StableDiffusion(base.config)
+    warn_of_left_out(base.checkpoint, check_keys(base.checkpoint, sd.parts_in(base.checkpoint), IGNORED_BESIDE_BASE))
 
 
 def check_control(settings: TrainSettings, config: Config) -> ControlConfig:
     checkpoint = open_checkpoint(find_control(settings.control, config.unet))
     found = recognise_control(checkpoint)
+    check_family(checkpoint, found, config.unet)
     check_hint_channels(found.config, settings)
     with without_weights():
         control = ControlNet(UNet(config.unet), found.config)
-    check_keys(checkpoint, [(control, found.key_map(config.unet))], IGNORED_BESIDE_CONTROL)
+    parts = [(control, found.key_map(config.unet))]
+    warn_of_left_out(checkpoint, check_keys(checkpoint, parts, IGNORED_BESIDE_CONTROL))
     return found.config

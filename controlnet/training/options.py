@@ -95,6 +95,16 @@ class TrainSettings:
     prediction: str | None = in_method(
         "what the UNet predicts, if an SD 2.x file does not say", fixed=True, choices=["eps", "v"]
     )
+    zero_snr: bool = in_method("the base was trained with zero terminal SNR and does not tell", False, fixed=True)
+    vae: str | None = in_method(
+        "another autoencoder, or one for a base without: the file or folder of a VAE", fixed=True, metavar="FILE"
+    )
+    lora: list[str] = in_method(
+        "a LoRA that is merged into the locked model, and how strongly (default: 1); several are given one by one",
+        fixed=True,
+        metavar="FILE[:X]",
+        each=True,
+    )
     control: str | None = in_method("start from this ControlNet, not from a fresh copy", fixed=True, metavar="FILE")
     architecture: str = in_method(
         "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",

@@ -6,9 +6,9 @@ from dataclasses import replace
 from controlnet.common.devices import optional
 from controlnet.common.program import from_json, note
 from controlnet.config import ControlConfig
-from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import recognise
+from ldm.checkpoints.recognise import BaseFile, open_base
+from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, Config
 
 from .distributed import launch, started_again
@@ -42,7 +42,7 @@ def resolve(given: dict) -> TrainSettings:
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
     if settings.control and settings.architecture != "full":
         raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
-    settings = with_defaults(settings, config_of(settings.base, settings.prediction))
+    settings = with_defaults(settings, config_of(settings))
     if settings.shard and settings.optimizer != "adamw":
         raise ValueError(
             f"--shard is for adamw, and the optimizer is {settings.optimizer}: say --optimizer adamw, or leave out "
@@ -57,9 +57,21 @@ def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
     return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
 
 
-def config_of(base: str, prediction: str | None) -> Config:
-    """A base's architecture from its header alone; a preset's file need not be there."""
-    return PRESETS[base] if base in PRESETS else recognise(open_checkpoint(find(base)[0]), prediction).config
+def config_of(settings: TrainSettings) -> Config:
+    """The base's architecture from its header alone; a preset's file need not be there."""
+    base = open_base_of(settings)
+    return base.config if base else PRESETS[settings.base]
+
+
+def open_base_of(settings: TrainSettings) -> BaseFile | None:
+    """None for a preset that is still to be downloaded."""
+    try:
+        find(settings.base)
+    except CheckpointError:
+        if settings.base in PRESETS:
+            return None
+        raise
+    return open_base(settings.base, settings.prediction, settings.zero_snr, settings.vae)
 
 
 def control_config(settings: TrainSettings) -> ControlConfig:

@@ -30,7 +30,7 @@ def config_from_diffusers(configs: dict[str, dict], prediction: str | None) -> C
     Raises KeyError, TypeError, ValueError or AttributeError for values that make no sense.
     """
     unet = unet_from_diffusers(configs["unet"])
-    vae = vae_from_diffusers(configs["vae"])
+    vae = vae_from_diffusers(configs.get("vae", {}))
     config = Config(
         "diffusers",
         unet,
@@ -96,9 +96,17 @@ def text_from_diffusers(values: dict) -> TextConfig:
         width=values.get("hidden_size", 768),
         heads=values.get("num_attention_heads", 12),
         layers=values.get("num_hidden_layers", 12) + open_clip,
-        vocabulary=values.get("vocab_size", 49408),
+        vocabulary=vocabulary_from_diffusers(values),
         positions=values.get("max_position_embeddings", 77),
     )
+
+
+def vocabulary_from_diffusers(values: dict) -> int:
+    """Without tokens that were added to it. The end token was the last before; published files have a 2 for it."""
+    size, end = values.get("vocab_size", 49408), values.get("eos_token_id")
+    if type(size) is not int:
+        raise TypeError(f"vocab_size is {size!r:.80}")
+    return end + 1 if type(end) is int and 513 <= end < size else min(size, 49408)
 
 
 def schedule_from_diffusers(values: dict, prediction: str | None) -> ScheduleConfig:

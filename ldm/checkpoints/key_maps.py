@@ -18,6 +18,7 @@ from typing import Literal
 from ldm.config import Config, TextConfig, UNetConfig, VAEConfig
 
 Layout = Literal["ldm", "diffusers"]
+SGM_TEXT = "conditioner.embedders.0."  # the text encoder's prefix in the layout of SD-Turbo, else that of "ldm"
 Rows = list[tuple[str, str]]
 
 
@@ -39,6 +40,7 @@ class KeyMap:
     parameters: dict[str, Source] = field(default_factory=dict)  # our parameter -> theirs, for all others
     matrices: frozenset[str] = frozenset()  # our 1x1 convolutions that are linear layers there
     unused: tuple[str, ...] = ()  # how our parameters begin that no output depends on: a file may lack them
+    sparse: tuple[str, ...] = ()  # how those begin that are zero where a file leaves them out
 
     def sources(self, names: Iterable[str]) -> dict[str, Source]:
         """Our parameters' names -> where they stand in a file; without those unused ones that the layout leaves out.

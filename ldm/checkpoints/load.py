@@ -2,8 +2,10 @@
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.config import SD15, SD21
 
-from .key_maps import KeyMap, names_by_key
+from .key_maps import SGM_TEXT, KeyMap, names_by_key
 from .open import Checkpoint
 from .stored import CheckpointError, counted, first_few
 
 Parts = Sequence[tuple[nn.Module, KeyMap]]
 
 # Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" marks a
-# ControlNet that is stored minus its base.
+# ControlNet that is stored minus its base; "v_pred" and "ztsnr" say what a base predicts (recognise.py).
 IGNORED = {
     "betas",
     "alphas_cumprod",
@@ -35,20 +37,26 @@ IGNORED = {
     "logvar",
     "scale_factor",
     "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    f"{SGM_TEXT}transformer.text_model.embeddings.position_ids",
     "text_encoder.text_model.embeddings.position_ids",
     "difference",
+    "v_pred",
+    "ztsnr",
 }
 IGNORED_BESIDE_BASE = ("model_ema.", "control_model.", "controlnet.")  # in one file or one folder with it
 
-BASE_PARTS = ("model.", "first_stage_model.", "cond_stage_model.", "unet.", "vae.", "text_encoder.")
+BASE_PARTS = ("model.", "first_stage_model.", "cond_stage_model.", SGM_TEXT, "unet.", "vae.", "text_encoder.")
 
 # What a key's beginning says.
+TOKENS = "token_embedding.weight"
+VAE = ("first_stage_model.", "vae.")
 PARTS = {
     "model.diffusion_model.": "UNet",
     "unet.": "UNet",
     "first_stage_model.": "autoencoder",
     "vae.": "autoencoder",
     "cond_stage_model.": "text encoder",
+    SGM_TEXT: "text encoder",
     "text_encoder.": "text encoder",
     "control_model.": "ControlNet",
     "controlnet.": "ControlNet",
@@ -85,11 +93,12 @@ def load_parts(
     """Fill modules that were built `without_weights`. Nothing is loaded unless everything fits.
 
     Tensors are assigned one by one: the peak is the parameters' final memory and one tensor more. Parameters that no
-    output depends on are zero where the file lacks them. Warns of weights that are not finite.
-    Raises CheckpointError for keys that are missing, of another shape, not of a floating type, or unexpected, that is
-    neither wanted nor in `IGNORED` nor beginning with any of `ignored`.
+    output depends on are zero where the file lacks them. Warns of weights that are not finite, and of what is left out:
+    keys that are neither wanted nor in `IGNORED` nor beginning with any of `ignored`.
+    Raises CheckpointError for keys that are missing, of another shape or not of a floating type.
     """
-    check_keys(checkpoint, parts, ignored)
+    left_out = check_keys(checkpoint, parts, ignored)
+    warn_of_left_out(checkpoint, left_out)
     device = torch.device(device)
     broken = []
     for module, key_map in parts:
@@ -98,9 +107,11 @@ def load_parts(
         state = {}
         for name, like in wanted.items():
             source = sources.get(name)
-            if source is None or source.key not in checkpoint.tensors:
+            if source is None or source.key not in checkpoint.tensors or source.key in left_out:
                 state[name] = torch.zeros(like.shape, dtype=dtype, device=device)
                 continue
+            if source.key.endswith(TOKENS):
+                source = replace(source, rows=(0, len(like)))
             tensor = checkpoint.tensor(source, dtype, device)
             if not is_finite(tensor):
                 broken.append(source.key)
@@ -109,11 +120,25 @@ def load_parts(
             state[name] = tensor.reshape(like.shape)
         module.load_state_dict(state, assign=True)
     if broken:
+        remedy = "get another copy, if there is one in fp32"
+        if all(key.startswith(VAE) for key in broken):
+            remedy = "give another autoencoder with --vae"
         warnings.warn(
-            f'"{checkpoint.path}" has NaN or infinite numbers in {counted(len(broken), "tensor")}, the first in '
-            f"{broken[0]}: expect black or broken images, or get another copy, if there is one in fp32",
+            f'"{checkpoint.tensors[broken[0]].path}" has NaN or infinite numbers in {counted(len(broken), "tensor")}, '
+            f"the first in {broken[0]}: expect black or broken images, or {remedy}",
             stacklevel=3,
         )
+
+
+def warn_of_left_out(checkpoint: Checkpoint, keys: set[str]) -> None:
+    """One warning for each file, which may be that of another autoencoder."""
+    by_file = defaultdict(list)
+    for key in sorted(keys):
+        tensor = checkpoint.tensors.get(key) or checkpoint.tensors[key.rpartition("[")[0]]  # "KEY[N:]" is of KEY
+        by_file[tensor.path].append(key)
+    for path, names in by_file.items():
+        count = f" ({len(names)} in all)" if len(names) > 3 else ""
+        warnings.warn(f'"{path}" has more than the model reads, left out: {first_few(names)}{count}', stacklevel=4)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -136,38 +161,56 @@ def wanted_shapes(parts: Parts) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_keys(checkpoint: Checkpoint, parts: Parts, ignored: tuple[str, ...]) -> None:
-    """Raises CheckpointError as `load_parts` does."""
-    wanted = wanted_shapes(parts)
+def check_keys(checkpoint: Checkpoint, parts: Parts, ignored: tuple[str, ...]) -> set[str]:
+    """-> what nobody reads and `load_parts` leaves out: keys, and "KEY[N:]" for the rows of a tensor from N on.
+
+    Raises CheckpointError as `load_parts` does.
+    """
+    wanted, unused = wanted_shapes(parts), keys_of(parts, "unused")
     found = {key: checkpoint.shape(key) for key in checkpoint.keys & wanted.keys()}
-    missing = wanted.keys() - found.keys() - unused_keys(parts)
-    extra = {key for key in checkpoint.keys - wanted.keys() - IGNORED if not key.startswith(ignored)}
-    misshapen = sorted(key for key, shape in found.items() if as_matrix(shape) != as_matrix(wanted[key]))
+    misshapen = sorted(key for key, shape in found.items() if not fits(key, as_matrix(shape), as_matrix(wanted[key])))
     integers = sorted(key for key in found if not checkpoint.tensors[key].dtype.is_floating_point)
+    left_out = {key for key in checkpoint.keys - wanted.keys() - IGNORED if not key.startswith(ignored)}
+    missing = wanted.keys() - found.keys() - unused
+    if not any(key.startswith(key_map.prefix) for key in left_out for _, key_map in parts):
+        missing -= keys_of(parts, "sparse")  # beside strange keys of its own it is not sparse but damaged
+    left_out |= unused & {*misshapen, *integers}
+    misshapen, integers = ([key for key in keys if key not in unused] for keys in (misshapen, integers))
+    left_out |= {f"{key}[{wanted[key][0]}:]" for key in found if key.endswith(TOKENS) and found[key] != wanted[key]}
     problems = [
         f"{counted(len(lines), 'key')} {what} ({first_few(lines)})"
         for what, lines in (
             ("missing", sorted(missing)),
-            ("unexpected", sorted(extra)),
             ("misshapen", [f"{key} is {list(found[key])}, expected {list(wanted[key])}" for key in misshapen]),
             ("not of a floating-point type", [f"{key} is {checkpoint.tensors[key].dtype}" for key in integers]),
         )
         if lines
     ]
     if problems:
+        if left_out:
+            problems.append(f"{counted(len(left_out), 'key')} unexpected ({first_few(sorted(left_out))})")
         cause = likely_cause(found, wanted, missing) or (
             f"it is damaged, or made for another architecture: {'; '.join(problems)}"
         )
         raise CheckpointError(f'"{checkpoint.path}" does not fit, {cause}')
+    return left_out
 
 
-def unused_keys(parts: Parts) -> set[str]:
+def keys_of(parts: Parts, which: str) -> set[str]:
+    """Those of the parameters that a key map lists as "unused" or as "sparse"."""
     return {
         source.key
         for module, key_map in parts
         for name, source in key_map.sources(module.state_dict()).items()
-        if key_map.unused and name.startswith(key_map.unused)
+        if name.startswith(getattr(key_map, which))
     }
+
+
+def fits(key: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """A text encoder may have learned more tokens than the tokenizer makes: their rows come last, and are not read."""
+    if key.endswith(TOKENS):
+        return shape[1:] == wanted[1:] and shape[0] >= wanted[0]
+    return shape == wanted
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -175,8 +218,25 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-MASKS = ", as inpainting with a mask (infer.py --init and --mask) needs no other"
 FIRST_CONVOLUTIONS = ("input_blocks.0.0.weight", "unet.conv_in.weight")
+# What a UNet is for that reads more than a latent of 4 channels, and what does the same here.
+OTHER_USES = {
+    5: ("a depth", ", with a depth control"),
+    7: ("an upscaling", ""),
+    8: ("an instruction (InstructPix2Pix)", ", with the ip2p control"),
+    9: ("an inpainting", ", as inpainting with a mask (infer.py --init and --mask) needs no other"),
+}
+
+
+def other_use(channels: int) -> str | None:
+    """Of a UNet that reads so many channels; None if it is that of a text-to-image model."""
+    if channels == 4:
+        return None
+    use, instead = OTHER_USES.get(channels, ("another", ""))
+    return (
+        f"{use} model with {channels} input channels, expected a text-to-image model with 4: give the base that it was "
+        f"made from{instead}"
+    )
 
 
 def likely_cause(found: dict[str, tuple], wanted: dict[str, tuple], missing: set[str]) -> str | None:
@@ -184,20 +244,18 @@ def likely_cause(found: dict[str, tuple], wanted: dict[str, tuple], missing: set
     for key, shape in found.items():
         if key.endswith("attn2.to_k.weight") and shape[-1:] != wanted[key][-1:]:
             return f"it is {made_for(shape[-1:])}, expected {made_for(wanted[key][-1:])}: give files of one family"
-        if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1]:
-            use = {5: "a depth", 7: "an upscaling", 9: "an inpainting"}.get(shape[1], "another")
-            return (
-                f"it is {use} model with {shape[1]} input channels, expected a text-to-image model with 4: give the "
-                f"base that it was made from{MASKS if shape[1] == 9 else ''}"
-            )
+        if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1] == 4:
+            return f"it is {other_use(shape[1])}"
+    absent = []
     for prefix, part in PARTS.items():
         keys = {key for key in wanted if key.startswith(prefix)}
         if keys and keys <= missing:
-            return (
-                f"it has no {part} (or another one), expected a whole checkpoint: get the complete version of "
-                "the model, which includes one"
-            )
-    return None
+            absent.append(part)
+    if not absent:
+        return None
+    complete = "get the complete version of the model"
+    remedy = "give one with --vae FILE" if absent == ["autoencoder"] else complete
+    return f"it has no {' and no '.join(absent)} (or another one), expected a whole checkpoint: {remedy}"
 
 
 def made_for(context_width: tuple[int, ...]) -> str:

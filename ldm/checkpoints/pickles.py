@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from .pickle_scan import Refused, Scan
-from .stored import Damaged, StoredTensor
+from .stored import CheckpointError, Damaged, StoredTensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of a file from before PyTorch 1.6
@@ -55,7 +55,7 @@ LEFTOVER_NAMES = frozenset(
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """The tensors by name: the outermost dictionary's, or those of its "state_dict".
+    """The tensors by name: those of "state_dict" if there is one, else all, `tensors_by_name` says how.
 
     The weights stay on disk; but a file from before PyTorch 1.6 is read whole.
     Raises Refused for a pickle that does more than describe tensors, Damaged for a file that is incomplete.
@@ -70,7 +70,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
             name: StoredTensor(path, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
             for name, tensor in tensors_by_name(values, path.stat().st_size).items()
         }
-    except (Damaged, Refused, OSError):
+    except (CheckpointError, Damaged, Refused, OSError):
         raise
     except zipfile.BadZipFile as error:
         raise Damaged(f"it is no complete zip archive ({error!s:.200})") from error
@@ -86,18 +86,23 @@ def is_zip(path: Path) -> bool:
 
 
 def check_archive(path: Path) -> None:
-    """What PyTorch takes on trust in a zip archive, which holds the pickle in data.pkl and each storage in a file."""
+    """What PyTorch takes on trust in a zip archive, which holds the pickle in data.pkl and each storage in a file.
+
+    Raises CheckpointError for an archive of something else.
+    """
     if not is_zip(path):
         return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
+    if not any(record.filename.endswith("data.pkl") for record in records):
+        raise CheckpointError(
+            f'"{path}" is a zip archive that PyTorch did not write: unpack it, and give the checkpoint in it'
+        )
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
             raise Damaged(f"{record.filename!r:.200} is compressed or encrypted: save it again with torch.save")
         if record.filename.endswith(".pkl") and record.file_size > LARGEST_PROGRAM:
             raise Damaged(f"its pickle has {record.file_size} bytes, expected at most {LARGEST_PROGRAM}")
-    if not any(record.filename.endswith("data.pkl") for record in records):
-        raise Damaged("it is a zip archive, but no checkpoint of PyTorch")
 
 
 def programs(path: Path) -> Iterator[BinaryIO]:
@@ -128,23 +133,31 @@ class LeftoverDict:
         return OrderedDict()
 
 
+class LeftoverParameters(dict):
+    """The first textual inversions keep their vectors in a module: its parameters, as a dictionary."""
+
+    def __setstate__(self, state):
+        self.update(state.get("_parameters") or {})
+
+
 def stand_in(name: str) -> type:
     """An empty class under the name of another."""
     module, _, last = name.rpartition(".")
+    if last == "ParameterDict":
+        return type(last, (LeftoverParameters,), {"__module__": module})
     base = LeftoverDict if last in ("defaultdict", "AttributeDict") else Leftover
     return type(last, (base,), {"__module__": module})
 
 
 def tensors_by_name(values: object, file_size: int) -> dict[str, Tensor]:
-    """Those of the outermost dictionary or of its "state_dict"; if there are none, those within its values.
-
-    Their names are then joined, and what the file is can be recognised by them.
+    """Those of the outermost dictionary or of its "state_dict", and those within its values, their names joined:
+    "module.control_model..." by which the model in it, or what else it is, can be recognised.
     """
-    if isinstance(values, dict):
-        values = values.get("state_dict", values)
+    if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
+        values = values["state_dict"]
     if not isinstance(values, dict):
         raise Damaged("it holds no tensors by name: save a model's state_dict")
-    tensors = plain_tensors(values.items()) or plain_tensors(islice(inner_items(values), MOST_INNER))
+    tensors = plain_tensors(values.items()) | plain_tensors(islice(inner_items(values), MOST_INNER))
     for name, tensor in tensors.items():
         size = tensor.untyped_storage().nbytes()
         # Strides of 0 make much of little.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ldm.config import PRESETS, Config
 
+from .paths import as_path
 from .stored import CheckpointError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
@@ -44,9 +45,15 @@ PUBLISHED = {
 
 
 def find(path_or_preset: str | Path) -> tuple[Path, Config | None]:
-    """The file that is meant, and the preset if its name tells. Raises CheckpointError for a preset without a file."""
-    path, name = Path(path_or_preset), str(path_or_preset)
+    """The file or folder that is meant, by its path or its name in `weights/`, and the preset if its name tells.
+
+    Raises CheckpointError for a preset without a file.
+    """
+    path, name = as_path(path_or_preset), str(path_or_preset)
     if name not in PRESETS:
+        if not path.exists():
+            files = (WEIGHTS / f"{name}{suffix}" for suffix in ("", ".safetensors", ".ckpt"))
+            path = next((file for file in files if file.exists()), path)
         return path, next((PRESETS[preset] for preset in PUBLISHED if path.name in file_names(preset)), None)
     for file in file_names(name):
         if (WEIGHTS / file).is_file():

@@ -112,9 +112,10 @@ def test_a_base_that_is_none_of_ours_is_not_recommended_as_one(tmp_path):
 def test_controls_of_the_other_family(tmp_path, name, other):
     path = file_of(tmp_path, load_manifest(f"ldm_control_{name}_control_only"))
     message = error_of(ControlNet.load, path, empty_unet(other))
-    families = ["SD 1.x (context width 768)", "SD 2.x (context width 1024)"]
-    found, expected = families if name == "sd15" else reversed(families)
-    assert message.endswith(f"does not fit, it is {found}, expected {expected}: give files of one family")
+    found, own, base = ("SD 1.x", "SD 2.x", "sd15") if name == "sd15" else ("SD 2.x", "SD 1.x", "sd21-base")
+    assert message.endswith(
+        f"is a ControlNet for {found}, and your base is {own}: give --base {base}, or another of its family"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- controls

@@ -229,6 +229,26 @@ def test_a_failed_swap_brings_the_old_folder_back(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_another_autoencoder_goes_into_the_result(folder, tmp_path, monkeypatch):
+    """The base by its name in weights/; what nobody reads stays behind."""
+    base, vae, expected = load_file(folder / "base.safetensors"), {}, load_file(folder / "base.safetensors")
+    for key in [key for key in base if key.startswith("first_stage_model.")]:
+        vae[key.removeprefix("first_stage_model.")] = expected[key] = base.pop(key) + 1
+    described = metadata(folder / "base.safetensors")
+    save_file(base | {"embedding_manager.x": torch.zeros(1)}, tmp_path / "mine.safetensors", described)
+    save_file(vae, tmp_path / "vae.safetensors")
+    save_file(expected, tmp_path / "expected.safetensors")
+    monkeypatch.setattr("ldm.checkpoints.published.WEIGHTS", tmp_path)
+    assert run("mine", "--vae", tmp_path / "vae.safetensors", "--out", tmp_path / "out.safetensors") == 0
+    assert_same(tmp_path / "out.safetensors", tmp_path / "expected.safetensors")
+
+
+def test_zero_terminal_snr_is_written_down(tmp_path):
+    StableDiffusion(replace(SMALL, schedule=ScheduleConfig("v"))).save(tmp_path / "base.safetensors")
+    assert run(tmp_path / "base.safetensors", "--zero-snr", "--out", tmp_path / "out.safetensors") == 0
+    assert StableDiffusion.load(tmp_path / "out.safetensors").config.schedule.zero_terminal_snr
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -248,6 +268,7 @@ def test_what_cannot_be_converted(folder, tmp_path, capsys):
     assert "a LoRA" in error(capsys, tmp_path / "lora.safetensors", "--out", out)
     assert "unknown architecture" in error(capsys, stripped(control, tmp_path), "--out", out)
     assert "--ema does not go with a ControlNet" in error(capsys, control, "--ema", "--out", out)
+    assert "--vae does not go with a ControlNet" in error(capsys, control, "--vae", base, "--out", out)
     assert "--base does not go with a base" in error(capsys, base, "--base", base, "--out", out)
     (tmp_path / "file").write_text("")
     assert "no folder that you may write to" in error(capsys, base, "--out", tmp_path / "file/out.safetensors")

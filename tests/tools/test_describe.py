@@ -98,7 +98,7 @@ def test_what_a_reader_sees(folder, capsys):
     assert "any base of" in text(capsys, folder / "difference.safetensors")
     assert "float16" in text(capsys, folder / "fresh.safetensors")
     lora = text(capsys, folder / "lora.safetensors")
-    assert "a LoRA" in lora and "goes with" not in lora
+    assert "a LoRA, which changes a base: pass it as --lora" in lora and "goes with" not in lora
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ SETTINGS = {
     "mask_blur": 0.0,
     "only_masked": None,
     "base": "weights/sd15.safetensors",
+    "lora": [],
     "clip_skip": 1,
     "steps": 5,
     "sampler": "ddim",
@@ -149,6 +150,12 @@ def test_modes_and_fits_have_the_extensions_names():
         "Crop and Resize",
         "Resize and Fill",
     ]
+
+
+def test_loras_of_options_are_named_as_a1111_names_them():
+    settings = {**SETTINGS, "prompt": "a <lora:oil:0.5> bird", "lora": ["my/ink.safetensors:-0.8", "a:b<c"]}
+    prompt, _, _ = a1111(parameters(settings))
+    assert prompt == "a <lora:oil:0.5> bird <lora:ink:-0.8> <lora:a b c:1>"
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -11,9 +11,10 @@ from minis import filled, relative, stored
 from reference import FIXTURES, MINI_SD1
 from small import small_sd
 
-from controlnet.inference.prompts import SYNTAX, chunks_of, cut_texts, encode_prompts, parse
+from controlnet.inference.prompts import SYNTAX, chunks_of, cut_texts, encode_prompts, lora_tags, parse
 from ldm.checkpoints.key_maps import text_map
 from ldm.config import SD15, SD21
+from ldm.embeddings import EmbeddingTokenizer
 from ldm.text_encoder import TextEncoder
 from ldm.tokenizer import Tokenizer
 
@@ -41,6 +42,8 @@ def read(prompt):
         ("a BREAK b", [[("a", 1)], [("b", 1)]]),
         ("(a BREAK b:2) BREAKFAST break", [[("a", 2)], [("b", 2), (" BREAKFAST break", 1)]]),
         ("BREAK BREAK", [[], [], []]),
+        ("a <lora:ink:0.8>bird, <LORA:oil> <lyco:a b:-1>(x<lora:pen:1>:2)", [[("a bird,  ", 1), ("x", 2)]]),
+        ("a <lora:ink <lora> <b:1>", [[("a <lora:ink <lora> <b:1>", 1)]]),  # no tags
         ("größe, Bär\nB (大:1.2)", [[("größe, Bär\nB ", 1), ("大", 1.2)]]),
     ],
 )
@@ -124,6 +127,38 @@ def test_spaces_are_read_once():
 def test_a_prompt_without_end_is_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
         chunks_of(Tokenizer(SD15.text), prompt, long=True)
+
+
+def test_loras_of_a_prompt():
+    assert lora_tags("a <lora:ink:0.8> b <lyco:oil> <lora: my pen :-1e-1>") == [
+        ("ink", 0.8),
+        ("oil", 1),
+        ("my pen", -0.1),
+    ]
+    for tag in ("<lora:ink:x>", "<lora:ink:nan>", "<lora:ink:1:0.5>"):
+        with pytest.raises(ValueError, match="in the prompt has no finite strength"):
+            lora_tags(f"a {tag}")
+
+
+def test_an_embedding_is_not_cut_in_two():
+    tokenizer = EmbeddingTokenizer(SD15.text, {"calm": 5, "long": 75})
+    calm, long = tokenizer.ids_of.values()
+    (a,) = tokenizer.encode("a")
+    prompt = "a " * 72 + "(calm:1.5) long a"
+    assert ids_of(tokenizer, prompt, long=True) == [[a] * 72, calm, long, [a]]
+    assert ids_of(tokenizer, "a " * 70 + "calm calm", long=True) == [[a] * 70 + calm, calm]
+    (chunk,) = chunks_of(tokenizer, "(calm:1.5) a", long=False)
+    assert (chunk.ids, chunk.weights) == ([*calm, a], [1.5] * 5 + [1])
+    assert ids_of(tokenizer, prompt) == [[a] * 72]
+    assert cut_texts(tokenizer, prompt) == ["calm long a"]
+
+
+def test_a_lora_that_the_base_lacks_is_not_ignored():
+    sd = small_sd()
+    with pytest.raises(ValueError, match='a prompt names the LoRA "ink", which is not in this base'):
+        encode_prompts(sd, ["a", "a <lora:ink:0.8>"])
+    sd.loras = ("ink",)
+    assert torch.equal(encode_prompts(sd, ["a <lora:ink:0.8>"]), encode_prompts(sd, ["a"]))
 
 
 # ------------------------------------------------------------------------------------------------------------ contexts

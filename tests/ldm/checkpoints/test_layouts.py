@@ -21,7 +21,7 @@ from ldm import StableDiffusion
 from ldm.checkpoints.key_maps import base_maps
 from ldm.checkpoints.load import load_parts
 from ldm.checkpoints.open import open_checkpoint
-from ldm.checkpoints.recognise import recognise
+from ldm.checkpoints.recognise import identify
 from ldm.config import SD15, SD20_BASE, SD21, SD21_BASE, TINY
 from ldm.unet import UNet
 from tools.checkpoints import contents
@@ -124,6 +124,13 @@ def test_other_tensors_than_plain_ones_are_dropped(tmp_path):
     assert "asks for 'torch._utils._rebuild_sparse_tensor'" in error_of(open_checkpoint, tmp_path / "file.ckpt")
 
 
+def test_an_archive_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.safetensors", bytes(1000))
+    message = error_of(open_checkpoint, tmp_path / "model.zip")
+    assert "is a zip archive that PyTorch did not write: unpack it" in message and "damaged" not in message
+
+
 def test_archives_that_pytorch_would_trust_too_much(tmp_path, monkeypatch):
     path = tmp_path / "file.ckpt"
     torch.save({"a": torch.ones(2)}, path)
@@ -208,7 +215,8 @@ def test_who_says_eps_or_v(tmp_path):
         save_file(tensors, tmp_path / "file.safetensors", metadata)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = recognise(open_checkpoint(tmp_path / "file.safetensors"), prediction)
+            found = identify(open_checkpoint(tmp_path / "file.safetensors"), prediction)
+            found.warn()
         assert found.config == config and source in found.prediction_source
         assert bool(caught) == (source == "assumed")
 
@@ -222,11 +230,11 @@ def test_folders_say_what_they_are(sd, folder):
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert vae["encoder.mid_block.attentions.0.to_q.weight"].shape == (SMALL.vae.widths[-1],) * 2
     rewrite_folder(folder / "unet")
-    found = recognise(open_checkpoint(folder))
+    found = identify(open_checkpoint(folder))
     assert found.config.unet == SMALL.unet and found.config.schedule == SMALL.schedule
     assert found.prediction_source == "the scheduler's configuration"
     assert_same(StableDiffusion.load(folder), sd)
-    assert recognise(open_checkpoint(folder), "x0").config.schedule.prediction == "x0"
+    assert identify(open_checkpoint(folder), "x0").config.schedule.prediction == "x0"
 
 
 def rewrite_folder(component, names=lambda key: key):
@@ -269,6 +277,22 @@ def test_variants_shards_and_pickles(sd, folder):
     assert "does not say which tensor is in which file" in error_of(StableDiffusion.load, folder)
 
 
+def test_tokens_that_were_added_to_a_small_vocabulary(sd, folder):
+    """As transformers' `resize_token_embeddings` adds them; start and end keep their places."""
+    key = "text_model.embeddings.token_embedding.weight"
+    rewrite(
+        folder / "text_encoder" / "model.safetensors",
+        lambda tensors: tensors.update({key: torch.cat([tensors[key], torch.ones(2, SMALL.text.width)])}),
+    )
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": SMALL.text.vocabulary + 2}))
+    rewrite_folder(folder / "unet")
+    with pytest.warns(UserWarning, match=re.escape(f"left out: text_encoder.{key}[600:]")):
+        again = StableDiffusion.load(folder)
+    assert again.config.text == SMALL.text
+    assert torch.equal(again.encode_text(["a dog"]), sd.encode_text(["a dog"]))
+
+
 def test_folders_that_lack_something(folder, tmp_path):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "vae.safetensors")
     assert "holds no weights" in error_of(StableDiffusion.load, folder)
@@ -280,6 +304,8 @@ def test_folders_that_lack_something(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "is a folder without unet/" in error_of(StableDiffusion.load, tmp_path / "empty")
     assert "give one of its files (vae.safetensors)" in error_of(StableDiffusion.load, tmp_path)
+    (tmp_path / "models--x" / "snapshots" / "0123").mkdir(parents=True)
+    assert "give one of the folders in its snapshots/" in error_of(StableDiffusion.load, tmp_path / "models--x")
 
 
 @pytest.mark.parametrize("key", ["unet.x.lora_A.weight", "lora_te_x.lora_up.weight", "down_blocks.0.lora.down.weight"])
@@ -296,8 +322,8 @@ def test_loras_of_all_kinds(tmp_path, key):
         ({320: [{"linear.0.weight": 0}], "name": "x"}, "a hypernetwork"),
         ({"image_proj": {"proj.weight": 0}, "ip_adapter": {"1.to_k_ip.weight": 0}}, "an IP-Adapter"),
         (
-            {"module": {"input_hint_block.0.weight": 0}, "ds_config": {}},
-            "a file whose tensors are a level deeper than a model's",
+            {"a": {"input_hint_block.0.weight": 0}, "b": {"input_hint_block.0.weight": 0}},
+            "a file with the tensors of several models",
         ),
         ({"step": 3, "control": {"encoder.blocks.0.weight": 0}}, "the state of a training run, for its --resume"),
         ({"state": {0: {"exp_avg": 0}}, "param_groups": []}, "the state of an optimizer"),
@@ -329,7 +355,7 @@ def test_textual_inversions(tmp_path):
     first_program = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict(vectors)}
     for values in ({"string_to_param": vectors}, first_program, {"<cat>": torch.zeros(768)}):
         torch.save(values, path)
-        assert "a textual inversion" in error_of(StableDiffusion.load, path)
+        assert "a textual inversion" in (said := error_of(StableDiffusion.load, path)) and "--embedding" in said
 
 
 def test_a_folder_is_never_half_there_and_never_overwritten(sd, folder, tmp_path, monkeypatch):

@@ -1,0 +1,58 @@
+"""LoRAs and embeddings lie beside the bases in `weights/`, or in a folder of their own there, and go by their names."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import published
+from .paths import as_path
+from .stored import CheckpointError
+
+SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
+LORAS, EMBEDDINGS = "loras", "embeddings"  # the folders in weights/
+
+
+def find_extra(name: str, folder: str) -> Path | None:
+    """The file called `name`, without its suffix, in weights/ or in `folder` there. Never one of another folder."""
+    if os.path.basename(name) != name or "\0" in name:
+        return None
+    return next((path for path in places(name, folder) if os.path.isfile(path)), None)
+
+
+def places(name: str, folder: str) -> Iterator[Path]:
+    for place in (published.WEIGHTS, published.WEIGHTS / folder):
+        yield from (place / f"{name}{suffix}" for suffix in SUFFIXES)
+
+
+def given_extra(name: str, folder: str, what: str) -> Path:
+    """The file that an option names: a path, or a name as above. Raises CheckpointError if there is none."""
+    path = as_path(name)
+    found = path if path.exists() else find_extra(name, folder)
+    if found is None:
+        raise no_extra(name, folder, what)
+    return found
+
+
+def no_extra(name: str, folder: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f'there is no {what} "{name}", neither as a file nor as {name}.safetensors in weights/ or weights/{folder}/: '
+        "put it there, or give its path"
+    )
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH -> the file and the strength, 1 where there is none. A file of the whole name comes first.
+
+    Raises ValueError for a strength that is not finite.
+    """
+    name, colon, end = text.rpartition(":")
+    try:
+        strength = float(end)
+    except ValueError:  # a Windows path has a colon, too
+        return text, 1.0
+    if not colon or not name or os.path.exists(text):
+        return text, 1.0
+    if not math.isfinite(strength):
+        raise ValueError(f'the LoRA "{name}" has the strength {end}, expected a finite number such as 0.8')
+    return name, strength

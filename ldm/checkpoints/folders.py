@@ -1,0 +1,91 @@
+"""Folders: a pipeline or a component in diffusers' layout, and what trainers save in between."""
+
+import re
+from pathlib import Path
+
+from .read import read_json, read_tensors
+from .spellings import respelled
+from .stored import CheckpointError, StoredTensor, first_few
+
+COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+WEIGHTS = re.compile(
+    rf"(?P<stem>{'|'.join(STEMS)})(\.(?P<of_file>[\w-]+))?\.(?P<type>safetensors|bin)"
+    r"(?P<index>\.index(\.(?P<of_index>[\w-]+))?\.json)?"
+)
+SHARD = re.compile(r"-\d{5}-of-\d{5}")  # named in an index
+VARIANTS = ("", "fp32", "non_ema", "bf16", "fp16")  # the widest types first; of both, the moving average
+DEEPSPEED = ("mp_rank_00_model_states.pt", "pytorch_model/mp_rank_00_model_states.pt")
+
+
+def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], dict[str, dict]]:
+    """-> the tensors, the metadata, and diffusers' configurations, as a `Checkpoint` has them.
+
+    Of a pipeline the names of the components (unet, vae ...) become the beginnings of the keys. A component alone has
+    none. Raises CheckpointError for a folder without weights.
+    """
+    folders = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
+    if not folders and weight_files(path):
+        folders = {"": path}
+    tensors, metadata, configs = {}, {}, {}
+    for name, folder in folders.items():
+        found, described = read_component(folder)
+        tensors |= respelled(found, f"{name}." if name else "", path)
+        metadata = described | metadata  # the UNet's, which describe the whole base, come before all others
+    if not tensors:
+        files = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt", ".pth"))
+        advice = f"give one of its files ({first_few(files)})" if files else "give a checkpoint, or a folder with one"
+        if (path / "snapshots").is_dir():  # the cache of Hugging Face
+            advice = "give one of the folders in its snapshots/"
+        raise CheckpointError(
+            f'"{path}" is a folder without unet/, vae/ and text_encoder/ in diffusers\' layout: {advice}'
+        )
+    described = {name: folder / "config.json" for name, folder in folders.items()}
+    described |= {"scheduler": path / "scheduler" / "scheduler_config.json", "pipeline": path / "model_index.json"}
+    for name, file in described.items():
+        if file.is_file():
+            configs[name] = read_json(file)
+    return tensors, metadata, configs
+
+
+def is_model(folder: Path) -> bool:
+    """Whether `read_folder` may find weights in it."""
+    return any((folder / name).is_dir() for name in COMPONENTS) or bool(weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The file with a component's weights, or the index of the files that they are spread over; [] if there is none.
+
+    Full precision comes before halves, and safetensors before pickles.
+    """
+    found = []
+    for file in folder.iterdir():
+        match = WEIGHTS.fullmatch(file.name)
+        if match and file.is_file() and not SHARD.search(file.name):
+            variant = match["of_file"] or match["of_index"] or ""
+            rank = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+            found.append((match["type"] == "bin", rank, bool(match["index"]), STEMS.index(match["stem"]), file.name))
+    if found:
+        return [folder / min(found)[-1]]
+    return [folder / name for name in DEEPSPEED if (folder / name).is_file()][:1]
+
+
+def read_component(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    files = weight_files(folder)
+    if not files:
+        raise CheckpointError(
+            f'"{folder}" holds no weights: expected {STEMS[0]}.safetensors or the like, download the folder again'
+        )
+    if files[0].suffix != ".json":
+        return read_tensors(files[0])
+    places = read_json(files[0]).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) and Path(n).name == n for n in places.values()):
+        raise CheckpointError(f'"{files[0]}" does not say which tensor is in which file: download it again')
+    shards = {name: read_tensors(folder / name) for name in sorted(set(places.values()))}
+    lost = [key for key, name in places.items() if key not in shards[name][0]]
+    if lost:
+        raise CheckpointError(
+            f'"{files[0]}" lists tensors that its files lack ({first_few(lost)}): download them again'
+        )
+    metadata = {key: value for _, described in shards.values() for key, value in described.items()}
+    return {key: shards[name][0][key] for key, name in places.items()}, metadata

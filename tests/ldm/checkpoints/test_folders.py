@@ -1,0 +1,96 @@
+"""Which file of a folder is read: variants of diffusers' folders, and what trainers save in between."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import assert_same, small_control, small_sd
+
+from controlnet.checkpoint import find_control
+from controlnet.model import ControlNet
+from ldm import StableDiffusion
+from ldm.checkpoints.folders import weight_files
+from ldm.config import UNetConfig
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    sd = small_sd()
+    sd.save(folder / "base", layout="diffusers")
+    small_control(sd).save(folder / "control", layout="diffusers")
+    small_control(sd).save(folder / "control.safetensors")
+    return folder
+
+
+# what is there -> what is read
+PREFERENCES = [
+    ([f"{STEM}.fp16.safetensors", f"{STEM}.safetensors"], f"{STEM}.safetensors"),
+    ([f"{STEM}.bf16.safetensors"], f"{STEM}.bf16.safetensors"),
+    ([f"{STEM}.fp16.safetensors", f"{STEM}.non_ema.safetensors"], f"{STEM}.non_ema.safetensors"),
+    ([f"{STEM}.fp16.safetensors", f"{STEM}.bf16.safetensors"], f"{STEM}.bf16.safetensors"),
+    ([f"{STEM}.mine.safetensors"], f"{STEM}.mine.safetensors"),
+    ([f"{STEM}.bin", f"{STEM}.fp16.safetensors"], f"{STEM}.fp16.safetensors"),
+    (["model.safetensors", "optimizer.bin", "scheduler.bin"], "model.safetensors"),
+    (["pytorch_model.bin", "optimizer.bin"], "pytorch_model.bin"),
+    ([f"{STEM}-00001-of-00002.safetensors", f"{STEM}.safetensors.index.json"], f"{STEM}.safetensors.index.json"),
+    ([f"{STEM}.fp16-00001-of-00002.safetensors", f"{STEM}.safetensors.index.fp16.json"], None),
+    (["model.fp16.safetensors.index.json", "model.fp16-00001-of-00002.safetensors"], None),
+    (["mp_rank_00_model_states.pt", "zero_to_fp32.py"], "mp_rank_00_model_states.pt"),
+    (["optimizer.bin", "config.json"], "nothing"),
+]
+
+
+@pytest.mark.parametrize(("there", "read"), PREFERENCES)
+def test_which_file_of_a_component_is_read(tmp_path, there, read):
+    for name in there:
+        (tmp_path / name).touch()
+    found = [path.name for path in weight_files(tmp_path)]
+    index = [name for name in there if name.endswith("json")]
+    assert found == ([] if read == "nothing" else [read] if read else index)
+
+
+@pytest.mark.parametrize("variant", ["bf16", "non_ema"])
+def test_a_base_in_one_variant_alone(models, tmp_path, variant):
+    shutil.copytree(models / "base", tmp_path / "base")
+    for file in (tmp_path / "base").glob("*/*.safetensors"):
+        file.rename(file.with_suffix(f".{variant}.safetensors"))
+    assert_same(StableDiffusion.load(tmp_path / "base"), small_sd())
+
+
+def diffusers_trainer(models, folder):
+    shutil.copytree(models / "control", folder / "controlnet")
+    torch.save({"state": {}}, folder / "optimizer.bin")
+
+
+def accelerate(models, folder):
+    shutil.copy(models / "control" / f"{STEM}.safetensors", folder / "model.safetensors")
+    torch.save({"state": {}}, folder / "optimizer.bin")
+
+
+def accelerate_pickle(models, folder):
+    torch.save(load_file(models / "control" / f"{STEM}.safetensors"), folder / "pytorch_model.bin")
+
+
+def compiled(models, folder):
+    tensors = load_file(models / "control" / f"{STEM}.safetensors")
+    save_file({f"_orig_mod.{key}": value for key, value in tensors.items()}, folder / "model.safetensors")
+
+
+def deepspeed(models, folder):
+    (folder / "pytorch_model").mkdir()
+    values = {"module": load_file(models / "control.safetensors"), "ds_config": {"x": 1}, "dp_world_size": 1}
+    torch.save(values, folder / "pytorch_model" / "mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize("write", [diffusers_trainer, accelerate, accelerate_pickle, compiled, deepspeed])
+def test_what_trainers_save_in_between_is_a_control(models, tmp_path, monkeypatch, write):
+    (tmp_path / "checkpoint-500").mkdir()
+    write(models, tmp_path / "checkpoint-500")
+    monkeypatch.chdir(tmp_path)
+    assert find_control("checkpoint-500", UNetConfig()) == find_control("./checkpoint-500", UNetConfig())
+    sd = small_sd()
+    assert_same(ControlNet.load("checkpoint-500", sd), small_control(sd))

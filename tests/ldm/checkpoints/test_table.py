@@ -1,0 +1,355 @@
+"""What people have: one line a case. Each is a checkpoint made from keys and shapes alone, and costs milliseconds."""
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from reference import load_manifest
+from small import error_of
+
+from controlnet.layouts import IGNORED_BESIDE_CONTROL, check_family, recognise_control
+from controlnet.model import ControlNet
+from ldm import StableDiffusion
+from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
+from ldm.checkpoints.open import Checkpoint
+from ldm.checkpoints.recognise import identify
+from ldm.checkpoints.spellings import respelled
+from ldm.checkpoints.stored import CheckpointError, StoredTensor
+from ldm.config import SD15, SD21, SD21_BASE, TINY
+from tools.checkpoints import contents
+
+PATH = Path("file.safetensors")
+SD1, SD2 = "ldm_sd15_checkpoint", "ldm_sd21_checkpoint"
+CONTROL1, CONTROL2 = "ldm_control_sd15_control_only", "ldm_control_sd21_control_only"
+CONFIGS = {SD1: SD15, SD2: SD21, CONTROL1: SD15, CONTROL2: SD21}
+
+
+def stand_in(shapes, metadata=None, configs=None, integers=()):
+    """As `open_checkpoint` returns it."""
+
+    def stored(key, shape):
+        return StoredTensor(PATH, torch.int64 if key in integers else torch.float16, tuple(shape), None)
+
+    tensors = respelled({key: stored(key, shape) for key, shape in shapes.items()}, "", PATH)
+    return Checkpoint(PATH, tensors, metadata or {}, configs or {})
+
+
+@cache
+def empty(config):
+    with without_weights():
+        sd = StableDiffusion(config)
+        return sd, ControlNet(sd.unet)
+
+
+def verdict_as_base(checkpoint):
+    """-> the configuration, and the warnings that loading would give."""
+    base = identify(checkpoint)
+    sd, _ = empty(SD15 if base.config.unet == SD15.unet else SD21)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        base.warn()
+        warn_of_left_out(checkpoint, check_keys(checkpoint, sd.parts_in(checkpoint), IGNORED_BESIDE_BASE))
+    return base.config, [str(warning.message) for warning in caught]
+
+
+def verdict_as_control(checkpoint, config=SD15):
+    """-> the warnings that loading it for such a base would give."""
+    found = recognise_control(checkpoint)
+    check_family(checkpoint, found, config.unet)
+    _, control = empty(config)
+    left_out = check_keys(checkpoint, [(control, found.key_map(config.unet))], IGNORED_BESIDE_CONTROL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_left_out(checkpoint, left_out)
+    return [str(warning.message) for warning in caught]
+
+
+# ------------------------------------------------------------------------------ sound files with something more in them
+
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+TOKENS = f"{CLIP}text_model.embeddings.token_embedding.weight"
+# name: (manifest, what is added, of a type that is no number of weights, words of the one warning)
+MORE = {
+    "logit_scale and projection of ComfyUI": (
+        SD1,
+        {"cond_stage_model.logit_scale": (), f"{CLIP}text_projection.weight": (768, 768)},
+        (),
+        "cond_stage_model.logit_scale, cond_stage_model.transformer.text_projection.weight",
+    ),
+    "an int64 logit_scale": (SD2, {}, (f"{OPEN_CLIP}logit_scale",), f"{OPEN_CLIP}logit_scale"),
+    "a logit_scale of another shape": (SD2, {f"{OPEN_CLIP}logit_scale": (1,)}, (), f"{OPEN_CLIP}logit_scale"),
+    "position ids of SD 2": (SD2, {f"{OPEN_CLIP}transformer.text_model.embeddings.position_ids": (1, 77)}, (), "ids"),
+    "an embedding manager": (SD1, {"embedding_manager.x": (3,)}, (), "left out: embedding_manager.x"),
+    "many": (SD1, {f"loss.{i}": (3,) for i in range(9)}, (), "loss.0, loss.1, loss.2, ... (9 in all)"),
+    "a stray LoRA": (SD1, {"lora_te_text_model_x.alpha": ()}, (), "left out: lora_te_text_model_x.alpha"),
+    "optimizer states": (SD1, {"optimizer.state.0.exp_avg": (3,)}, (), "left out: optimizer.state.0.exp_avg"),
+    "EMA's bookkeeping": (SD1, {"model_ema.decay": (), "model_ema.num_updates": ()}, (), None),
+    "one token more": (SD1, {TOKENS: (49409, 768)}, (), f"left out: {TOKENS}[49408:]"),
+    "two tokens more": (
+        SD2,
+        {f"{OPEN_CLIP}token_embedding.weight": (49410, 1024)},
+        (),
+        "weight[49408:]",
+    ),
+    "a mark": (SD1, {"v_pred": (0,)}, (), None),
+    "a control's leftovers": (
+        CONTROL1,
+        {"loss.x": (3,), "control_model.y": ()},
+        (),
+        "left out: control_model.y, loss.x",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_sound_files_with_something_more_in_them(name):
+    manifest, more, integers, words = MORE[name]
+    checkpoint = stand_in({**load_manifest(manifest), **more}, {"modelspec.prediction_type": "v"}, integers=integers)
+    warned = verdict_as_control(checkpoint) if manifest == CONTROL1 else verdict_as_base(checkpoint)[1]
+    assert len(warned) == (words is not None)
+    assert words is None or (words in warned[0] and "damaged" not in warned[0] and "\n" not in warned[0])
+
+
+UNET = "model.diffusion_model."
+FIRST = f"{UNET}input_blocks.0.0.weight"
+# name: (manifest, a key, its new shape or None for none, words)
+LESS = {
+    "one token less": (SD1, TOKENS, (49407, 768), "1 key misshapen"),
+    "no norm": (
+        SD1,
+        f"{UNET}out.0.bias",
+        None,
+        "it is damaged, or made for another architecture: 1 key",
+    ),
+    "a used integer": (SD1, f"{UNET}out.0.bias", "integer", "1 key not of a floating-point type"),
+    "nine channels": (
+        SD1,
+        FIRST,
+        (320, 9, 3, 3),
+        "it is an inpainting model",
+    ),
+    "eight channels": (SD1, FIRST, (320, 8, 3, 3), "InstructPix2Pix"),
+    "five channels": (SD2, FIRST, (320, 5, 3, 3), "it is a depth model"),
+    "no autoencoder": (SD1, "first_stage_model.", None, "it has no autoencoder (or another one), expected a whole"),
+    "no autoencoder, the remedy": (SD1, "first_stage_model.", None, ": give one with --vae FILE"),
+    "a UNet alone": (SD1, ("first_stage_model.", "cond_"), None, "it has no autoencoder and no text encoder (or"),
+    "no text encoder": (SD1, "cond_stage_model.", None, "it has no text encoder"),
+}
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_files_that_lack_something(name):
+    manifest, start, shape, words = LESS[name]
+    shapes = load_manifest(manifest)
+    integers = [start] if shape == "integer" else []
+    if shape is None:
+        shapes = {key: value for key, value in shapes.items() if not key.startswith(start)}
+    elif shape != "integer":
+        shapes[start] = shape
+    checkpoint = stand_in({**shapes, "loss.x": (1,)}, integers=integers)
+    assert words in error_of(verdict_as_base, checkpoint)
+
+
+# --------------------------------------------------------------------------------------------------------- wrappers
+
+WRAPPED = {
+    "DistributedDataParallel": (CONTROL1, lambda key: f"module.{key}"),
+    "torch.compile": (CONTROL1, lambda key: f"_orig_mod.{key}"),
+    "both, and inside": (
+        CONTROL1,
+        lambda key: "module." + key.replace("model.", "model._orig_mod."),
+    ),
+    "a trainer's attribute": (CONTROL1, lambda key: key.replace("control_model.", "model.")),
+    "a trainer's attribute twice": (CONTROL1, lambda key: f"model.net.{key}"),
+    "an attribute called controlnet": (CONTROL1, lambda key: key.replace("control_model.", "controlnet.")),
+    "without a prefix": (CONTROL2, lambda key: key.removeprefix("control_model.")),
+    "DeepSpeed": (CONTROL2, lambda key: f"module.{key}"),
+    "a base in params": (SD1, lambda key: f"params.{key}"),
+    "a base in a model's state_dict": (SD2, lambda key: f"model.state_dict.{key}"),
+    "SD-Turbo": (SD2, lambda key: key.replace("cond_stage_model.", "conditioner.embedders.0.")),
+    "SD 1.x in the layout of SD-Turbo": (SD1, lambda key: key.replace("cond_stage_model.", "conditioner.embedders.0.")),
+    "diffusers' control": ("diffusers_sd15_controlnet", lambda key: f"module.{key}"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_files_load_without_a_word(name):
+    manifest, rename = WRAPPED[name]
+    checkpoint = stand_in({rename(key): shape for key, shape in load_manifest(manifest).items()}, SAYS_V)
+    if manifest in (SD1, SD2):
+        config, warned = verdict_as_base(checkpoint)
+        assert config.unet == CONFIGS[manifest].unet
+    else:
+        warned = verdict_as_control(checkpoint, CONFIGS.get(manifest, SD15))
+    assert warned == []
+
+
+SAYS_V = {"modelspec.predict_key": "v"}
+
+
+def test_weights_come_before_their_moving_average():
+    shapes = load_manifest(CONTROL1)
+    both = {f"{outer}.{key}": shape for outer in ("params", "params_ema") for key, shape in shapes.items()}
+    (warned,) = verdict_as_control(stand_in(both))
+    assert "params_ema.control_model." in warned and f"({len(shapes)} in all)" in warned
+
+
+# ------------------------------------------------------------------------------------------- what the prediction is
+
+CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+SD2_KEYS, SD1_KEYS = {CONTEXT: (320, 1024)}, {CONTEXT: (320, 768)}
+SGM = {"conditioner.embedders.0.model.ln_final.bias": (1024,)}
+# (more keys, metadata, the name's preset) -> configuration, zero terminal SNR, who says it
+PREDICTIONS = [
+    (SD2_KEYS, {}, None, "v", False, "assumed"),
+    (SD2_KEYS, {}, SD21_BASE, "eps", False, "the file's name"),
+    (SD2_KEYS, {"modelspec.prediction_type": "epsilon"}, SD21, "eps", False, "modelspec.prediction_type"),
+    (SD2_KEYS, {"modelspec.prediction_type": "v"}, SD21_BASE, "v", False, "modelspec.prediction_type"),
+    (SD2_KEYS, {"modelspec.predict_key": "epsilon"}, None, "eps", False, "modelspec.predict_key"),
+    (SD2_KEYS | {"v_pred": (0,)}, {}, SD21_BASE, "v", False, "the tensor v_pred"),
+    (SD2_KEYS | {"v_pred": (0,), "ztsnr": (0,)}, {}, None, "v", True, "the tensor v_pred"),
+    (SD2_KEYS | {"ztsnr": (0,)}, {}, None, "v", True, "the tensor ztsnr"),
+    (SD2_KEYS | SGM, {}, None, "eps", False, "SD-Turbo"),
+    (SD1_KEYS, {}, None, "eps", False, "its family"),
+    (SD1_KEYS | {"v_pred": (0,)}, {}, None, "v", False, "the tensor v_pred"),
+    (SD1_KEYS, {"modelspec.predict_key": "v"}, None, "v", False, "modelspec.predict_key"),
+]
+
+
+@pytest.mark.parametrize(("keys", "metadata", "preset", "prediction", "zero_snr", "source"), PREDICTIONS)
+def test_what_a_base_predicts(keys, metadata, preset, prediction, zero_snr, source):
+    base = identify(stand_in(keys, metadata), preset=preset)
+    schedule = base.config.schedule
+    assert (schedule.prediction, schedule.zero_terminal_snr) == (prediction, zero_snr)
+    assert source in base.prediction_source
+    assert identify(stand_in(keys, metadata), "eps", preset=preset).config.schedule.prediction == "eps"
+
+
+def test_zero_snr_by_the_caller():
+    assert identify(stand_in(SD2_KEYS), "v", zero_snr=True).config.schedule.zero_terminal_snr
+    sentence = error_of(identify, stand_in(SD1_KEYS), zero_snr=True)
+    assert "predicts eps" in sentence and "leave out --zero-snr, or say --prediction v" in sentence
+
+
+# ------------------------------------------------------------------------------------ files of other kinds and families
+
+HINT = "controlnet_cond_embedding.conv_in.weight"
+LDM_HINT = "control_model.input_hint_block.0.weight"
+# what it is: (its keys, words of the sentence as --base, words as --control)
+OTHERS = {
+    "SDXL": (
+        [f"{UNET}x", "conditioner.embedders.1.model.x"],
+        "an SDXL checkpoint, and only SD 1.x",
+        "an SDXL checkpoint",
+    ),
+    "SDXL in diffusers' layout": (["unet.add_embedding.linear_1.weight"], "an SDXL checkpoint", "an SDXL checkpoint"),
+    "its refiner": (
+        [f"{UNET}x", "conditioner.embedders.0.model.x", f"{UNET}label_emb.0.0.weight"],
+        "an SDXL refiner checkpoint",
+        "an SDXL refiner checkpoint",
+    ),
+    "SDXL's control": ([HINT, "add_embedding.linear_1.weight"], "a ControlNet for SDXL", "get the one for your base"),
+    "SDXL's control, original": ([LDM_HINT, "control_model.label_emb.0.0.weight"], "for SDXL", "for SDXL"),
+    "SDXL Union": ([HINT, "add_embedding.linear_1.weight", "task_embedding"], "Union for SDXL", "Union for SDXL"),
+    "SDXL ProMax": (
+        [HINT, "control_add_embedding.linear_1.weight"],
+        "Union for SDXL",
+        "get the ControlNet for",
+    ),
+    "Control-LoRA": (["lora_controlnet", "input_hint_block.0.weight"], "a Control-LoRA", "get a ControlNet"),
+    "LLLite": (["lllite_unet_x.down.0.weight"], "a ControlNet-LLLite", "get a ControlNet"),
+    "XS": ([LDM_HINT, "enc_zero_convs_out.0.weight"], "a ControlNet-XS", "get a ControlNet"),
+    "XS of diffusers": ([HINT, "down_blocks.0.ctrl_to_base.0.weight"], "a ControlNet-XS", "get a ControlNet"),
+    "SparseCtrl": ([HINT, "down_blocks.0.motion_modules.0.x"], "a SparseCtrl", "get a ControlNet"),
+    "AnimateDiff": (["down_blocks.0.motion_modules.0.x"], "a motion module", "a motion module"),
+    "Uni-ControlNet": ([f"{UNET}x", "local_adapter.x"], "a Uni-ControlNet", "a ControlNet for each kind"),
+    "BrushNet": (["brushnet_down_blocks.0.weight", "conv_in_condition.weight"], "a BrushNet", "a BrushNet"),
+    "SD 3": ([f"{UNET}x", f"{UNET}joint_blocks.0.x"], "an SD 3 checkpoint", "an SD 3 checkpoint"),
+    "SD 3's control": (["pos_embed.proj.weight", "controlnet_blocks.0.weight"], "for SD 3", "a ControlNet for SD 3"),
+    "Flux": (["double_blocks.0.img_mod.lin.weight"], "a Flux checkpoint", "a Flux checkpoint"),
+    "Flux's control": (["controlnet_x_embedder.weight"], "a ControlNet for Flux", "a ControlNet for Flux"),
+    "unCLIP": ([f"{UNET}x", "embedder.model.visual.proj"], "an SD unCLIP checkpoint", "an SD unCLIP"),
+    "unCLIP of diffusers": (["unet.class_embedding.linear_1.weight"], "an SD unCLIP checkpoint", "an SD unCLIP"),
+    "Stable Video Diffusion": ([f"{UNET}x", f"{UNET}x.time_stack.0.x"], "a Stable Video", "a Stable Video"),
+    "scaled fp8": ([f"{UNET}x", "scaled_fp8"], "in scaled fp8", "in scaled fp8"),
+    "LCM": (["unet.time_embedding.cond_proj.weight"], "(LCM)", "(LCM)"),
+    "GLIGEN": ([f"{UNET}x", f"{UNET}x.fuser.linear.weight"], "a GLIGEN model", "a GLIGEN model"),
+    "x4 upscaler": ([f"{UNET}x", f"{UNET}label_emb.weight"], "an upscaler", "an upscaler"),
+    "depth2img": ([f"{UNET}x", "depth_model.model.x"], "depth2img", "depth2img"),
+    "image variations": ([f"{UNET}x", "cond_stage_model.model.visual.proj"], "varies images", "varies images"),
+    "hypernetwork": (["320.0.linear.0.weight"], "a hypernetwork", "a hypernetwork"),
+    "ESRGAN": (["params_ema.conv_first.weight"], "(ESRGAN)", "(ESRGAN)"),
+    "a compact ESRGAN": (["params.body.0.weight"], "(ESRGAN)", "(ESRGAN)"),
+    "T2I-Adapter": (["body.0.block1.weight"], "a T2I-Adapter", "get the ControlNet for the same"),
+    "IP-Adapter": (["image_proj.proj.weight"], "an IP-Adapter", "an IP-Adapter"),
+    "LoRA": (["lora_unet_x.lora_up.weight"], "pass it as --lora", "pass it as --lora"),
+    "LyCORIS": (["x.hada_w1_a"], "pass it as --lora", "pass it as --lora"),
+    "textual inversion": (["emb_params"], "pass it as --embedding", "pass it as --embedding"),
+    "autoencoder": (["decoder.mid.block_1.x"], "pass it as --vae", "pass it as --vae"),
+    "autoencoder, prefixed": (["first_stage_model.decoder.up.0.x"], "pass it as --vae", "pass it as --vae"),
+    "TAESD": (["decoder.layers.0.weight"], "a small autoencoder (TAESD)", "TAESD"),
+    "a control as base": ([HINT], "a ControlNet: pass it as --control", None),
+    "MiDaS": (["pretrained.model.x"], "make_hints", "make_hints"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_cannot_be_used_says_what_it_is_and_what_would_fit(name):
+    keys, as_base, as_control = OTHERS[name]
+    checkpoint = stand_in(dict.fromkeys(keys, (1,)))
+    sentence = error_of(identify, checkpoint)
+    assert "is not a base model of SD 1.x or 2.x: it is" in sentence and as_base in sentence
+    if as_control is not None:
+        sentence = error_of(recognise_control, checkpoint)
+        assert "holds no ControlNet" in sentence and as_control in sentence
+        assert "pass it as --base" not in sentence or "--vae" in sentence  # which would only send it back
+        assert as_control in contents(checkpoint).kind  # the describing tool agrees
+
+
+PIPELINES = {"StableDiffusion3Pipeline": "SD 3", "FluxPipeline": "Flux", "KandinskyPipeline": "the class Kandinsky"}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_folders_of_other_pipelines(name):
+    checkpoint = stand_in({"vae.decoder.conv_in.weight": (1,)}, configs={"pipeline": {"_class_name": name}})
+    assert PIPELINES[name] in error_of(identify, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [((320, 9, 3, 3), "an inpainting model with 9 input channels"), ((320, 4, 3, 3), "--base")]
+)
+def test_a_base_as_control(shape, words):
+    sentence = error_of(recognise_control, stand_in({CONTEXT: (320, 768), FIRST: shape}))
+    assert words in sentence and ("pass it as --base" in sentence) == (shape[1] == 4)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "config", "words"),
+    [
+        (CONTROL1, TINY, "is a ControlNet for SD 1.x, and your base is tiny: give --base sd15"),
+        (CONTROL2, TINY, "is a ControlNet for SD 2.x, and your base is tiny: give --base sd21-base"),
+        (CONTROL2, SD15, "is a ControlNet for SD 2.x, and your base is SD 1.x"),
+    ],
+)
+def test_a_control_of_another_family_names_the_base(manifest, config, words):
+    assert words in error_of(verdict_as_control, stand_in(load_manifest(manifest)), config)
+
+
+# ------------------------------------------------------------------------------------------------------- differences
+
+
+def test_a_difference_may_lack_what_is_zero():
+    shapes = {**load_manifest(CONTROL1), "difference": (1,)}
+    some = {key: shape for key, shape in shapes.items() if "input_blocks.1" not in key}
+    assert verdict_as_control(stand_in(some)) == []
+    assert "left out: loss.x" in verdict_as_control(stand_in({**some, "loss.x": (1,)}))[0]
+    assert "1 key unexpected" in error_of(
+        verdict_as_control, stand_in({**some, "control_model.input_bl0cks.1.x": (1,)})
+    )
+    del some["control_model.zero_convs.0.0.bias"]
+    assert "1 key missing" in error_of(verdict_as_control, stand_in(some))
+    del shapes["control_model.input_blocks.1.0.in_layers.0.bias"], shapes["difference"]
+    with pytest.raises(CheckpointError, match="1 key missing"):
+        verdict_as_control(stand_in(shapes))

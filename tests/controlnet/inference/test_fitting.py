@@ -35,7 +35,7 @@ def test_a_guided_step_holds_what_the_rule_says(fakes, batch_size, one_by_one, c
         acting = [Control(net, torch.zeros(1, 3, *SIZE))] * controls
         denoise = guided(sd.unet, context, context, 7.5, acting, batched=not one_by_one)
         with StorageCounter() as counter:
-            denoise(x, torch.zeros(batch_size, dtype=torch.int64))
+            denoise(x, torch.zeros(batch_size, dtype=torch.int64), timestep=0)
     rule = batch_size * memory.guided_memory(TINY, SIZE, FP32, one_by_one, controls)
     assert counter.most <= rule <= 1.35 * counter.most
 

@@ -15,7 +15,7 @@ from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.generate import default_batch_size, default_cfg, default_size, generate, size_multiple
 from controlnet.inference.image_to_image import Init
-from controlnet.inference.memory import decoding_memory
+from controlnet.inference.memory import guided_memory
 from ldm.config import SD15, SD21, TINY
 
 
@@ -147,7 +147,7 @@ def test_a_callback_may_end_a_batch(sd):
 
 def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(sd, monkeypatch):
     def default(count, images_that_fit, device="cuda"):
-        free = images_that_fit * decoding_memory(SMALL, (64, 64), torch.float32, tiled=True)
+        free = images_that_fit * guided_memory(SMALL, (64, 64), torch.float32, one_by_one=True, controls=0)
         monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(free))
         return default_batch_size(sd, (64, 64), count, [], device)
 

@@ -104,9 +104,8 @@ def test_only_their_controlnet_is_under_autocast(setup, peers, monkeypatch, tmp_
 def test_a_gpu_is_given_more_steps(monkeypatch, device, steps):
     """Else what is done once would rule."""
     seen = {}
-    monkeypatch.setattr(
-        bench, "in_a_process", lambda *_: ({"device": device, "threads": 1, "precision": "fp32"}, "a machine")
-    )
+    machine = {"device": device, "threads": 1, "precision": "fp32"}
+    monkeypatch.setattr(bench, "in_a_process", lambda *_: (machine, "a machine"))
     monkeypatch.setattr(bench, "report", lambda rows, setup, rounds: seen.update(setup) or 0)
     assert bench.main(["--case", "sd15-512", "--device", device]) == 0 and seen["steps"] == steps
 

@@ -6,6 +6,7 @@ import pytest
 from small import error_of
 
 from controlnet.checkpoint import find_control
+from ldm.checkpoints.extras import LORAS, given_extra
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.paths import as_path
 from ldm.checkpoints.published import find
@@ -32,7 +33,8 @@ def test_paths_are_meant_as_they_are_typed(weights, typed, file):
     file = weights.parent / file
     file.parent.mkdir(exist_ok=True)
     file.touch()
-    for found in (as_path(typed), find(typed)[0], find_control(typed, SD15.unet), find_model(typed)[0]):
+    lora = given_extra(typed, LORAS, "LoRA")
+    for found in (as_path(typed), find(typed)[0], find_control(typed, SD15.unet), find_model(typed)[0], lora):
         assert found.resolve() == file
 
 

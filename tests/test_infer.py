@@ -952,7 +952,7 @@ def control_of_another_base(path):
         "--count 0",
         "--batch-size 0",
         "--reuse 0",
-        "--dtype int8",
+        "--precision int8",
         "--pormpt a",
         "--neg a",
         "--strength 1.1",
@@ -1017,7 +1017,7 @@ def test_a_size_that_does_not_fit_into_memory_is_refused_before_it_is_tried(monk
         (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: give a smaller --size"),
         (1.5, [], "needs about 2.0 GB of memory, but 1.5 GB are free: add --low-memory or give a smaller --size"),
         (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: give a smaller --size"),
-        (0.8, ["--dtype", "fp16"], "needs about 1.0 GB of memory, but 0.8 GB are free: add --low-memory or"),
+        (0.8, ["--precision", "fp16"], "needs about 1.0 GB of memory, but 0.8 GB are free: add --low-memory or"),
         (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: give a smaller --size"),
     ):
         gigabytes["free"] = free

@@ -98,7 +98,7 @@ def test_the_whole_program(run, tmp_path):
     }.items():
         assert what in rows(stages[stage]), stage
     assert all(row["held"] for stage in stages.values() for row in stage["rows"] if row["kind"] == "must")
-    assert rows(stages["step"])["gradients"]["value"] == 196
+    assert rows(stages["step"])["gradients"]["value"] == 128
     table = (tmp_path / "accept.md").read_text()
     assert "| | text, fp32 | 0 | must <= 2e-05 | holds |" in table
     assert "| **out_of_memory** | only a GPU's memory can be limited |" in table

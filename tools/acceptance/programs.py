@@ -187,7 +187,7 @@ def infer(job: Job, report: Report) -> None:
 
 
 def large_images(job: Job, report: Report, out: Path) -> None:
-    settings = ["--hint", "circle.png", "--dtype", job.size.precision, "--steps", 2, "--out", out / "large.png"]
+    settings = ["--hint", "circle.png", "--precision", job.size.precision, "--steps", 2, "--out", out / "large.png"]
     for side, how in [(job.size.side, []), *((side, ["--low-memory"]) for side in job.size.large)]:
         what, results = " ".join(["infer.py --size", str(side), *how]), []
         allocated, reserved = peaks(
@@ -208,7 +208,7 @@ def out_of_memory(job: Job, report: Report) -> None:
         ended(report, "a run before", train(job, runs / "run", "--sample-count", 0))
         again = ["--resume", "--out", runs / "run", "--steps", job.size.train_steps + 1]
         with little_memory(job.device, FRACTION):
-            size = ["--size", max(job.size.large), "--steps", 1, "--dtype", "fp32", "--out", runs / "large.png"]
+            size = ["--size", max(job.size.large), "--steps", 1, "--precision", "fp32", "--out", runs / "large.png"]
             refused(report, "infer.py", program(job, "infer", *job.models, "--hint", "circle.png", *size))
             refused(report, "train.py", program(job, "train", *again, "--batch-size", 1024))
         ended(report, "resumed after it", program(job, "train", *again, "--batch-size", 4))

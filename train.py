@@ -45,12 +45,11 @@ from controlnet.training.later import Later
 from controlnet.training.optimisation import Optimisation, warmed_up_ema
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
 from controlnet.training.progress import Progress
-from controlnet.training.resolve import check_hint_channels, control_config, resolve
+from controlnet.training.resolve import check_hint_channels, control_config, infer_command, resolve
 from controlnet.training.run_state import Position, RunFolder, restore, state_of
 from controlnet.training.saving import Writer, on_cpu, with_weights
 from controlnet.training.validation import validation_of
 from controlnet.training.workers import worker_ended
-from controlnet.worlds import EXAMPLE_OF
 from ldm import StableDiffusion
 from ldm.unet import UNet
 
@@ -91,13 +90,7 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
         return 128 + (signals.received or signal.SIGTERM)
     if process.is_main:
         print(f"the ControlNet is {training.run.control}: try it with")
-        base, hint = settings.base, EXAMPLE_OF.get(settings.data)
-        if settings.sd_unlocked:
-            base = training.run.base
-        else:
-            base += "".join(f" --lora {lora}" for lora in settings.lora)
-            base += f" --vae {settings.vae}" if settings.vae else ""
-        print(f"python infer.py --base {base} --hint {hint or 'HINT.png'} --control {training.run.control}")
+        print(infer_command(settings, training.run))
     return 0
 
 

@@ -1,11 +1,13 @@
 """From what a command line gives to the settings of a run: those of the run to resume, and what depends on the base."""
 
 import math
+import shlex
 from dataclasses import replace
 
 from controlnet.common.devices import optional
 from controlnet.common.program import from_json, note
 from controlnet.config import ControlConfig
+from controlnet.worlds import EXAMPLE_OF
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import BaseFile, open_base
 from ldm.checkpoints.stored import CheckpointError
@@ -49,6 +51,18 @@ def resolve(given: dict) -> TrainSettings:
             "--shard"
         )
     return settings
+
+
+def infer_command(settings: TrainSettings, run: RunFolder) -> str:
+    """What makes an image with the ControlNet of a run, on the base that it was trained on."""
+    options = ["--base", str(run.base if settings.sd_unlocked else settings.base)]
+    if not settings.sd_unlocked:  # whose file says all of this, and has it inside
+        options += [word for lora in settings.lora for word in ("--lora", lora)]
+        options += ["--vae", settings.vae] if settings.vae else []
+        options += ["--prediction", settings.prediction] if settings.prediction else []
+        options += ["--zero-snr"] if settings.zero_snr else []
+    options += ["--hint", EXAMPLE_OF.get(settings.data, "HINT.png"), "--control", str(run.control)]
+    return f"python infer.py {shlex.join(options)}"
 
 
 def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:

@@ -1006,7 +1006,7 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsy
 
 
 def test_a_dry_run_names_the_batch_size_that_fits(base, tmp_path, capsys):
-    plan = ["--steps", "1", "--dry-run", "--sd-unlocked"]
+    plan = ["--steps", "1", "--dry-run", "--sd-unlocked", "--sample-count", "0"]
     assert run(base, tmp_path / "out", *plan, "--fit", "1") == 0
     *_, together, plain, checkpointed = capsys.readouterr().out.splitlines()
     assert "at most, all together" in together

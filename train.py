@@ -210,6 +210,7 @@ class Training:
         self.optimisation.gather()
         if self.process.is_main:
             progress.flush()
+            self.writer.wait()  # before the copy: two at once would take twice the memory
             self.writer.start(self.write, on_cpu(state_of(step, self.parts), self.process.device))
 
     def write(self, state: dict) -> None:

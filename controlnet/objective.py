@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from controlnet.common.devices import sent
 from ldm.schedule import Schedule
 from ldm.unet import UNet
 from ldm.vae import Posterior
@@ -92,13 +93,6 @@ def loss_inputs(
     z0 = latent_scale * Posterior(mean.float(), logvar.float()).sample(posterior_noise)
     context = torch.where(dropped[:, None, None], empty_prompt, context)
     return z0, noise, t, context, hint
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On its way to `device`: from pinned memory nobody waits for a GPU to fetch it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 # --------------------------------------------------------------------------------------------------------- the loss

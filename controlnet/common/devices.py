@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .program import note
 
@@ -75,6 +75,13 @@ def optional(module: str, what: str) -> ModuleType:
     except ImportError as error:
         package = module.split(".")[0]
         raise ValueError(f"{what} needs the package {package}: `pip install {package}`, or leave it out") from error
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On its way to `device`: from pinned memory nobody waits for a GPU to fetch it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

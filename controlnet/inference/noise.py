@@ -4,6 +4,7 @@ batch."""
 import torch
 from torch import Generator, Tensor
 
+from controlnet.common.devices import sent
 from ldm.samplers import Noise
 
 
@@ -14,11 +15,4 @@ def draw(generators: list[Generator], shape: tuple[int, ...]) -> Tensor:
 
 def noise_from(generators: list[Generator]) -> Noise:
     """noise(x) -> unit noise like x, fp32, one row from each generator."""
-    return lambda x: without_waiting(draw(generators, x.shape[1:]), x.device)
-
-
-def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`. A GPU fetches it from pinned memory when its turn comes, and the CPU goes on."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return lambda x: sent(draw(generators, x.shape[1:]), x.device)

@@ -80,9 +80,16 @@ def exact(unet: UNet) -> Predict:
     def predict(
         x: Tensor, t: Tensor, timestep: int, context: Tensor, controls: Sequence["PreparedControl"], branch: Branch
     ) -> Tensor:
-        return unet(x, t, context, total_residuals(x, t, context, controls, branch))
+        return controlled(unet, x, t, context, controls, branch)
 
     return predict
+
+
+def controlled(
+    unet: UNet, x: Tensor, t: Tensor, context: Tensor, controls: Sequence["PreparedControl"], branch: Branch
+) -> Tensor:
+    """The UNet's output with the controls' residuals added: all that a step computes with networks."""
+    return unet(x, t, context, total_residuals(x, t, context, controls, branch))
 
 
 def total_residuals(

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from controlnet.guidance import Branch, Predict, PreparedControl, total_residuals
+from controlnet.guidance import Branch, Predict, PreparedControl, controlled
 from ldm.fast.packed import Packed
 from ldm.unet import UNet
 
@@ -24,7 +24,7 @@ def compiling(**options: Any) -> Callable[[UNet], Predict]:
 
     torch.compiler.allow_in_graph(rearrange)  # as it is: to trace through einops takes most of the time
     options = {"mode": "reduce-overhead", "dynamic": False, **options}
-    compute = torch.compile(with_controls, **{name: value for name, value in options.items() if value is not None})
+    compute = torch.compile(controlled, **{name: value for name, value in options.items() if value is not None})
 
     def make_predictor(unet: UNet) -> Predict:
         def predict(
@@ -42,12 +42,6 @@ def compiling(**options: Any) -> Callable[[UNet], Predict]:
         return predict
 
     return make_predictor
-
-
-def with_controls(
-    unet: UNet, x: Tensor, t: Tensor, context: Tensor, controls: Sequence[PreparedControl], branch: Branch
-) -> Tensor:
-    return unet(x, t, context, total_residuals(x, t, context, controls, branch))
 
 
 def check_compile(reuse: int, low_memory: bool, unet: UNet | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from controlnet.guidance import Branch, Predict, PreparedControl, exact
+from controlnet.guidance import Branch, Predict, PreparedControl, controlled
 from ldm.unet import UNet
 
 # Of the latents, both branches of the guidance counted: four images of 512x512. On an H200 a step of eight takes longer
@@ -19,13 +19,13 @@ def graphed(unet: UNet) -> Predict:
 
     It records again when other controls act. Their hints and masks, which are constant, are part of the graph.
     """
-    plain, graphs = exact(unet), {}
+    graphs = {}
 
     def predict(
         x: Tensor, t: Tensor, timestep: int, context: Tensor, controls: Sequence[PreparedControl], branch: Branch
     ) -> Tensor:
         def compute(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            return plain(x, t, timestep, context, controls, branch)
+            return controlled(unet, x, t, context, controls, branch)
 
         key = x.shape, branch, tuple(map(id, controls))
         if x[:, 0].numel() > MOST_POSITIONS:

@@ -5,7 +5,7 @@ import numpy as np
 from .canvas import Canvas
 from .colours import COLOURS
 from .hints import edges
-from .world import Picture, World, distinct_colours
+from .world import Picture, World, distinct_colours, joined
 
 
 class Shapes(World):
@@ -24,8 +24,7 @@ class Shapes(World):
             canvas.polygon(centre + radius * rotated(OUTLINES[kind], rng.uniform(0, 2 * np.pi)), COLOURS[colour])
         image, labels = canvas.finish()
         names = [f"{colour} {kind}" for colour, kind in zip(colours, kinds, strict=True)]
-        listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-        return Picture(image, f"{listed} with {ground} background", parts=labels, mask=labels > 0)
+        return Picture(image, f"{joined(names)} with {ground} background", parts=labels, mask=labels > 0)
 
     def hint(self, index: int, picture: Picture) -> np.ndarray:
         return edges(picture)

@@ -1,6 +1,7 @@
 """What the synthetic datasets share: pictures, samples and ground truth, the base class, and distinct colours."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -105,6 +106,11 @@ class InTurn(World):
     def draw(self, index: int) -> Picture:
         turn, world = divmod(index, len(self.worlds))
         return self.worlds[world].draw(turn)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """As "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def distinct_colours(rng: np.random.Generator, names: tuple[str, ...], count: int) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..world import joined
 from .layout import Placed
 from .setting import Setting
 
@@ -107,8 +108,3 @@ def where_words(rng: np.random.Generator, setting: Setting, named: Sequence[Plac
 
 def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def joined(parts: Sequence[str]) -> str:
-    """As "a, b and c"."""
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

@@ -122,8 +122,7 @@ def join_processes(device: str | None) -> Process:
 
     Raises ValueError for a device that is not there.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if launched_processes() == 1:
         return Process(0, 1, use_device(device))
     picked = pick_device(device)
     if picked.type == "cuda":
@@ -136,6 +135,11 @@ def join_processes(device: str | None) -> Process:
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     return Process(dist.get_rank(), world_size, picked)
+
+
+def launched_processes() -> int:
+    """How many torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launch() -> str | None:

@@ -1,6 +1,5 @@
 """What train.py would do with its settings, told without doing it."""
 
-import os
 from dataclasses import replace
 
 from controlnet.checkpoint import find_control
@@ -18,6 +17,7 @@ from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 
 from .data import image_size
+from .distributed import launched_processes
 from .memory import Prediction, table
 from .options import TrainSettings
 from .resolve import check_hint_channels, config_of, control_config, open_base_of
@@ -59,8 +59,8 @@ def plan(settings: TrainSettings) -> str:
 
 def predict(config: Config, settings: TrainSettings, size: Size, control: ControlConfig, validation: int) -> Prediction:
     """For the device that is there, and as many processes as torchrun has started."""
-    device, world_size = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
-    return Prediction(config, settings, size, control, device, world_size, validation)
+    device = pick_device(settings.device)
+    return Prediction(config, settings, size, control, device, launched_processes(), validation)
 
 
 def fitting_batches(

@@ -90,8 +90,8 @@ class Optimisation:
             else:
                 self.optimizer = torch.optim.AdamW(self.parameters, **settings)
         self.sharded = shard
-        self.adamw = self.optimizer.optim if shard else self.optimizer
-        self.can_skip = optimizer == "adamw"
+        self.own = self.optimizer.optim if shard else self.optimizer  # of this process
+        self.can_skip = optimizer != "adamw8bit"
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule)
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.
@@ -114,7 +114,13 @@ class Optimisation:
     @property
     def current_lr(self) -> float:
         """What the next step will use."""
-        return self.optimizer.param_groups[0]["lr"]
+        (factor,) = self.lr_schedule.lr_lambdas
+        return self.lr * factor(self.lr_schedule.last_epoch)
+
+    def record_lr(self) -> None:
+        """From now on the learning rate is a number on the device, where a recorded `update` reads it."""
+        (group,) = self.optimizer.param_groups
+        group["lr"] = torch.tensor(self.current_lr, device=self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -130,17 +136,25 @@ class Optimisation:
         row.
         """
         self.look_back()
+        return self.finish(self.update())
+
+    def update(self) -> Tensor:
+        """What of a step the device does -> the norm."""
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.last_norm = Later(norm)
         nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         if self.can_skip:  # GradScaler's way to tell a fused optimizer: it leaves everything as it is where this is 1
-            self.adamw.found_inf = 1 - norm.isfinite().float()
+            self.own.found_inf = 1 - norm.isfinite().float()
             self.optimizer.step()
         elif norm.isfinite():
             self.optimizer.step()
-        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def finish(self, norm: Tensor) -> Tensor:
+        """What the CPU does after an `update` that gave this norm -> the norm."""
+        self.last_norm = Later(norm)
+        self.scaler.update()
         with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that a first step was skipped
             self.lr_schedule.step()
         return norm

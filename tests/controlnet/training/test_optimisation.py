@@ -33,8 +33,9 @@ def squared_error(model, x, y):
     return (model(x) - y).square().mean()
 
 
-def optimise(model, lr=1e-2, lr_schedule=None, precision="fp32", clip=1.0):
-    return Optimisation(model.named_parameters(), lr, lr_schedule or constant_schedule(warmup=0), CPU, precision, clip)
+def optimise(model, lr=1e-2, lr_schedule=None, precision="fp32", clip=1.0, optimizer="adamw"):
+    lr_schedule = lr_schedule or constant_schedule(warmup=0)
+    return Optimisation(model.named_parameters(), lr, lr_schedule, CPU, precision, clip, optimizer)
 
 
 def parameters_of(model):
@@ -363,10 +364,10 @@ def test_a_run_is_not_resumed_in_another_precision(tmp_path):
         load_state(path, optimisation=optimise(model, precision="fp16"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(precision):
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "bf16"), ("muon", "fp32")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(optimizer, precision):
     model, x, y = regression()
-    optimisation, before = optimise(model, precision=precision), parameters_of(model)
+    optimisation, before = optimise(model, precision=precision, optimizer=optimizer), parameters_of(model)
     optimisation.backward(squared_error(model, x * math.nan, y))
     assert math.isnan(optimisation.step())
     assert torch.equal(parameters_of(model), before)

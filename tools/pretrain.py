@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_device(parser)
     vae = parser.add_argument_group("autoencoder")
+    vae.add_argument("--vae-batch", type=int, default=4, help="(default: %(default)s)")
     vae.add_argument("--vae-steps", type=int, default=16000, help="(default: %(default)s)")
     vae.add_argument("--vae-lr", type=float, default=2e-3, help="(default: %(default)s)")
     unet = parser.add_argument_group("UNet and text encoder")

@@ -1,20 +1,19 @@
 """The second part of pretraining: the UNet and the text encoder, on the autoencoder's latents."""
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from controlnet.common.images import save_png, to_images
 from controlnet.inference.generate import generate
 from controlnet.objective import denoising_loss, seeded
-from controlnet.training.run_state import load_state, save_state
 from ldm.attention import SpatialTransformer
 from ldm.blocks import ResBlock
 from ldm.checkpoints.files import new_file
@@ -22,7 +21,7 @@ from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
-from tools.pretrain_common import SAVE_EVERY, SHOWN, log, optimise
+from tools.pretrain_common import SHOWN, train_part
 from tools.pretrain_pictures import Pictures, validation_worlds
 
 
@@ -39,7 +38,7 @@ def fresh_base(config: Config, vae: AutoencoderKL, pictures: Pictures) -> Stable
 @torch.no_grad()
 def unit_scale(vae: AutoencoderKL, pictures: Pictures, count: int = 256) -> float:
     """The factor that gives latents unit standard deviation, as SD's 0.18215 was found."""
-    images = to_images(pictures.images[:count]).to(vae.quant_conv.bias)
+    images = to_images(np.array(pictures.images[:count])).to(vae.quant_conv.bias)
     return round(1 / vae.posterior(images).mean.std().item(), 5)
 
 
@@ -54,72 +53,67 @@ def start_branches_at_zero(unet: UNet) -> None:
 
 
 def train_unet(sd: StableDiffusion, pictures: Pictures, args: argparse.Namespace) -> StableDiffusion:
-    """UNet and text encoder together, with 10 % of the prompts dropped. Returns their EMA."""
+    """UNet and text encoder together. Returns their EMA."""
     sd.to(memory_format=torch.channels_last)
+    sd.schedule = sd.schedule.to(args.device)
     trained = nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder}).requires_grad_(True)
-    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimisation = optimise(trained, args.unet_lr, args.unet_steps, args)
-    state = args.out / "unet.pt"
-    parts = dict(trained=trained, average=average, optimisation=optimisation)
-    start = load_state(state, **parts) if state.exists() else 0
+    latents = latents_of(pictures, sd, args.out / "latents.npy")
+    batches = Batches(latents, pictures.captions, sd, args.unet_batch, args.unet_steps, args.seed)
 
-    pairs = LatentPairs.of(pictures, sd, args.out / "latents.npy")
-    bar = tqdm(range(start, args.unet_steps), initial=start, total=args.unet_steps, desc="unet", mininterval=10)
-    mean_loss = None
-    for step in bar:
-        generator = seeded(args.seed, 2, step)
-        latents, captions = pairs.draw(args.unet_batch, generator)
-        captions = drop_prompts(captions, 0.1, generator)
-        latents, noise = latents.to(args.device), torch.randn(latents.shape, generator=generator).to(args.device)
-        t = mostly_noisy(sd.schedule.config.timesteps, len(latents), generator).to(args.device)
-        with optimisation.autocast():
-            output = sd.unet(sd.schedule.q_sample(latents, t, noise), t, sd.encode_text(captions))
-            loss = denoising_loss(sd.schedule, output, latents, noise, t)
-        optimisation.backward(loss)
-        optimisation.step()
-        average.update_parameters(trained)
-        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+    def report(average: nn.ModuleDict, done: int) -> str:
+        save_samples(sd.with_parts(**average), args.out / f"unet-{done:06d}.png")
+        return ""
 
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.unet_steps:
-            save_state(state, step + 1, **parts)
-            log(args.out, f"unet step {step + 1} loss {mean_loss:.4f}")
-            save_samples(sd.with_parts(**average.module), args.out / f"unet-{step + 1:06d}.png")
-    return sd.with_parts(**average.module)
+    return sd.with_parts(**train_part("unet", trained, BaseLoss(sd), batches, args.unet_lr, report, args))
 
 
-@dataclass(frozen=True)
-class LatentPairs:
-    """Scaled latents (N, 4, h, w), fp32, and captions.
+class BaseLoss(nn.Module):
+    """The denoising loss, whose gradients go to the UNet and to the text encoder."""
+
+    def __init__(self, sd: StableDiffusion):
+        super().__init__()
+        self.unet, self.text_encoder, self.schedule = sd.unet, sd.text_encoder, sd.schedule
+
+    def forward(self, latents: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        output = self.unet(self.schedule.q_sample(latents, t, noise), t, self.text_encoder(ids))
+        return denoising_loss(self.schedule, output, latents, noise, t)
+
+
+def latents_of(pictures: Pictures, sd: StableDiffusion, file: Path) -> Tensor:
+    """(N, 4, h, w), scaled, fp32: read from `file`, or computed and kept there.
 
     The posterior's mean stands in for a sample: its standard deviation is a few thousandths of the latents' own.
     """
-
-    latents: Tensor
-    captions: list[str]
-
-    @classmethod
-    def of(cls, pictures: Pictures, sd: StableDiffusion, file: Path) -> "LatentPairs":
-        """Read from `file`, or computed and kept there."""
-        if not file.exists():
-            chunks = tqdm(np.array_split(pictures.images, len(pictures.images) // 32 + 1), "latents", mininterval=10)
-            with torch.no_grad():
-                latents = torch.cat([sd.encode(to_images(chunk), sample=False).cpu() for chunk in chunks])
-            with new_file(file) as temporary:
-                np.save(temporary, latents.numpy())
-        return cls(torch.from_numpy(np.load(file)), pictures.captions)
-
-    def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        """At random, with replacement: step k of a run needs no memory of the steps before it."""
-        indices = torch.randint(len(self.latents), (size,), generator=generator)
-        return self.latents[indices], [self.captions[i] for i in indices.tolist()]
+    if not file.exists():
+        chunks = tqdm(np.array_split(pictures.images, len(pictures.images) // 64 + 1), "latents", mininterval=10)
+        with torch.no_grad():
+            latents = torch.cat([sd.encode(to_images(np.array(chunk)), sample=False).cpu() for chunk in chunks])
+        with new_file(file) as temporary:
+            np.save(temporary, latents.numpy())
+    return torch.from_numpy(np.load(file))
 
 
-def drop_prompts(captions: list[str], share: float, generator: torch.Generator) -> list[str]:
-    """Each caption replaced by "" with probability `share`: classifier-free guidance needs a model that also works
-    without a prompt."""
-    dropped = torch.rand(len(captions), generator=generator) < share
-    return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+class Batches(Dataset):
+    """For each step latents, noise, timesteps and the captions' ids. They are drawn with replacement, by a generator of
+    the step's own: a run that goes on needs no memory of the steps before."""
+
+    def __init__(self, latents: Tensor, captions: list[str], sd: StableDiffusion, batch: int, steps: int, seed: int):
+        self.latents, self.batch, self.steps, self.seed = latents, batch, steps, seed
+        self.ids, self.no_prompt = sd.tokenizer(captions), sd.tokenizer([""])
+        self.timesteps = sd.schedule.config.timesteps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = seeded(self.seed, 2, step)
+        drawn = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        latents, ids = self.latents[drawn], self.ids[drawn]
+        # Classifier-free guidance needs a model that also works without a prompt.
+        dropped = torch.rand(self.batch, generator=generator) < 0.1
+        ids = torch.where(dropped[:, None], self.no_prompt, ids)
+        noise = torch.randn(latents.shape, generator=generator)
+        return latents, noise, mostly_noisy(self.timesteps, self.batch, generator), ids
 
 
 def mostly_noisy(timesteps: int, count: int, generator: torch.Generator) -> Tensor:

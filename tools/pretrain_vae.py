@@ -1,6 +1,7 @@
 """The first part of pretraining: the autoencoder."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,47 +9,62 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from controlnet.common.images import save_png, to_images
 from controlnet.objective import seeded
-from controlnet.training.run_state import load_state, save_state
 from controlnet.worlds.measures import pooled_psnr, psnr
 from ldm.config import Config, VAEConfig
 from ldm.vae import AutoencoderKL
-from tools.pretrain_common import SAVE_EVERY, SHOWN, log, optimise, row_of
+from tools.pretrain_common import SHOWN, row_of, train_part
 from tools.pretrain_pictures import Pictures, validation_worlds
 
 MEASURED = 32  # validation images of each dataset, at every save
 
 
 def train_vae(config: Config, pictures: Pictures, args: argparse.Namespace) -> AutoencoderKL:
-    """With L1 + L2 + a small KL term (for latents without gaps), on growing crops. Returns the EMA."""
+    """On growing crops. Returns the EMA."""
     vae = fresh_vae(config.vae).to(args.device)
-    average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimisation = optimise(vae, args.vae_lr, args.vae_steps, args)
-    state = args.out / "vae.pt"
-    parts = dict(vae=vae, average=average, optimisation=optimisation)
-    start = load_state(state, **parts) if state.exists() else 0
+    inputs = Crops(pictures.images, args.vae_batch, args.vae_steps, args.seed, config.vae)
 
-    for step in tqdm(range(start, args.vae_steps), "vae", args.vae_steps, initial=start, mininterval=10):
-        generator = seeded(args.seed, 1, step)
-        images = growing_crops(pictures.images, step / args.vae_steps, generator).to(args.device)
-        with optimisation.autocast():
-            posterior = vae.posterior(images)
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
-            decoded = vae.decoder(vae.post_quant_conv(posterior.sample(noise))).float()
-        loss = F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + 2e-6 * posterior.kl().float().mean()
-        optimisation.backward(loss)
-        optimisation.step()
-        average.update_parameters(vae)
+    def report(average: AutoencoderKL, done: int) -> str:
+        return vae_report(average, config.resolution, args.out / f"vae-{done:06d}.png")
 
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.vae_steps:
-            save_state(state, step + 1, **parts)
-            report = vae_report(average.module, config.resolution, args.out / f"vae-{step + 1:06d}.png")
-            log(args.out, f"vae step {step + 1} loss {loss.item():.4f} {report}")
-    return average.module
+    return train_part("vae", vae, VAELoss(vae), inputs, args.vae_lr, report, args)
+
+
+class VAELoss(nn.Module):
+    """L1 + L2 + a small KL term, for latents without gaps."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.posterior(images)
+        decoded = self.vae.decoder(self.vae.post_quant_conv(posterior.sample(noise))).float()
+        return F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + 2e-6 * posterior.kl().float().mean()
+
+
+@dataclass(frozen=True)
+class Crops(Dataset):
+    """For each step the images, and noise for a sample of their posterior."""
+
+    images: np.ndarray  # uint8 (N, H, W, 3)
+    batch: int
+    steps: int
+    seed: int
+    config: VAEConfig
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        generator = seeded(self.seed, 1, step)
+        crops = growing_crops(self.images, self.batch, step / self.steps, generator)
+        count, side = len(crops), crops.shape[-1] // self.config.downscale
+        return crops, torch.randn(count, self.config.latent_channels, side, side, generator=generator)
 
 
 def fresh_vae(config: VAEConfig) -> AutoencoderKL:
@@ -62,15 +78,14 @@ def fresh_vae(config: VAEConfig) -> AutoencoderKL:
     return vae
 
 
-def growing_crops(images: np.ndarray, progress: float, generator: torch.Generator) -> Tensor:
-    """(B, 3, side, side) in [-1, 1]: 64 crops of a quarter of the side, later 16 of half, at last 4 whole images.
+def growing_crops(images: np.ndarray, batch: int, progress: float, generator: torch.Generator) -> Tensor:
+    """(B, 3, side, side) in [-1, 1]: crops of a quarter of the side, later of half, at last `batch` whole images.
 
     Each stage costs the same per step. Small crops show more edges; whole images are what counts in the end.
     """
-    parts, count = (4, 64) if progress < 0.2 else (2, 16) if progress < 0.5 else (1, 4)
-    drawn = torch.randint(len(images), (count,), generator=generator).tolist()
-    crops = [crop_at_edge(images[i], images.shape[1] // parts, generator) for i in drawn]
-    return to_images(crops).contiguous(memory_format=torch.channels_last)
+    parts = 4 if progress < 0.2 else 2 if progress < 0.5 else 1
+    drawn = torch.randint(len(images), (batch * parts**2,), generator=generator).tolist()
+    return to_images(crop_at_edge(np.array(images[i]), images.shape[1] // parts, generator) for i in drawn)
 
 
 def crop_at_edge(image: np.ndarray, side: int, generator: torch.Generator) -> np.ndarray:

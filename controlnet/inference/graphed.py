@@ -1,11 +1,10 @@
-"""The UNet with its controls as CUDA graphs: a step is one launch in place of a thousand kernels', which take a CPU
-longer to ask for than a fast GPU to compute. The kernels are the same, and so are the bits."""
+"""The UNet with its controls as CUDA graphs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from controlnet.common.graphs import Graph
 from controlnet.guidance import Branch, Predict, PreparedControl, controlled
 from ldm.unet import UNet
 
@@ -36,21 +35,3 @@ def graphed(unet: UNet) -> Predict:
         return graphs[key].first
 
     return predict
-
-
-class Graph:
-    """`compute`, a function of tensors that always have the shapes of `inputs`, as a CUDA graph."""
-
-    def __init__(self, compute: Callable[..., Tensor], *inputs: Tensor):
-        self.inputs = [tensor.clone() for tensor in inputs]  # whose addresses are in the graph, as the output's is
-        # A first time as usual, while libraries choose kernels and make their workspaces.
-        self.first = compute(*self.inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = compute(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.graph.replay()
-        return self.output.clone()  # the next replay overwrites it

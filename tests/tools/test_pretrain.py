@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from small import SMALL, small_sd
+from tape import record_on_tapes
 
+from controlnet.common.graphs import recorded
 from controlnet.common.images import to_images
-from controlnet.objective import seeded
-from tools import pretrain, pretrain_unet, pretrain_vae
+from tools import pretrain, pretrain_common, pretrain_unet, pretrain_vae
 from tools.pretrain_pictures import Pictures, mixture, open_pictures
-from tools.pretrain_unet import LatentPairs, drop_prompts, unit_scale
+from tools.pretrain_unet import Batches, latents_of, unit_scale
 
 STEPS = ["--vae-steps", "4", "--unet-steps", "4", "--unet-batch", "2", "--pictures", "4"]
 
@@ -24,8 +26,8 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def shrunk(monkeypatch):
     monkeypatch.setattr(pretrain, "SMALL", SMALL)
+    monkeypatch.setattr(pretrain_common, "SAVE_EVERY", "2")
     for module in (pretrain_vae, pretrain_unet):
-        monkeypatch.setattr(module, "SAVE_EVERY", 2)
         monkeypatch.setattr(module, "SHOWN", 1)
     monkeypatch.setattr(pretrain_vae, "MEASURED", 1)
 
@@ -48,21 +50,31 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch, shrunk):
         return pretrain.main(["--out", str(tmp_path / out), *STEPS])
 
     assert run("whole") == 0
-    stopping = pretrain_vae.save_state
+    saving = pretrain_common.save_state
 
     def save_and_stop(path, step, **parts):
-        stopping(path, step, **parts)
+        saving(path, step, **parts)
         raise KeyboardInterrupt
 
-    for module in (pretrain_vae, pretrain_unet):
-        monkeypatch.setattr(module, "save_state", save_and_stop)
+    monkeypatch.setattr(pretrain_common, "save_state", save_and_stop)
     for _ in range(4):  # two saves of the autoencoder, two of the UNet
         assert run("parts") == 130
-    for module in (pretrain_vae, pretrain_unet):
-        monkeypatch.setattr(module, "save_state", stopping)
+    monkeypatch.setattr(pretrain_common, "save_state", saving)
     assert run("parts") == 0
     whole, parts = (load_file(tmp_path / name / "small.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_recorded_steps_train_what_computed_ones_do(tmp_path, monkeypatch, shrunk):
+    """Of two shapes of crops that come later and of the UNet: each is computed once and then replayed."""
+    steps = ["--vae-steps", "10", "--unet-steps", "4", "--unet-batch", "2", "--vae-batch", "1", "--pictures", "4"]
+    assert pretrain.main(["--out", str(tmp_path / "computed"), *steps]) == 0
+    tapes = record_on_tapes(monkeypatch)
+    monkeypatch.setattr(pretrain_common, "recorded", lambda compute, _: recorded(compute, torch.device("cuda")))
+    assert pretrain.main(["--out", str(tmp_path / "recorded"), *steps]) == 0
+    assert [tape.replays for tape in tapes] == [1, 2, 4, 3]
+    computed, replayed = (load_file(tmp_path / name / "small.safetensors") for name in ("computed", "recorded"))
+    assert all(torch.equal(computed[key], replayed[key]) for key in computed)
 
 
 def test_a_finished_base_goes_on_learning_with_the_same_latents(tmp_path, shrunk):
@@ -76,27 +88,30 @@ def test_a_finished_base_goes_on_learning_with_the_same_latents(tmp_path, shrunk
     assert not any(key.startswith("first_stage_model.") for key in changed)
 
 
+def batches_of(pictures, sd, folder, batch):
+    return Batches(latents_of(pictures, sd, folder / "latents.npy"), pictures.captions, sd, batch, steps=4, seed=0)
+
+
 def test_latents_and_captions_of_the_base_belong_together(pictures, tmp_path):
     sd = small_sd()
-    pairs = LatentPairs.of(pictures, sd, tmp_path / "latents.npy")
-    latents, captions = pairs.draw(8, seeded(3))
-    for latent, caption in zip(latents, captions, strict=True):
-        want = sd.encode(to_images([pictures.images[pictures.captions.index(caption)]]), sample=False)[0]
-        torch.testing.assert_close(latent, want, rtol=1e-3, atol=1e-4)
+    latents, noise, t, ids = batches_of(pictures, sd, tmp_path, 32)[3]
+    known = {tuple(row.tolist()): i for i, row in enumerate(sd.tokenizer(pictures.captions))}
+    with_prompt = [i for i, row in enumerate(ids) if not torch.equal(row, sd.tokenizer([""])[0])]
+    assert 24 <= len(with_prompt) < 32
+    for i in with_prompt[:8]:
+        want = sd.encode(to_images([np.array(pictures.images[known[tuple(ids[i].tolist())]])]), sample=False)[0]
+        torch.testing.assert_close(latents[i], want, rtol=1e-3, atol=1e-4)
+    assert noise.shape == latents.shape and t.shape == (32,)
     other = Pictures(pictures.images[::-1], pictures.captions)  # whose latents are read, and not computed
-    assert torch.equal(LatentPairs.of(other, sd, tmp_path / "latents.npy").latents, pairs.latents)
+    assert torch.equal(batches_of(other, sd, tmp_path, 32)[3][0], latents)
 
 
-def test_half_of_the_prompts_are_dropped_and_the_others_stay():
-    captions = [f"prompt {i}" for i in range(2000)]
-    dropped = drop_prompts(captions, 0.5, seeded(0))
-    assert 0.45 < dropped.count("") / 2000 < 0.55
-    assert all(new in ("", old) for new, old in zip(dropped, captions, strict=True))
-    assert drop_prompts(captions, 0.0, seeded(0)) == captions
-    assert not any(drop_prompts(captions, 1.0, seeded(0)))
+def test_a_tenth_of_the_prompts_is_dropped(pictures, tmp_path):
+    ids = batches_of(pictures, sd := small_sd(), tmp_path, 2000)[0][3]
+    assert 0.07 < (ids == sd.tokenizer([""])).all(dim=1).float().mean() < 0.13
 
 
 def test_latents_get_unit_standard_deviation(pictures):
     vae = small_sd().vae
     vae.config = replace(vae.config, scale=unit_scale(vae, pictures))
-    assert vae.encode(to_images(pictures.images)).std().item() == pytest.approx(1, rel=1e-3)
+    assert vae.encode(to_images(np.array(pictures.images))).std().item() == pytest.approx(1, rel=1e-3)

@@ -1,54 +1,19 @@
 """CUDA graphs around UNet and ControlNets: what is recorded when, and that a replay computes what is asked for."""
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 from small import small_control, small_sd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tape import record_on_tapes
 
 from controlnet.guidance import Control, exact, guided
 from controlnet.inference import graphed
 from controlnet.inference.generate import generate
 
 
-class Tape(TorchDispatchMode):
-    """Stands for a CUDA graph: keeps each operation with the very tensors that it read and wrote."""
-
-    tapes = []
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.replays = [], 0
-        self.tapes.append(self)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, output))
-        return output
-
-    def replay(self):
-        self.replays += 1
-        for func, args, kwargs, output in self.calls:
-            for old, new in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
-
-
-@contextmanager
-def recording(tape):
-    with tape:
-        yield
-
-
 @pytest.fixture
 def tapes(monkeypatch):
-    monkeypatch.setattr(Tape, "tapes", [])
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    return Tape.tapes
+    return record_on_tapes(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ from controlnet.worlds.measures import (
 from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from tools.cli import add_debug, add_device
+from tools.evaluate_scenes import report_prompts, report_scene_control
+from tools.judge import load_judge
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,10 +66,6 @@ def evaluate(args: argparse.Namespace) -> None:
     for world, _ in args.control:
         if world not in WORLDS:
             raise ValueError(f'there is no dataset "{world}", expected one of {", ".join(WORLDS)}')
-        if issubclass(WORLDS[world], Scenes):
-            raise ValueError(
-                f"{world} has landscapes, and figures are told from plain grounds: try it on shapes or people"
-            )
     device = use_device(args.device)
     use_precision("fp32", device)
     sd = StableDiffusion.load(args.base, device)
@@ -79,9 +77,15 @@ def evaluate(args: argparse.Namespace) -> None:
         report_vae(sd, kind(sd.config.resolution, held_out=True), args.count)
     for label, colours in ((f"{len(BASIC_COLOURS)} basic colours", BASIC_COLOURS), ("all colours", tuple(COLOURS))):
         report_colours(sd, label, colours, args.count, settings)
+    judge = load_judge()
+    report_prompts(sd, judge, args.count, settings)
     for name, control in controls:
         world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
-        report_control(sd, f"control, {name}", world, control, args.count, settings)
+        kinds = getattr(world, "kinds", (type(world),))
+        if any(issubclass(kind, Scenes) for kind in kinds):
+            report_scene_control(sd, judge, world, control, args.count, settings)
+        if not all(issubclass(kind, Scenes) for kind in kinds):
+            report_control(sd, f"control, {name}", world, control, args.count, settings)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {path.stem for path in (ROOT / "tools").glob("*.py") if "new_parser(" in path.read_text()}
-WITH_TORCH = {"convergence", "evaluate", "pretrain", "strip"}
+WITH_TORCH = {"convergence", "evaluate", "judge", "pretrain", "strip"}
 ASK_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..world import joined
+from ..world import Thing, joined
 from .layout import Placed
 from .setting import Setting
+from .things import KINDS
 
 # For lists, and for the ends of sentences.
 SKY_WORDS = {
@@ -71,6 +72,15 @@ def caption(rng: np.random.Generator, setting: Setting, things: Sequence[Placed]
     told = joined([with_article(phrase(rng, thing, detail=0.4 if style == "short" else 1.0)) for thing in named])
     where = [] if style == "short" else where_words(rng, setting, named, listed=False)
     return f"{told} {' '.join(where)}".strip()
+
+
+def inventory(things: Sequence[Thing]) -> str:
+    """All that there is, for measuring: "a red house on the left and a person in blue in the middle"."""
+    told = []
+    for thing in things:
+        kind = KINDS[thing.kind]
+        told.append(with_article(f"{kind.coloured[0].format(thing.colour, kind.words[0])} {PLACE_WORDS[thing.place]}"))
+    return joined(told)
 
 
 def list_of_words(rng: np.random.Generator, setting: Setting, named: Sequence[Placed]) -> str:

@@ -55,6 +55,11 @@ def kinds_for(rng: np.random.Generator, setting: Setting, count: int) -> list[st
     return [str(name) for name in rng.choice(list(KINDS), size=count, replace=False, p=shares / shares.sum())]
 
 
+def place_at(x: float) -> str:
+    """The place that is nearest to x, a fraction of the side."""
+    return min(PLACES, key=lambda place: abs(x - sum(PLACES[place]) / 2))
+
+
 def contrasting(setting: Setting) -> list[str]:
     """The colours that can be told from all that may lie behind a thing."""
     behind = np.array([*SKIES[setting.sky], setting.ground_colour])  # (N, 3)

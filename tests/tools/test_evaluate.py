@@ -1,0 +1,87 @@
+"""How pictures of scenes are judged: by a perfect judge first, which sees exactly what is there."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import small_control, small_sd
+
+from controlnet.worlds import Canny, Scenes, Seg
+from controlnet.worlds.scenes.captions import inventory
+from controlnet.worlds.world import Thing
+from tools import evaluate, judge
+from tools.evaluate_scenes import classes_iou, compared, found, scenes_of, things_found, things_iou
+from tools.judge import COLOUR_NAMES, Judge, colours_of, load_judge
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return scenes_of(Scenes(64, held_out=True), 6)
+
+
+@pytest.fixture(scope="module")
+def judge_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    assert judge.main(["--out", str(file), "--steps", "2", "--batch", "2", "--size", "32"]) == 0
+    return file
+
+
+def seen_in(truth):
+    return truth.classes, colours_of(truth)
+
+
+def test_what_is_there_is_found_in_its_colour_and_place(samples):
+    for sample in samples:
+        for thing in sample.truth.things:
+            assert found(seen_in(sample.truth), thing) == (True, True, True)
+            other = COLOUR_NAMES[COLOUR_NAMES.index(thing.colour) - 1]
+            assert found(seen_in(sample.truth), replace(thing, colour=other)) == (True, False, False)
+            other = {"left": "middle", "middle": "right", "right": "left"}[thing.place]
+            assert found(seen_in(sample.truth), replace(thing, place=other)) == (True, True, False)
+        missing = {"house", "castle", "cat", "dog", "car"} - {thing.kind for thing in sample.truth.things}
+        assert found(seen_in(sample.truth), Thing(missing.pop(), "red", "small", "left")) == (False, False, False)
+
+
+def test_perfect_pictures_have_no_error_and_others_have(samples):
+    truths = [sample.truth for sample in samples]
+    seen = [seen_in(truth) for truth in truths]
+    assert all(
+        things_iou(one, truth) == classes_iou(one, truth) == (1.0,) for one, truth in zip(seen, truths, strict=True)
+    )
+    (line,) = compared(things_iou, seen, seen, truths)
+    assert line.startswith("1.000 (mismatched 0.") and line.endswith("true pictures 1.000)")
+    shifted = [tuple(np.roll(part, 8, axis=1) for part in one) for one in seen]
+    assert all(0.1 < things_iou(one, truth)[0] < 0.9 for one, truth in zip(shifted, truths, strict=True))
+    assert things_found(seen[0], truths[0].things) == (1, 1, 1)
+
+
+def test_prompts_name_all_things():
+    things = (Thing("house", "red", "large", "left"), Thing("person", "orange", "small", "middle"))
+    assert inventory(things) == "a red house on the left and a person in orange in the middle"
+
+
+def test_only_scenes_are_judged():
+    assert all(sample.truth.things for sample in scenes_of(Canny(32, held_out=True), 3))
+
+
+def test_a_judge_is_what_was_trained(judge_file, samples, tmp_path):
+    one = load_judge(judge_file)
+    classes, colours = one.see(samples[0].image)
+    assert classes.shape == colours.shape == (64, 64) and classes.max() < 31 and colours.max() < 12
+    assert not one.training and not torch.equal(one.out.weight, Judge().out.weight)
+    with pytest.raises(ValueError, match="train it with python -m tools.judge"):
+        load_judge(tmp_path / "none.safetensors")
+
+
+def test_scenes_are_measured_with_and_without_a_control(judge_file, tmp_path, monkeypatch, capsys):
+    sd = small_sd()
+    sd.save(tmp_path / "base.safetensors")
+    small_control(sd).save(tmp_path / "seg.safetensors")
+    monkeypatch.setattr(evaluate, "load_judge", lambda: load_judge(judge_file))
+    arguments = ["--base", str(tmp_path / "base.safetensors"), "--control", Seg.name, str(tmp_path / "seg.safetensors")]
+    assert evaluate.main([*arguments, "--count", "2", "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "things named in a scene's prompt: there in any colour" in out
+    for prompts in ("prompts that name all", "their captions", "no prompt"):
+        assert f"control, seg with {prompts}: mean IoU of things" in out

@@ -1,0 +1,113 @@
+"""What pictures of scenes show of what was asked for, as the judge sees it: things in their colours and places, and the
+classes and outlines that a hint gave. Each beside a floor, the same against the next sample, and a ceiling, what the
+judge sees in the true pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from tqdm import tqdm
+
+from controlnet import ControlNet
+from controlnet.inference.generate import generate
+from controlnet.training.validation import image_for
+from controlnet.worlds import Sample, Scenes, Truth, World
+from controlnet.worlds.classes import ADE20K_CLASSES, CLASSES
+from controlnet.worlds.measures import mean_iou
+from controlnet.worlds.scenes.captions import inventory
+from controlnet.worlds.scenes.layout import place_at
+from controlnet.worlds.world import Thing
+from ldm import StableDiffusion
+from tools.judge import COLOUR_NAMES, Judge
+
+LEAST = 0.002  # of a picture's pixels: a thing of 6x6 of 128x128 is there
+
+Seen = tuple[np.ndarray, np.ndarray]  # classes and colours, as Judge.see gives them
+
+
+def report_prompts(sd: StableDiffusion, judge: Judge, count: int, settings: dict) -> None:
+    """The base alone, from prompts that name all things of a scene, each with its colour and place."""
+    samples = scenes_of(Scenes(sd.config.resolution, held_out=True), count)
+    prompts = [inventory(sample.truth.things) for sample in samples]
+    pictures = [
+        np.asarray(generate(sd, prompt, seed=i, **settings)[0]) for i, prompt in enumerate(tqdm(prompts, leave=False))
+    ]
+    things = [sample.truth.things for sample in samples]
+    words = ("there in any colour", "in their colour", "in their colour and place")
+    shares = compared(things_found, [judge.see(p) for p in pictures], judged(judge, samples), things)
+    lines = [f"{word} {shown}" for word, shown in zip(words, shares, strict=True)]
+    print(f"base, things named in a scene's prompt: {', '.join(lines)}")
+
+
+def report_scene_control(
+    sd: StableDiffusion, judge: Judge, world: World, control: ControlNet, count: int, settings: dict
+) -> None:
+    samples = scenes_of(world, count)
+    truths = [sample.truth for sample in samples]
+    for label, prompts in (
+        ("prompts that name all", [inventory(truth.things) for truth in truths]),
+        ("their captions", [sample.caption for sample in samples]),
+        ("no prompt", [""] * count),
+    ):
+        asked = [replace(sample, caption=prompt) for sample, prompt in zip(samples, prompts, strict=True)]
+        bar = tqdm(asked, leave=False, mininterval=2)
+        seen = [judge.see(image_for(sd, control, sample, i, **settings)) for i, sample in enumerate(bar)]
+        against = partial(compared, seen=seen, real=judged(judge, samples))
+        (things,), (classes,) = against(things_iou, wanted=truths), against(classes_iou, wanted=truths)
+        line = f"control, {world.name} with {label}: mean IoU of things {things}, of classes {classes}"
+        if label == "prompts that name all":
+            line += f", things in their colour {against(things_found, wanted=[t.things for t in truths])[1]}"
+        print(line)
+
+
+def scenes_of(world: World, count: int) -> list[Sample]:
+    """The first `count` samples that are scenes with a thing."""
+    samples, index = [], 0
+    while len(samples) < count:
+        sample, index = world[index], index + 1
+        if sample.truth is not None and sample.truth.things:
+            samples.append(sample)
+    return samples
+
+
+def judged(judge: Judge, samples: Sequence[Sample]) -> list[Seen]:
+    return [judge.see(sample.image) for sample in samples]
+
+
+def compared(measure: Callable[..., Sequence[float]], seen: list[Seen], real: list[Seen], wanted: list) -> list[str]:
+    """`measure` of each picture against what was wanted of it, as text: its mean, the floor and the ceiling."""
+    others = wanted[1:] + wanted[:1]
+
+    def mean(pictures: list[Seen], asked: list) -> np.ndarray:
+        return np.mean([measure(one, what) for one, what in zip(pictures, asked, strict=True)], axis=0)
+
+    figures = zip(mean(seen, wanted), mean(seen, others), mean(real, wanted), strict=True)
+    return [f"{own:.3f} (mismatched {floor:.3f}, true pictures {ceiling:.3f})" for own, floor, ceiling in figures]
+
+
+def things_found(seen: Seen, things: Sequence[Thing]) -> tuple[float, float, float]:
+    """The shares of `things` that are there in any colour, in theirs, and in theirs at their place."""
+    return tuple(np.mean([found(seen, thing) for thing in things], axis=0))
+
+
+def found(seen: Seen, thing: Thing) -> tuple[bool, bool, bool]:
+    classes, colours = seen
+    pixels = classes == CLASSES.index(thing.kind)
+    coloured = pixels & (colours == COLOUR_NAMES.index(thing.colour))
+    if coloured.mean() < LEAST:
+        return bool(pixels.mean() >= LEAST), False, False
+    x = (np.nonzero(coloured)[1].mean() + 0.5) / coloured.shape[1]
+    return True, True, place_at(x) == thing.place
+
+
+def things_iou(seen: Seen, truth: Truth) -> tuple[float]:
+    """The mean over the things of a scene; no two of one scene are of one class."""
+    numbers = np.array([*(CLASSES.index(thing.kind) for thing in truth.things), -1])
+    return (mean_iou(seen[0], numbers[truth.objects]),)
+
+
+def classes_iou(seen: Seen, truth: Truth) -> tuple[float]:
+    """The mean over those classes of ADE20K that are in the scene: what a segmentation map can tell apart."""
+    ade = np.array(list(ADE20K_CLASSES.values()))
+    return (mean_iou(ade[seen[0]], ade[truth.classes]),)

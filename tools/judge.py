@@ -1,0 +1,133 @@
+"""Trains the judge, a small network that tells what pictures of scenes show: at each pixel a class and a colour.
+
+    python -m tools.judge                                 # weights/judge.safetensors
+
+tools.evaluate asks it whether the things of a prompt are in a picture, in their colour and place. It learns from
+endless scenes, blurred and noisy at random, since pictures that a small base paints are never quite as sharp.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import gaussian_blur
+from tqdm import tqdm
+
+from controlnet.common.devices import use_device
+from controlnet.common.images import to_images
+from controlnet.common.program import new_parser, run
+from controlnet.objective import seeded
+from controlnet.training.optimisation import cosine_schedule
+from controlnet.worlds import Scenes, Truth
+from controlnet.worlds.classes import CLASSES
+from controlnet.worlds.scenes.paint import PAINTS
+from ldm.checkpoints.files import new_file
+from ldm.checkpoints.published import WEIGHTS
+from tools.cli import add_debug, add_device
+
+COLOUR_NAMES = tuple(PAINTS)
+JUDGE = WEIGHTS / "judge.safetensors"
+WIDTHS = (16, 32, 64, 128)  # channels at full size, half, a quarter, an eighth
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = new_parser("python -m tools.judge", __doc__)
+    parser.add_argument("--out", type=Path, default=JUDGE, metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="of the pictures (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=12, help="(default: %(default)s)")
+    add_device(parser)
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    return run("judge", lambda: train(args), args.debug)
+
+
+class Judge(nn.Module):
+    """A U-Net (Ronneberger et al., arXiv 1505.04597) with two convolutions and a batch norm each at every level."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList(block(a, b) for a, b in zip((3, *WIDTHS), WIDTHS, strict=False))
+        self.up = nn.ModuleList(block(a + b, a) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
+        self.out = nn.Conv2d(WIDTHS[0], len(CLASSES) + len(COLOUR_NAMES), 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> scores of the classes (B, 31, H, W) and of the colours (B, 12, H, W)."""
+        levels, x = [], images
+        for down in self.down:
+            x = down(F.max_pool2d(x, 2) if levels else x)
+            levels.append(x)
+        for up, level in zip(reversed(self.up), reversed(levels[:-1]), strict=True):
+            x = up(torch.cat([level, F.interpolate(x, scale_factor=2)], dim=1))
+        return self.out(x).split([len(CLASSES), len(COLOUR_NAMES)], dim=1)
+
+    @torch.no_grad()
+    def see(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (H, W, 3) -> numbers in CLASSES and in COLOUR_NAMES, both (H, W). A thing's colour is the one that
+        captions tell: of a house that of its walls, also where its roof is."""
+        classes, colours = self(to_images([image]).to(self.out.weight))
+        return classes[0].argmax(dim=0).cpu().numpy(), colours[0].argmax(dim=0).cpu().numpy()
+
+
+def block(inside: int, outside: int) -> nn.Sequential:
+    convs = [nn.Conv2d(inside, outside, 3, padding=1), nn.ReLU(), nn.Conv2d(outside, outside, 3, padding=1)]
+    return nn.Sequential(*convs, nn.BatchNorm2d(outside), nn.ReLU())
+
+
+def load_judge(file: Path = JUDGE) -> Judge:
+    """Raises ValueError where the file is missing."""
+    if not file.exists():
+        raise ValueError(f"{file} is missing: train it with python -m tools.judge")
+    judge = Judge()
+    judge.load_state_dict(load_file(file))
+    return judge.float().eval()
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    judge = Judge().to(use_device(args.device)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(100, args.steps))
+    world = Scenes(args.size, seed=1)
+    for step in (bar := tqdm(range(args.steps), "judge", mininterval=10)):
+        pictures = [world.draw(step * args.batch + i) for i in range(args.batch)]
+        images = worn(to_images(picture.image for picture in pictures), seeded(0, step))
+        classes = torch.stack([torch.from_numpy(picture.truth.classes) for picture in pictures]).long()
+        colours = torch.stack([torch.from_numpy(colours_of(picture.truth)) for picture in pictures])
+        device = judge.out.weight.device
+        seen_classes, seen_colours = judge(images.to(device, memory_format=torch.channels_last))
+        loss = F.cross_entropy(seen_classes, classes.to(device))
+        loss = loss + F.cross_entropy(seen_colours, colours.to(device), ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    weights = {name: weight.contiguous() for name, weight in judge.half().cpu().state_dict().items()}
+    with new_file(args.out) as temporary:
+        save_file(weights, temporary)
+    print(f"wrote {args.out}")
+
+
+def colours_of(truth: Truth) -> np.ndarray:
+    """int64 (H, W): the number in COLOUR_NAMES of the thing that is seen there, -1 where none is."""
+    table = np.array([*(COLOUR_NAMES.index(thing.colour) for thing in truth.things), -1])
+    return table[truth.objects]
+
+
+def worn(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images blurred by up to a pixel and a half, and all with some noise."""
+    half = len(images) // 2
+    sigma = 0.3 + 1.2 * torch.rand((), generator=generator).item()
+    images = torch.cat([gaussian_blur(images[:half], kernel_size=7, sigma=sigma), images[half:]])
+    noise = 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    return images + noise * torch.randn(images.shape, generator=generator)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

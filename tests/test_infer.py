@@ -29,7 +29,7 @@ from controlnet.hints import detect
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.generate import default_size, generate
 from controlnet.inference.image_to_image import Init
-from controlnet.inference.options import A1111_SAMPLERS, Options
+from controlnet.inference.options import A1111_SAMPLERS, Options, sampler_name
 from controlnet.inference.png_text import fingerprint
 from controlnet.inference.run import load as load_networks
 from controlnet.inference.run import prepare
@@ -312,10 +312,40 @@ def test_a_seed_is_drawn_said_and_recorded(capsys):
     assert np.array_equal(pixels_of("out/0002.png"), pixels_of("out/0004.png"))
 
 
-@pytest.mark.parametrize("name", ["dpm++", "DPM++", "DPM++ 2M", "dpm++ 2m", "DDIM", "Ddpm"])
-def test_samplers_have_our_names_and_those_in_the_images_in_any_case(name):
-    assert run("--sampler", name) == 0
-    assert settings_of("out/0001.png")["sampler"] == name.lower().removesuffix(" 2m")
+@pytest.mark.parametrize(
+    "ours, names",
+    [
+        ("ddim", "DDIM|DDIMScheduler"),
+        ("ddpm", "Ddpm|DDPMScheduler"),
+        ("dpm++", "DPM++|DPM++ 2M|dpm++ 2m|dpmpp_2m|DPMSolverMultistepScheduler"),
+        ("dpm++-karras", "DPM++ 2M Karras|dpmpp_2m_karras|dpm++-karras|k_dpmpp_2m_karras"),
+        ("dpm++-sde", "DPM++ SDE|dpmpp_sde|DPMSolverSDEScheduler"),
+        ("dpm++-sde-karras", "DPM++ SDE Karras"),
+        ("euler", "Euler|EulerDiscreteScheduler|k_euler"),
+        ("euler-a", "Euler a|euler_ancestral|k_euler_a|EulerAncestralDiscreteScheduler|eulera"),
+        ("heun", "Heun|HeunDiscreteScheduler"),
+        ("unipc", "UniPC|uni_pc|uni_pc_bh2|UniPCMultistepScheduler"),
+        ("lcm", "LCM|LCMScheduler"),
+    ],
+)
+def test_samplers_have_the_names_of_many_programs(ours, names):
+    assert [sampler_name(name) for name in [ours, *names.split("|")]] == [ours] * (2 + names.count("|"))
+    assert [sampler_name(name) for name in ("DPM++ 2M SDE", "ddim karras", "", "k")] == [
+        "DPM++ 2M SDE",
+        "ddim karras",
+        "",
+        "k",
+    ]
+
+
+@pytest.mark.parametrize("name", ["Euler a", "DPM++ SDE Karras", "LCM"])
+def test_a_sampler_of_another_program_makes_its_images_again(name):
+    assert run("--sampler", name, "--seed", "3", "--steps", "3") == 0
+    assert settings_of("out/0001.png")["sampler"] == sampler_name(name)
+    assert infer.main(["--again", "out/0001.png", "--out", "again.png"]) == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("out/0001.png"))
+    assert run("--sampler", name, "--seed", "2", "--steps", "3", "--count", "2", "--out", "two.png") == 0
+    assert np.array_equal(pixels_of("two-2.png"), pixels_of("out/0001.png"))
 
 
 @pytest.mark.parametrize("prompt", ["-red", "-", "--prompt=--red", "-1"])
@@ -621,17 +651,23 @@ def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
     assert infer.main(["--again", "theirs.png", "--device", "cpu", "--out", "a.png"]) == 0
     said = capsys.readouterr().err
     assert "is not by infer.py, whose noise is another: the image will be similar at most" in said
-    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA ink" in said
+    assert "not taken from it: Model hash, Hires upscale, ControlNet 0, strength, LoRA ink" in said
     settings = settings_of("a.png")
     assert settings["base"] == str(weights / "tiny.safetensors")
     assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird,", "blurry")
-    assert [settings[name] for name in ("steps", "sampler", "cfg", "seed", "size")] == [3, "dpm++", 4.5, 9, "96x64"]
+    assert [settings[name] for name in ("steps", "sampler", "cfg", "seed", "size")] == [
+        3,
+        "dpm++-karras",
+        4.5,
+        9,
+        "96x64",
+    ]
 
 
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"DPM++ 2M": "Euler a"}, 'there is no sampler "Euler a" here: taking "ddim"'),
+        ({"DPM++ 2M": "DPM fast"}, 'there is no sampler "DPM fast Karras" here: taking "ddim"'),
         ({"Model: tiny": "Model: ../../x"}, 'its model "../../x" is not in '),
         ({"Steps: 3": "Steps: many"}, "has 'many' for \"steps\""),
         ({"96x64": "97x64"}, "the image's size is 97x64 (width x height), expected multiples of 32"),
@@ -860,7 +896,7 @@ def test_strange_images_are_taken_as_a_person_expects():
         ),
         ("--size 100", "the image's size is 100x100 (width x height), expected multiples of 32 up to 8192: take"),
         ("--hint circle.png --size 0", "the image's size is 0x0 (width x height), expected multiples of 32 up"),
-        ("--sampler euler", 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
+        ("--sampler PLMS", 'the sampler is "PLMS", expected one of ddim, ddpm, dpm++'),
         ("--steps 0", "the number of steps is 0, expected 1..1000"),
         ("--steps 1001", "the number of steps is 1001, expected 1..1000"),
         ("--compile --reuse 2", "--compile and --reuse exclude each other: leave one of them out"),
@@ -981,7 +1017,7 @@ def test_numbers_are_checked_before_weights_are_read(monkeypatch):
     monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("the weights are read"))
     for options in (
         "--steps 0",
-        "--sampler euler",
+        "--sampler plms",
         "--eta 2",
         "--seed -2",
         "--size 100",
@@ -1117,5 +1153,6 @@ def test_help_is_instant_and_lists_defaults_samplers_and_modes(capsys):
     with pytest.raises(SystemExit):
         infer.main(["--help"])
     text = capsys.readouterr().out
-    assert all(name in text for name in (*SAMPLERS, *MODES)) and tuple(A1111_SAMPLERS) == tuple(SAMPLERS)
+    named = {name.removesuffix("-karras") for name in SAMPLERS}
+    assert all(name in text for name in (*named, *MODES)) and tuple(A1111_SAMPLERS) == tuple(SAMPLERS)
     assert "(default: tiny)" in text and "python infer.py --hint circle.png" in text

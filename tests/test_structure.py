@@ -26,7 +26,18 @@ RANKS = (
     ("tools", "train.py", "infer.py"),
 )
 # Inside ldm/: the model, its checkpoints, what makes it faster. StableDiffusion puts them under one roof.
-MODEL = {"config", "schedule", "attention", "blocks", "unet", "vae", "tokenizer", "text_encoder", "samplers"}
+MODEL = {
+    "config",
+    "schedule",
+    "attention",
+    "blocks",
+    "unet",
+    "vae",
+    "tokenizer",
+    "text_encoder",
+    "samplers",
+    "timesteps",
+}
 
 
 def sources(*folders):

@@ -61,7 +61,10 @@ def lora_tag(given: str) -> str:
 
 def pairs(settings: dict) -> Iterator[tuple[str, object]]:
     yield "Steps", settings["steps"]
-    yield "Sampler", A1111_SAMPLERS[settings["sampler"]]
+    sampler, schedule = A1111_SAMPLERS[settings["sampler"]]
+    yield "Sampler", sampler
+    if schedule:
+        yield "Schedule type", schedule
     yield "CFG scale", settings["cfg"]
     yield "Seed", settings["seed"]
     yield "Size", settings["size"]
@@ -127,6 +130,9 @@ OPTIONS = {
 }
 
 
+READ_SCHEDULES = ("Automatic", "Uniform", "Karras")
+
+
 def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
     """-> the settings that are options of ours, and what else the last line says, both as they are written.
 
@@ -142,7 +148,15 @@ def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
         "negative": "\n".join(line.strip() for line in lines[start:]).removeprefix(NEGATIVE).strip(),
     }
     settings |= {ours: found.pop(theirs) for theirs, ours in OPTIONS.items() if theirs in found}
+    if "sampler" in settings and found.get("Schedule type") in READ_SCHEDULES:
+        settings["sampler"] = with_schedule(settings["sampler"], found.pop("Schedule type"))
     return settings, found
+
+
+def with_schedule(sampler: str, schedule: str) -> str:
+    """The sampler's name, with " Karras" where that is its schedule, as older versions write it."""
+    karras = schedule == "Karras" or (schedule == "Automatic" and sampler.startswith("DPM++"))
+    return f"{sampler} Karras" if karras else sampler
 
 
 def read_pairs(line: str) -> Iterator[tuple[str, str]]:

@@ -275,7 +275,7 @@ def make_denoise(
     negative: Tensor,
     cfg: float,
     controls: Sequence[Control],
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     batched: bool,
     make_predictor: Callable[[UNet], Predict],
 ) -> Watched:

@@ -107,7 +107,7 @@ def steps_done(strength: float, steps: int) -> int:
 
 
 def begin(
-    init: Init, z0: Tensor, x: Tensor, noise: Noise, schedule: Schedule, timesteps: list[int]
+    init: Init, z0: Tensor, x: Tensor, noise: Noise, schedule: Schedule, timesteps: list[float]
 ) -> tuple[Tensor, BeforeStep | None]:
     """-> the x to begin with, and what keeps the known part at each step, if there is a mask.
 

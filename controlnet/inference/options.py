@@ -1,5 +1,6 @@
 """The options of infer.py, each stated once. Nothing here imports PyTorch."""
 
+import re
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,31 @@ from controlnet.common.program import (
 )
 from controlnet.common.program import count as whole_number
 
-# What A1111 and its viewers call the samplers.
-A1111_SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM++ 2M"}
+# What A1111 and its viewers call the samplers, and, where it can be chosen there, the schedule type.
+A1111_SAMPLERS = {
+    "ddim": ("DDIM", None),
+    "ddpm": ("DDPM", None),
+    "dpm++": ("DPM++ 2M", "Uniform"),
+    "dpm++-sde": ("DPM++ SDE", "Uniform"),
+    "euler": ("Euler", "Uniform"),
+    "euler-a": ("Euler a", "Uniform"),
+    "heun": ("Heun", "Uniform"),
+    "unipc": ("UniPC", None),
+    "lcm": ("LCM", None),
+    "dpm++-karras": ("DPM++ 2M", "Karras"),
+    "dpm++-sde-karras": ("DPM++ SDE", "Karras"),
+    "euler-karras": ("Euler", "Karras"),
+    "euler-a-karras": ("Euler a", "Karras"),
+    "heun-karras": ("Heun", "Karras"),
+    "unipc-karras": ("UniPC", "Karras"),
+}
+# Other programs' names, as `sampler_name` reads them: ComfyUI's, diffusers' classes.
+SAME_SAMPLERS = {
+    "dpm++-sde": ("dpmppsde", "dpmsolversde"),
+    "dpm++": ("dpmpp", "dpmpp2m", "dpmsolvermultistep"),
+    "euler-a": ("eulera", "eulerancestral"),
+    "unipc": ("unipc", "unipcbh2", "unipcmultistep"),
+}
 
 MAX_HINTS = 32  # for one image
 
@@ -36,9 +60,12 @@ in_run = partial(option, "run")
 
 
 def sampler_name(text: str) -> str:
-    """Also by A1111's name, in upper or lower case."""
-    names = {theirs.lower(): ours for ours, theirs in A1111_SAMPLERS.items()} | {ours: ours for ours in A1111_SAMPLERS}
-    return names.get(text.strip().lower(), text)
+    """Ours, of a name by A1111, ComfyUI or diffusers in any case, words apart or together, "karras" at its end."""
+    plain = re.sub(r"[\W_]", "", text.lower().replace("+", "p")).removeprefix("k").removesuffix("scheduler")
+    base, karras = plain.removesuffix("karras").removesuffix("discrete"), "-karras" * plain.endswith("karras")
+    names = {other: ours for ours, others in SAME_SAMPLERS.items() for other in others}
+    name = names.get(base, base) + karras
+    return name if name in A1111_SAMPLERS else text
 
 
 @dataclass(frozen=True)
@@ -195,7 +222,14 @@ class Options:
     )
 
     steps: int = in_sampling("of denoising (default: %(default)s)", 20, type=int, metavar="N")
-    sampler: str = in_sampling("ddim, ddpm or dpm++ (default: %(default)s)", "ddim", type=sampler_name, metavar="NAME")
+    sampler: str = in_sampling(
+        "ddim, ddpm, lcm (which wants an LCM LoRA, 4 to 8 steps and --cfg 1 to 2); dpm++, dpm++-sde, euler, euler-a, "
+        "heun, unipc, each also with Karras' noise levels: dpm++-karras ... Other programs' names are read, too, like "
+        '"DPM++ 2M Karras" or euler_ancestral (default: %(default)s)',
+        "ddim",
+        type=sampler_name,
+        metavar="NAME",
+    )
     cfg: float | None = in_sampling(
         "how much the prompt counts; 1 is no guidance (default: 7.5; tiny: 2.5)", type=number, metavar="X"
     )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, use_device, use_precision
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
-from controlnet.guidance import Control, acting_timesteps
+from controlnet.guidance import Control, acting_steps
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import open_base
 from ldm.embeddings import with_embeddings
@@ -229,7 +229,7 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
 def note_idle_hints(hints: list[CheckedHint], steps: int) -> None:
     for hint in hints:
         start, end = hint.options.control_start, hint.options.control_end
-        if not acting_timesteps(range(steps), start, end):
+        if not acting_steps(steps, start, end):
             note(f'"{hint.options.hint}" acts in none of the {steps} steps, from {start} to {end} of them')
 
 

@@ -10,6 +10,7 @@ from controlnet.common.images import save_png
 from controlnet.guidance import MODES
 from controlnet.hints import DETECTORS, options_of
 from controlnet.inference.a1111 import MODULES, parameters, read_parameters
+from controlnet.inference.options import A1111_SAMPLERS, sampler_name
 from controlnet.inference.png_text import LARGEST_TEXT, png_texts, read_texts
 
 SETTINGS = {
@@ -174,6 +175,29 @@ def test_our_own_parameters_are_read_back():
         "base": "sd15",
     }
     assert others.keys() == {"Eta", "ControlNet 0"}
+
+
+@pytest.mark.parametrize("name", A1111_SAMPLERS)
+def test_every_sampler_is_read_back(name):
+    settings, others = read_parameters(parameters({**SETTINGS, "sampler": name}))
+    assert sampler_name(settings["sampler"]) == name and "Schedule type" not in others
+
+
+@pytest.mark.parametrize(
+    "text, sampler",
+    [
+        ("Sampler: DPM++ 2M Karras", "dpm++-karras"),  # older versions
+        ("Sampler: DPM++ SDE, Schedule type: Automatic", "dpm++-sde-karras"),
+        ("Sampler: Euler a, Schedule type: Automatic", "euler-a"),
+        ("Sampler: Heun, Schedule type: Karras", "heun-karras"),
+        ("Sampler: Heun, Schedule type: Beta", "heun"),
+    ],
+)
+def test_samplers_of_a1111_with_their_schedules(text, sampler):
+    settings, others = read_parameters(f"a\nSteps: 1, {text}, Seed: 3, Size: 64x64")
+    assert sampler_name(settings["sampler"]) == sampler and others == (
+        {"Schedule type": "Beta"} if "Beta" in text else {}
+    )
 
 
 @pytest.mark.parametrize(

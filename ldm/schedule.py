@@ -7,6 +7,7 @@ Shapes: x, x0, noise, output (B, C, h, w) in any floating dtype, t (B,) timestep
 """
 
 import copy
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,8 +35,11 @@ class Schedule:
         self.alphas_cumprod = alphas_cumprod.float()
         self.alpha = alphas_cumprod.sqrt().float()
         self.sigma = (1 - alphas_cumprod).sqrt().float()
+
+    @cached_property
+    def noise_ratios(self) -> np.ndarray:
         with np.errstate(divide="ignore"):  # zero terminal SNR ends with infinite noise
-            self.noise_ratios = (1 / self.alphas_cumprod.double().numpy() - 1) ** 0.5
+            return (1 / self.alphas_cumprod.double().numpy() - 1) ** 0.5
 
     def to(self, device: torch.device | str) -> "Schedule":
         """The same with `alpha` and `sigma` on a device. Brought there at each use, they would make the CPU wait."""

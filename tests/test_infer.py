@@ -27,12 +27,15 @@ from controlnet.config import ControlConfig
 from controlnet.guidance import MODES, Control
 from controlnet.hints import detect
 from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_size, generate
+from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
-from controlnet.inference.options import A1111_SAMPLERS, Options, sampler_name
+from controlnet.inference.options import Options
 from controlnet.inference.png_text import fingerprint
 from controlnet.inference.run import load as load_networks
 from controlnet.inference.run import prepare
+from controlnet.inference.sampler_names import A1111_SAMPLERS, sampler_name
+from controlnet.inference.sizes import default_size
+from controlnet.inference.upscale import upscaled
 from controlnet.model import ControlNet
 from controlnet.worlds.fill50k import draw_circle
 from ldm import StableDiffusion
@@ -158,6 +161,9 @@ def test_the_image_carries_everything_used(weights):
         "lora": [],
         "embedding": [],
         "clip_skip": 1,
+        "upscale": 1.0,
+        "upscale_strength": 0.5,
+        "tile_diffusion": False,
         "long_prompts": False,
         "steps": 2,
         "sampler": "ddim",
@@ -346,6 +352,30 @@ def test_a_sampler_of_another_program_makes_its_images_again(name):
     assert np.array_equal(pixels_of("again.png"), pixels_of("out/0001.png"))
     assert run("--sampler", name, "--seed", "2", "--steps", "3", "--count", "2", "--out", "two.png") == 0
     assert np.array_equal(pixels_of("two-2.png"), pixels_of("out/0001.png"))
+
+
+def test_a_second_pass_goes_with_no_mask(place, capsys):
+    photograph((64, 64)).save("photo.png")
+    left_half((64, 64)).save("left.png")
+    assert run("--init", "photo.png", "--mask", "left.png", "--upscale", "2") == 2
+    assert "--upscale makes all of the image anew, also what a mask keeps" in capsys.readouterr().err
+    assert run("--init", "photo.png", "--size", "32", "--upscale", "2", "--out", "a.png") == 0
+    assert pixels_of("a.png").shape == (64, 64, 3) and settings_of("a.png")["size"] == "32x32"
+
+
+def test_a_large_image_in_tiles_is_the_second_pass_of_a_small_one(weights, capsys):
+    """With the hint made at both sizes: circle.png has 512 pixels."""
+    settings = ["--hint", "circle.png", "--size", "64", "--tile-diffusion", "--seed", "3"]
+    assert run(*settings, "--upscale", "1.5", "--upscale-strength", "0.6") == 0
+    assert infer.main(["--again", "out/0001.png", "--out", "again.png"]) == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("out/0001.png"))
+    sd = StableDiffusion.load(weights / "tiny.safetensors")
+    net = ControlNet.load(weights / "tiny-fill50k.safetensors", sd.unet)
+    control, given = Control.from_image(net, ROOT / "assets" / "circle.png"), dict(steps=2, seed=3, tile_diffusion=True)
+    pack(sd.unet, sd.vae, net)
+    images = generate(sd, "", [control], size=(64, 64), **given)
+    (want,) = upscaled(sd, images, 1.5, "", [control], strength=0.6, **given)
+    assert np.array_equal(pixels_of("out/0001.png"), np.asarray(want)) and want.size == (96, 96)
 
 
 @pytest.mark.parametrize("prompt", ["-red", "-", "--prompt=--red", "-1"])
@@ -651,17 +681,12 @@ def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
     assert infer.main(["--again", "theirs.png", "--device", "cpu", "--out", "a.png"]) == 0
     said = capsys.readouterr().err
     assert "is not by infer.py, whose noise is another: the image will be similar at most" in said
-    assert "not taken from it: Model hash, Hires upscale, ControlNet 0, strength, LoRA ink" in said
+    assert "not taken from it: Model hash, ControlNet 0, LoRA ink" in said
     settings = settings_of("a.png")
     assert settings["base"] == str(weights / "tiny.safetensors")
     assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird,", "blurry")
-    assert [settings[name] for name in ("steps", "sampler", "cfg", "seed", "size")] == [
-        3,
-        "dpm++-karras",
-        4.5,
-        9,
-        "96x64",
-    ]
+    assert [settings[name] for name in ("steps", "sampler", "cfg", "size")] == [3, "dpm++-karras", 4.5, "96x64"]
+    assert (settings["upscale"], settings["upscale_strength"]) == (2, 0.5) and pixels_of("a.png").shape == (128, 192, 3)
 
 
 @pytest.mark.parametrize(
@@ -902,6 +927,9 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--compile --reuse 2", "--compile and --reuse exclude each other: leave one of them out"),
         ("--compile --low-memory", "--compile and --low-memory exclude each other: leave one of them out"),
         ("--eta 2", "eta is 2.0, expected 0 (deterministic) to 1"),
+        ("--upscale 0.9", "images are to become 0.9 times as large, expected 1 (as they are) or more"),
+        ("--upscale 200", "the image's size is 12800x12800 (width x height), expected multiples of 32 up to 8192"),
+        ("--upscale-strength 0.3", "there is an --upscale-strength without --upscale"),
         ("--eta 1 --sampler dpm++", 'eta is 1.0, but sampler "dpm++" has no eta: '),
         ("--cfg -3", "the guidance (cfg) is -3.0, expected 0 (the negative prompt alone), 1 (the prompt alone)"),
         (f"--count {2**64}", f"the number of images is {2**64}, more than there are seeds"),
@@ -1054,9 +1082,10 @@ def test_a_size_that_does_not_fit_into_memory_is_refused_before_it_is_tried(monk
     monkeypatch.setattr(HintImage, "make", lambda *_: pytest.fail("the hint is made"))
     hint, size = ["--hint", "circle.png", "--control", "circles"], ["--size", "4096"]
     for free, options, message in (
-        (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: give a smaller --size"),
+        (0.5, [], "needs about 2.0 GB of memory, but 0.5 GB are free: give a smaller --size"),
         (1.5, [], "needs about 2.0 GB of memory, but 1.5 GB are free: add --low-memory or give a smaller --size"),
-        (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: give a smaller --size"),
+        (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: add --tile-diffusion or give a"),
+        (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: add --tile-diffusion or give a"),
         (0.8, ["--precision", "fp16"], "needs about 1.0 GB of memory, but 0.8 GB are free: add --low-memory or"),
         (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: give a smaller --size"),
     ):

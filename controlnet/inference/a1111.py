@@ -12,7 +12,7 @@ from pathlib import Path
 from controlnet.hints import options_of, parse_detector
 from ldm.checkpoints.extras import split_strength
 
-from .options import A1111_SAMPLERS
+from .sampler_names import A1111_SAMPLERS
 
 NEGATIVE = "Negative prompt:"
 
@@ -71,6 +71,11 @@ def pairs(settings: dict) -> Iterator[tuple[str, object]]:
     yield "Model", Path(settings["base"]).stem
     if settings["init"]:
         yield "Denoising strength", settings["strength"]
+    elif settings["upscale"] != 1:
+        yield "Denoising strength", settings["upscale_strength"]
+    if settings["upscale"] != 1:
+        yield "Hires upscale", settings["upscale"]
+        yield "Hires upscaler", "Lanczos"
     if settings["mask_blur"]:
         yield "Mask blur", settings["mask_blur"]
     if settings["only_masked"] is not None:
@@ -124,6 +129,7 @@ OPTIONS = {
     "Size": "size",
     "Clip skip": "clip_skip",
     "Denoising strength": "strength",
+    "Hires upscale": "upscale",
     "Mask blur": "mask_blur",
     "Masked area padding": "only_masked",
     "Model": "base",
@@ -148,6 +154,8 @@ def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
         "negative": "\n".join(line.strip() for line in lines[start:]).removeprefix(NEGATIVE).strip(),
     }
     settings |= {ours: found.pop(theirs) for theirs, ours in OPTIONS.items() if theirs in found}
+    if "upscale" in settings and "strength" in settings:  # which is the second pass's then
+        settings["upscale_strength"] = settings.pop("strength")
     if "sampler" in settings and found.get("Schedule type") in READ_SCHEDULES:
         settings["sampler"] = with_schedule(settings["sampler"], found.pop("Schedule type"))
     return settings, found

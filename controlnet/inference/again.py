@@ -13,9 +13,10 @@ from ldm.checkpoints.stored import first_few
 from ldm.config import PRESETS
 
 from .a1111 import read_parameters
-from .options import A1111_SAMPLERS, ALWAYS_RECORDED, RECORDED, Options, sampler_name
+from .options import ALWAYS_RECORDED, RECORDED, Options
 from .png_text import read_texts
 from .prompts import LORA_TAG
+from .sampler_names import A1111_SAMPLERS, sampler_name
 
 ROOT = Path(__file__).resolve().parents[2]
 # The options that name files.

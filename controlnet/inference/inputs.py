@@ -30,11 +30,13 @@ from ldm.checkpoints.open import open_checkpoint
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
-from .generate import check_size, default_size, hint_part
+from .generate import hint_part
 from .hint_kind import INVERTED, PHOTOGRAPH, doubt, kind_of, looks_like
 from .image_to_image import Init
 from .memory import check_memory
 from .options import HintOptions, Options, options_for_each_hint
+from .sizes import check_size, default_size
+from .upscale import larger_size
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -105,7 +107,11 @@ def read_inputs(options: Options, config: Config, device: torch.device) -> tuple
     first = init.part(init.image) if init else images[0].image if images else None
     size = height_and_width(options.size) if options.size else default_size(config, first)
     check_size(config, size)
-    check_memory(config, size, PRECISIONS[options.precision], device, options.low_memory, len(hints))
+    largest = larger_size(config, size, options.upscale)
+    dtype, low_memory = PRECISIONS[options.precision], options.low_memory
+    check_memory(config, largest, dtype, device, low_memory, len(hints), options.tile_diffusion)
+    if init and init.mask and options.upscale != 1:
+        raise ValueError("--upscale makes all of the image anew, also what a mask keeps: leave one of them out")
     if init:
         note_changes(options.init, init, size)
     parts = [hint_part(image, size, init) for image in images]

@@ -1,6 +1,5 @@
 """The options of infer.py, each stated once. Nothing here imports PyTorch."""
 
-import re
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,31 +19,7 @@ from controlnet.common.program import (
 )
 from controlnet.common.program import count as whole_number
 
-# What A1111 and its viewers call the samplers, and, where it can be chosen there, the schedule type.
-A1111_SAMPLERS = {
-    "ddim": ("DDIM", None),
-    "ddpm": ("DDPM", None),
-    "dpm++": ("DPM++ 2M", "Uniform"),
-    "dpm++-sde": ("DPM++ SDE", "Uniform"),
-    "euler": ("Euler", "Uniform"),
-    "euler-a": ("Euler a", "Uniform"),
-    "heun": ("Heun", "Uniform"),
-    "unipc": ("UniPC", None),
-    "lcm": ("LCM", None),
-    "dpm++-karras": ("DPM++ 2M", "Karras"),
-    "dpm++-sde-karras": ("DPM++ SDE", "Karras"),
-    "euler-karras": ("Euler", "Karras"),
-    "euler-a-karras": ("Euler a", "Karras"),
-    "heun-karras": ("Heun", "Karras"),
-    "unipc-karras": ("UniPC", "Karras"),
-}
-# Other programs' names, as `sampler_name` reads them: ComfyUI's, diffusers' classes.
-SAME_SAMPLERS = {
-    "dpm++-sde": ("dpmppsde", "dpmsolversde"),
-    "dpm++": ("dpmpp", "dpmpp2m", "dpmsolvermultistep"),
-    "euler-a": ("eulera", "eulerancestral"),
-    "unipc": ("unipc", "unipcbh2", "unipcmultistep"),
-}
+from .sampler_names import sampler_name
 
 MAX_HINTS = 32  # for one image
 
@@ -57,15 +32,6 @@ in_hints = partial(option, HINTS, each=True)
 in_model = partial(option, "model")
 in_sampling = partial(option, "sampling")
 in_run = partial(option, "run")
-
-
-def sampler_name(text: str) -> str:
-    """Ours, of a name by A1111, ComfyUI or diffusers in any case, words apart or together, "karras" at its end."""
-    plain = re.sub(r"[\W_]", "", text.lower().replace("+", "p")).removeprefix("k").removesuffix("scheduler")
-    base, karras = plain.removesuffix("karras").removesuffix("discrete"), "-karras" * plain.endswith("karras")
-    names = {other: ours for ours, others in SAME_SAMPLERS.items() for other in others}
-    name = names.get(base, base) + karras
-    return name if name in A1111_SAMPLERS else text
 
 
 @dataclass(frozen=True)
@@ -117,6 +83,23 @@ class Options:
     )
     seed: int = in_image(
         "of the first image; each has the next; -1 draws one (default: %(default)s)", 0, type=int, metavar="N"
+    )
+    upscale: float = in_image(
+        "make the image so many times as large in a second pass: it is enlarged (Lanczos) and made anew in part, with "
+        'the same controls ("hires fix"; default: %(default)s, none)',
+        1.0,
+        type=number,
+        metavar="X",
+        later=True,
+    )
+    upscale_strength: float = in_image(
+        "how much is made anew in the second pass (default: %(default)s)", 0.5, type=share, metavar="X", later=True
+    )
+    tile_diffusion: bool = in_image(
+        "large images in little memory: denoise in overlapping tiles of the base's resolution. Not the image that one "
+        "piece gives; --upscale, best with a tile control, holds the tiles together",
+        False,
+        later=True,
     )
     long_prompts: bool = in_image("read prompts of more than 75 tokens in chunks instead of cutting them", False)
     again: str | None = in_image(
@@ -300,6 +283,10 @@ def check_pairs(options: Options) -> None:
         raise ValueError(
             f"there are {len(options.hint)} --hint and {len(options.control)} --control, expected one --control for "
             "each --hint"
+        )
+    if options.upscale_strength != Options.upscale_strength and options.upscale == 1:
+        raise ValueError(
+            "there is an --upscale-strength without --upscale: say how many times as large the image becomes"
         )
     if options.strength is not None and options.init is None:
         raise ValueError("there is a --strength without --init: give the image to begin with, or leave it out")

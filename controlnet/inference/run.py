@@ -29,13 +29,15 @@ from ldm.tokenizer import Tokenizer
 from .again import with_recorded
 from .compiled import check_compile
 from .extras import Extras, find_extras
-from .generate import at_size, check_cfg, check_seeds, default_batch_size, default_cfg, generate
+from .generate import at_size, default_batch_size, generate
 from .image_to_image import Init, steps_done
 from .inputs import CheckedHint, hint_runs, load_controls, read_inputs
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import fingerprints, png_texts
 from .prompts import chunks_of, cut_texts
 from .saving import check_out, save_image
+from .sizes import check_cfg, check_seeds, default_cfg
+from .upscale import larger_size, upscaled
 
 __all__ = ["load", "make_images", "prepare", "save", "with_recorded"]
 
@@ -55,7 +57,9 @@ class Job:
     steps: int  # that are done, and not left out by image-to-image
     files: dict[str, str]  # fingerprints, by the names given
     extras: Extras
+    second_pass_steps: int = 0  # of --upscale
     controls: tuple[Control, ...] = ()  # when the weights are loaded
+    large_controls: tuple[Control, ...] = ()  # of the second pass, at its size
     batch_size: int = 1
 
     def batches(self) -> Iterator[range]:
@@ -109,7 +113,9 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
             used[options.vae] = find(options.vae)[0]
         for hint in hints:
             used |= hint.files()
-        return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files), extras)
+        found = fingerprints(used, recorded_files)
+        second_pass_steps = steps_done(options.upscale_strength, len(timesteps)) if options.upscale != 1 else 0
+        return Job(options, size, cfg, device, init, hints, steps, found, extras, second_pass_steps)
 
     return [job(one) for one in hint_runs(options)]
 
@@ -136,9 +142,7 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     sd = StableDiffusion.load(options.base, home, PRECISIONS[options.precision], **described)
     sd = with_embeddings(sd, extras.embeddings)
     controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
-    jobs = [
-        replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs
-    ]
+    jobs = [with_controls(job, [next(controls) for _ in job.hints], sd) for job in jobs]
     jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
     networks = [sd.unet, *{control.net for job in jobs for control in job.controls}]
     lay_out(networks, device, options.precision)
@@ -147,40 +151,55 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
     return sd, jobs
 
 
+def with_controls(job: Job, controls: list[Control], sd: StableDiffusion) -> Job:
+    """With their hints made."""
+    job = replace(job, controls=tuple(at_size(control, job.size, job.init) for control in controls))
+    if job.options.upscale == 1:
+        return job
+    size = larger_size(sd.config, job.size, job.options.upscale)
+    return replace(job, large_controls=tuple(at_size(control, size) for control in controls))
+
+
 def batch_size_of(job: Job, sd: StableDiffusion) -> int:
     options = job.options
     cpu_offload = job.device if options.low_memory else None
-    return options.batch_size or default_batch_size(sd, job.size, options.count, job.controls, cpu_offload)
+    return options.batch_size or default_batch_size(
+        sd, job.size, options.count, job.controls, cpu_offload, options.tile_diffusion
+    )
 
 
 def make_images(jobs: list[Job], sd: StableDiffusion) -> Iterator[tuple[Job, int, Image.Image]]:
     """Each with its job and its number among the images of it."""
-    with progress(sum(job.options.count * job.steps for job in jobs)) as step:
+    with progress(sum(job.options.count * (job.steps + job.second_pass_steps) for job in jobs)) as step:
         for job in jobs:
-            options = job.options
             for batch in job.batches():
-                images = generate(
-                    sd,
-                    options.prompt,
-                    job.controls,
-                    negative=options.negative,
-                    count=len(batch),
-                    batch_size=job.batch_size,
-                    size=job.size,
-                    steps=options.steps,
-                    sampler=options.sampler,
-                    cfg=job.cfg,
-                    eta=options.eta,
-                    seed=options.seed + batch[0],
-                    init=job.init,
-                    clip_skip=options.clip_skip,
-                    long_prompts=options.long_prompts,
-                    reuse=options.reuse,
-                    compile=options.compile,
-                    cpu_offload=job.device if options.low_memory else None,
-                    callback=lambda progress: step(),
-                )
+                images = make_batch(job, batch, sd, lambda progress: step())
                 yield from ((job, i, image) for i, image in zip(batch, images, strict=True))
+
+
+def make_batch(job: Job, batch: range, sd: StableDiffusion, callback: Callable) -> list[Image.Image]:
+    options = job.options
+    settings = dict(
+        negative=options.negative,
+        steps=options.steps,
+        sampler=options.sampler,
+        cfg=job.cfg,
+        eta=options.eta,
+        seed=options.seed + batch[0],
+        clip_skip=options.clip_skip,
+        long_prompts=options.long_prompts,
+        reuse=options.reuse,
+        compile=options.compile,
+        cpu_offload=job.device if options.low_memory else None,
+        tile_diffusion=options.tile_diffusion,
+        callback=callback,
+    )
+    first = dict(count=len(batch), batch_size=job.batch_size, size=job.size, init=job.init)
+    images = generate(sd, options.prompt, job.controls, **first, **settings)
+    if options.upscale == 1:
+        return images
+    strength = options.upscale_strength
+    return upscaled(sd, images, options.upscale, options.prompt, job.large_controls, strength=strength, **settings)
 
 
 def save(job: Job, i: int, image: Image.Image) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from controlnet.common.images import Size, to_hints, to_images
 from controlnet.common.program import height_and_width
-from controlnet.inference.generate import check_size
+from controlnet.inference.sizes import check_size
 from controlnet.objective import EncodedPairs, seeded
 from controlnet.worlds import Sample
 from ldm.checkpoints.files import remove_leftovers

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from controlnet.common.images import save_png, to_hints, to_images
 from controlnet.guidance import Control, exact
-from controlnet.inference.generate import default_cfg, generate, latent_shape, make_denoise, prompt_contexts
+from controlnet.inference.generate import generate, make_denoise, prompt_contexts
 from controlnet.inference.noise import draw
 from controlnet.inference.offload import decode
+from controlnet.inference.sizes import default_cfg, latent_shape
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, Draws, loss_inputs
 from controlnet.worlds import Sample

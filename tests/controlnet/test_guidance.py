@@ -6,6 +6,7 @@ from minis import MINIS, inputs, mini_control, mini_unet, relative, stored
 
 from controlnet.guidance import (
     Control,
+    acting_timesteps,
     guess_weights,
     guided,
     literal_resolution_weights,
@@ -214,6 +215,13 @@ def test_a_control_acts_in_its_part_of_the_steps():
         for i in {acting[0] - 1, acting[0], acting[-1], acting[-1] + 1} & set(range(10)):
             want = (controlled if i in acting else free)[i]
             assert relative(got(x, ts[i]), want) < 1e-6, (start, end, i)
+
+
+def test_a_part_of_the_steps_has_no_gaps_between_its_timesteps():
+    """Where Heun's method and DPM++ SDE evaluate the UNet, too."""
+    first, beyond = acting_timesteps([900, 700.5, 500, 300], 0.25, 0.75)
+    assert (first, beyond) == (700.5, 300) and acting_timesteps([900, 700], 0.5, 1) == (700, -1)
+    assert acting_timesteps([900, 700], 0.1, 0.2) == (-1, -1)
 
 
 def test_a_part_of_the_steps_needs_the_timesteps():

@@ -13,9 +13,10 @@ from controlnet.common.image_files import read_image
 from controlnet.common.images import fitted_size, resized, save_png, to_pil
 from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_batch_size, default_cfg, default_size, generate, size_multiple
+from controlnet.inference.generate import default_batch_size, generate
 from controlnet.inference.image_to_image import Init
 from controlnet.inference.memory import guided_memory
+from controlnet.inference.sizes import default_cfg, default_size, size_multiple
 from ldm.config import SD15, SD21, TINY
 
 

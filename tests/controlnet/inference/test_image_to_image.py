@@ -10,10 +10,11 @@ from test_generate import arrays, differ, hint
 from controlnet.common.images import resized, to_images, to_pil
 from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_size, generate
+from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
 from controlnet.inference.memory import decoding_memory
 from controlnet.inference.offload import decode
+from controlnet.inference.sizes import default_size
 from ldm.samplers import timesteps_for
 
 

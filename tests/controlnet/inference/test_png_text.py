@@ -10,8 +10,8 @@ from controlnet.common.images import save_png
 from controlnet.guidance import MODES
 from controlnet.hints import DETECTORS, options_of
 from controlnet.inference.a1111 import MODULES, parameters, read_parameters
-from controlnet.inference.options import A1111_SAMPLERS, sampler_name
 from controlnet.inference.png_text import LARGEST_TEXT, png_texts, read_texts
+from controlnet.inference.sampler_names import A1111_SAMPLERS, sampler_name
 
 SETTINGS = {
     "prompt": "a (red:1.3) bird",
@@ -24,6 +24,8 @@ SETTINGS = {
     "mask": None,
     "mask_blur": 0.0,
     "only_masked": None,
+    "upscale": 1.0,
+    "upscale_strength": 0.5,
     "base": "weights/sd15.safetensors",
     "lora": [],
     "clip_skip": 1,
@@ -151,6 +153,13 @@ def test_modes_and_fits_have_the_extensions_names():
         "Crop and Resize",
         "Resize and Fill",
     ]
+
+
+def test_a_second_pass_is_said_as_in_a1111():
+    text = parameters({**SETTINGS, "upscale": 2.0, "upscale_strength": 0.4})
+    assert "Denoising strength: 0.4, Hires upscale: 2.0, Hires upscaler: Lanczos" in text
+    settings, _ = read_parameters(text)
+    assert (settings["upscale"], settings["upscale_strength"], settings.get("strength")) == ("2.0", "0.4", None)
 
 
 def test_loras_of_options_are_named_as_a1111_names_them():

@@ -1087,7 +1087,7 @@ def test_a_size_that_does_not_fit_into_memory_is_refused_before_it_is_tried(monk
         (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: add --tile-diffusion or give a"),
         (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: add --tile-diffusion or give a"),
         (0.8, ["--precision", "fp16"], "needs about 1.0 GB of memory, but 0.8 GB are free: add --low-memory or"),
-        (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: give a smaller --size"),
+        (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: add --tile-diffusion or give a"),
     ):
         gigabytes["free"] = free
         assert run(*size, *options) == 2

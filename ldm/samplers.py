@@ -133,7 +133,7 @@ def ddpm_step(now: Prediction, a_next: float, *, noise: Noise, **_: Any) -> Tens
 
 def euler_step(now: Prediction, a_next: float, **_: Any) -> Tensor:
     """Euler's method for d(x / sqrt(a)) / d sigma = eps (Karras et al., arXiv 2206.00364, Alg. 1, line 5): this is DDIM
-    without noise (Song et al., Eq. 14), at other timesteps."""
+    without noise (Song et al., Eq. 13), at other timesteps."""
     return ddim_step(now, a_next)
 
 
@@ -190,16 +190,17 @@ def dpmpp_sde_step(
 
 def unipc_step(now: Prediction, a_next: float, *, past: tuple[Prediction, ...], **_: Any) -> Tensor:
     """UniPC (Zhao et al., arXiv 2302.04867), second order, with B(h) = e^h - 1: the predictor UniP-2 is
-    DPM-Solver++(2M), and the corrector UniC-2 first does the step that led here again, with what is known by now. No
-    evaluation more.
+    DPM-Solver++(2M), and the corrector UniC-2 first does the step that led here again, with what is known by now. It
+    takes no evaluation more.
     """
     return dpmpp_step(now._replace(x=unic(now, *past)) if past else now, a_next, past=past)
 
 
 def unic(now: Prediction, before: Prediction, earlier: Prediction | None = None) -> Tensor:
-    """The x that the corrector (Alg. 1) puts in the place of now.x, which the predictor made from `before`.
+    """The x that the corrector puts in the place of now.x, which the predictor made from `before`.
 
-    Both steps differ in their estimate D of x0 alone. The weights solve the paper's Eq. 5 for data prediction.
+    The two differ in their estimate D of x0 alone. The corrector's weights solve the paper's two linear equations
+    R a B(h) = phi(h), for a network that predicts the data.
     """
     a, a_before = now.alpha_bar, before.alpha_bar
     if earlier is None:  # of first order
@@ -217,8 +218,8 @@ def unic(now: Prediction, before: Prediction, earlier: Prediction | None = None)
 
 
 def lcm_step(now: Prediction, a_next: float, *, noise: Noise, **_: Any) -> Tensor:
-    """Multistep sampling of a latent consistency model (Luo et al., arXiv 2310.04378, Alg. 3): the data, as the
-    consistency function (Eq. 9) gives it, and fresh noise.
+    """Multistep sampling of a latent consistency model (Luo et al., arXiv 2310.04378): the data, as the consistency
+    function gives it, and fresh noise.
 
     The boundary's c_skip and c_out are the released code's, with sigma_data 0.5 and the timestep times 10: nearly 0 and
     1. For bases that were distilled so, or have an LCM LoRA, at guidance 1 to 2.

@@ -1,7 +1,7 @@
 """Large images out of little memory: MultiDiffusion (Bar-Tal et al., arXiv 2302.08113).
 
 At each step the UNet sees the latents in overlapping tiles, each as large as the images that it was trained on, and the
-hints cut to them. What it says of the tiles is averaged (their Eq. 5). The weights fall towards the edges of a tile, so
+hints cut to them. What it says of the tiles is averaged. The weights fall towards the edges of a tile, so
 that one passes smoothly into the next, where a plain mean has seams.
 
 Shapes: h w positions of the latents, 8 pixels each.

@@ -61,12 +61,13 @@ class ControlCheckpoint:
         unet = base if isinstance(base, UNet) else base.unet
         checkpoint = open_checkpoint(find_control(path_or_name, unet.config))
         found = recognise_control(checkpoint, global_average_pooling)
-        check_family(checkpoint, found, unet.config)
+        config = unet.config.text_to_image
+        check_family(checkpoint, found, config)
         with without_weights():
-            control = cls(UNet(unet.config), found.config)
+            control = cls(UNet(config), found.config)
         like = next(unet.parameters())
         device, dtype = torch.device(device or like.device), dtype or like.dtype
-        parts = [(control, found.key_map(unet.config))]
+        parts = [(control, found.key_map(config))]
         load_parts(checkpoint, parts, IGNORED_BESIDE_CONTROL, torch.float32 if found.difference else dtype, device)
         if found.difference:
             control.add_encoder(unet)
@@ -118,7 +119,7 @@ class ControlCheckpoint:
         """
         self.check_copied_from(unet)
         for own, other in zip(self.encoder.parameters(), unet.encoder.parameters(), strict=True):
-            own.data = (own.float() + factor * other.to(own.device).float()).to(own.dtype)
+            own.data = (own.float() + factor * part(other, own).to(own.device).float()).to(own.dtype)
 
     @torch.no_grad()
     def transfer(self, source: UNet, target: UNet) -> None:
@@ -131,7 +132,8 @@ class ControlCheckpoint:
         self.check_copied_from(target)
         encoders = (self.encoder, source.encoder, target.encoder)
         for own, old, new in zip(*(encoder.parameters() for encoder in encoders), strict=True):
-            own.data = (own.float() + (new.float() - old.float()).to(own.device)).to(own.dtype)
+            moved = part(new, own).float() - part(old, own).float()
+            own.data = (own.float() + moved.to(own.device)).to(own.dtype)
 
     def check_copied_from(self, unet: UNet) -> None:
         """Raises CheckpointError if no copy of an encoder like that of `unet` is in here."""
@@ -139,8 +141,14 @@ class ControlCheckpoint:
             raise CheckpointError(
                 "a ControlNet-lite has no copy of its base's encoder to move or subtract: use it as it is"
             )
-        if self.encoder.config != unet.config:
+        if self.encoder.config.text_to_image != unet.config.text_to_image:
             raise CheckpointError("the base is of another architecture than the ControlNet: give one of its family")
+
+
+def part(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a base's parameter, what its copy has: the first convolution of an inpainting base reads more, after the
+    latents."""
+    return parameter[tuple(map(slice, like.shape))]
 
 
 def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:
@@ -175,7 +183,12 @@ def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
     """
     path, name, weights = as_path(path_or_name), str(path_or_name), published.WEIGHTS
     files = [path, weights / name, *(weights / f"{name}{suffix}" for suffix in (".safetensors", ".pth"))]
-    files += [file for preset in PRESETS.values() if preset.unet == unet for file in short_named(name, preset.name)]
+    files += [
+        file
+        for preset in PRESETS.values()
+        if preset.unet == unet.text_to_image
+        for file in short_named(name, preset.name)
+    ]
     for file in files:
         if file.is_file() or (file.is_dir() and is_model(file)):  # no other folder that has the name by chance
             return file

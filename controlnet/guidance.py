@@ -198,7 +198,9 @@ class PreparedControl:
         if self.control.prompt_only and branch == "both":
             x, t, context = (both.chunk(2)[1] for both in (x, t, context))
             return [torch.cat([torch.zeros_like(r), r]) for r in self.residuals(x, t, context, "prompt")]
-        residuals = self.control.net.residuals(x, t, context, fill_batch(self.hint_features, len(x)))
+        net = self.control.net
+        latents = x[:, : net.encoder.config.input_channels]  # of what an inpainting base reads
+        residuals = net.residuals(latents, t, context, fill_batch(self.hint_features, len(x)))
         residuals = [r if weight == 1 else weight * r for weight, r in zip(self.weights, residuals, strict=True)]
         if self.masks is None:
             return residuals

@@ -143,9 +143,11 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
 
 def what_else(checkpoint: Checkpoint) -> str:
     try:
-        identify(checkpoint)
+        base = identify(checkpoint)
     except CheckpointError:
         return kind(checkpoint)
+    if base.config.unet.inpainting:
+        return "a base model for inpainting, without one: pass it as --base, with --init and --mask"
     return use_as_base(checkpoint) or "a base model without one: pass it as --base"
 
 

@@ -94,9 +94,9 @@ def control_unet_config(checkpoint: Checkpoint, found: ControlFile) -> UNetConfi
     with description_errors(checkpoint):
         folder = found.prefix.rstrip(".") if found.layout == "diffusers" else None
         if described is not None:
-            return dataclass_from_dict(UNetConfig, described["unet"])
+            return dataclass_from_dict(UNetConfig, described["unet"]).text_to_image
         if folder in checkpoint.configs:
-            return unet_from_diffusers(checkpoint.configs[folder])
+            return unet_from_diffusers(checkpoint.configs[folder]).text_to_image
     for config in (SD15, SD21):
         if (config.unet.context_width,) in context_widths(checkpoint, found.prefix):
             return config.unet

@@ -63,7 +63,7 @@ def transfer(args: argparse.Namespace) -> None:
 
 def check_family(control, unet, control_name: str, base_name: str) -> None:
     """Raises ValueError for a base with an encoder of another architecture."""
-    if control.encoder.config != unet.config:
+    if control.encoder.config != unet.config.text_to_image:
         raise ValueError(
             f'"{base_name}" is of another architecture than "{control_name}": a ControlNet can be moved within its '
             "family only, so give a base of it"

@@ -30,6 +30,7 @@ from .compiled import check_compile, compiling
 from .finite import Watched, finite
 from .graphed import graphed
 from .image_to_image import Init, begin, steps_done
+from .inpainting import check_inpainting, known_part, with_known
 from .memory import fitting_batch
 from .noise import draw, noise_from
 from .offload import decode, encode, on_device
@@ -71,7 +72,7 @@ def generate(
     `default_batch_size`; how many others are in its batch changes an image by rounding alone. Latents are fp32 even
     where the networks are not. `cfg` None is `default_cfg`. prompts.py says how prompts are read. The ControlNets must
     be on the device and in the dtype of `sd`; hints and masks are brought there. `progress` shows a bar, `callback` is
-    called after each step of each image.
+    called after each step of each image. An inpainting base (inpainting.py) needs an `init` with a mask.
 
     `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (reuse.py): faster, and
     another image, though at 2 a similar one.
@@ -89,6 +90,7 @@ def generate(
     with the layer's name for a result that is not finite.
     """
     check_controls(controls)
+    check_inpainting(sd.config, init)
     size = image_size(sd.config, controls, size, init)
     check_seeds(seed, count)
     check_batch_size(batch_size)
@@ -109,13 +111,14 @@ def generate(
     if batch_size is None:
         batch_size = default_batch_size(sd, size, count, controls, cpu_offload)
 
-    # Each image draws from its own generator, in a fixed order: x, the posterior's noise, then the sampler's.
+    # Each image draws from its own generator, in a fixed order: x, the posteriors' noise, then the sampler's.
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    noises = draw(generators, latent_shape(sd.config, size))
+    noises, seen = draw(generators, latent_shape(sd.config, size)), None
     if init:
         start = init.resized(size)
         with on_device(cpu_offload, sd.vae):
             known = encode(sd, start.image, generators, tiled)
+            seen = known_part(sd, start, generators, tiled) if sd.config.unet.inpainting else None
     with on_device(cpu_offload, sd.text_encoder):
         contexts = prompt_contexts(sd, prompt, negative, clip_skip, long_prompts)
 
@@ -130,9 +133,10 @@ def generate(
             batch = slice(first, first + batch_size)
             x, noise, keep = noises[batch].to(sd.device), noise_from(generators[batch]), None
             prompts = [context.expand(len(x), -1, -1) for context in contexts]
-            denoise = make_denoise(sd, *prompts, cfg, controls, timesteps, cpu_offload is None, make_predictor)
+            part = None if seen is None else seen[batch].to(x)
+            denoise = make_denoise(sd, *prompts, cfg, controls, timesteps, cpu_offload is None, make_predictor, part)
             if init:
-                x, keep = begin(start, known[batch].to(x), x, noise, sd.schedule, timesteps)
+                x, keep = begin(start, known[batch].to(x), x, noise, sd.schedule, timesteps, blend=seen is None)
             on_step = reporter(bar, callback, first, len(timesteps), partial(preview, denoise))
             latents.append(sample(sampler, denoise, x, sd.schedule, steps, eta, noise, keep, on_step, skip))
             denoise.check(latents[-1])
@@ -278,15 +282,16 @@ def make_denoise(
     timesteps: Sequence[int],
     batched: bool,
     make_predictor: Callable[[UNet], Predict],
+    seen: Tensor | None = None,
 ) -> Watched:
-    """The guided UNet for fp32 latents: it computes in the base's own dtype."""
+    """The guided UNet for fp32 latents: it computes in the base's own dtype. `seen` is of `known_part`."""
     like = next(sd.unet.parameters())
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
 
     def with_predictor(make_predictor: Callable[[UNet], Predict]) -> Denoise:
         denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, make_predictor)
-        return lambda x, t, timestep: denoise(x.to(like.dtype), t, timestep)
+        return lambda x, t, timestep: denoise(with_known(x.to(like.dtype), seen), t, timestep)
 
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
     return Watched(with_predictor(make_predictor), partial(with_predictor, exact), networks)

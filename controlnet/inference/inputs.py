@@ -33,6 +33,7 @@ from ldm.stable_diffusion import StableDiffusion
 from .generate import check_size, default_size, hint_part
 from .hint_kind import INVERTED, PHOTOGRAPH, doubt, kind_of, looks_like
 from .image_to_image import Init
+from .inpainting import check_inpainting
 from .memory import check_memory
 from .options import HintOptions, Options, options_for_each_hint
 
@@ -99,6 +100,7 @@ def read_inputs(options: Options, config: Config, device: torch.device) -> tuple
     """Raises ValueError for what is missing, cannot be read or does not fit the base."""
     mask = read_mask(options.mask) if options.mask else None
     init = read_init(options, mask) if options.init else None
+    check_inpainting(config, init)
     hints = options_for_each_hint(options)
     files = [find_hint(hint.hint) for hint in hints]
     images = [read_hint(hint, file, mask, options) for hint, file in zip(hints, files, strict=True)]

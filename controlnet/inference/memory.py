@@ -12,6 +12,7 @@ from controlnet.model import ControlNet
 from ldm.checkpoints.load import without_weights
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
+from ldm.unet import UNet
 
 LONG_ON_CPU = 2048 * 1024  # pixels
 GLIBC_KEEPS = 2**25  # bytes: smaller blocks stay with the process when they are freed (`keep_freed_memory`)
@@ -101,7 +102,7 @@ def parameters(config: Config, controls: int) -> int:
     """Of the base and so many ControlNets."""
     with without_weights():
         sd = StableDiffusion(config)
-        control = ControlNet(sd.unet)
+        control = ControlNet(UNet(config.unet.text_to_image))
     base, copy = (sum(parameter.numel() for parameter in network.parameters()) for network in (sd, control))
     return base + controls * copy
 

@@ -72,9 +72,18 @@ def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
 
 
 def config_of(settings: TrainSettings) -> Config:
-    """The base's architecture from its header alone; a preset's file need not be there."""
+    """The base's architecture from its header alone; a preset's file need not be there.
+
+    Raises CheckpointError for an inpainting model: a ControlNet does not see the mask.
+    """
     base = open_base_of(settings)
-    return base.config if base else PRESETS[settings.base]
+    config = base.config if base else PRESETS[settings.base]
+    if config.unet.inpainting:
+        raise CheckpointError(
+            f'"{settings.base}" is an inpainting model, on which ControlNets are not trained: train on the base that '
+            "it was made from, like sd15, and use the result with both"
+        )
+    return config
 
 
 def open_base_of(settings: TrainSettings) -> BaseFile | None:

@@ -5,7 +5,7 @@ A row fits if each of its patterns fits some key; the first row that fits counts
 
 import re
 
-from .load import FIRST_CONVOLUTIONS, other_use
+from .load import input_channels, other_use
 from .open import Checkpoint
 from .stored import counted, first_few
 
@@ -137,10 +137,8 @@ def other_pipeline(checkpoint: Checkpoint) -> str | None:
 
 def use_as_base(checkpoint: Checkpoint) -> str | None:
     """What a base is for that is made for more than text: by the channels that its UNet reads. None for all others."""
-    for key in checkpoint.tensors:
-        if key.endswith(FIRST_CONVOLUTIONS) and len(checkpoint.shape(key)) == 4:
-            return other_use(checkpoint.shape(key)[1])
-    return None
+    channels = input_channels(checkpoint)
+    return None if channels is None else other_use(channels)
 
 
 def matching(checkpoint: Checkpoint, rows: Rows) -> str | None:

@@ -224,8 +224,15 @@ OTHER_USES = {
     5: ("a depth", ", with a depth control"),
     7: ("an upscaling", ""),
     8: ("an instruction (InstructPix2Pix)", ", with the ip2p control"),
-    9: ("an inpainting", ", as inpainting with a mask (infer.py --init and --mask) needs no other"),
+    9: ("an inpainting", ""),
 }
+
+
+def input_channels(checkpoint: Checkpoint) -> int | None:
+    """Of a base's UNet; None without a first convolution."""
+    keys = (f"{prefix}{last}" for prefix in ("model.diffusion_model.", "") for last in FIRST_CONVOLUTIONS)
+    shapes = (checkpoint.shape(key) for key in keys if key in checkpoint.tensors)
+    return next((shape[1] for shape in shapes if len(shape) == 4), None)
 
 
 def other_use(channels: int) -> str | None:

@@ -17,7 +17,8 @@ from ldm.checkpoints.open import Checkpoint
 from ldm.checkpoints.recognise import identify
 from ldm.checkpoints.spellings import respelled
 from ldm.checkpoints.stored import CheckpointError, StoredTensor
-from ldm.config import SD15, SD21, SD21_BASE, TINY
+from ldm.config import SD15, SD15_INPAINTING, SD20_INPAINTING, SD21, SD21_BASE, TINY
+from ldm.unet import UNet
 from tools.checkpoints import contents
 
 PATH = Path("file.safetensors")
@@ -39,14 +40,13 @@ def stand_in(shapes, metadata=None, configs=None, integers=()):
 @cache
 def empty(config):
     with without_weights():
-        sd = StableDiffusion(config)
-        return sd, ControlNet(sd.unet)
+        return StableDiffusion(config), ControlNet(UNet(config.unet.text_to_image))
 
 
 def verdict_as_base(checkpoint):
     """-> the configuration, and the warnings that loading would give."""
     base = identify(checkpoint)
-    sd, _ = empty(SD15 if base.config.unet == SD15.unet else SD21)
+    sd, _ = empty(base.config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         base.warn()
@@ -124,12 +124,6 @@ LESS = {
         "it is damaged, or made for another architecture: 1 key",
     ),
     "a used integer": (SD1, f"{UNET}out.0.bias", "integer", "1 key not of a floating-point type"),
-    "nine channels": (
-        SD1,
-        FIRST,
-        (320, 9, 3, 3),
-        "it is an inpainting model",
-    ),
     "eight channels": (SD1, FIRST, (320, 8, 3, 3), "InstructPix2Pix"),
     "five channels": (SD2, FIRST, (320, 5, 3, 3), "it is a depth model"),
     "no autoencoder": (SD1, "first_stage_model.", None, "it has no autoencoder (or another one), expected a whole"),
@@ -189,6 +183,11 @@ def test_wrapped_files_load_without_a_word(name):
 SAYS_V = {"modelspec.predict_key": "v"}
 
 
+@pytest.mark.parametrize(("manifest", "config"), [(SD1, SD15_INPAINTING), (SD2, SD20_INPAINTING)])
+def test_inpainting_bases_load_without_a_word(manifest, config):
+    assert verdict_as_base(stand_in(load_manifest(manifest) | NINE)) == (config, [])
+
+
 def test_weights_come_before_their_moving_average():
     shapes = load_manifest(CONTROL1)
     both = {f"{outer}.{key}": shape for outer in ("params", "params_ema") for key, shape in shapes.items()}
@@ -200,6 +199,7 @@ def test_weights_come_before_their_moving_average():
 
 CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SD2_KEYS, SD1_KEYS = {CONTEXT: (320, 1024)}, {CONTEXT: (320, 768)}
+NINE = {FIRST: (320, 9, 3, 3)}
 SGM = {"conditioner.embedders.0.model.ln_final.bias": (1024,)}
 # (more keys, metadata, the name's preset) -> configuration, zero terminal SNR, who says it
 PREDICTIONS = [
@@ -215,6 +215,8 @@ PREDICTIONS = [
     (SD1_KEYS, {}, None, "eps", False, "its family"),
     (SD1_KEYS | {"v_pred": (0,)}, {}, None, "v", False, "the tensor v_pred"),
     (SD1_KEYS, {"modelspec.predict_key": "v"}, None, "v", False, "modelspec.predict_key"),
+    (SD2_KEYS | NINE, {}, None, "eps", False, "its family"),
+    (SD2_KEYS | NINE, {"modelspec.predict_key": "v"}, None, "v", False, "modelspec.predict_key"),
 ]
 
 
@@ -318,11 +320,16 @@ def test_folders_of_other_pipelines(name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"), [((320, 9, 3, 3), "an inpainting model with 9 input channels"), ((320, 4, 3, 3), "--base")]
+    ("channels", "words"),
+    [
+        (4, "a base model without one: pass it as --base"),
+        (5, "a depth model with 5 input channels"),
+        (9, "a base model for inpainting, without one: pass it as --base, with --init and --mask"),
+    ],
 )
-def test_a_base_as_control(shape, words):
-    sentence = error_of(recognise_control, stand_in({CONTEXT: (320, 768), FIRST: shape}))
-    assert words in sentence and ("pass it as --base" in sentence) == (shape[1] == 4)
+def test_a_base_as_control(channels, words):
+    sentence = error_of(recognise_control, stand_in({CONTEXT: (320, 768), FIRST: (320, channels, 3, 3)}))
+    assert words in sentence and ("pass it as --base" in sentence) == (channels != 5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ldm.checkpoints.diffusers import WEIGHTS_NAME, write_json
 from ldm.checkpoints.files import new_folder
 from ldm.checkpoints.folders import is_model
 from ldm.checkpoints.key_maps import Layout, unet_map
-from ldm.checkpoints.load import load_parts, without_weights
+from ldm.checkpoints.load import Parts, check_keys, load_parts, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.paths import as_path, where_to_find
 from ldm.checkpoints.save import gather, save_checkpoint
@@ -25,8 +25,10 @@ from ldm.config import PRESETS, UNetConfig
 from ldm.unet import UNet
 
 from .config import ControlConfig
+from .control_lora import with_encoder
 from .layouts import (
     IGNORED_BESIDE_CONTROL,
+    ControlFile,
     check_family,
     control_map,
     control_values,
@@ -54,20 +56,18 @@ class ControlCheckpoint:
         It comes from a file or folder in any published layout, or from `weights/` by its name there (`find_control`).
         It is locked: in eval mode and without gradients (call `requires_grad_` to train it on). Of a file with a base
         and its ControlNet only the latter is read, with a warning if that base is not the one given. To a file that
-        holds the difference to a base, the one given is added. `global_average_pooling` says what no tensor does: see
-        `recognise_control`.
+        holds the difference to a base, or a Control-LoRA, the one given is added. `global_average_pooling` says what no
+        tensor does: see `recognise_control`.
         Raises CheckpointError if there is no such file, no ControlNet in it, or one that does not fit the base.
         """
         unet = base if isinstance(base, UNet) else base.unet
         checkpoint = open_checkpoint(find_control(path_or_name, unet.config))
         found = recognise_control(checkpoint, global_average_pooling)
-        config = unet.config.text_to_image
-        check_family(checkpoint, found, config)
-        with without_weights():
-            control = cls(UNet(config), found.config)
+        check_family(checkpoint, found, unet.config)
+        checkpoint, parts = cls.parts_in(checkpoint, found, unet)
+        ((control, _),) = parts
         like = next(unet.parameters())
         device, dtype = torch.device(device or like.device), dtype or like.dtype
-        parts = [(control, found.key_map(config))]
         load_parts(checkpoint, parts, IGNORED_BESIDE_CONTROL, torch.float32 if found.difference else dtype, device)
         if found.difference:
             control.add_encoder(unet)
@@ -79,6 +79,29 @@ class ControlCheckpoint:
                 stacklevel=2,
             )
         return control.eval().requires_grad_(False)
+
+    @classmethod
+    def parts_in(cls, checkpoint: Checkpoint, found: ControlFile, unet: UNet) -> tuple[Checkpoint, Parts]:
+        """What `load_parts` needs for a control of a base with this UNet: of a Control-LoRA the checkpoint is made
+        whole. Raises CheckpointError if its changes do not fit."""
+        config = unet.config.text_to_image
+        with without_weights():
+            control = cls(UNet(config), found.config)
+        key_map = found.key_map(config)
+        if found.low_rank:
+            own = dict(control.encoder.named_parameters(prefix="encoder"))
+            theirs = dict(unet.encoder.named_parameters(prefix="encoder"))
+            encoder = {name: part(theirs[name], like) for name, like in own.items()}
+            checkpoint = with_encoder(checkpoint, key_map, encoder)
+        return checkpoint, [(control, key_map)]
+
+    @classmethod
+    def check(cls, checkpoint: Checkpoint, found: ControlFile, config: UNetConfig) -> set[str]:
+        """-> what loading it for such a base leaves out. Raises CheckpointError where loading would, by keys and
+        shapes."""
+        with without_weights():
+            unet = UNet(config)
+        return check_keys(*cls.parts_in(checkpoint, found, unet), IGNORED_BESIDE_CONTROL)
 
     def save(
         self,

@@ -23,6 +23,7 @@ from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, UNetConfig, dataclass_from_dict
 
 from .config import ControlConfig
+from .control_lora import MARK
 
 IGNORED_BESIDE_CONTROL = (*BASE_PARTS, "model_ema.")  # how the keys begin that a file may have beside a ControlNet's
 
@@ -98,6 +99,11 @@ class ControlFile:
     layout: Layout
     prefix: str  # of its keys
     difference: bool  # its copy of the encoder is stored minus the base's encoder
+    low_rank: bool = False  # as changes to that (control_lora.py)
+
+    @property
+    def needs_base(self) -> bool:
+        return self.difference or self.low_rank
 
     def key_map(self, unet: UNetConfig) -> KeyMap:
         """`unet` is that of the base."""
@@ -138,7 +144,8 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
             config = control_by_shape(checkpoint, layout, prefix + hint_encoder)
         if global_average_pooling is not None:
             config = replace(config, global_average_pooling=global_average_pooling)
-    return ControlFile(config, layout, prefix, "difference" in checkpoint.tensors)
+    low_rank = MARK in checkpoint.tensors
+    return ControlFile(config, layout, prefix, "difference" in checkpoint.tensors and not low_rank, low_rank)
 
 
 def what_else(checkpoint: Checkpoint) -> str:
@@ -166,7 +173,8 @@ def check_family(checkpoint: Checkpoint, found: ControlFile, unet: UNetConfig) -
 
 def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[tuple[int, ...]]:
     """The last side of what is multiplied with the prompt's context; () for what is no matrix at all."""
-    keys = (key for key in checkpoint.tensors if key.startswith(prefix) and key.endswith("attn2.to_k.weight"))
+    ends = ("attn2.to_k.weight", "attn2.to_k.down")  # of a Control-LoRA the latter
+    keys = (key for key in checkpoint.tensors if key.startswith(prefix) and key.endswith(ends))
     return [checkpoint.shape(key)[-1:] for key in keys]
 
 

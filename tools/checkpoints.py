@@ -56,18 +56,18 @@ def find_model(name: str) -> tuple[Path, Config | None]:
 def load_control(
     name: str, base: UNet | None = None, dtype: torch.dtype | None = None, global_average_pooling: bool | None = None
 ) -> ControlNet:
-    """In its file's precision unless another is given. `base` is needed for a file that holds a difference only.
+    """In its file's precision unless another is given. `base` is needed for a difference or a Control-LoRA.
 
-    Raises CheckpointError as `ControlNet.load` does, and for a difference without a base.
+    Raises CheckpointError as `ControlNet.load` does, and for one of these without a base.
     """
     note(f"reading {name} ...")
     path, _ = find_model(name)
     checkpoint = open_checkpoint(path)
     found = recognise_control(checkpoint)
-    if found.difference and base is None:
+    if found.needs_base and base is None:
         raise CheckpointError(f'"{path}" holds the difference to a base: name the base to add with --base')
     with without_weights():
-        unet = base if found.difference else UNet(control_unet_config(checkpoint, found))
+        unet = base if found.needs_base else UNet(control_unet_config(checkpoint, found))
     own = (key for key in checkpoint.tensors if key.startswith(found.prefix) and not key.startswith(BASE_PARTS))
     dtype = dtype or widest_dtype(checkpoint, own)
     return ControlNet.load(path, unet, "cpu", dtype, global_average_pooling)

@@ -42,7 +42,7 @@ def transfer(args: argparse.Namespace) -> None:
 
     control_name = str(find_model(args.control)[0])
     checkpoint = open_checkpoint(control_name)
-    is_difference = recognise_control(checkpoint).difference
+    is_difference = recognise_control(checkpoint).needs_base
     if is_difference and args.old:
         note(f"{args.control} holds a difference: --from {args.old} is not needed")
     has_base = checkpoint.any_key("model.diffusion_model.")

@@ -27,7 +27,6 @@ PRETENDERS: Rows = (
         f"a ControlNet Union for SDXL, and {ONLY}: get the ControlNet for your base and kind of hint",
     ),
     (r"^lllite_", f"a ControlNet-LLLite, {ANOTHER}"),
-    (r"^lora_controlnet$", f"a Control-LoRA, {ANOTHER}"),
     (r"(^|\.)(brushnet_\w+|conv_in_condition)\.", "a BrushNet, which is another architecture: get a ControlNet"),
     (r"^scaled_fp8$|\.scale_weight$", "a model in scaled fp8, which is not read here: get it in fp16 or fp32"),
     (r"(^|\.)cond_proj\.", "a latent consistency model (LCM), sampled in another way: give the base it was made from"),
@@ -60,7 +59,7 @@ VAE = "an autoencoder alone: pass it as --vae, and a whole checkpoint as --base"
 WHOLE_FOLDER = "give the folder that holds unet/, vae/ and text_encoder/"
 DEEPER = r"input_hint_block\.|control_model\.|model\.diffusion_model\.|controlnet_cond_embedding\."
 KINDS: Rows = (
-    (r"^lora_|[._]lora[._]|\.hada_w|\.lokr_w|\.oft_|\.dora_scale", LORA),
+    (r"^lora_(?!controlnet$)|[._]lora[._]|\.hada_w|\.lokr_w|\.oft_|\.dora_scale", LORA),
     (r"^emb_params$|^string_to_(param|token)\.|^<.*>$|^clip_[lg]$", TEXTUAL_INVERSION),
     (r"^(control_model\.)?input_hint_block\.|^controlnet\.|^controlnet_cond_embedding\.", CONTROL),
     (r"^control\.encoder\.", "the state of a training run, for its --resume: give the run's control.safetensors"),

@@ -19,8 +19,9 @@ from .stored import CheckpointError, counted, first_few
 
 Parts = Sequence[tuple[nn.Module, KeyMap]]
 
-# Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" marks a
-# ControlNet that is stored minus its base; "v_pred" and "ztsnr" say what a base predicts (recognise.py).
+# Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" and
+# "lora_controlnet" mark a ControlNet that is stored as it differs from its base; "v_pred" and "ztsnr" say what a base
+# predicts (recognise.py).
 IGNORED = {
     "betas",
     "alphas_cumprod",
@@ -40,6 +41,7 @@ IGNORED = {
     f"{SGM_TEXT}transformer.text_model.embeddings.position_ids",
     "text_encoder.text_model.embeddings.position_ids",
     "difference",
+    "lora_controlnet",
     "v_pred",
     "ztsnr",
 }

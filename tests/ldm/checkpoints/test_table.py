@@ -9,7 +9,7 @@ import torch
 from reference import load_manifest
 from small import error_of
 
-from controlnet.layouts import IGNORED_BESIDE_CONTROL, check_family, recognise_control
+from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
@@ -18,7 +18,6 @@ from ldm.checkpoints.recognise import identify
 from ldm.checkpoints.spellings import respelled
 from ldm.checkpoints.stored import CheckpointError, StoredTensor
 from ldm.config import SD15, SD15_INPAINTING, SD20_INPAINTING, SD21, SD21_BASE, TINY
-from ldm.unet import UNet
 from tools.checkpoints import contents
 
 PATH = Path("file.safetensors")
@@ -40,13 +39,13 @@ def stand_in(shapes, metadata=None, configs=None, integers=()):
 @cache
 def empty(config):
     with without_weights():
-        return StableDiffusion(config), ControlNet(UNet(config.unet.text_to_image))
+        return StableDiffusion(config)
 
 
 def verdict_as_base(checkpoint):
     """-> the configuration, and the warnings that loading would give."""
     base = identify(checkpoint)
-    sd, _ = empty(base.config)
+    sd = empty(base.config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         base.warn()
@@ -58,8 +57,7 @@ def verdict_as_control(checkpoint, config=SD15):
     """-> the warnings that loading it for such a base would give."""
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)
-    _, control = empty(config)
-    left_out = check_keys(checkpoint, [(control, found.key_map(config.unet))], IGNORED_BESIDE_CONTROL)
+    left_out = ControlNet.check(checkpoint, found, config.unet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_left_out(checkpoint, left_out)
@@ -188,6 +186,23 @@ def test_inpainting_bases_load_without_a_word(manifest, config):
     assert verdict_as_base(stand_in(load_manifest(manifest) | NINE)) == (config, [])
 
 
+@pytest.mark.parametrize("manifest", [CONTROL1, CONTROL2])
+def test_control_loras_load_without_a_word(manifest):
+    shapes = {"lora_controlnet": (0,)}
+    for key, shape in load_manifest(manifest).items():
+        key = key.removeprefix("control_model.")
+        if len(shape) > 1 and not key.startswith(("input_hint_block.", "zero_convs.", "middle_block_out.")):
+            stem = key.removesuffix(".weight")
+            shapes |= {f"{stem}.up": (shape[0], 128, *(1,) * (len(shape) - 2)), f"{stem}.down": (128, *shape[1:])}
+        else:
+            shapes[key] = shape
+    checkpoint = stand_in(shapes)
+    assert verdict_as_control(checkpoint, CONFIGS[manifest]) == []
+    assert contents(checkpoint).kind == "ControlNet"
+    other = SD21 if manifest == CONTROL1 else SD15
+    assert "is a ControlNet for SD" in error_of(verdict_as_control, checkpoint, other)
+
+
 def test_weights_come_before_their_moving_average():
     shapes = load_manifest(CONTROL1)
     both = {f"{outer}.{key}": shape for outer in ("params", "params_ema") for key, shape in shapes.items()}
@@ -260,7 +275,12 @@ OTHERS = {
         "Union for SDXL",
         "get the ControlNet for",
     ),
-    "Control-LoRA": (["lora_controlnet", "input_hint_block.0.weight"], "a Control-LoRA", "get a ControlNet"),
+    "SDXL's Control-LoRA": (
+        ["lora_controlnet", "input_hint_block.0.weight", "label_emb.0.0.up"],
+        "a ControlNet for SDXL",
+        "a ControlNet for SDXL",
+    ),
+    "a Control-LoRA as base": (["lora_controlnet", "input_hint_block.0.weight"], "pass it as --control", None),
     "LLLite": (["lllite_unet_x.down.0.weight"], "a ControlNet-LLLite", "get a ControlNet"),
     "XS": ([LDM_HINT, "enc_zero_convs_out.0.weight"], "a ControlNet-XS", "get a ControlNet"),
     "XS of diffusers": ([HINT, "down_blocks.0.ctrl_to_base.0.weight"], "a ControlNet-XS", "get a ControlNet"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import SMALL, small_control, small_sd, strengthened
+from small import SMALL, for_inpainting, small_control, small_sd, strengthened
 
 from controlnet import ControlNet
 from controlnet.config import ControlConfig
@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
     other = strengthened(small_sd())
     other.save(folder / "new.safetensors")
     other.save(folder / "new", layout="diffusers")
+    for_inpainting(other).save(folder / "inpainting.safetensors")
     StableDiffusion(replace(SMALL, unet=replace(SMALL.unet, linear_projections=True))).save(folder / "sd2.safetensors")
     control = small_control(sd)
     control.save(folder / "a.safetensors")
@@ -63,7 +64,7 @@ def transferred(folder):
     return own
 
 
-@pytest.mark.parametrize("new", ["new.safetensors", "new"])
+@pytest.mark.parametrize("new", ["new.safetensors", "new", "inpainting.safetensors"])
 def test_transfer_adds_the_difference_of_the_encoders(folder, tmp_path, new):
     out = tmp_path / "out.safetensors"
     bases = ("--from", folder / "old.safetensors", "--to", folder / new)

@@ -1,4 +1,4 @@
-"""Inpainting bases: what their UNet reads, and what an image is made of. tests/test_interop.py compares with diffusers."""
+"""Inpainting bases: what is seen, made and refused. tests/test_interop.py compares latents with diffusers."""
 
 from dataclasses import replace
 

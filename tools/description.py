@@ -118,6 +118,8 @@ def goes_with(found: Contents) -> str | None:
     family = found.family or "the same architecture"
     if found.base and found.control:
         return f"each other: pass it as --base and as --control; also with other models of {family}"
+    if found.base and found.base.config.unet.inpainting:
+        return f"ControlNets of {family}, to fill what is masked: pass it as --base, with --init and --mask"
     if found.base:
         return f"ControlNets of {family}: pass it as --base"
     if found.control and found.control.needs_base:

@@ -146,9 +146,9 @@ def is_base(checkpoint: Checkpoint) -> bool:
 
 def config_by_shape(checkpoint: Checkpoint, layout: Layout) -> Config:
     key = CONTEXT_KEYS[layout]
-    if key not in checkpoint.tensors or len(checkpoint.shape(key)) != 2:
+    if key not in checkpoint.tensors:
         raise not_a_base(checkpoint)
-    width = checkpoint.shape(key)[-1]
+    width = checkpoint.shape(key)[-1] if len(checkpoint.shape(key)) == 2 else None
     inpainting = input_channels(checkpoint) == SD15_INPAINTING.unet.input_channels
     for config in (SD15_INPAINTING, SD20_INPAINTING) if inpainting else (SD15, SD21):
         if width == config.unet.context_width:

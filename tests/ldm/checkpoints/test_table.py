@@ -13,6 +13,7 @@ from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
+from ldm.checkpoints.lora import changes_of, modules_by_name
 from ldm.checkpoints.open import Checkpoint
 from ldm.checkpoints.recognise import identify
 from ldm.checkpoints.spellings import respelled
@@ -298,20 +299,44 @@ OTHERS = {
     "scaled fp8": ([f"{UNET}x", "scaled_fp8"], "in scaled fp8", "in scaled fp8"),
     "LCM": (["unet.time_embedding.cond_proj.weight"], "(LCM)", "(LCM)"),
     "GLIGEN": ([f"{UNET}x", f"{UNET}x.fuser.linear.weight"], "a GLIGEN model", "a GLIGEN model"),
+    "x2 upscaler": (
+        ["unet.down_blocks.0.resnets.0.norm1.linear.weight", "vae.x", "text_encoder.x"],
+        "an upsc",
+        "an upsc",
+    ),
     "x4 upscaler": ([f"{UNET}x", f"{UNET}label_emb.weight"], "an upscaler", "an upscaler"),
     "depth2img": ([f"{UNET}x", "depth_model.model.x"], "depth2img", "depth2img"),
     "image variations": ([f"{UNET}x", "cond_stage_model.model.visual.proj"], "varies images", "varies images"),
     "hypernetwork": (["320.0.linear.0.weight"], "a hypernetwork", "a hypernetwork"),
     "ESRGAN": (["params_ema.conv_first.weight"], "(ESRGAN)", "(ESRGAN)"),
     "a compact ESRGAN": (["params.body.0.weight"], "(ESRGAN)", "(ESRGAN)"),
+    "a mender of faces": (["params_ema.stylegan_decoder.x"], "mends faces", "mends faces"),
     "T2I-Adapter": (["body.0.block1.weight"], "a T2I-Adapter", "get the ControlNet for the same"),
+    "T2I-Adapter of diffusers": (["adapter.body.0.resnets.0.block1.weight"], "a T2I-Adapter", "a T2I-Adapter"),
+    "T2I-Adapter of styles": (["style_embedding", "proj"], "a T2I-Adapter", "a T2I-Adapter"),
     "IP-Adapter": (["image_proj.proj.weight"], "an IP-Adapter", "an IP-Adapter"),
+    "IP-Adapter with a LoRA in it": (
+        ["image_proj.norm.weight", "ip_adapter.0.to_q_lora.down.weight"],
+        "an IP-Adapter",
+        "an IP-Adapter",
+    ),
     "LoRA": (["lora_unet_x.lora_up.weight"], "pass it as --lora", "pass it as --lora"),
     "LyCORIS": (["x.hada_w1_a"], "pass it as --lora", "pass it as --lora"),
     "textual inversion": (["emb_params"], "pass it as --embedding", "pass it as --embedding"),
     "autoencoder": (["decoder.mid.block_1.x"], "pass it as --vae", "pass it as --vae"),
     "autoencoder, prefixed": (["first_stage_model.decoder.up.0.x"], "pass it as --vae", "pass it as --vae"),
     "TAESD": (["decoder.layers.0.weight"], "a small autoencoder (TAESD)", "TAESD"),
+    "TAESD's decoder": (["1.weight", "3.conv.0.weight"], "a small autoencoder (TAESD)", "TAESD"),
+    "OpenPose": (["model0.conv1_1.weight"], "make_hints", "make_hints"),
+    "CLIP's images": (["visual.conv1.weight"], "CLIP's image encoder", "CLIP's image encoder"),
+    "T5": (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a text encoder alone", "a text encoder alone"),
+    "Stable Cascade": (
+        ["clip_txt_mapper.weight", "down_blocks.0.0.channelwise.0.weight"],
+        "a Stable Cascade",
+        "Cascade",
+    ),
+    "Wan": (["blocks.0.cross_attn.k.weight", "patch_embedding.weight"], "transformer's", "transformer's checkpoint"),
+    "Lumina": (["layers.0.attention.qkv.weight", "cap_embedder.0.weight"], "transformer's", "transformer's checkpoint"),
     "a control as base": ([HINT], "a ControlNet: pass it as --control", None),
     "MiDaS": (["pretrained.model.x"], "make_hints", "make_hints"),
 }
@@ -328,6 +353,13 @@ def test_what_cannot_be_used_says_what_it_is_and_what_would_fit(name):
         assert "holds no ControlNet" in sentence and as_control in sentence
         assert "pass it as --base" not in sentence or "--vae" in sentence  # which would only send it back
         assert as_control in contents(checkpoint).kind  # the describing tool agrees
+
+
+@pytest.mark.parametrize("key", [CONTEXT, "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"])
+def test_a_base_as_anything_else_is_named_as_one(key):
+    checkpoint = stand_in({key: (320, 768), "text_encoder.x": (1,), "vae.x": (1,)})
+    modules = modules_by_name(empty(SD15).unet, empty(SD15).text_encoder)
+    assert error_of(changes_of, checkpoint, modules).endswith("is not a LoRA: it is a base model: pass it as --base")
 
 
 PIPELINES = {"StableDiffusion3Pipeline": "SD 3", "FluxPipeline": "Flux", "KandinskyPipeline": "the class Kandinsky"}

@@ -241,7 +241,7 @@ class Training:
 def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlNet:
     """The ControlNet to train: a copy of the UNet's encoder, one of the paper's ablations, or --control, whose file is
     no longer needed on resume."""
-    if settings.control:
+    if settings.control is not None:
         source = run.control if settings.resume and run.states() and run.control.exists() else settings.control
         control = ControlNet.load(source, unet, dtype=torch.float32).train().requires_grad_(True)
         check_hint_channels(control.config, settings)

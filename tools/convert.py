@@ -59,7 +59,7 @@ def convert(args: argparse.Namespace) -> None:
     part = args.part or only_part(contents(open_checkpoint(find_model(args.source)[0])), args.source)
     check_options(args, part)
     dtype = PRECISIONS.get(args.dtype)
-    base = load_base(args.base).unet if args.base else None
+    base = load_base(args.base).unet if args.base is not None else None
     if part != "control":
         base_options = dict(prediction=args.prediction, zero_snr=args.zero_snr, vae=args.vae)
         sd = load_base(args.source, dtype, args.ema, **base_options)

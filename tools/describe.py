@@ -39,7 +39,7 @@ def describe(args: argparse.Namespace) -> int:
     """The exit status."""
     from tools.description import differences, facts_of
 
-    if args.diff:
+    if args.diff is not None:
         if len(args.files) != 1:
             raise ValueError(f"there are {len(args.files)} FILEs, expected one with --diff")
         found = differences(args.files[0], args.diff, args.values)

@@ -50,7 +50,7 @@ def merge(args: argparse.Namespace) -> None:
     from controlnet.common.devices import PRECISIONS
     from tools.checkpoints import load_base, load_control
 
-    base = load_base(args.base, prediction=args.prediction).unet if args.base else None
+    base = load_base(args.base, prediction=args.prediction).unet if args.base is not None else None
     result = load_control(args.controls[0], base)
     dtype = dtype_of(result)
     result.float()
@@ -71,7 +71,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def merge_into_base(args: argparse.Namespace) -> None:
-    if args.controls or args.weights or not args.base:
+    if args.controls or args.weights or args.base is None:
         raise ValueError("--lora changes a base: give --base, and neither CONTROLs nor --weights")
     import torch
 

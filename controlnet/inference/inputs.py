@@ -82,6 +82,8 @@ def hint_runs(options: Options) -> list[Options]:
 def files_of(name: str, detect: str) -> list[str] | None:
     """The files that the detector reads in a folder, or after a pattern; None for the name of one file."""
     path = Path(name)
+    if not name.strip():
+        raise ValueError("a --hint is empty: give the path of an image, a folder of them or a pattern")
     if path.is_dir():
         found = [str(file) for file in path.iterdir()]
     elif glob.has_magic(name) and not path.exists():
@@ -98,8 +100,8 @@ def files_of(name: str, detect: str) -> list[str] | None:
 
 def read_inputs(options: Options, config: Config, device: torch.device) -> tuple[Size, Init | None, list[CheckedHint]]:
     """Raises ValueError for what is missing, cannot be read or does not fit the base."""
-    mask = read_mask(options.mask) if options.mask else None
-    init = read_init(options, mask) if options.init else None
+    mask = read_mask(options.mask) if options.mask is not None else None
+    init = read_init(options, mask) if options.init is not None else None
     check_inpainting(config, init)
     hints = options_for_each_hint(options)
     files = [find_hint(hint.hint) for hint in hints]

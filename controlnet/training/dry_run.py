@@ -33,7 +33,7 @@ def plan(settings: TrainSettings) -> str:
     if base := open_base_of(settings):
         check_base(base)
     check_loras(settings.lora, config)
-    control = check_control(settings, config) if settings.control else control_config(settings)
+    control = check_control(settings, config) if settings.control is not None else control_config(settings)
     size = image_size(settings.size, config)
     sources = open_sources(settings, size)
     missing = [f'"{file}" does not exist' for file in sources.train.missing()]

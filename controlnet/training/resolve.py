@@ -42,7 +42,7 @@ def resolve(given: dict) -> TrainSettings:
         optional("tensorboard", "--tensorboard")
     if settings.ema and settings.sd_unlocked:
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
-    if settings.control and settings.architecture != "full":
+    if settings.control is not None and settings.architecture != "full":
         raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
     settings = with_defaults(settings, config_of(settings))
     if settings.shard and settings.optimizer != "adamw":

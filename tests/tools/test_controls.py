@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file
 from small import SMALL, for_inpainting, small_control, small_sd, strengthened
 
+import infer
+import train
 from controlnet import ControlNet
 from controlnet.config import ControlConfig
 from ldm import StableDiffusion
-from tools import add_control, merge, transfer
+from tools import add_control, convert, describe, merge, transfer
 from tools.checkpoints import save_whole
 
 
@@ -174,3 +176,33 @@ def test_what_cannot_be_merged(folder, tmp_path, capsys):
     assert "--base" in error(capsys, merge, a, folder / "difference.safetensors", *out)
     assert run(merge, a, a, "--weights", 1, 1, *out) == 0 and "add up to 2" in capsys.readouterr().err
     assert "--force" in error(capsys, merge, a, a, *out)
+
+
+# ------------------------------------------------------------------------------------------------------------- typed
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_name_is_not_left_out(folder, tmp_path, capsys, text):
+    """As a script gives it whose variable is not set."""
+    control, base = folder / "a.safetensors", folder / "old.safetensors"
+    out = ["--out", tmp_path / "out.safetensors"]
+    for tool, *arguments in (
+        (transfer, control, "--from", text, "--to", base, *out),
+        (transfer, control, "--from", base, "--to", text, *out),
+        (merge, control, text, *out),
+        (merge, control, control, "--base", text, *out),
+        (merge, "--base", text, "--lora", control, *out),
+        (add_control, text, *out),
+        (convert, control, "--difference", "--base", text, *out),
+        (convert, base, "--vae", text, *out),
+        (describe, control, "--diff", text),
+        (train, "--base", base, "--control", text, "--dry-run", "--out", tmp_path / "run"),
+    ):
+        assert "the path of a checkpoint is empty" in error(capsys, tool, *arguments)
+    for option in (
+        ["--hint", text],
+        ["--prompt", "a", "--init", text],
+        ["--prompt", "a", "--init", base, "--mask", text],
+    ):
+        assert "give the path of an image" in error(capsys, infer, "--base", base, *option)
+    assert not list(tmp_path.iterdir())

@@ -18,10 +18,26 @@ from ldm import StableDiffusion
 from ldm.checkpoints.diffusers import unet_from_diffusers
 from ldm.checkpoints.key_maps import Layout
 from ldm.checkpoints.kinds import CONTROL, kind
-from ldm.checkpoints.load import BASE_PARTS, FAMILIES, IGNORED, PARTS, without_weights
+from ldm.checkpoints.load import (
+    BASE_PARTS,
+    FAMILIES,
+    IGNORED,
+    IGNORED_BESIDE_BASE,
+    PARTS,
+    load_parts,
+    without_weights,
+)
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import BaseFile, described_config, description_errors, identify, is_base, open_base
+from ldm.checkpoints.recognise import (
+    BaseFile,
+    described_config,
+    description_errors,
+    identify,
+    is_base,
+    maps_in,
+    open_base,
+)
 from ldm.checkpoints.save import gather, save_checkpoint
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, SD15, SD21, Config, UNetConfig, dataclass_from_dict
@@ -36,6 +52,21 @@ def load_base(path_or_preset: str, dtype: torch.dtype | None = None, ema: bool =
     note(f"reading {path_or_preset} ...")
     checkpoint = open_base(path_or_preset, **arguments).checkpoint
     return StableDiffusion.load(path_or_preset, dtype=dtype or base_dtype(checkpoint), ema=ema, **arguments)
+
+
+def load_unet(path_or_preset: str) -> UNet:
+    """Of a base, in its file's precision: what a ControlNet is a copy of. The other parts need not be in the file.
+
+    Raises CheckpointError as `load_base` does.
+    """
+    note(f"reading {path_or_preset} ...")
+    base = open_base(path_or_preset)
+    with without_weights():
+        unet = UNet(base.config.unet)
+    key_map, *_ = maps_in(base.checkpoint, base.config)
+    others = tuple(start for start in BASE_PARTS if not key_map.prefix.startswith(start))
+    load_parts(base.checkpoint, [(unet, key_map)], (*others, *IGNORED_BESIDE_BASE), base_dtype(base.checkpoint))
+    return unet.eval().requires_grad_(False)
 
 
 def find_model(name: str) -> tuple[Path, Config | None]:

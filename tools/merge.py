@@ -42,15 +42,17 @@ def merge(args: argparse.Namespace) -> None:
     if args.lora:
         merge_into_base(args)
         return
-    if args.vae or args.zero_snr:
-        raise ValueError("--vae and --zero-snr are for a base that LoRAs change: leave them out, or add --lora")
+    if args.vae or args.prediction or args.zero_snr:
+        raise ValueError(
+            "--vae, --prediction and --zero-snr are for a base that LoRAs change: leave them out, or add --lora"
+        )
     weights = check_weights(args.weights, len(args.controls))
     import torch
 
     from controlnet.common.devices import PRECISIONS
-    from tools.checkpoints import load_base, load_control
+    from tools.checkpoints import load_control, load_unet
 
-    base = load_base(args.base, prediction=args.prediction).unet if args.base is not None else None
+    base = load_unet(args.base) if args.base is not None else None
     result = load_control(args.controls[0], base)
     dtype = dtype_of(result)
     result.float()

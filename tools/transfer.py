@@ -38,7 +38,7 @@ def transfer(args: argparse.Namespace) -> None:
     from controlnet.common.devices import PRECISIONS
     from controlnet.layouts import recognise_control
     from ldm.checkpoints.open import open_checkpoint
-    from tools.checkpoints import find_model, load_base, load_control
+    from tools.checkpoints import find_model, load_control, load_unet
 
     control_name = str(find_model(args.control)[0])
     checkpoint = open_checkpoint(control_name)
@@ -50,11 +50,11 @@ def transfer(args: argparse.Namespace) -> None:
     if not is_difference and old_name is None:
         raise ValueError(f'"{args.control}" holds a ControlNet alone: say with --from which base it was trained on')
 
-    new = load_base(args.new).unet
+    new = load_unet(args.new)
     control = load_control(args.control, new, PRECISIONS.get(args.dtype))
     check_family(control, new, args.control, args.new)
     if not is_difference:
-        old = load_base(old_name).unet
+        old = load_unet(old_name)
         check_family(control, old, args.control, old_name)
         control.transfer(old, new)
     with written(args.out, args.force) as path:

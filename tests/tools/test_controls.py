@@ -1,10 +1,11 @@
 """tools.transfer, add_control and merge: each gives the sum that it is named after, and writes a ControlNet."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import SMALL, for_inpainting, small_control, small_sd, strengthened
 
 import infer
@@ -26,6 +27,8 @@ def folder(tmp_path_factory):
     other.save(folder / "new.safetensors")
     other.save(folder / "new", layout="diffusers")
     for_inpainting(other).save(folder / "inpainting.safetensors")
+    encoder = {key: value for key, value in load_file(folder / "new.safetensors").items() if key.startswith("model.")}
+    save_file(encoder, folder / "bare.safetensors", {"config": json.dumps(SMALL.to_dict())})
     StableDiffusion(replace(SMALL, unet=replace(SMALL.unet, linear_projections=True))).save(folder / "sd2.safetensors")
     control = small_control(sd)
     control.save(folder / "a.safetensors")
@@ -66,7 +69,7 @@ def transferred(folder):
     return own
 
 
-@pytest.mark.parametrize("new", ["new.safetensors", "new", "inpainting.safetensors"])
+@pytest.mark.parametrize("new", ["new.safetensors", "new", "inpainting.safetensors", "bare.safetensors"])
 def test_transfer_adds_the_difference_of_the_encoders(folder, tmp_path, new):
     out = tmp_path / "out.safetensors"
     bases = ("--from", folder / "old.safetensors", "--to", folder / new)

@@ -155,8 +155,7 @@ def test_an_image_from_prompt_and_hints(cuda, style, dtype, sampler, steps, monk
     assert seen == {dtype} and set(cuda.norms) == {dtype}
 
 
-@pytest.mark.parametrize("style", ["sd1", "inpainting"])
-@pytest.mark.parametrize("options", [{}, {"reuse": 2}])
+@pytest.mark.parametrize("style, options", [("sd1", {}), ("inpainting", {"reuse": 2})])
 def test_an_image_from_an_image_with_a_mask(cuda, monkeypatch, style, options):
     monkeypatch.setattr(Init, "put_back", lambda init, image, start: image)
     photograph = Init(Image.new("RGB", (SIDE, SIDE)), strength=0.5, mask=Image.new("L", (SIDE, SIDE), 255))

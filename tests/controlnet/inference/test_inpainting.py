@@ -19,6 +19,7 @@ from controlnet.inference.image_to_image import Init
 from controlnet.inference.inpainting import known_part
 from controlnet.inference.memory import parameters
 from controlnet.model import ControlNet
+from tools import describe
 
 
 @pytest.fixture(scope="module")
@@ -101,5 +102,7 @@ def test_the_programs(sd, control, tmp_path, monkeypatch, capsys):
     made = ["--init", "photo.png", "--mask", "left.png", "--steps", "1", "--out", "made.png"]
     assert infer.main([*use, *hint, *made]) == 0
     assert np.array_equal(np.asarray(Image.open("made.png"))[:, 32:], np.asarray(photo())[:, 32:])
+    assert describe.main(["base.safetensors"]) == 0
+    assert "to fill what is masked: pass it as --base, with --init and --mask" in capsys.readouterr().out
     assert train.main([*use, "--out", "run", "--dry-run"]) == 2
     assert "on which ControlNets are not trained: train on the base that it was made" in capsys.readouterr().err

@@ -32,11 +32,12 @@ from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, zero_conv_norms
 from controlnet.training import latent_cache
 from controlnet.training import options as train_options
-from controlnet.training.folders import list_folder
 from controlnet.training.interruptions import Signals
 from controlnet.training.lock import locked
+from controlnet.training.opening import split
+from controlnet.training.pairs import list_folder
 from controlnet.training.resolve import config_of, resolve
-from controlnet.training.sources import FolderSource, Transform, split
+from controlnet.training.sources import FolderSource, Transform
 from controlnet.training.validation import ValidationLoss
 from ldm import StableDiffusion
 from ldm.config import ScheduleConfig

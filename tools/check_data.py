@@ -28,7 +28,8 @@ def check(args: argparse.Namespace) -> int:
     """The exit status."""
     from tqdm import tqdm
 
-    from controlnet.training.folders import BadSample, check_same_shape, list_folder, read_hint, read_pixels
+    from controlnet.training.folders import check_same_shape, read_hint, read_pixels
+    from controlnet.training.pairs import BadSample, list_folder
 
     def problem_of(entry) -> str | None:
         try:

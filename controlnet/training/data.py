@@ -27,12 +27,13 @@ from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
 from .distributed import Process
-from .folders import BadSample
 from .latent_cache import LatentCache, build, check_folder, encode, fingerprint, prepare_folder
 from .lock import locked
+from .opening import PUBLISHED_FILL50K, Sources, open_sources
 from .options import TrainSettings
+from .pairs import BadSample
 from .prepare import with_packed_encoders
-from .sources import PUBLISHED_FILL50K, BadSamples, Source, Sources, WorldSource, differences, open_sources
+from .sources import BadSamples, Source, WorldSource, differences
 from .workers import count_of, reading, start_worker
 
 # ---------------------------------------------------------------------------------------------------------- positions
@@ -94,9 +95,9 @@ class Pairs(Dataset):
 
     def __getitem__(self, position: int) -> Batch:
         wanted = sample_at(position, None if self.endless else self.length, self.seed)
-        tries = min(self.length, 100)
+        tries = 100 if self.endless else min(self.length, 100)
         for step in range(tries):
-            index = (wanted + step) % self.length if step else wanted
+            index = wanted + step if self.endless else (wanted + step) % self.length
             try:
                 content, hint = self.read(index, position)
             except BadSample as error:
@@ -128,17 +129,16 @@ class TrainingData:
         self.latent_shape = (sd.config.vae.latent_channels, *(side // sd.config.vae.downscale for side in self.size))
         self.sources = open_sources(settings, self.size)
         train = self.sources.train
-        self.bad = BadSamples(len(train), self.sources.problems, settings.bad_share)
+        self.bad = BadSamples(len(train), self.sources.problems, settings.bad_share, train.name_of)
         self.encoders = with_packed_encoders(sd)
         self.fingerprint = fingerprint(sd, train, self.size)
         self.check_same_everywhere()
         with torch.no_grad():
             self.empty_prompt = sd.encode_text([""])  # (1, 77, D)
-        endless = settings.no_cache and isinstance(train, WorldSource) and settings.images is None
         if process.is_main:
-            print(summary(self.sources, endless))
+            print(summary(self.sources))
         # Spawned workers get a copy of `read`: not of this object, with its networks.
-        self.pairs = Pairs(partial(read_images, train, settings.seed), len(train), settings.seed, endless)
+        self.pairs = Pairs(partial(read_images, train, settings.seed), len(train), settings.seed, self.sources.endless)
 
     def check_same_everywhere(self) -> None:
         """Raises ValueError if another machine has other files under the same names."""
@@ -214,10 +214,10 @@ def good_samples(source) -> Iterator[Sample]:
             print(f"skipped: {error}")
 
 
-def summary(sources: Sources, endless: bool) -> str:
-    train, count = sources.train, "endless" if endless else len(sources.train)
+def summary(sources: Sources) -> str:
+    train, count = sources.train, "endless" if sources.endless else len(sources.train)
     line = f"training on {count} pairs of {train.name}, {len(sources.validation)} for validation"
     if not isinstance(train, WorldSource):
-        return line
+        return f"{sources.about}\n{line}"
     published = f" (the published one is not in {PUBLISHED_FILL50K})" if train.name == "fill50k" else ""
     return f"{line}: a synthetic dataset, drawn here{published}"

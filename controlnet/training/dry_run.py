@@ -19,9 +19,10 @@ from ldm.unet import UNet
 from .data import image_size
 from .distributed import launched_processes
 from .memory import Prediction, table
+from .opening import open_sources
 from .options import TrainSettings
 from .resolve import check_hint_channels, config_of, control_config, open_base_of
-from .sources import BadSamples, open_sources
+from .sources import BadSamples
 
 
 def plan(settings: TrainSettings) -> str:
@@ -46,6 +47,7 @@ def plan(settings: TrainSettings) -> str:
     fitting = fitting_batches(config, settings, size, control, len(sources.validation)) if settings.fit else []
     return "\n".join(
         [
+            *([sources.about] if sources.about else []),
             f"{config.name}: {memory.trained / 1e6:.1f} million parameters (fp32) are trained in {settings.precision}",
             f"{pairs} pairs of {size[1]}x{size[0]} pixels, {samples} samples seen ({epochs:.1f} epochs)",
             *([f"{len(problems)} pairs cannot be used: {', '.join(problems[:3])}"] if problems else []),

@@ -33,7 +33,7 @@ from controlnet.worlds import Sample
 from ldm.checkpoints.save import save_checkpoint
 from ldm.stable_diffusion import StableDiffusion
 
-from .folders import BadSample
+from .pairs import BadSample
 from .run_state import write_text
 from .sources import BadSamples, Source, differences, digest
 from .workers import reading, start_worker

@@ -48,9 +48,9 @@ class TrainSettings:
     debug: bool = option("", "show the traceback of an error", False, fixed=False, passing=True)
 
     data: str = in_data(
-        "a folder of pairs (prompt.json, metadata.jsonl, or images/ hints/ captions/), or a synthetic dataset: "
-        "fill50k, people, shapes, scenes, canny, scribble, seg, depth (default: %(default)s: data/fill50k if the "
-        "published set lies there)",
+        "a folder of pairs (prompt.json, metadata.jsonl, .csv or .parquet, images/ hints/ captions/, sd-scripts' "
+        "folders, images with .txt, tar shards), or a synthetic dataset: fill50k, people, shapes, scenes, canny, "
+        "scribble, seg, depth (default: %(default)s: data/fill50k if the published set lies there)",
         "fill50k",
         fixed=False,  # the same data may lie elsewhere by now: their fingerprint is compared
         metavar="NAME",
@@ -68,8 +68,13 @@ class TrainSettings:
     validation: int | None = in_data(
         "validation pairs, not trained on (default: 1 in 20, at most 32)", type=count, metavar="N"
     )
+    prompt: str | None = in_data("one prompt for all pairs, in place of captions; it may be empty", metavar="TEXT")
     prompt_dropout: float = in_data(
-        "share of prompts replaced by the empty one (default: %(default)s)", 0.5, fixed=False, type=share, metavar="P"
+        "share of prompts replaced by the empty one; 1 needs no captions (default: %(default)s)",
+        0.5,
+        fixed=False,
+        type=share,
+        metavar="P",
     )
     bad_share: float = in_data(
         "stop if more than this share of samples cannot be used (default: %(default)s)",

@@ -18,16 +18,10 @@ from PIL import Image
 from controlnet.common.images import Size, resized
 from controlnet.hints import detect, find_detector, parse_detector
 from controlnet.inference.png_text import fingerprint as file_fingerprint
-from controlnet.objective import seeded
 from controlnet.worlds import WORLDS, Sample
 
-from .folders import Entry, check_same_shape, list_folder, read_hint, read_pixels, size_of
-from .options import TrainSettings
-
-PUBLISHED_FILL50K = Path("data/fill50k")
-WORLD_IMAGES = 2000  # of a synthetic dataset, which is endless, when nobody says how many
-VALIDATION_SHARE, VALIDATION_MOST = 20, 32  # one in twenty of a folder, at most 32
-
+from .folders import check_same_shape, read_hint, read_pixels, size_of
+from .pairs import Entry
 
 # ------------------------------------------------------------------------------------------------------- transform
 
@@ -87,6 +81,8 @@ class Source(Protocol):
 
     def hint(self, index: int) -> np.ndarray: ...
 
+    def name_of(self, index: int) -> str: ...
+
     def fingerprint(self) -> dict: ...
 
     def missing(self) -> list[Path]: ...
@@ -112,6 +108,9 @@ class WorldSource:
 
     def hint(self, index: int) -> np.ndarray:
         return self.world[index].hint
+
+    def name_of(self, index: int) -> str:
+        return f"number {index}"
 
     def fingerprint(self) -> dict:
         """The first image stands for the code that draws it."""
@@ -161,6 +160,9 @@ class FolderSource:
             return self.sample(index).hint
         entry = self.entries[index]
         return self.transform.of(size_of(entry.image))(read_hint(entry.hint, self.hint_channels))
+
+    def name_of(self, index: int) -> str:
+        return str(self.entries[index].image)
 
     def fingerprint(self) -> dict:
         """By what the data are and not where or since when. Reading all images would take as long as an epoch: of
@@ -219,79 +221,25 @@ def differences(before: dict, now: dict) -> str:
     return ", ".join(key if key in DIGESTS else f"{key}: {now.get(key)} where {before.get(key)} was" for key in keys)
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What to train on, the validation pairs, and a sentence for each problem that was found on the way."""
-
-    train: Source
-    validation: Source
-    problems: list[str]
-
-
-def open_sources(settings: TrainSettings, size: Size) -> Sources:
-    """What `settings.data` names. The split depends on the data alone, so it is the same for every run.
-
-    Raises ValueError if this is not a dataset or too small to split, and for settings that contradict each other.
-    """
-    data, detect, channels = settings.data, settings.detect, settings.hint_channels
-    if (settings.random_crop or settings.flip) and not settings.no_cache:
-        raise ValueError(
-            "latents are computed once, and --random-crop and --flip change the image each time: add --no-cache"
-        )
-    folder = PUBLISHED_FILL50K if data == "fill50k" and (PUBLISHED_FILL50K / "prompt.json").exists() else Path(data)
-    if data in WORLDS and folder == Path(data) and not folder.is_dir():
-        if detect or channels != 3:
-            raise ValueError(
-                f"the synthetic dataset {data} draws its own hints of 3 channels: leave out --detect, --hint-channels"
-            )
-        count = VALIDATION_MOST if settings.validation is None else settings.validation
-        train = WorldSource(data, size, settings.images or WORLD_IMAGES, settings.seed)
-        return Sources(train, WorldSource(data, size, count, held_out=True), [])
-    if not folder.exists() and "/" not in data:
-        raise ValueError(
-            f'there is no folder "{data}", and the synthetic datasets are {", ".join(WORLDS)}: give one of them'
-        )
-    if detect and channels != 3:
-        raise ValueError(f"--detect makes hints of 3 channels, and --hint-channels is {channels}: leave out one")
-    listing = list_folder(folder, need_hints=detect is None)
-    train, validation = split(listing.entries, settings.validation)
-    transform = Transform(size, settings.random_crop, settings.flip)
-    return Sources(
-        FolderSource(str(folder), train[: settings.images], transform, channels, detect),
-        FolderSource(str(folder), validation, Transform(size), channels, detect),
-        listing.problems,
-    )
-
-
-def split(entries: list[Entry], validation: int | None) -> tuple[list[Entry], list[Entry]]:
-    """-> (train, validation), always the same for the same list. Raises ValueError if nothing is left to train on."""
-    count = min(max(1, len(entries) // VALIDATION_SHARE), VALIDATION_MOST) if validation is None else validation
-    if count >= len(entries):
-        raise ValueError(
-            f"there are {len(entries)} usable pairs, expected more than the {count} for validation: "
-            "add some, or give another number as --validation"
-        )
-    chosen = set(torch.randperm(len(entries), generator=seeded(0))[:count].tolist())
-    return [e for i, e in enumerate(entries) if i not in chosen], [entries[i] for i in sorted(chosen)]
-
-
 class BadSamples:
     """Counts those that were met, and stops the run where they are too many."""
 
-    def __init__(self, total: int, problems: Sequence[str], share: float):
-        self.total, self.share = total + len(problems), share
-        self.unlisted, self.indices = len(problems), set()
+    def __init__(
+        self, total: int, problems: Sequence[str], share: float, name_of: Callable[[int], str] = "number {}".format
+    ):
+        self.total, self.share, self.name_of = total + len(problems), share, name_of
+        self.unlisted, self.names = len(problems), set()
         self.check(problems[0] if problems else "")
 
     def __len__(self) -> int:
-        return self.unlisted + len(self.indices)
+        return self.unlisted + len(self.names)
 
     def add(self, indices: Iterable[int]) -> None:
         """-1 is none. Raises ValueError if too many are bad by now."""
-        new = {index for index in indices if index >= 0} - self.indices
+        new = {self.name_of(index) for index in sorted(indices) if index >= 0} - self.names
         if new:
-            self.indices |= new
-            self.check(f"number {min(new)}")
+            self.names |= new
+            self.check(min(new))
 
     def check(self, example: str) -> None:
         if len(self) > self.share * self.total:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from controlnet.training.folders import list_folder
+from controlnet.training.pairs import list_folder
 from controlnet.training.sources import FolderSource, Transform
 from controlnet.worlds import WORLDS
 from tools import check_data, make_data

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from controlnet.common.images import to_hints, to_images
 from controlnet.training.data import Pairs, TrainingData, batch_positions, sample_at
 from controlnet.training.distributed import Process
-from controlnet.training.folders import BadSample
 from controlnet.training.options import LAPTOP, TrainSettings
+from controlnet.training.pairs import BadSample
 from controlnet.training.sources import BadSamples
 from controlnet.training.workers import reading, start_worker
 

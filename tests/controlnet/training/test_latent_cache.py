@@ -13,8 +13,8 @@ from small import SMALL, small_sd
 
 from controlnet.common.images import to_hints, to_images
 from controlnet.training import latent_cache
-from controlnet.training.folders import BadSample
 from controlnet.training.latent_cache import LatentCache, build, encoding_batch, fingerprint, prepare_folder
+from controlnet.training.pairs import BadSample
 from controlnet.training.prepare import with_packed_encoders
 from controlnet.training.sources import BadSamples, WorldSource
 

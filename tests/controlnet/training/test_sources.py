@@ -1,4 +1,4 @@
-"""Samples from folders and synthetic datasets: layouts, the split, one transform for image and hint."""
+"""Samples from folders and synthetic datasets: the split, one transform for image and hint."""
 
 import json
 
@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from controlnet.objective import seeded
-from controlnet.training.folders import BadSample, Entry, list_folder, read_hint
+from controlnet.training.folders import read_hint
+from controlnet.training.opening import open_sources, split
 from controlnet.training.options import TrainSettings
-from controlnet.training.sources import FolderSource, Transform, open_sources, split
+from controlnet.training.pairs import BadSample, Entry, list_folder
+from controlnet.training.sources import FolderSource, Transform
 from controlnet.worlds import WORLDS
 
 # ------------------------------------------------------------------------------------------------------ transform
@@ -65,76 +67,17 @@ def fill50k_layout(folder, count):
     return [(folder / f"target/{i}.png", folder / f"source/{i}.png") for i in range(count)]
 
 
-def imagefolder_layout(folder, count):
-    lines = [{"file_name": f"{i}.png", "conditioning_image": f"c{i}.png", "text": f"number {i}"} for i in range(count)]
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    return [(folder / f"{i}.png", folder / f"c{i}.png") for i in range(count)]
-
-
-def parallel_layout(folder, count):
-    for i in range(count):
-        caption = folder / ("captions" if i % 2 else "images") / f"{i}.txt"  # either place will do
-        caption.parent.mkdir(parents=True, exist_ok=True)
-        caption.write_text(f"number {i}\n")
-    return [(folder / f"images/{i}.png", folder / f"hints/{i}.png") for i in range(count)]
-
-
-@pytest.mark.parametrize("layout", [fill50k_layout, imagefolder_layout, parallel_layout])
-def test_every_layout_gives_the_same_pairs(tmp_path, layout):
-    for i, (image, hint) in enumerate(layout(tmp_path, 4)):
+def test_a_folder_gives_the_samples_that_lie_in_it(tmp_path):
+    for i, (image, hint) in enumerate(fill50k_layout(tmp_path, 4)):
         save(image, np.full((64, 64, 3), 10 * i, np.uint8))
         save(hint, np.full((64, 64, 3), 10 * i + 5, np.uint8))
-    listing = list_folder(tmp_path)
-    source = FolderSource("pairs", listing.entries, Transform((64, 64)))
-    assert not listing.problems and len(source) == 4
+    source = FolderSource("pairs", list_folder(tmp_path).entries, Transform((64, 64)))
+    assert len(source) == 4
     for i in range(4):
         sample = source.sample(i)
         assert (sample.image == 10 * i).all() and (sample.hint == 10 * i + 5).all()
         assert sample.caption == f"number {i}" and np.array_equal(source.hint(i), sample.hint)
-
-
-def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
-    fill50k_layout(tmp_path, 1)
-    lines = [
-        "",
-        "{broken",
-        '{"target": "a.png", "prompt": "x"}',
-        '{"source": "a", "target": "b", "prompt": " "}',
-        "[1]",
-    ]
-    with open(tmp_path / "prompt.json", "a") as file:
-        file.write("\n".join(lines))
-    listing = list_folder(tmp_path)
-    assert len(listing.entries) == 1
-    assert [problem.split("prompt.json:")[1].split(" ")[0] for problem in listing.problems] == ["2", "3", "4", "5"]
-    for words, problem in zip(("not JSON", '"source"', "empty caption", '"target"'), listing.problems, strict=True):
-        assert words in problem
-
-
-def test_parallel_folders_lack_hints_and_captions(tmp_path):
-    parallel_layout(tmp_path, 3)
-    for i in range(4):
-        save(tmp_path / f"images/{i}.png", np.zeros((8, 8, 3), np.uint8))
-    save(tmp_path / "hints/0.png", np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / "captions/1.txt").write_text(" ")
-    listing = list_folder(tmp_path)
-    assert [entry.image.name for entry in listing.entries] == ["0.png"]
-    assert ["is empty" in p or "has no" in p for p in listing.problems] == [True] * 3
-    assert len(list_folder(tmp_path, need_hints=False).entries) == 2
-
-
-@pytest.mark.parametrize("make", ["nothing", "file", "empty", "no pairs"])
-def test_what_is_no_folder_of_pairs_is_one_sentence(tmp_path, make):
-    folder = tmp_path / "data"
-    if make == "file":
-        folder.touch()
-    elif make != "nothing":
-        folder.mkdir()
-    if make == "no pairs":
-        (folder / "prompt.json").write_text("{}")
-    with pytest.raises(ValueError, match=": ") as caught:
-        list_folder(folder)
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert source.name_of(i) == str(tmp_path / f"target/{i}.png")
 
 
 def test_a_hint_lies_on_its_image_whether_it_is_read_with_it_or_alone(tmp_path):

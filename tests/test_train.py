@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from contextlib import contextmanager
@@ -671,6 +673,35 @@ def test_a_folder_of_pairs_is_trained_on(base, tmp_path, channels, how):
     assert control_of(tmp_path / "out")["control_model.input_hint_block.0.weight"].shape[1] == channels
     with Image.open(tmp_path / "out" / "samples" / "000002.png") as grid:
         assert grid.size == (4 * 128, 64)
+
+
+def test_a_stream_of_tar_shards_goes_on_exactly(base, tmp_path, capsys):
+    own_pairs(tmp_path / "pairs", count=5)
+    (tmp_path / "shards").mkdir()
+    for i in range(5):  # the first three in 0.tar
+        with tarfile.open(tmp_path / "shards" / f"{i // 3}.tar", "a") as archive:
+            for kind, end in (("source", "hint.png"), ("target", "png")):
+                archive.add(tmp_path / "pairs" / "pictures" / f"{kind}{i}.png", f"{i}.{end}")
+    how = ["--data", str(tmp_path / "shards"), "--prompt", "", "--validation", "1", "--batch-size", "3"]
+    assert run(base, tmp_path / "whole", "--steps", "2", *how, "--no-cache", "--workers", "1") == 0
+    assert "is read as tar shards: 2, the first with 2 pairs" in capsys.readouterr().out
+    assert run(base, tmp_path / "parts", "--steps", "1", *how, "--no-cache") == 0
+    assert resume(tmp_path / "parts", "--steps", "2") == 0  # into the second epoch
+    assert_equal(newest_state(tmp_path / "whole"), newest_state(tmp_path / "parts"))
+    assert run(base, tmp_path / "cached", "--steps", "1", *how) == 0
+    assert len(list((tmp_path / "cached" / "cache" / "hints").iterdir())) == 4
+
+
+def test_captions_are_not_needed_where_none_is_used(base, tmp_path, capsys):
+    data = own_pairs(tmp_path / "pairs")
+    table = tmp_path / "pairs" / "prompt.json"
+    table.write_text(re.sub('"number [0-4]"', '""', table.read_text()))
+    dropped = ["--steps", "1", *data, "--cache", str(tmp_path / "latents")]
+    assert run(base, tmp_path / "out", *dropped) == 2
+    error = capsys.readouterr().err
+    assert "prompt.json:1 has no caption" in error and "--prompt-dropout 1" in error
+    assert run(base, tmp_path / "out", *dropped, "--prompt-dropout", "1") == 0
+    assert "6 pairs, 5 of them without a caption" in capsys.readouterr().out
 
 
 def test_hints_are_made_from_the_pictures(base, tmp_path):

@@ -57,7 +57,8 @@ def open_sources(settings: TrainSettings, size: Size) -> Sources:
     listing = recognise(folder, wanted)
     if listing.shards:
         return open_shards(settings, folder, listing.shards, wanted, size)
-    train, validation = split(listing.entries, settings.validation)
+    unusable = f" and {len(listing.problems)} others ({listing.problems[0]})" if listing.problems else ""
+    train, validation = split(listing.entries, settings.validation, unusable)
     train = [entry for entry in train for _ in range(entry.repeats)]
     transform = Transform(size, settings.random_crop, settings.flip)
     return Sources(
@@ -112,19 +113,20 @@ def first_of(shards: list[Shard], count: int | None) -> list[Shard]:
     return kept
 
 
-def split(entries: list[Entry], validation: int | None) -> tuple[list[Entry], list[Entry]]:
-    """-> (train, validation), always the same for the same list. Raises ValueError if nothing is left to train on."""
-    count = validation_count(len(entries), validation)
+def split(entries: list[Entry], validation: int | None, others: str = "") -> tuple[list[Entry], list[Entry]]:
+    """-> (train, validation), always the same for the same list. Raises ValueError if nothing is left to train on,
+    which tells of the `others`."""
+    count = validation_count(len(entries), validation, others)
     chosen = set(torch.randperm(len(entries), generator=seeded(0))[:count].tolist())
     return [e for i, e in enumerate(entries) if i not in chosen], [entries[i] for i in sorted(chosen)]
 
 
-def validation_count(pairs: int, wanted: int | None, where: str = "") -> int:
+def validation_count(pairs: int, wanted: int | None, others: str = "") -> int:
     """Raises ValueError if nothing is left to train on."""
     count = min(max(1, pairs // VALIDATION_SHARE), VALIDATION_MOST) if wanted is None else wanted
     if count >= pairs:
         raise ValueError(
-            f"there are {pairs} usable pairs{where}, expected more than the {count} for validation: add some, or give "
+            f"there are {pairs} usable pairs{others}, expected more than the {count} for validation: add some, or give "
             "another number as --validation"
         )
     return count

@@ -1,6 +1,6 @@
 """What every layout gives: the pairs, what is wrong with some, and what was left out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class Listing:
         )
 
 
-def counted(what: str, found: Sequence) -> list[str]:
+def counted(what: str, found: Iterable[Path]) -> list[str]:
     """ "hints without an image (3: hints/7.png ...)", or nothing."""
-    return [f"{what} ({len(found)}: {found[0]}{' ...' if len(found) > 1 else ''})"] if found else []
+    names = sorted(found)
+    return [f"{what} ({len(names)}: {names[0]}{' ...' if len(names) > 1 else ''})"] if names else []

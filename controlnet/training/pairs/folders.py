@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .entries import BadSample, Entry, Listing, Wanted, counted
-from .names import ARRAYS, HIDDEN, PICTURES, TEXTS, role_of, same
+from .names import ARRAYS, HIDDEN, PICTURES, TEXTS, composed, role_of
 from .text import read_text
 
 HELD_OUT = {"test", "val", "valid", "validation", "eval"}  # beside train/
-REPEATED = re.compile(r"(\d{1,3})_")  # sd-scripts' folders, from the start of their name
+REPEATED = re.compile(r"([1-9]\d{0,2})_")  # sd-scripts' folders, from the start of their name
 
 
 @dataclass
@@ -27,25 +27,25 @@ class Files:
     """Files of one role by their key: the path without the role's folder and without suffix."""
 
     by_key: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
-    by_stem: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    by_name: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    left: set[Path] = field(default_factory=set)  # that no image has taken
 
     def add(self, key: Path, file: Path) -> None:
-        self.by_key[same(key.as_posix())].append(file)
-        self.by_stem[same(key.name)].append(file)
+        self.by_key[composed(key)].append(file)
+        self.by_name[composed(key.name)].append(file)
+        self.left.add(file)
 
-    def of(self, key: Path, alone: bool) -> list[Path]:
+    def take(self, key: Path, alone: bool) -> list[Path]:
         """Those of an image; if no other image has its name (`alone`), they may lie in another subfolder."""
-        found = self.by_key.get(same(key.as_posix()))
-        return found or (self.by_stem.get(same(key.name), []) if alone else [])
-
-    def all(self) -> set[Path]:
-        return {file for files in self.by_key.values() for file in files}
+        found = self.by_key.get(composed(key)) or (self.by_name.get(composed(key.name)) if alone else None) or []
+        self.left.difference_update(found)
+        return found
 
 
 def list_folders(folder: Path, wanted: Wanted) -> Listing | None:
     """None if there is no picture. Raises ValueError if hints are wanted and there is none at all."""
-    left_out = held_out(folder)
-    files = [file for file in sorted(visible_files(folder)) if file.parts[0] not in left_out]
+    not_for_training = held_out(folder)
+    files = [file for file in sorted(visible_files(folder)) if file.parts[0] not in not_for_training]
     keys, hints, captions, others = sort_by_role(files)
     if not keys:
         return None
@@ -54,15 +54,12 @@ def list_folders(folder: Path, wanted: Wanted) -> Listing | None:
             f'"{folder}" holds {len(keys)} images and no hints: add --detect NAME to make them from the images, or put '
             "some of the same names into hints/ beside images/"
         )
-    repeats, unused_hints, unused_captions = repeats_of(list(keys)), hints.all(), captions.all()
-    stems = Counter(same(key.name) for key in keys.values())
-    listing = Listing(layout_of(files, repeats))
+    names, repeats = Counter(composed(key.name) for key in keys.values()), repeats_of(list(keys))
+    listing = Listing(layout_of(files, repeats), left_out=[f"{name}/" for name in not_for_training])
     for image, key in keys.items():
-        alone = stems[same(key.name)] == 1
-        own = hints.of(key, alone)
-        texts = captions.of(key, alone) or captions.of(key.with_name(image.name), alone)  # 0.png.txt
-        unused_hints.difference_update(own)
-        unused_captions.difference_update(texts)
+        alone = names[composed(key.name)] == 1
+        own = hints.take(key, alone) if wanted.hints else []
+        texts = captions.take(key, alone) or captions.take(key.with_name(image.name), alone)  # 0.png.txt
         try:
             hint = folder / the_hint(folder / image, own) if wanted.hints else None
             caption = wanted.caption(*text_of(folder, image, texts, wanted))
@@ -70,14 +67,8 @@ def list_folders(folder: Path, wanted: Wanted) -> Listing | None:
             listing.problems.append(str(error))
         else:
             listing.entries.append(Entry(folder / image, hint, caption, repeats[image]))
-    listing.left_out.extend(
-        [
-            *(f"{name}/" for name in left_out),
-            *(counted("hints without an image", sorted(unused_hints)) if wanted.hints else []),
-            *counted("captions without an image", sorted(unused_captions)),
-            *counted("other files", others),
-        ]
-    )
+    listing.left_out.extend(counted(f"hints {'without an image' if wanted.hints else 'that are there'}", hints.left))
+    listing.left_out.extend(counted("captions without an image", captions.left) + counted("other files", others))
     return listing
 
 
@@ -116,13 +107,20 @@ def sort_by_role(files: list[Path]) -> tuple[dict[Path, Path], Files, Files, lis
             keys[file] = key
         else:
             others.append(file)
-    named = {same(key.as_posix()) for key in keys.values()}
-    for file, key in list(keys.items()):  # 0_hint.png or 0.canny.png is a hint if there is a 0.png
-        stem, _, end = re.sub(r"[._-]([a-zA-Z]+)$", r"\n\1", key.name).partition("\n")
-        if role_of(end) == "hint" and same(key.with_name(stem).as_posix()) in named:
-            hints.add(key.with_name(stem), file)
-            del keys[file]
+    sort_by_end(keys, hints)
     return keys, hints, captions, others
+
+
+def sort_by_end(keys: dict[Path, Path], hints: Files) -> None:
+    """0_hint.png or 0.canny.png is a hint if there is a 0.png or 0_image.png, which loses its end."""
+    ends = {file: (key, re.fullmatch(r"(.+)[._-]([a-zA-Z]+)", key.name)) for file, key in keys.items()}
+    ends = {file: (role_of(match[2]), key.with_name(match[1])) for file, (key, match) in ends.items() if match}
+    images = {*keys.values(), *(key for role, key in ends.values() if role == "image")}
+    for file, (role, key) in ends.items():
+        if role == "hint" and key in images:
+            hints.add(key, file)
+            del keys[file]
+    keys.update({file: key for file, (role, key) in ends.items() if role == "image" and composed(key) in hints.by_key})
 
 
 def role_and_key(file: Path) -> tuple[str | None, Path]:
@@ -144,6 +142,7 @@ def the_hint(image: Path, found: list[Path]) -> Path:
 
 def text_of(folder: Path, image: Path, found: list[Path], wanted: Wanted) -> tuple[str, str]:
     """-> a caption, and what to say where it is missing. Raises BadSample for an encoding that is not read."""
+    found = sorted(found, key=lambda file: (role_and_key(file)[0] != "caption", file.suffix != ".txt"))
     if not found or wanted.prompt is not None:
         return "", f"{folder / image} has no caption: expected {image.stem}.txt beside it or in captions/"
     try:

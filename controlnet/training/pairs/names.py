@@ -43,10 +43,9 @@ def role_of(folder: str) -> str | None:
     return ROLES.get(re.sub(r"[ -]", "_", folder.lower()))
 
 
-def same(name: str) -> str:
-    """Equal for names that are the same to the eye, or to another system: macOS takes accents apart, Windows does not
-    tell "A" from "a"."""
-    return unicodedata.normalize("NFC", name).casefold()
+def composed(name: str | Path) -> str:
+    """With its accents on their letters: macOS takes them apart."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 class Finder:
@@ -69,10 +68,11 @@ class Finder:
         return path
 
     def walk(self, parts: list[str]) -> Path | None:
+        """Part by part, in letters of any case where no other fits."""
         path = self.folder
         for part in parts:
             if part not in ("", ".", ".."):
-                path = path / part if (path / part).exists() else self.children(path).get(same(part))
+                path = path / part if (path / part).exists() else self.children(path).get(composed(part).lower())
             elif part == "..":
                 path = path / part
             if path is None:
@@ -81,5 +81,6 @@ class Finder:
 
     def children(self, folder: Path) -> dict[str, Path]:
         if folder not in self.listed:
-            self.listed[folder] = {same(path.name): path for path in folder.iterdir()} if folder.is_dir() else {}
+            found = folder.iterdir() if folder.is_dir() else []
+            self.listed[folder] = {composed(path.name).lower(): path for path in found}
         return self.listed[folder]

@@ -39,8 +39,11 @@ def list_shards(folder: Path, wanted: Wanted) -> Listing | None:
     """None if there is no archive, at the top or under train/. None is opened."""
     if folder.is_file():
         return Listing("a tar shard", shards=[folder])
-    found = sorted(folder.glob("*.tar")) or sorted((folder / "train").glob("*.tar"))
-    return Listing("tar shards", shards=found) if found else None
+    for root in (folder, folder / "train"):
+        found = sorted(path for path in root.glob("*") if path.name.endswith((".tar", ".tar.gz", ".tgz")))
+        if found:
+            return Listing("tar shards", shards=found)
+    return None
 
 
 @lru_cache(maxsize=4)  # an epoch takes one archive after the other

@@ -95,6 +95,22 @@ def test_an_endless_dataset_is_read_in_its_own_order():
     ] == [4, 17]
 
 
+def test_a_bad_pair_of_an_endless_dataset_is_replaced_by_the_next_position_and_counted_once():
+    """Which comes again in another epoch, under another position."""
+
+    def read(index, position):
+        if index % 3 == 2:
+            raise BadSample("it is bad")
+        return torch.tensor(index), torch.tensor(0)
+
+    pairs, bad = Pairs(read, 3, seed=0, endless=True), BadSamples(3, [], 0.4, name_of=lambda p: f"x/{p % 3}.png")
+    assert [int(pairs[p].content) for p in range(8, 13)] == [9, 9, 10, 12, 12]
+    bad.add(int(pairs[p].bad) for p in range(20))
+    assert len(bad) == 1
+    with pytest.raises(ValueError, match="for example x/1.png"):
+        bad.add([4])
+
+
 def test_pairs_travel_to_workers_that_are_spawned(tmp_path):
     """Windows and, from Python 3.14, Linux start workers by pickling what they read."""
     settings = TrainSettings(**{**LAPTOP, "images": 3, "no_cache": True, "validation": 0, "cache": tmp_path})

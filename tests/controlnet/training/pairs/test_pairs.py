@@ -96,6 +96,15 @@ LAYOUTS = {
         {"0.jpg": "", "0_hint.png": "", "0.jpg.txt": "zero", "1.jpg": "", "1.canny.png": "", "1.txt": "one"},
         [("0.jpg", "0_hint.png", "zero"), ("1.jpg", "1.canny.png", "one")],
     ),
+    "ends for both": (
+        {"0_target.png": "", "0_source.png": "", "0.txt": "zero"},
+        [("0_target.png", "0_source.png", "zero")],
+    ),
+    "names that differ by case": (
+        {f"{folder}/{name}.png": "" for folder in ("images", "hints") for name in "aA"}
+        | {"text/a.txt": "a", "text/A.txt": "A", "images/a.txt": "not this", "text/a.caption": "nor this"},
+        [(f"images/{name}.png", f"hints/{name}.png", name) for name in "Aa"],
+    ),
 }
 
 
@@ -154,6 +163,7 @@ def test_what_is_left_out_is_named(tmp_path):
     said = recognise(tmp_path, Wanted()).summary()
     assert "1 pairs, left out: hints without an image (2: hints/7.png ...)" in said
     assert "captions without an image (1: captions/9.txt), other files (1: images/1.heic)" in said
+    assert "hints that are there (3: hints/0.png ...)" in recognise(tmp_path, Wanted(hints=False)).summary()
 
 
 def test_what_is_ambiguous_is_no_pair(tmp_path):
@@ -176,7 +186,7 @@ def test_sd_scripts_repeats_count_in_their_ratio(tmp_path):
     listing = recognise(lay(tmp_path / "both", files), Wanted(hints=False))
     assert [(entry.image.stem, entry.repeats) for entry in listing.entries] == [("p", 2), ("q", 1)]
     assert "sd-scripts' folders, some repeated 2 times" in listing.summary()
-    years = {f"{year}_trip/{year}.png": "" for year in (2022, 2023)}
+    years = {f"{year}_trip/{year}.png": "" for year in ("2022", "2023", "004")}
     assert {
         e.repeats for e in recognise(lay(tmp_path / "years", years), Wanted(hints=False, captions=False)).entries
     } == {1}
@@ -205,6 +215,7 @@ WRONG = {
     "a file": ("", "is a file"),
     "an empty folder": ({}, "no layout that is known"),
     "no pairs": ({"prompt.json": "{}"}, "no pair to train on"),
+    "a file that is not there": ("x.tar", "does not exist"),
     "a broken array": ({"prompt.json": "[{"}, "not readable as JSON"),
     "a deep array": ({"prompt.json": "[" * 100_000}, "nested deeper"),
     "an open quote": ({"metadata.csv": "image,text\n" + "a" * 200_000}, "not readable as CSV"),
@@ -219,8 +230,10 @@ def test_what_is_no_data_set_is_one_sentence(tmp_path, name):
     if isinstance(content, dict):
         folder.mkdir()
         lay(folder, content)
-    elif content is not None:
+    elif content == "":
         folder.touch()
+    else:
+        folder = folder / (content or "")
     with pytest.raises(ValueError, match=words) as caught:
         list_folder(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)

@@ -138,6 +138,18 @@ def test_validation_pairs_are_not_trained_on_and_always_the_same():
         split(entries[:1], None)
 
 
+def test_what_sd_scripts_repeats_is_shown_so_often_and_validated_once(tmp_path):
+    for folder, name in (("6_a", "p"), ("2_b", "q"), ("2_b", "r")):
+        save(tmp_path / folder / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+    settings = TrainSettings(data=str(tmp_path), detect="canny", prompt="a bird", validation=1)
+    sources = open_sources(settings, (8, 8))
+    validated, names = sources.validation.name_of(0), [sources.train.name_of(i) for i in range(len(sources.train))]
+    counts = {"p": 3, "q": 1, "r": 1} | {validated[-5]: 0}
+    assert {name: sum(path.endswith(f"{name}.png") for path in names) for name in "pqr"} == counts
+    assert {entry.caption for entry in sources.train.entries} == {"a bird"}
+    assert sources.about.startswith(f"{tmp_path} is read as sd-scripts' folders, some repeated 3 times: 3 pairs, each")
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_world_by_its_name(name):
     sources = open_sources(TrainSettings(data=name, images=10, seed=3), (64, 64))

@@ -3,7 +3,6 @@
 import json
 import sys
 import unicodedata
-from pathlib import Path
 
 import pytest
 
@@ -244,4 +243,5 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     lay(tmp_path / "set", {"hints/0.png": ""})
     (tmp_path / "set" / "images").symlink_to(elsewhere)
     (elsewhere / "again").symlink_to(tmp_path / "set")
-    assert [Path(image).name for image, *_ in pairs_of(tmp_path / "set")] == ["0.png"]
+    listing = recognise(tmp_path / "set", Wanted())
+    assert len(listing.entries) == 1 and not listing.problems and not listing.left_out

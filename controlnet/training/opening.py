@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from controlnet.common.images import Size
+from controlnet.common.program import printable
 from controlnet.objective import seeded
 from controlnet.worlds import WORLDS
 
@@ -65,7 +66,7 @@ def open_sources(settings: TrainSettings, size: Size) -> Sources:
         FolderSource(str(folder), train[: settings.images], transform, channels, detect),
         FolderSource(str(folder), validation, Transform(size), channels, detect),
         listing.problems,
-        about=f"{folder} is read as {listing.summary(settings.prompt)}",
+        about=printable(f"{folder} is read as {listing.summary(settings.prompt)}"),
     )
 
 

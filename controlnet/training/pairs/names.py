@@ -9,6 +9,8 @@ from PIL import Image
 from controlnet.common.image_files import FORMATS
 from controlnet.hints.detectors import ALIASES, DETECTORS
 
+from .entries import BadSample
+
 PICTURES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 ARRAYS = {".npy"}
 TEXTS = {".txt", ".caption"}
@@ -56,11 +58,13 @@ class Finder:
         self.listed: dict[Path, dict[str, Path]] = {}
 
     def __call__(self, name: str) -> Path:
-        """Where nothing is found, the path as it is named."""
+        """Where nothing is found, the path as it is named. Raises BadSample for what no file can be called."""
+        parts = re.split(r"[\\/]+", name)
+        if "\0" in name or max(len(part.encode(errors="replace")) for part in parts) > 255:
+            raise BadSample(f'names "{name[:40]} ...", which no file can be called')
         path = self.folder / name
         if path.exists():
             return path
-        parts = re.split(r"[\\/]+", name)
         moved = re.match(r"[A-Za-z]:|[\\/]", name)  # from the root of another disk: the data may lie elsewhere by now
         for start in range(len(parts) if moved else 1):
             if found := self.walk(parts[start:]):
@@ -71,10 +75,8 @@ class Finder:
         """Part by part, in letters of any case where no other fits."""
         path = self.folder
         for part in parts:
-            if part not in ("", ".", ".."):
+            if part not in ("", "."):
                 path = path / part if (path / part).exists() else self.children(path).get(composed(part).lower())
-            elif part == "..":
-                path = path / part
             if path is None:
                 return None
         return path if path != self.folder else None

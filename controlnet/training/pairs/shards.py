@@ -54,7 +54,7 @@ def pairs_in(shard: Path) -> tuple[Packed, ...]:
         with tarfile.open(shard, "r:") as archive:
             for info in archive:
                 path = Path(info.name)
-                if info.isfile() and not any(map(HIDDEN.match, path.parts)):
+                if info.isfile() and "." in path.name and not any(map(HIDDEN.match, path.parts)):
                     key = str(path.with_name(path.name.split(".")[0]))
                     groups.setdefault(key, []).append(Member(info.name, info.offset_data, info.size))
     except (OSError, tarfile.TarError) as error:

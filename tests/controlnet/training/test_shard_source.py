@@ -120,6 +120,7 @@ def test_what_a_pair_may_be_called(tmp_path):
         "a/2.txt": b"number 20",
         "a/._1.jpg": b"",
         "notes.md": b"",
+        "LICENSE": b"",
     }
     source = ShardSource("x", [Shard(write_tar(tmp_path / "x.tar", files))], Wanted(), Transform((8, 8)))
     assert [value(source.sample(i)) for i in range(len(source))] == [10, 20]

@@ -192,7 +192,8 @@ def test_sd_scripts_repeats_count_in_their_ratio(tmp_path):
 
 
 def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
-    rows = [json.dumps(row) for row in ({"target": "a", "prompt": "x"}, ROW | {"prompt": " "}, [1], {"prompt": "x"})]
+    odd = {"target": "a", "prompt": "x"}, ROW | {"prompt": " "}, [1], {"prompt": "x"}, ROW | {"source": "x" * 256}
+    rows = [json.dumps(row) for row in odd]
     deep = "[" * 200 + "]" * 200
     text = "\n".join([json.dumps(ROW), "", "{broken", *rows, deep])
     listing = list_folder(lay(tmp_path, {"prompt.json": text}))
@@ -203,7 +204,8 @@ def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
         "5 has no caption",
         "6 is list",
         "7 names no image",
-        "8 cannot be read",
+        f'8 names "{"x" * 40} ...", which no file',
+        "9 cannot be read",
     ]
     for problem, words in zip(listing.problems, expected, strict=True):
         assert problem.startswith(f"{tmp_path}/prompt.json:{words}")

@@ -683,7 +683,7 @@ def test_a_stream_of_tar_shards_goes_on_exactly(base, tmp_path, capsys):
             for kind, end in (("source", "hint.png"), ("target", "png")):
                 archive.add(tmp_path / "pairs" / "pictures" / f"{kind}{i}.png", f"{i}.{end}")
     how = ["--data", str(tmp_path / "shards"), "--prompt", "", "--validation", "1", "--batch-size", "3"]
-    assert run(base, tmp_path / "whole", "--steps", "2", *how, "--no-cache", "--workers", "1") == 0
+    assert run(base, tmp_path / "whole", "--steps", "2", *how, "--no-cache") == 0
     assert "is read as tar shards: 2, the first with 2 pairs" in capsys.readouterr().out
     assert run(base, tmp_path / "parts", "--steps", "1", *how, "--no-cache") == 0
     assert resume(tmp_path / "parts", "--steps", "2") == 0  # into the second epoch

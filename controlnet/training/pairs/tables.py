@@ -12,6 +12,7 @@ from controlnet.common.devices import optional
 from controlnet.common.files import parse_json
 
 from .entries import BadSample, Entry, Listing, Wanted
+from .folders import held_out
 from .names import COLUMNS, ENDS, Finder
 from .text import lines_of, read_text
 
@@ -87,7 +88,9 @@ def list_table(folder: Path, wanted: Wanted) -> Listing | None:
     if not tables:
         return None
     path, find = tables[0], Finder(tables[0].parent)
-    listing = Listing(str(path.relative_to(folder)), left_out=[str(other.relative_to(folder)) for other in tables[1:]])
+    left_out = [str(other.relative_to(folder)) for other in tables[1:]]
+    left_out += [f"{name}/" for name in held_out(folder)] if path.parent != folder else []
+    listing = Listing(str(path.relative_to(folder)), left_out=left_out)
     for where, values in READERS[path.suffix](path):
         try:
             listing.entries.append(entry_of(values, find, wanted))

@@ -162,6 +162,10 @@ def test_what_is_left_out_is_named(tmp_path):
     said = recognise(tmp_path, Wanted()).summary()
     assert "1 pairs, left out: hints without an image (2: hints/7.png ...)" in said
     assert "captions without an image (1: captions/9.txt), other files (1: images/1.heic)" in said
+    table = f"image,hint,text\n{','.join(ZERO)}\n"
+    lay(tmp_path / "x", {f"{part}/metadata.csv": table for part in ("train", "val")} | {"train/data.csv": table})
+    said = recognise(tmp_path / "x", Wanted()).summary()
+    assert said == "train/metadata.csv: 1 pairs, left out: train/data.csv, val/"
     assert "hints that are there (3: hints/0.png ...)" in recognise(tmp_path, Wanted(hints=False)).summary()
 
 

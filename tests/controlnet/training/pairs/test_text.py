@@ -5,7 +5,7 @@ import pytest
 from controlnet.training.pairs.text import decoded, lines_of
 
 RUSSIAN, CHINESE, KOREAN = "красный круг на синем фоне", "红色的圆形，蓝色的背景", "파란 배경에 빨간 원"
-JAPANESE, FRENCH, POLISH = "青い背景に赤い円", "un café près de la fenêtre, à côté", "größer und schöner, Käse"
+JAPANESE, FRENCH, GERMAN = "青い背景に赤い円", "un café près de la fenêtre, à côté", "größer und schöner, Käse"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -17,7 +17,7 @@ def test_what_says_how_it_is_encoded_is_read(encoding):
     "text, encoding, name",
     [
         (FRENCH, "latin-1", "Latin-1"),
-        (POLISH, "cp1252", "Latin-1"),
+        (GERMAN, "cp1252", "Latin-1"),
         (RUSSIAN, "cp1251", "Windows-1251"),
         (CHINESE, "gbk", "GBK"),
         (CHINESE.replace("红", "紅").replace("圆", "圓").replace("蓝", "藍").replace("颜", "顏"), "big5", "Big5"),

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # By name, as Pillow decides by content, and hands PostScript to another program.
-FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "ICO", "PCX", "AVIF"]
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "ICO", "PCX", "AVIF"]
 FORMATS += ["PSD", "QOI", "SGI", "DDS"]
 MAX_SIDE = 16384
 MAX_PIXELS = 100_000_000

@@ -11,7 +11,8 @@ from controlnet.hints.detectors import ALIASES, DETECTORS
 
 from .entries import BadSample
 
-PICTURES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+# MPO, what cameras and telephones write, is read as the JPEG that it begins with.
+PICTURES = {suffix for suffix, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}}
 ARRAYS = {".npy"}
 TEXTS = {".txt", ".caption"}
 

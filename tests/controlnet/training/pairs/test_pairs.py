@@ -5,7 +5,9 @@ import sys
 import unicodedata
 
 import pytest
+from PIL import Image
 
+from controlnet.common.image_files import read_image
 from controlnet.training.pairs import Wanted, list_folder, recognise
 
 ROW = {"source": "s/0.png", "target": "t/0.png", "prompt": "zero"}
@@ -251,3 +253,16 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (elsewhere / "again").symlink_to(tmp_path / "set")
     listing = recognise(tmp_path / "set", Wanted())
     assert len(listing.entries) == 1 and not listing.problems and not listing.left_out
+
+
+@pytest.mark.parametrize("end", ["sgi", "dds", "qoi", "mpo", "pcx", "avif", "jp2", "tif"])
+def test_a_picture_of_any_raster_format_is_one(tmp_path, end):
+    lay(tmp_path, {"images/0.txt": "zero", "hints/0.png": ""})
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / f"0.{end}")
+    assert pairs_of(tmp_path) == [(f"images/0.{end}", "hints/0.png", "zero")]
+    assert read_image(tmp_path / "images" / f"0.{end}").getpixel((4, 4))[0] > 240
+
+
+def test_a_page_of_postscript_is_no_picture(tmp_path):
+    with pytest.raises(ValueError, match="no layout that is known"):
+        recognise(lay(tmp_path, {"images/0.eps": "", "images/1.pdf": "", "hints/0.ps": ""}), Wanted())

@@ -30,8 +30,8 @@ def recognise(folder: Path, wanted: Wanted) -> Listing:
             "folders images/, hints/ and captions/, or .tar files in it"
         )
     if not listing.entries and not listing.shards:
-        first = f" (the first problem: {listing.problems[0]})" if listing.problems else ""
-        raise ValueError(f'"{folder}" holds no pair to train on{first}')
+        problems = "; ".join(listing.problems[:3]) or "it lists none"
+        raise ValueError(f'"{folder}" holds no pair to train on: {problems}')
     return listing
 
 

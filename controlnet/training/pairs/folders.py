@@ -96,7 +96,7 @@ def visible_files(folder: Path) -> Iterator[Path]:
 
 def sort_by_role(files: list[Path]) -> tuple[dict[Path, Path], Files, Files, list[Path]]:
     """-> image -> its key, hints, captions, and what is neither."""
-    keys, hints, captions, others = {}, Files(), Files(), []
+    in_folders, elsewhere, hints, captions, others = {}, {}, Files(), Files(), []
     for file in files:
         suffix, (role, key) = file.suffix.lower(), role_and_key(file)
         if suffix in TEXTS and role != "hint":
@@ -104,9 +104,11 @@ def sort_by_role(files: list[Path]) -> tuple[dict[Path, Path], Files, Files, lis
         elif suffix in PICTURES | ARRAYS and role == "hint":
             hints.add(key, file)
         elif suffix in PICTURES and role != "caption":
-            keys[file] = key
+            (in_folders if role == "image" else elsewhere)[file] = key
         else:
             others.append(file)
+    keys = in_folders or elsewhere  # a preview beside images/ is none of them
+    others += elsewhere if in_folders else []
     sort_by_end(keys, hints)
     return keys, hints, captions, others
 

@@ -160,10 +160,13 @@ def test_missing_captions_are_counted_where_none_is_needed(tmp_path):
 
 def test_what_is_left_out_is_named(tmp_path):
     files = {"images/0.png": "", "hints/0.png": "", "images/0.txt": "zero"}
-    lay(tmp_path, files | {"hints/7.png": "", "hints/8.png": "", "captions/9.txt": "nine", "images/1.heic": ""})
+    lay(
+        tmp_path,
+        files | {"hints/7.png": "", "hints/8.png": "", "captions/9.txt": "nine", "images/1.heic": "", "a.png": ""},
+    )
     said = recognise(tmp_path, Wanted()).summary()
     assert "1 pairs, left out: hints without an image (2: hints/7.png ...)" in said
-    assert "captions without an image (1: captions/9.txt), other files (1: images/1.heic)" in said
+    assert "captions without an image (1: captions/9.txt), other files (2: a.png ...)" in said
     table = f"image,hint,text\n{','.join(ZERO)}\n"
     lay(tmp_path / "x", {f"{part}/metadata.csv": table for part in ("train", "val")} | {"train/data.csv": table})
     said = recognise(tmp_path / "x", Wanted()).summary()
@@ -182,7 +185,7 @@ def test_what_is_ambiguous_is_no_pair(tmp_path):
     }
     lost_folder = {"prompt.json": json.dumps(ROW | {"source": r"D:\s\0.png", "target": r"D:\t\0.png"}), "0.png": ""}
     for i, (files, words) in enumerate([(two, "two hints"), (same_stem, "no hint"), (lost_folder, "both lead to")]):
-        with pytest.raises(ValueError, match=f"no pair to train on .*{words}"):
+        with pytest.raises(ValueError, match=f"no pair to train on: .*{words}"):
             recognise(lay(tmp_path / str(i), files), Wanted(captions=False))
 
 

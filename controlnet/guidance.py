@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from controlnet.hints.hint_image import HintImage, check_channels
+from controlnet.hints.hint_image import HintImage
 from ldm.config import UNetConfig
 from ldm.samplers import Denoise
 from ldm.unet import UNet
@@ -123,7 +123,7 @@ class Control:
     def __post_init__(self):
         channels = self.net.config.hint_channels
         if isinstance(self.hint, HintImage):
-            check_channels(channels)
+            self.hint.check_channels(channels)
         elif not isinstance(self.hint, Tensor):
             found = type(self.hint).__name__
             raise TypeError(f"a hint is of type {found}, expected a tensor: for images there is Control.from_image")

@@ -257,7 +257,8 @@ def hint_part(hint: HintImage, size: Size, init: Init | None) -> HintImage:
     """Of an image of the same view as `init`, what is made of it."""
     if init is None or init.only_masked is None:
         return hint
-    return replace(hint, image=init.part(hint.image, size), mask=hint.mask and init.part(hint.mask, size))
+    image, *layers = (init.part(layer, size) for layer in (hint.image, *hint.layers))
+    return replace(hint, image=image, mask=hint.mask and init.part(hint.mask, size), layers=tuple(layers))
 
 
 # ---------------------------------------------------------------------------------------------------- the networks

@@ -23,7 +23,7 @@ from controlnet.common.program import height_and_width, note
 from controlnet.guidance import MODES, Control, check_range, layer_weights
 from controlnet.hints import DETECTORS, parse_detector
 from controlnet.hints.detectors import IMAGES
-from controlnet.hints.hint_image import HintImage, check_channels
+from controlnet.hints.hint_image import HintImage
 from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm.checkpoints.open import open_checkpoint
@@ -87,7 +87,8 @@ def files_of(name: str, detect: str) -> list[str] | None:
         found = glob.glob(name, recursive=True)
     else:
         return None
-    suffixes = IMAGES if detect in ("none", "inpaint") else DETECTORS[parse_detector(detect)[0]].suffixes
+    suffixes = {"none": (*IMAGES, ".npy"), "inpaint": IMAGES}.get(detect)
+    suffixes = suffixes or DETECTORS[parse_detector(detect)[0]].suffixes
     visible = (file for file in map(Path, found) if file.is_file() and not file.name.startswith("."))
     files = sorted(str(file) for file in visible if file.suffix.lower() in suffixes)
     if not files:
@@ -152,16 +153,16 @@ def check_hint(
     CheckpointError for a file without ControlNet."""
     layer_weights(options.control_mode, options.control_layers or (), config.unet)
     mask = read_control_mask(options.control_mask, size, image.fit, init) if options.control_mask else None
-    hint = part.at(size)  # a detector's errors come before the weights are read
-    # A hint that was not detected is looked at as it came: thin lines suffer when they are resized.
-    pixels = np.asarray(image.image) if image.detector is None else to_uint8(hint[0])
+    # A detector's errors come before the weights are read. A hint that was not detected is looked at as it came: thin
+    # lines suffer when they are resized.
+    pixels = np.asarray(image.image) if image.detector is None else to_uint8(part.at(size)[0])
     if options.control is None:
         options = replace(options, control=choose_control(options.hint, pixels, config))
     control_file = find_control(options.control, config.unet)
     checkpoint = open_checkpoint(control_file)
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)
-    check_channels(found.config.hint_channels)
+    image.check_channels(found.config.hint_channels)
     if image.detector != "inpaint":
         source = None if image.detector is None else np.asarray(image.image)
         if sentence := doubt(options.hint, options.control, pixels, options.detect, source):

@@ -199,7 +199,9 @@ def save_hints(controls: tuple[Control, ...], image: Path) -> None:
     """As the model sees them: 0001-hint.png for 0001.png, with more than one hint 0001-hint-1.png and so on."""
     for i, control in enumerate(controls):
         path = image.with_name(f"{image.stem}-hint{f'-{i + 1}' if len(controls) > 1 else ''}.png")
-        save_png(Image.fromarray(to_uint8(control.hint[0].expand(3, -1, -1))), path, {})  # also of one channel
+        hint = control.hint[0]  # of four channels the last is the opacity, of other numbers some are shown
+        hint = hint if len(hint) == 4 else hint[:3] if len(hint) > 2 else hint[:1].expand(3, -1, -1)
+        save_png(Image.fromarray(to_uint8(hint)), path, {})
         tqdm.write(f"the hint is saved as {path}", file=sys.stderr)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from controlnet.common.image_files import FORMATS, open_image, read_image
+from controlnet.common.image_files import FORMATS, read_image
+from controlnet.hints import hint_file
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -143,37 +144,11 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def read_hint(path: Path, channels: int) -> np.ndarray:
-    """A hint (H, W, `channels`): 1 is gray, 3 is RGB, 4 is RGB with the transparency; any number from a .npy array.
-
-    An array is (H, W) or (H, W, C), uint8 or floats in [0, 1]. Raises BadSample.
-    """
-    if path.suffix == ".npy":
-        hint = read_array(path)
-    elif channels == 3:
-        hint = read_pixels(path)
-    else:
-        try:
-            hint = np.array(open_image(path).convert({1: "L", 4: "RGBA"}.get(channels, "RGB")))
-        except ValueError as error:
-            raise BadSample(str(error)) from error
-        hint = hint.reshape(*hint.shape[:2], -1)
-    if hint.shape[2] != channels:
-        raise BadSample(f'"{path}" has {hint.shape[2]} channels, expected {channels} (--hint-channels)')
-    return hint
-
-
-def read_array(path: Path) -> np.ndarray:
+    """(H, W, `channels`), as controlnet/hints/hint_file.py reads it. Raises BadSample."""
     try:
-        hint = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BadSample(f'"{path}" is not readable as an array ({error})') from error
-    if hint.dtype.kind == "f":
-        if not np.isfinite(hint).all() or hint.min() < 0 or hint.max() > 1:
-            raise BadSample(f'"{path}" has values outside [0, 1], expected floats within it, or uint8')
-        hint = np.rint(255 * hint).astype(np.uint8)
-    if hint.dtype != np.uint8 or hint.ndim not in (2, 3):
-        raise BadSample(f'"{path}" is {hint.dtype} with {hint.ndim} axes, expected uint8 or floats (H, W, C)')
-    return hint.reshape(*hint.shape[:2], -1)
+        return hint_file.read_hint(path, channels)
+    except ValueError as error:
+        raise BadSample(str(error)) from error
 
 
 def check_same_shape(image: np.ndarray, hint: np.ndarray, entry: Entry) -> None:

@@ -175,7 +175,7 @@ def test_hints_have_the_channels_that_are_asked_for(tmp_path):
     assert read_hint(tmp_path / "gray.png", 3).shape == (6, 5, 3)
     six = read_hint(tmp_path / "six.npy", 6)
     assert six.shape == (6, 5, 6) and six.flat[0] == 0 and six.flat[-1] == 255
-    with pytest.raises(BadSample, match="6 channels, expected 3"):
+    with pytest.raises(BadSample, match="6 channels, and the ControlNet reads 3"):
         read_hint(tmp_path / "six.npy", 3)
     np.save(tmp_path / "large.npy", np.full((6, 5), 2.0))
     with pytest.raises(BadSample, match="outside"):

@@ -165,7 +165,8 @@ class Training:
         total, count = 0.0, self.settings.accumulate
         for i in range(count):
             batch = next(self.batches)
-            drawn = self.draws(batch.positions.tolist())  # timesteps, noise, dropped prompts
+            # Timesteps, noise and dropped prompts: with buckets each batch has a size of its own.
+            drawn = self.draws(batch.positions.tolist(), batch.content.mean.shape[1:])
             inputs = loss_inputs(
                 batch.content,
                 batch.hint,

@@ -143,6 +143,14 @@ def size_of(path: Path) -> tuple[int, int]:
         raise BadSample(f'"{path}" is not readable as an image ({error})') from error
 
 
+def check_file(path: Path) -> None:
+    """That it is there and, if it is no array, has the header of an image. Raises BadSample."""
+    if not path.is_file():
+        raise BadSample(f'"{path}" does not exist')
+    if path.suffix.lower() != ".npy":
+        size_of(path)
+
+
 def read_hint(path: Path, channels: int) -> np.ndarray:
     """(H, W, `channels`), as controlnet/hints/hint_file.py reads it. Raises BadSample."""
     try:

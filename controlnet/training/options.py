@@ -61,8 +61,10 @@ class TrainSettings:
     size: str | None = in_data(
         "training resolution in pixels (default: the base's own)", type=size_argument, metavar="N|WxH"
     )
+    buckets: bool = in_data("sizes of as many pixels in the shapes of the images, not all cropped to one", False)
     detect: str | None = in_data("make the hints from the images: canny, canny:low=50, tile ...", metavar="NAME")
     hint_channels: int = in_data("of the hints (default: %(default)s)", 3, type=positive, metavar="N")
+    label_maps: bool = in_data("take the numbers of label maps (0, 1, 2 ...), black to the eye, as they are", False)
     random_crop: bool = in_data("crop at random, not in the centre (needs --no-cache)", False)
     flip: bool = in_data("mirror half of the pairs (needs --no-cache)", False)
     validation: int | None = in_data(

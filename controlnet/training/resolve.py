@@ -31,6 +31,10 @@ def resolve(given: dict) -> TrainSettings:
         before = from_json(TrainSettings, run.written()["settings"], str(run.settings_file))
         run.check_fixed(given, before)
         settings = TrainSettings(**{**before, **given, "resume": True})
+        if settings.buckets and settings.batch_size != (size := before.get("batch_size")):
+            raise ValueError(
+                f"with --buckets each batch has one size, and the run was started with --batch-size {size}"
+            )
         if settings.lr_schedule == "cosine" and given.get("steps", 0) > before.get("steps", math.inf):
             note(
                 f"the learning rate rises again: it falls to 0 at step {settings.steps} now, no longer at "

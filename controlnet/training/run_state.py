@@ -29,9 +29,9 @@ from controlnet.common.program import flag_of, note, out_of_memory
 from ldm.checkpoints.files import new_file, remove_leftovers
 
 from .distributed import launch
+from .identity import differences
 from .lock import locked
 from .options import TrainSettings
-from .sources import differences
 
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors")
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from controlnet.training.folders import list_folder
-from controlnet.training.sources import FolderSource, Transform
+from controlnet.training.sources import FolderSource
+from controlnet.training.transform import Transform
 from controlnet.worlds import WORLDS
 from tools import check_data, make_data
 

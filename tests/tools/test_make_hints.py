@@ -10,7 +10,8 @@ from PIL import Image
 
 from controlnet.hints import DETECTORS, Detector, detect
 from controlnet.training.folders import list_folder
-from controlnet.training.sources import FolderSource, Transform
+from controlnet.training.sources import FolderSource
+from controlnet.training.transform import Transform
 from tools import make_hints
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from controlnet.objective import seeded
 from controlnet.training.folders import BadSample, Entry, list_folder, read_hint
 from controlnet.training.options import TrainSettings
-from controlnet.training.sources import FolderSource, Transform, open_sources, split
+from controlnet.training.sources import FolderSource, open_sources, split
+from controlnet.training.transform import Transform
 from controlnet.worlds import WORLDS
 
 # ------------------------------------------------------------------------------------------------------ transform
@@ -205,7 +206,7 @@ def test_a_world_by_its_name(name):
         and held_out.caption == WORLDS[name](64, 0, held_out=True)[4].caption
     )
     assert np.array_equal(sources.train.hint(4), train.hint)
-    assert sources.train.fingerprint() != sources.validation.fingerprint()
+    assert sources.train.identity() != sources.validation.identity()
 
 
 def test_the_published_set_comes_before_the_world(tmp_path, monkeypatch):
@@ -224,7 +225,7 @@ def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
         save(hint, np.zeros((64, 64, 3), np.uint8))
 
     def current():
-        return FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64))).fingerprint()
+        return FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64))).identity().fingerprint
 
     before = current()
     assert current() == before

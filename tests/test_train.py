@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -36,7 +37,8 @@ from controlnet.training.folders import list_folder
 from controlnet.training.interruptions import Signals
 from controlnet.training.lock import locked
 from controlnet.training.resolve import config_of, resolve
-from controlnet.training.sources import FolderSource, Transform, split
+from controlnet.training.sources import FolderSource, split
+from controlnet.training.transform import Transform
 from controlnet.training.validation import ValidationLoss
 from ldm import StableDiffusion
 from ldm.config import ScheduleConfig
@@ -376,7 +378,7 @@ def test_the_same_command_goes_on_with_the_latents(base, tmp_path, capsys, monke
         assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 128 + number
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error == "train.py: stopped at once: the same command goes on where it was"
-        assert [path.name for path in (tmp_path / "cache").glob("*.safetensors")] == ["000000.safetensors"]
+        assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
         calls, original = [], latent_cache.encode
         patch.setattr(latent_cache, "encode", lambda *given: calls.append(given) or original(*given))
         assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 0 and len(calls) == 1
@@ -672,10 +674,42 @@ def test_a_folder_of_pairs_is_trained_on(base, tmp_path, channels, how):
         assert grid.size == (4 * 128, 64)
 
 
+@pytest.mark.parametrize("how", [[], ["--no-cache"]])
+def test_buckets_train_each_shape_uncropped_and_resume_exactly(base, tmp_path, capsys, how):
+    """Three shapes, one of a single picture, and hints that are the pictures."""
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for i, size in enumerate([(64, 64)] * 3 + [(128, 32)] * 3 + [(32, 128)]):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(pairs / f"{i}.png")
+    lines = [{"target": f"{i}.png", "source": f"{i}.png", "prompt": f"number {i}"} for i in range(7)]
+    (pairs / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
+    data = ["--data", str(pairs), "--buckets", "--validation", "0", "--images", "100", *how]
+    assert run(base, tmp_path / "whole", *data, "--steps", "4") == 0
+    assert "images of 3 sizes (width x height): 64x64 for 3, 32x128 for 3, 128x32 for 1" in capsys.readouterr().out
+    assert run(base, tmp_path / "parts", *data, "--steps", "2") == 0
+    assert resume(tmp_path / "parts", "--steps", "4") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert resume(tmp_path / "parts", "--steps", "6", "--batch-size", "3") == 2
+    assert (
+        "with --buckets each batch has one size, and the run was started with --batch-size 2" in capsys.readouterr().err
+    )
+
+
+def test_label_maps_are_asked_about(base, tmp_path, capsys):
+    data = own_pairs(tmp_path / "pairs")
+    for path in (tmp_path / "pairs" / "pictures").glob("source*"):
+        Image.fromarray(np.repeat(np.arange(3, dtype=np.uint8), 32)[None].repeat(64, axis=0)).save(path)
+    assert run(base, tmp_path / "out", "--steps", "1", *data) == 2
+    error = capsys.readouterr().err
+    assert "source0.png" in error and "label map" in error and "--label-maps" in error and "segmentation" in error
+    assert not (tmp_path / "out" / "cache").exists()
+    assert run(base, tmp_path / "out", "--steps", "1", "--no-cache", *data, "--label-maps") == 0
+
+
 def test_hints_are_made_from_the_pictures(base, tmp_path):
     data = own_pairs(tmp_path / "pairs")
     assert run(base, tmp_path / "out", "--steps", "1", *data, "--detect", "canny") == 0
-    with Image.open(tmp_path / "out" / "cache" / "hints" / "000000.png") as hint:
+    with Image.open(next((tmp_path / "out" / "cache" / "hints").iterdir())) as hint:
         assert set(np.unique(np.array(hint))) == {0, 255}
 
 
@@ -791,7 +825,7 @@ def change_unet(folder, base):
 
 CHANGES = {
     "captions": edit_caption,
-    "file contents": edit_image,
+    "images": edit_image,
     "samples: 3 where 4 was": remove_pair,
     "file names": rename_hints,
     "UNet": change_unet,
@@ -1005,15 +1039,51 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("how", [[], ["--detect", "canny", "--ema", "0.9", "--keep", "3"], ["--sd-unlocked"]])
+def test_a_dry_run_knows_what_the_run_will_write(base, tmp_path, capsys, how):
+    """And that it fits, to a fifth: files have headers, and the optimizer's state has steps."""
+    data, out = [*own_pairs(tmp_path / "pairs", count=20), *how, "--save-every", "1"], tmp_path / "out"
+    assert run(base, out, "--steps", "3", *data, "--dry-run") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    said = {what: float(size) for size, what in re.findall(r"([\d.e+-]+) MB for ([^,;]+)", line)}
+    keep = 3 if "--keep" in how else 2
+    assert run(base, out, "--steps", "3", *data) == 0
+    written = {
+        "latents": sum(file.stat().st_size for file in (out / "cache").rglob("*.*")),
+        f"{keep + 1} states": (keep + 1) * max(file.stat().st_size for file in (out / "state").iterdir()),
+        **{file.name: file.stat().st_size for file in out.glob("*.safetensors")},
+    }
+    assert said.keys() == written.keys()
+    assert {what: size * 1e6 for what, size in said.items()} == pytest.approx(written, rel=0.2)
+
+
+@pytest.mark.parametrize("what", ["too full", "another run", "no cache", "no image"])
+def test_a_dry_run_refuses_what_would_fail_later(base, tmp_path, capsys, monkeypatch, copy_of_run, what):
+    data, how = own_pairs(tmp_path / "pairs", count=20), ["--dry-run", "--steps", "1"]
+    words = {"too full": "give another folder as --out", "another run": "holds a run", "no cache": "something else"}
+    if what == "too full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    elif what == "another run":
+        copy_of_run(tmp_path / "out", "--steps", "2")
+    elif what == "no cache":
+        how += ["--cache", str(tmp_path / "pairs")]
+    else:
+        (tmp_path / "pairs" / "pictures" / "source3.png").write_bytes(b"GIF")
+    capsys.readouterr()
+    assert run(base, tmp_path / "out", *data, *how) == 2
+    error = capsys.readouterr().err
+    assert words.get(what, "source3.png") in error and error.strip().count("\n") == 0
+
+
 def test_a_dry_run_names_the_batch_size_that_fits(base, tmp_path, capsys):
     plan = ["--steps", "1", "--dry-run", "--sd-unlocked", "--sample-count", "0"]
     assert run(base, tmp_path / "out", *plan, "--fit", "1") == 0
-    *_, together, plain, checkpointed = capsys.readouterr().out.splitlines()
+    *_, together, plain, checkpointed, _ = capsys.readouterr().out.splitlines()
     assert "at most, all together" in together
     most = [int(line.split("1 GB hold --batch-size ")[1].split()[0]) for line in (plain, checkpointed)]
     assert 2 < most[0] < most[1] and "--checkpointing" in checkpointed and "--checkpointing" not in plain
     assert run(base, tmp_path / "out", *plan, "--fit", "0.1", "--checkpointing") == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.splitlines()[-2]
     assert line.startswith("0.1 GB do not hold --batch-size 1 --checkpointing, which needs 0.")
     assert line.endswith(
         ": leave out --sd-unlocked, add --precision fp16, add --optimizer adamw8bit, or give a smaller --size"

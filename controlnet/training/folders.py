@@ -76,8 +76,8 @@ def list_folder(folder: str | Path, need_hints: bool = True) -> Listing:
             raise ValueError(f'"{folder}" has no layout that is known: expected {expected} in it')
         listing = list_parallel(folder, need_hints)
     if not listing.entries:
-        first = f" (the first problem: {listing.problems[0]})" if listing.problems else ""
-        raise ValueError(f'"{folder}" holds no pair to train on{first}: see `python -m tools.check_data {folder}`')
+        problems = "; ".join(listing.problems[:3]) or "it lists none"
+        raise ValueError(f'"{folder}" holds no pair to train on: {problems}')
     return listing
 
 

@@ -4,7 +4,7 @@
     python train.py --base sd15 --data my/pairs --precision fp16 --checkpointing --batch-size 4
     torchrun --nproc_per_node=4 train.py ...           # each batch four times as large; --shard takes less memory
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=4 train.py ...       # on each of two machines
-    python train.py ... --dry-run                      # what it would train, and in how much memory
+    python train.py ... --dry-run                      # what it would train, in how much memory and disk
 
 The run's folder gets settings.json, log.jsonl, grids of validation hints in samples/, control.safetensors for infer.py
 and other programs, and state/, from which `--resume` goes on exactly where a run was stopped, in whatever way. Of

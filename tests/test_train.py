@@ -844,7 +844,8 @@ def test_a_run_does_not_go_on_with_other_data_or_another_base(own_run, tmp_path,
     assert resume(out, "--steps", "2", "--data", str(pairs), "--base", str(mine)) == 2
     error = capsys.readouterr().err
     assert "other data or another base (" in error and f"{what}" in error.split("(")[1].split(")")[0]
-    assert str(out / "control.safetensors") in error and error.strip().count("\n") == 0
+    assert f"--control {out / 'control.safetensors'}" in error and f"--cache {out / 'cache'}" in error
+    assert error.strip().count("\n") == 0
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -1135,7 +1136,7 @@ def test_a_disk_that_is_full_of_latents_is_one_sentence(base, tmp_path, capsys):
     with no_file_above(20_000):
         assert run(base, tmp_path, "--steps", "1") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
-    assert len(error) == 1 and "cache/000000.safetensors" in error[0] and "--cache" in error[0]
+    assert len(error) == 1 and f"{tmp_path}/cache/" in error[0] and "--cache" in error[0]
     assert run(base, tmp_path, "--steps", "1") == 0
 
 

@@ -61,9 +61,17 @@ class TrainSettings:
     size: str | None = in_data(
         "training resolution in pixels (default: the base's own)", type=size_argument, metavar="N|WxH"
     )
-    buckets: bool = in_data("sizes of as many pixels in the shapes of the images, not all cropped to one", False)
+    buckets: bool = in_data(
+        "crop each image to the nearest shape of a few with as many pixels, one a batch; validation pairs to --size",
+        False,
+    )
     detect: str | None = in_data("make the hints from the images: canny, canny:low=50, tile ...", metavar="NAME")
-    hint_channels: int = in_data("of the hints (default: %(default)s)", 3, type=positive, metavar="N")
+    hint_channels: int = in_data(
+        "of the hints: 1 gray, 3 RGB, 4 with opacity, any number from .npy files (default: %(default)s)",
+        3,
+        type=positive,
+        metavar="N",
+    )
     label_maps: bool = in_data("take the numbers of label maps (0, 1, 2 ...), black to the eye, as they are", False)
     random_crop: bool = in_data("crop at random, not in the centre (needs --no-cache)", False)
     flip: bool = in_data("mirror half of the pairs (needs --no-cache)", False)
@@ -81,7 +89,7 @@ class TrainSettings:
         metavar="P",
     )
     cache: Path | None = in_data(
-        "folder for cached latents; runs on the same data can share it (default: OUT/cache)",
+        "folder for cached latents, which runs on the same base can share (default: OUT/cache)",
         fixed=False,
         type=Path,
         metavar="DIR",
@@ -166,7 +174,7 @@ class TrainSettings:
     shard: bool = in_machine("AdamW's moments shared out among the processes of torchrun, not kept by each", False)
     deterministic: bool = in_machine("bit-identical runs on CUDA, too; slower", False)
     compile: bool = in_machine("torch.compile: slow to start, then faster", False)
-    dry_run: bool = in_machine("print the plan and the memory it needs, train nothing", False, passing=True)
+    dry_run: bool = in_machine("print the plan, what it needs of memory and disk, train nothing", False, passing=True)
     fit: float | None = in_machine(
         "with --dry-run: also the largest batch size that fits into so many GB (10^9 bytes)",
         type=positive_number,

@@ -172,10 +172,12 @@ class RunFolder:
         """Writes settings.json, or finds the same `data` (a fingerprint) in that of the run that goes on at `step`."""
         before = self.written()["data"] if step else data
         if before != data:
+            cache = settings.cache or self.path / "cache"
+            latents = "" if settings.no_cache else f", and --cache {cache} for its latents"
             raise ValueError(
                 f"the run in {self.path} was started with other data or another base ({differences(before, data)}): "
                 f"give the same as --data and --base, or start another run, with --control {self.control} to go on "
-                "from what was learned"
+                f"from what was learned{latents}"
             )
         for folder in ("state", "samples"):
             (self.path / folder).mkdir(exist_ok=True)

@@ -147,6 +147,18 @@ def test_a_single_file_has_a_hint_too(images, tmp_path, capsys):
         assert np.array_equal(pixels(tmp_path / "hints" / name), detect("canny", pixels(images / "a.png"), low=50))
 
 
+@pytest.mark.parametrize("name, line", [("invert", 0), ("threshold", 255), ("gray", None)])
+def test_white_strokes_on_a_transparent_ground_stay_strokes(tmp_path, name, line):
+    """Of a drawing; a photograph is laid on white, as it is when it is trained on."""
+    strokes = np.full((64, 64, 4), 255, np.uint8)
+    strokes[..., 3] = 0
+    strokes[30:33, :, 3] = 255
+    Image.fromarray(strokes).save(tmp_path / "in.png")
+    assert run(name, tmp_path / "in.png", tmp_path / "out") == 0
+    hint = pixels(tmp_path / "out/in.png")
+    assert np.all(hint == 255) if line is None else np.all(hint[31] == line) and np.all(hint[0] == 255 - line)
+
+
 def test_poses_and_maps_are_read_from_their_files(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()

@@ -80,7 +80,7 @@ def test_crops_and_enlargements_are_said_in_numbers(tmp_path):
     shapes = [(64, 64), (64, 128), (96, 128), (32, 64)]
     crop, enlarged = framing(source_of(tmp_path, shapes, size=(64, 64)), 8)
     assert crop.startswith("the crop to 64x64 takes 31% of an image on average, at most 50% (") and "1.png" in crop
-    assert crop.endswith("; with --buckets 8% on average")
+    assert crop.endswith("; with --buckets 6% on average")
     assert enlarged.startswith("1 of 4 images are smaller than 64x64 and are enlarged, at most 2.0 times (")
     assert "3.png" in enlarged
     buckets = bucket_sizes((64, 64), 32)

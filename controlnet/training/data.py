@@ -110,7 +110,7 @@ class TrainingData:
         endless = settings.no_cache and isinstance(train, WorldSource) and settings.images is None
         if process.is_main:
             print(summary(self.sources, endless), *framing(train, size_multiple(sd.config)), sep="\n")
-        order = self.order(range(len(train))) if not endless else Shuffled(len(train), settings.seed, endless)
+        order = Shuffled(len(train), settings.seed, endless) if endless else self.order(range(len(train)))
         # Spawned workers get a copy of `read`: not of this object, with its networks.
         self.pairs = Pairs(partial(read_images, train, settings.seed), order)
 
@@ -136,7 +136,7 @@ class TrainingData:
         check_folder(folder, self.fingerprint)
         builders = process.sharing(folder)
         first = process.rank == builders[0]
-        # Of several runs that share a cache one computes it, the others wait and find it complete.
+        # Of several runs that share a cache one computes at a time, and the next finds what it has made.
         with locked(folder, wait=True) if first else nullcontext():
             if first:
                 prepare_folder(folder, self.fingerprint)

@@ -125,9 +125,10 @@ def build(
     """Computes what is missing in a prepared folder; each of several processes its share of the files, and `workers`
     of its own read the images for it."""
     firsts = sorted({key: i for i, key in reversed([*enumerate(keys)])}.values())  # of equal samples one is enough
-    shares = cut(firsts, SHARD)[rank::world_size]
+    # No image of another size fits into a batch.
+    shares = [share for indices in by_size(source, firsts) for share in cut(indices, SHARD)][rank::world_size]
     stored = Stored(folder, [keys[i] for share in shares for i in share], check=True)
-    shards = [shard for share in shares for shard in by_size(source, [i for i in share if not stored.has(keys[i])])]
+    shards = [shard for share in shares if (shard := [i for i in share if not stored.has(keys[i])])]
     batches = [cut(shard, encoding_batch(source.size(shard[0]))) for shard in shards]
     # Latents that are there may lack the hints of this run's detector.
     hints = [i for share in shares for i in share if stored.has(keys[i]) and stored.lacks_hint(source, keys[i])]
@@ -148,7 +149,7 @@ def build(
 
 
 def by_size(source: Source, indices: list[int]) -> list[list[int]]:
-    """Those of one size together: no image of another size fits into their batch."""
+    """Those of one size together, in their order."""
     sizes = {}
     for index in indices:
         sizes.setdefault(source.size(index), []).append(index)

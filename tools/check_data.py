@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 NAMED_AT_MOST = 10  # files of a finding
 PAIRS_OF_SHEET = 16
-SIDES_OF_BUCKETS = 64  # are multiples of this, as for SD
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +54,8 @@ def check(args: argparse.Namespace) -> int:
     from controlnet.training.transform import Transform, bucket_sizes
 
     size = height_and_width(args.size)
-    transform = Transform(size, buckets=bucket_sizes(size, SIDES_OF_BUCKETS) if args.buckets else ())
+    multiple = 32 if min(size) < 256 else 64  # of buckets' sides: as the small base has them, and SD
+    transform = Transform(size, buckets=bucket_sizes(size, multiple) if args.buckets else ())
     listing = list_folder(args.folder, need_hints=args.detect is None)
     source = FolderSource(str(args.folder), listing.entries, transform, args.hint_channels, args.detect)
 
@@ -65,7 +65,7 @@ def check(args: argparse.Namespace) -> int:
     unusable, odd = look_at_pairs(source, progress)
     problems = listing.problems + unusable
     findings = [one for one in (*odd, *look_at_folder(args.folder, listing.entries)) if one.files]
-    for line in (*problems, *(line for finding in findings for line in lines_of(finding)), *framing(source)):
+    for line in (*problems, *(line for finding in findings for line in lines_of(finding)), *framing(source, multiple)):
         print(line)
     print(f"{len(source) - len(unusable)} pairs are good, {len(problems)} are bad")
     samples = few_of(source, PAIRS_OF_SHEET) if args.sheet else []

@@ -6,7 +6,7 @@ from .sources import FolderSource, Source
 from .transform import Transform, bucket_sizes, cropped_share, enlargement
 
 
-def framing(source: Source, multiple: int = 64) -> list[str]:
+def framing(source: Source, multiple: int) -> list[str]:
     """Sentences on buckets, crops and images that are enlarged, from the images' headers; none for what fits as it is.
 
     `multiple` is what the sides of buckets would be multiples of.

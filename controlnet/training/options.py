@@ -129,9 +129,13 @@ class TrainSettings:
     lr: float | None = in_method(f"the learning rate {by_base('lr')}", type=positive_number, metavar="X")
     warmup: int = in_method("steps up to the full learning rate (default: %(default)s)", 100, type=count, metavar="N")
     lr_schedule: str | None = in_method(
-        f"of the learning rate after the warm-up; cosine ends at 0 {by_base('lr_schedule')}",
-        choices=["constant", "cosine"],
+        f"of the learning rate after the warm-up; all but constant fall to 0 at --steps {by_base('lr_schedule')}",
+        choices=["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"],
     )
+    lr_cycles: int = in_method(
+        "how often cosine_with_restarts falls to 0 (default: %(default)s)", 3, type=positive, metavar="N"
+    )
+    lr_power: float = in_method("of polynomial (default: %(default)s)", 2.0, type=positive_number, metavar="X")
     clip: float = in_method(
         "clip the norm of the gradients to this; the published trainer does not: inf (default: 1)",
         1.0,

@@ -1,6 +1,5 @@
 """From what a command line gives to the settings of a run: those of the run to resume, and what depends on the base."""
 
-import math
 import shlex
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, Config
 
 from .distributed import launch, started_again
+from .lr_schedules import lr_schedule_of
 from .options import LAPTOP, PAPER, TrainSettings
 from .run_state import RunFolder
 
@@ -31,11 +31,7 @@ def resolve(given: dict) -> TrainSettings:
         before = from_json(TrainSettings, run.written()["settings"], str(run.settings_file))
         run.check_fixed(given, before)
         settings = TrainSettings(**{**before, **given, "resume": True})
-        if settings.lr_schedule == "cosine" and given.get("steps", 0) > before.get("steps", math.inf):
-            note(
-                f"the learning rate rises again: it falls to 0 at step {settings.steps} now, no longer at "
-                f"{before['steps']}"
-            )
+        note_rising_rate(run, TrainSettings(**before), settings)
     if settings.fit and not settings.dry_run:
         raise ValueError("--fit only tells which batch size fits: add --dry-run, then train with that --batch-size")
     if settings.tensorboard:
@@ -51,6 +47,19 @@ def resolve(given: dict) -> TrainSettings:
             "--shard"
         )
     return settings
+
+
+def note_rising_rate(run: RunFolder, before: TrainSettings, now: TrainSettings) -> None:
+    """A schedule that falls over more steps than before is higher where the run goes on: that must not be silent."""
+    if run.states():
+        step = int(run.states()[-1].stem)
+        last, next_one = (settings.lr * lr_schedule_of(settings)(step) for settings in (before, now))
+        if next_one > last and now.lr == before.lr:
+            note(
+                f"the learning rate rises at step {step} from {last:.1e} to {next_one:.1e}: {now.lr_schedule} falls to "
+                f"0 at step {now.steps} now, no longer at {before.steps} (--lr takes a lower one, --lr-schedule "
+                "constant keeps it)"
+            )
 
 
 def infer_command(settings: TrainSettings, run: RunFolder) -> str:

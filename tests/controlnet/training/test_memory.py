@@ -17,8 +17,9 @@ from torch import nn
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
+from controlnet.training.lr_schedules import constant_schedule
 from controlnet.training.memory import Estimate, Memory, Prediction, table
-from controlnet.training.optimisation import Optimisation, constant_schedule
+from controlnet.training.optimisation import Optimisation
 from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.resolve import control_config
 from controlnet.training.simulation import StorageCounter, casts_of, size_of

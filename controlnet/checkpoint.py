@@ -26,7 +26,6 @@ from ldm.unet import UNet
 
 from .config import ControlConfig
 from .layouts import (
-    IGNORED_BESIDE_CONTROL,
     check_family,
     control_map,
     control_values,
@@ -51,7 +50,8 @@ class ControlCheckpoint:
     ) -> Self:
         """A trained ControlNet for `base`, on the device of its UNet and in its dtype unless others are given.
 
-        It comes from a file or folder in any published layout, or from `weights/` by its name there (`find_control`).
+        It comes from a file or folder in any published layout, from a training run's folder or one of its states, or
+        from `weights/` by its name there (`find_control`).
         It is locked: in eval mode and without gradients (call `requires_grad_` to train it on). Of a file with a base
         and its ControlNet only the latter is read, with a warning if that base is not the one given. To a file that
         holds the difference to a base, the one given is added. `global_average_pooling` says what no tensor does: see
@@ -67,7 +67,7 @@ class ControlCheckpoint:
         like = next(unet.parameters())
         device, dtype = torch.device(device or like.device), dtype or like.dtype
         parts = [(control, found.key_map(unet.config))]
-        load_parts(checkpoint, parts, IGNORED_BESIDE_CONTROL, torch.float32 if found.difference else dtype, device)
+        load_parts(checkpoint, parts, found.ignored, torch.float32 if found.difference else dtype, device)
         if found.difference:
             control.add_encoder(unet)
             control.to(dtype)
@@ -168,12 +168,13 @@ TINY_CONTROLS = {"pose": "tiny-pose", "circles": "tiny-fill50k", "canny": "tiny-
 
 
 def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
-    """A file or folder, or one in `weights/` by its name or, for a base with this UNet, its short name.
+    """A file or folder, a run's folder for what it has trained, or one in `weights/` by its name or, for a base with
+    this UNet, its short name.
 
     Short names are those of `TINY_CONTROLS`, "fill50k" for tiny-fill50k.safetensors, and "canny" for
     control_v11p_sd15_canny.pth. Raises CheckpointError if there is none.
     """
-    path, name, weights = as_path(path_or_name), str(path_or_name), published.WEIGHTS
+    path, name, weights = of_run(as_path(path_or_name)), str(path_or_name), published.WEIGHTS
     files = [path, weights / name, *(weights / f"{name}{suffix}" for suffix in (".safetensors", ".pth"))]
     files += [file for preset in PRESETS.values() if preset.unet == unet for file in short_named(name, preset.name)]
     for file in files:
@@ -186,6 +187,12 @@ def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
         for file in short_named(name, preset):
             advice = f"{file.name} is for another base, so say --base {preset}"
     raise CheckpointError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: {advice}')
+
+
+def of_run(path: Path) -> Path:
+    """What a training run has saved, of its folder; any other path as it is."""
+    saved = path / "control.safetensors"
+    return saved if saved.is_file() and (path / "settings.json").is_file() else path
 
 
 def short_named(name: str, preset: str) -> list[Path]:

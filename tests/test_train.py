@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from small import SMALLEST, small_control
 from small import small_sd as sd_of
 from written import write_small_lora
 
+import infer
 import train
 from controlnet.hints import detect as detector
 from controlnet.model import ControlNet
@@ -139,11 +141,18 @@ def test_what_nobody_gives_depends_on_the_base(tmp_path, name, recipe):
 def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, capsys):
     assert run(base, tmp_path, "--steps", "2", "--sample-count", "2") == 0
     said = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("step 2: loss 0.") and ", control measure " in line and ", iou 0." in line for line in said
+    )
     assert said[0].startswith("training on 8 pairs of fill50k, 2 for validation: a synthetic dataset")
-    assert said[-1].endswith(f"--hint circle.png --control {tmp_path / 'control.safetensors'}")
+    python, program, *command = shlex.split(said[-1])
+    assert (python, program) == ("python", "infer.py")
+    assert infer.main([*command, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "made")]) == 0
+    shutil.rmtree(tmp_path / "made")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith("cache/") and name != ".lock"}
-    want = {"control.safetensors", "state/000002.pt", "samples/000002.png", "log.jsonl", "settings.json"}
+    want = {"control.safetensors", "control-000002.safetensors", "control-best.safetensors", "state/000002.pt"}
+    want |= {"samples/000002.png", "log.jsonl", "settings.json", "report.html", "example.png"}
     assert files == want
     control = control_of(tmp_path)
     assert len([key for key in control if key.startswith("control_model.zero_convs.")]) == 2 * 4
@@ -152,7 +161,7 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     first, second = steps_of(tmp_path)
     assert [first["step"], second["step"]] == [1, 2]
     assert first.keys() == {"step", "loss", "lr", "gradient", "skipped", "bad"}
-    assert second.keys() - first.keys() == {"validation_loss", "zero_convs", "iou"}
+    assert second.keys() - first.keys() == {"validation_loss", "control_measure", "zero_convs", "iou", "grid"}
     assert len(second["zero_convs"]) == 5 and min(second["zero_convs"]) > 0 and 0 <= second["iou"] <= 1
     with Image.open(tmp_path / "samples" / "000002.png") as grid:
         assert grid.size == (4 * SMALLEST.resolution, 2 * SMALLEST.resolution)
@@ -165,7 +174,7 @@ def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
     lora = f"{write_small_lora(tmp_path / 'ink.safetensors', SMALLEST)}:0.5"
     StableDiffusion.load(base, loras=[lora]).save(tmp_path / "merged.safetensors")
     assert run(base, tmp_path / "a", "--lora", lora, "--steps", "1") == 0
-    assert f" --base {base} --lora {lora} --hint " in capsys.readouterr().out.splitlines()[-1]
+    assert f" --base {base} --lora {lora} --control " in capsys.readouterr().out.splitlines()[-1]
     assert run(tmp_path / "merged.safetensors", tmp_path / "b", "--steps", "1") == 0
     assert_equal(control_of(tmp_path / "a"), control_of(tmp_path / "b"))
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["settings"]["lora"] == [lora]
@@ -178,18 +187,24 @@ def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option, status", [("--help", 0), ("--stepz", 2)])
+@pytest.mark.parametrize("option, status", [("--help", 0), ("--unheard-of", 2), ("--learning_rate", 2)])
 def test_help_and_mistakes_answer_without_torch(tmp_path, option, status):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "train.py", option]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == status and "--resume" in done.stdout + done.stderr
+    assert done.returncode == status and ("--resume" in done.stdout + done.stderr or "--lr here" in done.stderr)
 
 
 def test_only_the_newest_states_are_kept(base, tmp_path, cache):
     assert run(base, tmp_path, "--steps", "6", *cache) == 0
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["000004.pt", "000006.pt"]
+    controls = {path.name.removeprefix("control").removesuffix(".safetensors") for path in tmp_path.glob("control*")}
+    assert controls == {"", "-000004", "-000006", "-best"}
+    assert (tmp_path / "control.safetensors").samefile(tmp_path / "control-000006.safetensors")
+    losses = {line["step"]: line["validation_loss"] for line in steps_of(tmp_path) if "validation_loss" in line}
+    state = torch.load(tmp_path / "state" / "000006.pt", weights_only=True)
+    assert losses.keys() == {2, 4, 6} and state["position"]["best"] == min(losses.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
@@ -286,9 +301,9 @@ def test_a_save_holds_the_step_at_which_it_began_though_the_training_goes_on(bas
             later.set()
         return original(*given)
 
-    def late(training, state):
+    def late(training, state, best):
         assert later.wait(60)
-        write(training, state)
+        write(training, state, best)
         if state["step"] == 2:
             training.run.control.rename(tmp_path / "control.safetensors")
 
@@ -489,7 +504,7 @@ def test_a_base_without_autoencoder_is_trained_with_another_one(base, tmp_path, 
     arguments = ("--steps", "1", "--vae", str(vae))
     assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments, "--dry-run") == 0
     assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments) == 0
-    assert f"--vae {vae} --hint" in capsys.readouterr().out
+    assert f"--vae {vae} --control" in capsys.readouterr().out
     assert run(base, tmp_path / "whole", "--steps", "1") == 0
     assert_equal(control_of(tmp_path / "out"), control_of(tmp_path / "whole"))
     capsys.readouterr()
@@ -534,7 +549,7 @@ def test_a_grid_that_overflows_is_left_out_and_the_run_goes_on(base, tmp_path, c
     def fail(*_):
         raise FloatingPointError("vae.decoder gives values that are not finite")
 
-    monkeypatch.setattr("controlnet.training.validation.Preview.save", fail)
+    monkeypatch.setattr("controlnet.training.previews.Preview.save", fail)
     assert run(base, tmp_path, "--steps", "1", "--sample-count", "1", *cache) == 0
     assert "there is no grid of step 1: vae.decoder" in capsys.readouterr().err
     assert (tmp_path / "control.safetensors").exists()
@@ -632,12 +647,10 @@ def test_the_average_is_what_is_saved(base, tmp_path, cache):
 
 def test_what_is_saved_is_what_is_validated(base, tmp_path, cache, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        ValidationLoss, "__call__", lambda self, loss: seen.append(zero_conv_norms(loss.control)) or 1.0
-    )
+    monkeypatch.setattr(ValidationLoss, "__call__", lambda self, loss: seen.append(zero_conv_norms(loss.control)) or {})
     assert run(base, tmp_path, "--steps", "3", "--ema", "0.9", *cache) == 0
     saved = ControlNet.load(tmp_path / "control.safetensors", small_sd())
-    assert seen == [steps_of(tmp_path)[-1]["zero_convs"]] == [pytest.approx(zero_conv_norms(saved))]
+    assert seen[-1] == steps_of(tmp_path)[-1]["zero_convs"] == pytest.approx(zero_conv_norms(saved))
 
 
 def test_the_control_can_be_saved_in_half(base, tmp_path, cache):
@@ -921,7 +934,10 @@ BAD_CALLS = [
     (["--control", "x.safetensors", "--architecture", "lite"], "leave out --architecture"),
     (["--cache", "/proc"], "empty or new folder as --cache"),
     (["--optimizer", "adamw8bit"], "pip install bitsandbytes"),
-    (["--tensorboard"], "pip install tensorboard"),
+    (["--log", "tensorboard"], "pip install tensorboard"),
+    (["--log", "wandb"], "pip install wandb"),
+    (["--steps", "2", "--epochs", "3"], "leave out one"),
+    (["--validate", "nowhere.png", "a cat"], "nowhere.png"),
 ]
 
 
@@ -1054,7 +1070,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_saved_is_whole(tmp_path, copy_
         assert resume(tmp_path, "--steps", "4") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert len(error) == 1 and "what was saved is intact" in error[0]
-    assert str(tmp_path / ("state/000004.pt" if what == "state" else "control.safetensors")) in error[0]
+    assert str(tmp_path / ("state/000004.pt" if what == "state" else "control-000004.safetensors")) in error[0]
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002.pt"] and state.read_bytes() == whole
     assert what == "state" or assert_equal(control_of(tmp_path), before) is None
     assert not list(tmp_path.rglob("*.tmp"))

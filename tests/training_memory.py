@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -49,11 +48,12 @@ def measured(settings: TrainSettings) -> int:
     settings.out.mkdir()
     training = Training(settings, Process(0, 1, CPU))
     training.open_data(0)
-    with training.writer:
+    progress = Progress(training.run, settings, 0)
+    with progress, training.writer:
         for step in range(STEPS):
             training.step()
             if step + 1 < STEPS:
-                training.save(step + 1, Progress(training.run, tqdm(disable=True), tensorboard=False))
+                training.save(step + 1, progress)
     return resident("VmHWM") - before
 
 

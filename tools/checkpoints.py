@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from controlnet.checkpoint import short_named
+from controlnet.checkpoint import of_run, short_named
 from controlnet.common.program import note
 from controlnet.layouts import ControlFile, context_widths, control_map, recognise_control
 from controlnet.model import ControlNet
@@ -45,7 +45,7 @@ def find_model(name: str) -> tuple[Path, Config | None]:
     """
     path, preset = find(name)
     if path.exists():
-        return path, preset
+        return of_run(path), preset
     files = [file for preset in PRESETS for file in short_named(name, preset)]
     if len(files) > 1:
         names = " or ".join(file.name for file in files)

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.layouts import IGNORED_BESIDE_CONTROL, ControlFile
+from controlnet.layouts import ControlFile
 from ldm import StableDiffusion
 from ldm.checkpoints.key_maps import encoder_length
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, is_finite, without_weights
@@ -69,7 +69,7 @@ def check_fit(checkpoint: Checkpoint, found: Contents, control_unet: UNetConfig 
         with without_weights():
             control = ControlNet(UNet(control_unet), found.control.config)
         parts = [(control, found.control.key_map(control_unet))]
-        left_out |= check_keys(checkpoint, parts, IGNORED_BESIDE_CONTROL)
+        left_out |= check_keys(checkpoint, parts, found.control.ignored)
     return left_out
 
 

@@ -6,7 +6,7 @@ from controlnet.checkpoint import find_control
 from controlnet.common.devices import pick_device
 from controlnet.common.images import Size
 from controlnet.config import ControlConfig
-from controlnet.layouts import IGNORED_BESIDE_CONTROL, check_family, recognise_control
+from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
 from ldm.checkpoints.lora import check_loras
@@ -111,5 +111,5 @@ def check_control(settings: TrainSettings, config: Config) -> ControlConfig:
     with without_weights():
         control = ControlNet(UNet(config.unet), found.config)
     parts = [(control, found.key_map(config.unet))]
-    warn_of_left_out(checkpoint, check_keys(checkpoint, parts, IGNORED_BESIDE_CONTROL))
+    warn_of_left_out(checkpoint, check_keys(checkpoint, parts, found.ignored))
     return found.config

@@ -1,6 +1,6 @@
 """The settings of train.py: each with its option, its default, its help, and whether it is fixed when a run resumes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from controlnet.common.program import (
     PRECISION_NAMES,
     add_options,
     count,
+    flag_of,
     interval,
     limit,
     new_parser,
@@ -19,6 +20,8 @@ from controlnet.common.program import (
     share,
     size_argument,
 )
+
+from .other_names import right_names
 
 # What depends on the base if it is not given: for SD the authors' own values (docs/train.md of lllyasviel/ControlNet),
 # for the small base what converges within minutes.
@@ -113,6 +116,9 @@ class TrainSettings:
         choices=["full", "lite", "gaussian"],
     )
     steps: int | None = in_method(f"optimizer steps {by_base('steps')}", type=positive, metavar="N")
+    epochs: float | None = in_method(
+        "train for so many rounds through the data, in place of --steps", type=positive_number, metavar="N"
+    )
     batch_size: int | None = in_method(
         f"images per batch and process {by_base('batch_size')}", type=positive, metavar="N"
     )
@@ -180,11 +186,16 @@ class TrainSettings:
         "the run's folder (default: %(default)s)", Path("runs/control"), passing=True, type=Path, metavar="DIR"
     )
     resume: bool = in_run("go on with the run in --out, with its settings", False, passing=True)
-    save_dtype: str = in_run("of control.safetensors (default: %(default)s)", "fp32", choices=DTYPE_NAMES)
+    save_dtype: str = in_run("of the control's files (default: %(default)s)", "fp32", choices=DTYPE_NAMES)
     save_every: str | None = in_run(
         f"between saved states: steps, or minutes as in 10m {by_base('save_every')}", type=interval, metavar="N|Nm"
     )
-    keep: int = in_run("how many states to keep (default: %(default)s)", 2, type=positive, metavar="N")
+    keep: int = in_run(
+        "how many of the saved states and control-STEP.safetensors to keep (default: %(default)s)",
+        2,
+        type=positive,
+        metavar="N",
+    )
     validate_every: str = in_run(
         "between validations, the same way (default: %(default)s)", "50", type=interval, metavar="N|Nm"
     )
@@ -192,11 +203,27 @@ class TrainSettings:
         f"between grids of images, the same way {by_base('sample_every')}", type=interval, metavar="N|Nm"
     )
     sample_count: int = in_run("images in a grid (default: %(default)s)", 8, type=count, metavar="N")
-    tensorboard: bool = in_run("also log to TensorBoard (needs tensorboard)", False)
+    validate: list[list[str]] = in_run(
+        "a hint of your own and its prompt, shown in the grids; with --detect an image; several are given one by one",
+        nargs=2,
+        metavar=("HINT", "PROMPT"),
+        each=True,
+    )
+    log: list[str] = in_run(
+        "also log to tensorboard, wandb or trackio, a package of this name; several are given one by one",
+        choices=["tensorboard", "wandb", "trackio"],
+        each=True,
+    )
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> dict:
     """What the command line gives, by the settings' names. Ends the program after --help and for a mistake."""
     parser = new_parser("python train.py", description)
     add_options(parser, TrainSettings)
-    return vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        sentence = right_names(unknown, [flag_of(item.name) for item in fields(TrainSettings)])
+        if sentence is None:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.exit(2, f"train.py: {sentence}\n")
+    return vars(given)

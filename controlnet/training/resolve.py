@@ -1,21 +1,23 @@
 """From what a command line gives to the settings of a run: those of the run to resume, and what depends on the base."""
 
-import shlex
+import math
 from dataclasses import replace
 
 from controlnet.common.devices import optional
 from controlnet.common.program import from_json, note
 from controlnet.config import ControlConfig
-from controlnet.worlds import EXAMPLE_OF
+from controlnet.worlds import WORLDS
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import BaseFile, open_base
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, Config
 
-from .distributed import launch, started_again
+from .data import image_size
+from .distributed import launch, launched_processes, started_again
 from .lr_schedules import lr_schedule_of
 from .options import LAPTOP, PAPER, TrainSettings
 from .run_state import RunFolder
+from .sources import open_sources
 
 
 def resolve(given: dict) -> TrainSettings:
@@ -24,29 +26,45 @@ def resolve(given: dict) -> TrainSettings:
     A run that torchrun has started again goes on from its last state without --resume.
     """
     settings = TrainSettings(**given)
+    if settings.steps and settings.epochs:
+        raise ValueError("--steps and --epochs both say how long to train: leave out one")
     run = RunFolder(settings.out)
     if started_again() and run.was_begun_by(launch()):
         settings = replace(settings, resume=True)
     if settings.resume:
         before = from_json(TrainSettings, run.written()["settings"], str(run.settings_file))
         run.check_fixed(given, before)
-        settings = TrainSettings(**{**before, **given, "resume": True})
-        note_rising_rate(run, TrainSettings(**before), settings)
+        length = {"steps": None, "epochs": None} if given.keys() & {"steps", "epochs"} else {}
+        settings = TrainSettings(**{**before, **length, **given, "resume": True})
     if settings.fit and not settings.dry_run:
         raise ValueError("--fit only tells which batch size fits: add --dry-run, then train with that --batch-size")
-    if settings.tensorboard:
-        optional("tensorboard", "--tensorboard")
+    for package in settings.log:
+        optional(package, f"--log {package}")
     if settings.ema and settings.sd_unlocked:
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
     if settings.control and settings.architecture != "full":
         raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
-    settings = with_defaults(settings, config_of(settings))
+    config = config_of(settings)
+    if settings.epochs and settings.steps is None:
+        settings = replace(settings, steps=steps_of_epochs(with_defaults(settings, config), config))
+    settings = with_defaults(settings, config)
+    if settings.resume:
+        note_rising_rate(run, TrainSettings(**before), settings)
     if settings.shard and settings.optimizer != "adamw":
         raise ValueError(
             f"--shard is for adamw, and the optimizer is {settings.optimizer}: say --optimizer adamw, or leave out "
             "--shard"
         )
     return settings
+
+
+def steps_of_epochs(settings: TrainSettings, config: Config) -> int:
+    """How many it takes for all processes to see as many samples, the last step perhaps some more."""
+    if settings.no_cache and settings.data in WORLDS and settings.images is None:
+        raise ValueError(f"{settings.data} is drawn without end, and has no epochs: say --images N, or --steps")
+    pairs = len(open_sources(settings, image_size(settings.size, config)).train)
+    per_step = settings.batch_size * settings.accumulate * launched_processes()
+    return math.ceil(settings.epochs * pairs / per_step)
 
 
 def note_rising_rate(run: RunFolder, before: TrainSettings, now: TrainSettings) -> None:
@@ -60,18 +78,6 @@ def note_rising_rate(run: RunFolder, before: TrainSettings, now: TrainSettings) 
                 f"0 at step {now.steps} now, no longer at {before.steps} (--lr takes a lower one, --lr-schedule "
                 "constant keeps it)"
             )
-
-
-def infer_command(settings: TrainSettings, run: RunFolder) -> str:
-    """What makes an image with the ControlNet of a run, on the base that it was trained on."""
-    options = ["--base", str(run.base if settings.sd_unlocked else settings.base)]
-    if not settings.sd_unlocked:  # whose file says all of this, and has it inside
-        options += [word for lora in settings.lora for word in ("--lora", lora)]
-        options += ["--vae", settings.vae] if settings.vae else []
-        options += ["--prediction", settings.prediction] if settings.prediction else []
-        options += ["--zero-snr"] if settings.zero_snr else []
-    options += ["--hint", EXAMPLE_OF.get(settings.data, "HINT.png"), "--control", str(run.control)]
-    return f"python infer.py {shlex.join(options)}"
 
 
 def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:

@@ -20,6 +20,7 @@ from .data import image_size
 from .distributed import launched_processes
 from .memory import Prediction, table
 from .options import TrainSettings
+from .previews import own_samples
 from .resolve import check_hint_channels, config_of, control_config, open_base_of
 from .sources import BadSamples, open_sources
 
@@ -37,6 +38,7 @@ def plan(settings: TrainSettings) -> str:
     control = check_control(settings, config) if settings.control else control_config(settings)
     size = image_size(settings.size, config)
     sources = open_sources(settings, size)
+    own_samples(settings, size)
     missing = [f'"{file}" does not exist' for file in sources.train.missing()]
     pairs, problems = len(sources.train) - len(missing), sources.problems + missing
     BadSamples(pairs, problems, settings.bad_share)

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 from small import SMALL, small_control, small_sd
 
-from controlnet.training.previews import Preview, image_for
+from controlnet.training.options import TrainSettings
+from controlnet.training.previews import Preview, image_for, own_samples
 from controlnet.worlds import WORLDS
 
 SIDE = SMALL.resolution
@@ -37,3 +38,23 @@ def test_noise_is_each_images_own(sd):
     control, sample = small_control(sd), WORLDS["fill50k"](SIDE, 0)[0]
     first, second = Preview(sd, [sample, sample], batch_size=2, steps=1).images(control)
     assert not np.array_equal(first, second)
+
+
+def test_hints_of_ones_own_are_cut_and_made_as_those_of_the_data(tmp_path):
+    """To cover the size, in the middle; by the detector, of an image at that size; in as many channels."""
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, 48:] = 255
+    Image.fromarray(pixels).save(tmp_path / "hint.png")
+    np.save(tmp_path / "hint.npy", pixels[..., [0, 0, 1, 2, 2]])
+    file = str(tmp_path / "hint.png")
+    (sample, other) = own_samples(TrainSettings(validate=[[file, "a"], [file, ""]]), (64, 64))
+    assert (sample.caption, other.caption, sample.image.min()) == ("a", "", 255)
+    assert sample.hint.shape == (64, 64, 3) and sample.hint[:, :22].max() == 0 and sample.hint[:, 42:].min() == 255
+    assert sample.hint[0, 29, 0] < 30 and sample.hint[0, 34, 0] > 220
+    (edges,) = own_samples(TrainSettings(validate=[[file, "a"]], detect="canny"), (64, 64))
+    assert (edges.hint[:, 28:36].max(), edges.hint[:, :28].max(), edges.hint[:, 36:].max()) == (255, 0, 0)
+    (gray,) = own_samples(TrainSettings(validate=[[file, "a"]], hint_channels=1), (64, 64))
+    (five,) = own_samples(TrainSettings(validate=[[str(tmp_path / "hint.npy"), "a"]], hint_channels=5), (64, 64))
+    assert gray.hint.shape == (64, 64, 1) and five.hint.shape == (64, 64, 5)
+    with pytest.raises(ValueError, match="nowhere.png"):
+        own_samples(TrainSettings(validate=[["nowhere.png", "a"]]), (64, 64))

@@ -1,15 +1,20 @@
 """The validation loss, and whether it depends on the hints."""
 
+import numpy as np
 import pytest
 import torch
 from small import SMALLEST, small_control, small_sd
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, Draws
+from controlnet.training.convergence import Convergence
+from controlnet.training.lr_schedules import constant_schedule
+from controlnet.training.optimisation import Optimisation
 from controlnet.training.validation import ValidationLoss
-from controlnet.worlds import WORLDS
+from controlnet.worlds import WORLDS, Sample
 
-LATENT = (4, SMALLEST.resolution // 8, SMALLEST.resolution // 8)
+SIZE = (SMALLEST.resolution, SMALLEST.resolution)
+LATENT = (4, *(side // 8 for side in SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +64,21 @@ def test_the_measure_is_zero_for_a_fresh_control_and_not_for_a_trained_one(sd):
 def test_a_single_sample_has_no_measure(sd):
     made = validation(sd, samples(1), 2)
     assert made(ControlLoss(sd.unet, small_control(sd), sd.schedule)).keys() == {"validation_loss"}
+
+
+def test_control_sets_in_where_hints_tell_what_to_paint(sd):
+    """A whole little training, on a black and a white image whose hints are the inverse."""
+    plain = [np.full((*SIZE, 3), value, np.uint8) for value in (0, 255)]
+    pairs = [Sample(image, 255 - image, "") for image in plain]
+    made, convergence = validation(sd, pairs, 2), Convergence(steps=15)
+    torch.manual_seed(0)
+    control = ControlNet.from_unet(sd.unet)
+    loss = ControlLoss(sd.unet, control, sd.schedule)
+    optimisation = Optimisation(control.named_parameters(), 3e-3, constant_schedule(0), torch.device("cpu"), clip=1.0)
+    for step in range(15):
+        optimisation.backward(loss(*made.inputs[0]))
+        optimisation.step()
+        if step % 3 == 2:
+            values = made(loss)
+            convergence.news(step + 1, values["validation_loss"], values["control_measure"])
+    assert convergence.set_in in (6, 9, 12) and values["control_measure"] > 0.03

@@ -397,20 +397,22 @@ def test_the_same_command_goes_on_with_the_latents(base, tmp_path, capsys, monke
         assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 0 and len(calls) == 1
 
 
-def test_latents_that_another_run_computes_are_waited_for(base, tmp_path, capsys):
+def test_latents_that_another_run_computes_are_waited_for(base, tmp_path, monkeypatch):
     context = get_context("fork")
-    ready, folder = context.Event(), tmp_path / "latents"
+    ready, waited_for, folder, said = context.Event(), context.Event(), tmp_path / "latents", []
 
     def compute():
         with locked(folder):
             ready.set()
-            time.sleep(2)
+            waited_for.wait(60)
 
     other = context.Process(target=compute)
     other.start()
-    assert ready.wait(30) and run(base, tmp_path / "out", "--steps", "1", "--cache", str(folder)) == 0
+    assert ready.wait(30)
+    monkeypatch.setattr("controlnet.training.lock.note", lambda text: (said.append(text), waited_for.set()))
+    assert run(base, tmp_path / "out", "--steps", "1", "--cache", str(folder)) == 0
     other.join()
-    assert f'"{folder}" is being written by process {other.pid} on' in capsys.readouterr().err
+    assert len(said) == 1 and f'"{folder}" is being written by process {other.pid} on' in said[0]
 
 
 def test_a_second_ctrl_c_advises_what_works_then(tmp_path, copy_of_run, capsys, monkeypatch):
@@ -454,7 +456,7 @@ def test_a_rate_that_rises_again_is_said(tmp_path, copy_of_run, capsys, rate, st
     capsys.readouterr()
     assert resume(tmp_path, "--steps", str(steps)) == 0
     error = capsys.readouterr().err
-    assert error.count("the learning rate rises at step 2 from 0.0e+00 to 5.0e-04: cosine falls to 0 at step 4") == said
+    assert error.count("the learning rate rises at step 2 from 0.0e+00 to 5.0e-04: cosine takes 4 steps now, ") == said
     assert error.count("the learning rate") == said
 
 
@@ -894,6 +896,8 @@ EDITS = [
     ("prompt_dropout", 7),
     ("size", "x"),
     ("seed", None),
+    ("validate", [["hint.png"]]),
+    ("log", ["paper"]),
 ]
 
 

@@ -108,7 +108,11 @@ class TrainSettings:
         metavar="FILE[:X]",
         each=True,
     )
-    control: str | None = in_method("start from this ControlNet, not from a fresh copy", fixed=True, metavar="FILE")
+    control: str | None = in_method(
+        "start from this ControlNet, not from a fresh copy: a file, a name in weights/, a run or one of its states",
+        fixed=True,
+        metavar="FILE",
+    )
     architecture: str = in_method(
         "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
         "full",

@@ -68,15 +68,14 @@ def steps_of_epochs(settings: TrainSettings, config: Config) -> int:
 
 
 def note_rising_rate(run: RunFolder, before: TrainSettings, now: TrainSettings) -> None:
-    """A schedule that falls over more steps than before is higher where the run goes on: that must not be silent."""
-    if run.states():
+    """A schedule over more steps than before is higher where the run goes on, which must not be silent."""
+    if run.states() and now.lr == before.lr:
         step = int(run.states()[-1].stem)
-        last, next_one = (settings.lr * lr_schedule_of(settings)(step) for settings in (before, now))
-        if next_one > last and now.lr == before.lr:
+        last, following = (settings.lr * lr_schedule_of(settings)(step) for settings in (before, now))
+        if following > last:
             note(
-                f"the learning rate rises at step {step} from {last:.1e} to {next_one:.1e}: {now.lr_schedule} falls to "
-                f"0 at step {now.steps} now, no longer at {before.steps} (--lr takes a lower one, --lr-schedule "
-                "constant keeps it)"
+                f"the learning rate rises at step {step} from {last:.1e} to {following:.1e}: {now.lr_schedule} takes "
+                f"{now.steps} steps now, where {before.lr_schedule} took {before.steps} (a lower --lr makes it less)"
             )
 
 

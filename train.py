@@ -88,7 +88,7 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
             note(f"\nsaved after step {done}: go on with --resume --out {settings.out}")
         return 128 + (signals.received or signal.SIGTERM)
     if process.is_main:
-        print(f"{training.run.report} shows how it went, and {training.run.control} is the ControlNet: try it with")
+        print(f"{training.run.report} shows how it went, and the ControlNet is {training.run.control}: try it with")
         print(infer_command(settings, training.run, training.example))
     return 0
 

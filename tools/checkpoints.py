@@ -24,7 +24,7 @@ from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import BaseFile, described_config, description_errors, identify, is_base, open_base
 from ldm.checkpoints.save import gather, save_checkpoint
 from ldm.checkpoints.stored import CheckpointError
-from ldm.config import PRESETS, SD15, SD21, Config, UNetConfig, dataclass_from_dict
+from ldm.config import PRESETS, SD15, SD21, TINY, Config, UNetConfig, dataclass_from_dict
 from ldm.unet import UNet
 
 
@@ -88,7 +88,8 @@ def widest_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:
 def control_unet_config(checkpoint: Checkpoint, found: ControlFile) -> UNetConfig:
     """The UNet that a ControlNet was copied from: as our metadata or diffusers' configuration have it, else by shapes.
 
-    Raises CheckpointError for an architecture that is described nowhere and is not that of SD 1.x or 2.x.
+    Raises CheckpointError for an architecture that is described nowhere and is not that of SD 1.x or 2.x or the small
+    base's.
     """
     described = described_config(checkpoint)
     with description_errors(checkpoint):
@@ -97,7 +98,7 @@ def control_unet_config(checkpoint: Checkpoint, found: ControlFile) -> UNetConfi
             return dataclass_from_dict(UNetConfig, described["unet"])
         if folder in checkpoint.configs:
             return unet_from_diffusers(checkpoint.configs[folder])
-    for config in (SD15, SD21):
+    for config in (SD15, SD21, TINY):
         if (config.unet.context_width,) in context_widths(checkpoint, found.prefix):
             return config.unet
     raise CheckpointError(

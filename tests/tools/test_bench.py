@@ -1,10 +1,10 @@
 """tools.bench: both sides do the same work, a wrong output is seen, and the table says who is faster."""
 
 import math
-import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -150,7 +150,7 @@ def measure_hundred_megabytes(setup):
 
 
 def test_memory_is_that_of_the_work(setup):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, forked.CONTEXT) as pool:
         measured = pool.submit(measure_hundred_megabytes, setup).result()
     assert measured.outputs["sum"] == 25_000_000 and len(measured.seconds) == bench_case.MOST_RUNS
     assert 0.9e8 < measured.memory < 1.3e8

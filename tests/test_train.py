@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -211,8 +212,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def start(base, out, *arguments, program=("train.py",)):
-    command = [sys.executable, *program, *options(base, out), *arguments]
+def start(base, out, *arguments):
+    command = [sys.executable, "train.py", *options(base, out), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
 
@@ -234,19 +235,19 @@ def logged(out):
     return (out / "log.jsonl").read_text().splitlines()
 
 
-KILLED_IN_ITS_SECOND_SAVE = """
-import os, signal, sys, torch, train
-calls, original = [], torch.save
-def save(state, file):
-    calls.append(state)
-    if len(calls) == 2:
-        file.write(b"half")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(state, file)
-torch.save = save
-train.main(sys.argv[1:])
-"""
+def killed_in_its_second_save(arguments):
+    calls, original = [], torch.save
+
+    def save(state, file):
+        calls.append(state)
+        if len(calls) == 2:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(state, file)
+
+    torch.save = save
+    train.main(arguments)
 
 
 def newest_state(out):
@@ -254,19 +255,20 @@ def newest_state(out):
 
 
 def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache, capsys):
-    killed, how = tmp_path / "killed", ["--steps", "12", *cache]
+    killed, how = tmp_path / "killed", ["--steps", "10", *cache]
     first = start(base, killed, *how)
     wait_for(first, killed, step=1)
     first.send_signal(signal.SIGSTOP)
-    for other in (["--steps", "12"], ["--resume"]):  # the folder is taken while it lives
+    for other in (["--steps", "10"], ["--resume"]):  # the folder is taken while it lives
         assert train.main([*other, "--base", str(base), "--out", str(killed)]) == 2
         error = capsys.readouterr().err
         assert f'"{killed}" is being written by process {first.pid} on ' in error and error.strip().count("\n") == 0
     first.send_signal(signal.SIGCONT)
     kill_at(first, killed, step=random.randint(1, 4))
     (killed / "state" / f".000002.pt.{first.pid}.tmp").mkdir(exist_ok=True)
-    second = start(base, killed, "--resume", *how, program=["-c", KILLED_IN_ITS_SECOND_SAVE])
-    assert second.wait() == -signal.SIGKILL
+    second = forked.start(killed_in_its_second_save, [*options(base, killed), "--resume", *how])
+    second.join(timeout=300)
+    assert second.exitcode == -signal.SIGKILL
     learned, saved = control_of(killed)["control_model.middle_block_out.0.weight"], newest_state(killed)["control"]
     assert list((killed / "state").glob(f".*.{second.pid}.tmp/*.pt")), "it was not killed while a state was written"
     assert not torch.equal(learned, saved["middle_zero_conv.weight"])  # which is written before
@@ -1005,7 +1007,10 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_names_the_batch_size_that_fits(base, tmp_path, capsys):
+def test_a_dry_run_names_the_batch_size_that_fits(tmp_path, capsys):
+    one_level = replace(SMALLEST.unet, multipliers=(1,), attention=(True,), heads=(2,))
+    base = tmp_path / "base.safetensors"
+    sd_of(replace(SMALLEST, unet=one_level)).save(base)
     plan = ["--steps", "1", "--dry-run", "--sd-unlocked", "--sample-count", "0"]
     assert run(base, tmp_path / "out", *plan, "--fit", "1") == 0
     *_, together, plain, checkpointed = capsys.readouterr().out.splitlines()

@@ -29,7 +29,7 @@ from ldm import StableDiffusion  # noqa: E402
 from train import Training  # noqa: E402
 
 CPU, STEPS = torch.device("cpu"), 2
-UNET = replace(SMALL.unet, channels=160, multipliers=(1, 2), attention=(False, True), heads=(2, 2))
+UNET = replace(SMALL.unet, channels=96, multipliers=(1, 2), attention=(False, True), heads=(2, 2))
 CONFIG = replace(SMALL, unet=UNET)
 
 

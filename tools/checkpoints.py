@@ -106,11 +106,11 @@ def control_unet_config(checkpoint: Checkpoint, found: ControlFile) -> UNetConfi
     )
 
 
-def save_whole(path: Path, base: StableDiffusion, control: ControlNet, dtype: torch.dtype | None = None) -> None:
+def save_whole(path: Path, base: StableDiffusion, control: ControlNet) -> None:
     """A base and its ControlNet in one file of the original layout, as ControlNet 1.0 was published."""
-    tensors = gather(control, control_map(base.config.unet, control.config), dtype)
+    tensors = gather(control, control_map(base.config.unet, control.config))
     for module, key_map in base.parts():
-        tensors |= gather(module, key_map, dtype)
+        tensors |= gather(module, key_map)
     described = {**base.config.to_dict(), "control": asdict(control.config)}
     save_checkpoint(path, tensors, {"config": json.dumps(described)})
 

@@ -9,10 +9,11 @@ from controlnet.inference import saving
 from controlnet.inference.saving import save_image
 
 
-def save_many(out, colour, links):
+def save_many(out, colour, links, together):
     if not links:
         saving.os.link = fail
     for _ in range(30):
+        together.wait(timeout=60)
         path = save_image(Image.new("RGB", (8, 8), colour), out, 0, 1, {})
         with open(out / f"taken by {colour}", "a") as taken:
             taken.write(f"{path}\n")
@@ -24,7 +25,8 @@ def fail(*_):
 
 @pytest.mark.parametrize("links", [True, False])
 def test_no_two_processes_take_the_same_number(tmp_path, links):
-    processes = [forked.start(save_many, tmp_path, i, links) for i in range(2)]
+    together = forked.CONTEXT.Barrier(2)
+    processes = [forked.start(save_many, tmp_path, i, links, together) for i in range(2)]
     for i, process in enumerate(processes):
         process.join()
         paths = (tmp_path / f"taken by {i}").read_text().splitlines()

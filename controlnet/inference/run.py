@@ -34,6 +34,7 @@ from .image_to_image import Init, steps_done
 from .inputs import CheckedHint, hint_runs, load_controls, read_inputs
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import fingerprints, png_texts
+from .progress import Progress
 from .prompts import chunks_of, cut_texts
 from .saving import check_out, save_image
 
@@ -127,24 +128,33 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
 
     Raises CheckpointError for a ControlNet that does not fit.
     """
-    options, device = jobs[0].options, jobs[0].device
+    sd = load_base(jobs[0])
+    return sd, load_jobs(jobs, sd)
+
+
+def load_base(job: Job) -> StableDiffusion:
+    options, device, extras = job.options, job.device, job.extras
     if not options.low_memory:
         keep_freed_memory(device, large=False)
     home = "cpu" if options.low_memory else device
-    extras = jobs[0].extras
     described = dict(prediction=options.prediction, zero_snr=options.zero_snr, vae=options.vae, loras=extras.loras)
     sd = StableDiffusion.load(options.base, home, PRECISIONS[options.precision], **described)
-    sd = with_embeddings(sd, extras.embeddings)
+    return with_embeddings(sd, extras.embeddings)
+
+
+def load_jobs(jobs: list[Job], sd: StableDiffusion) -> list[Job]:
+    """With their controls. `sd` is packed or laid out, too; it may have been before."""
+    options = jobs[0].options
     controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
     jobs = [
         replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs
     ]
     jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
     networks = [sd.unet, *{control.net for job in jobs for control in job.controls}]
-    lay_out(networks, device, options.precision)
+    lay_out(networks, jobs[0].device, options.precision)
     if not options.low_memory:  # which moves networks about, and needs plain weights for the tiled VAE
         pack(sd.vae, *(() if options.compile else networks))
-    return sd, jobs
+    return jobs
 
 
 def batch_size_of(job: Job, sd: StableDiffusion) -> int:
@@ -153,9 +163,17 @@ def batch_size_of(job: Job, sd: StableDiffusion) -> int:
     return options.batch_size or default_batch_size(sd, job.size, options.count, job.controls, cpu_offload)
 
 
-def make_images(jobs: list[Job], sd: StableDiffusion) -> Iterator[tuple[Job, int, Image.Image]]:
-    """Each with its job and its number among the images of it."""
+def make_images(
+    jobs: list[Job], sd: StableDiffusion, watch: Callable[[Progress], None] | None = None
+) -> Iterator[tuple[Job, int, Image.Image]]:
+    """Each with its job and its number among the images of it. `watch` is called after each step."""
     with progress(sum(job.options.count * job.steps for job in jobs)) as step:
+
+        def told(done: Progress) -> None:
+            step()
+            if watch:
+                watch(done)
+
         for job in jobs:
             options = job.options
             for batch in job.batches():
@@ -178,7 +196,7 @@ def make_images(jobs: list[Job], sd: StableDiffusion) -> Iterator[tuple[Job, int
                     reuse=options.reuse,
                     compile=options.compile,
                     cpu_offload=job.device if options.low_memory else None,
-                    callback=lambda progress: step(),
+                    callback=told,
                 )
                 yield from ((job, i, image) for i, image in zip(batch, images, strict=True))
 

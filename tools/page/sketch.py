@@ -1,0 +1,56 @@
+"""The canvas of the page's first tab, and the hints that are made of what it sends."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from controlnet.common.images import save_png
+from controlnet.hints.pose import COLOURS, LIMB_BRIGHTNESS, LIMBS, draw_pose
+
+SIDE = 512  # pixels of the canvas
+# Where a standing figure has its joints, as fractions of the side: x and y in the order of pose.KEYPOINTS.
+STANDING = [
+    [0.5, 0.2], [0.5, 0.32], [0.41, 0.32], [0.35, 0.44], [0.31, 0.56], [0.59, 0.32], [0.65, 0.44], [0.69, 0.56],
+    [0.45, 0.56], [0.44, 0.72], [0.43, 0.88], [0.55, 0.56], [0.56, 0.72], [0.57, 0.88], [0.475, 0.18], [0.525, 0.18],
+    [0.45, 0.2], [0.55, 0.2],
+]  # fmt: skip
+HTML = f"""
+<canvas width="{SIDE}" height="{SIDE}" aria-label="drawing"></canvas>
+<div class="tools">
+  <label><input type="radio" name="mode" value="draw" checked> draw</label>
+  <label><input type="radio" name="mode" value="pose"> pose</label>
+  <label>pen <input class="width" type="range" min="3" max="24" value="5"></label>
+  <button class="clear" type="button">clear</button>
+</div>"""
+CSS = """
+canvas { width: 100%; aspect-ratio: 1; touch-action: none; cursor: crosshair; border-radius: 8px; }
+.tools { display: flex; gap: 1em; align-items: center; flex-wrap: wrap; padding-top: 0.5em; }
+"""
+# In the browser, when a button is pressed: its first input becomes what the canvas holds.
+READ = "(_, ...others) => [document.querySelector('#sketch canvas').read(), ...others]"
+
+
+def sketch() -> gr.HTML:
+    colours = [f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in LIMB_BRIGHTNESS * COLOURS]
+    script = Path(__file__).with_suffix(".js").read_text()
+    data = dict(limbs=[list(limb) for limb in LIMBS], colours=colours, pose=STANDING)
+    return gr.HTML(html_template=HTML, css_template=CSS, js_on_load=script, elem_id="sketch", **data)
+
+
+def save_hint(sent: str, file: Path) -> None:
+    """What the canvas sent, as a hint. Raises ValueError for anything else."""
+    try:
+        found = json.loads(sent)
+        if "pose" in found:
+            hint = draw_pose(np.array(found["pose"], float).reshape(18, 2) * SIDE, (SIDE, SIDE))
+        else:
+            drawing = base64.b64decode(found["drawing"].removeprefix("data:image/png;base64,"), validate=True)
+            hint = np.asarray(Image.open(io.BytesIO(drawing), formats=["PNG"]).convert("RGB"))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"the canvas sent something else than a drawing or a pose ({error}): load the page again") from error
+    save_png(Image.fromarray(hint), file, {})

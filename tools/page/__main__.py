@@ -9,11 +9,13 @@ on when the page ends.
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from controlnet.common.program import new_parser, run, share_cores
-from tools.cli import add_debug
+from tools.cli import add_debug, make_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,24 +31,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace) -> None:
-    # Before gradio is imported, which would ask the network for its version and send what is used.
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", GRADIO_TELEMETRY_ENABLED="False")
-    from controlnet.common.devices import optional
+    """Until it is stopped. What browsers send and get lies in a folder of this page's own, which ends with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for folder, option in ((args.out, "--out"), (args.runs, "--runs")):
+        make_folder(folder, option)
+    with TemporaryDirectory(prefix="page-") as folder:
+        # Before gradio is imported, which would ask the network for its version and tell what is used.
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", GRADIO_TEMP_DIR=folder)
+        from controlnet.common.devices import optional
 
-    optional("gradio", "the page")
-    from .layout import THEME, page
+        optional("gradio", "the page")
+        from .layout import THEME, page
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    page(args.out.resolve(), args.runs.resolve()).launch(
-        server_name="127.0.0.1",
-        server_port=args.port,
-        share=False,
-        ssr_mode=False,
-        inbrowser=args.open,
-        theme=THEME,
-        footer_links=[],
-        allowed_paths=[str(args.out.resolve()), str(args.runs.resolve())],
-    )
+        print(f"http://127.0.0.1:{args.port}", flush=True)
+        page(args.out, args.runs).launch(
+            server_name="127.0.0.1",
+            server_port=args.port,
+            share=False,
+            quiet=True,
+            ssr_mode=False,
+            run_history=False,
+            inbrowser=args.open,
+            theme=THEME,
+            footer_links=[],
+            allowed_paths=[str(args.out.resolve()), str(args.runs.resolve())],
+        )
 
 
 if __name__ == "__main__":

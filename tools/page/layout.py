@@ -12,7 +12,7 @@ THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 
 def page(pictures: Path, runs: Path) -> gr.Blocks:
     studio = Studio(pictures)
-    with gr.Blocks(title="ControlNet") as blocks:
+    with gr.Blocks(title="ControlNet", analytics_enabled=False) as blocks:
         with gr.Tab("Draw"):
             draw_tab(studio)
     return blocks

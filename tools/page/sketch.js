@@ -1,12 +1,7 @@
 // A canvas to draw on, white on black, or to drag the joints of a pose. `props.limbs` are pairs of joints,
 // `props.colours` their colours, `props.pose` the joints' first places, as fractions of the side.
 const canvas = element.querySelector('canvas'), pen = canvas.getContext('2d'), side = canvas.width;
-let mode = 'draw', joints = structuredClone(props.pose), held = null, last = null, strokes = [];
-
-function clear() {
-  pen.fillStyle = 'black';
-  pen.fillRect(0, 0, side, side);
-}
+let mode = 'draw', joints = structuredClone(props.pose), held = null, last = null, strokes = [], ground = null;
 
 function line(from, to, width, colour) {
   pen.strokeStyle = colour;
@@ -19,13 +14,15 @@ function line(from, to, width, colour) {
 }
 
 function show() {
-  clear();
+  pen.fillStyle = 'black';
+  pen.fillRect(0, 0, side, side);
   if (mode === 'draw') {
+    if (ground) pen.drawImage(ground, 0, 0, side, side);
     for (const [from, to, width] of strokes) line(from, to, width, 'white');
-    return;
+  } else {
+    props.limbs.forEach(([a, b], i) => line(joints[a], joints[b], 8, props.colours[i]));
+    joints.forEach((joint, i) => line(joint, joint, 14, props.colours[i]));
   }
-  props.limbs.forEach(([a, b], i) => line(joints[a], joints[b], 8, props.colours[i]));
-  joints.forEach((joint, i) => line(joint, joint, 14, props.colours[i]));
 }
 
 function place(event) {
@@ -52,6 +49,7 @@ for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, (
 
 element.querySelector('.clear').addEventListener('click', () => {
   strokes = [];
+  ground = null;
   joints = structuredClone(props.pose);
   show();
 });
@@ -60,4 +58,15 @@ for (const button of element.querySelectorAll('input[name=mode]'))
 
 // What the page's buttons send: the joints of a pose, or the drawing as a PNG.
 canvas.read = () => JSON.stringify(mode === 'pose' ? { pose: joints } : { drawing: canvas.toDataURL('image/png') });
+// And the way back: a hint of before, which strokes go over.
+canvas.load = url => {
+  const image = new Image();
+  image.onload = () => {
+    strokes = [];
+    ground = image;
+    element.querySelector('input[value=draw]').click();
+    show();
+  };
+  image.src = url;
+};
 show();

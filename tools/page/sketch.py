@@ -9,7 +9,6 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from controlnet.common.images import save_png
 from controlnet.hints.pose import COLOURS, LIMB_BRIGHTNESS, LIMBS, draw_pose
 
 SIDE = 512  # pixels of the canvas
@@ -28,11 +27,13 @@ HTML = f"""
   <button class="clear" type="button">clear</button>
 </div>"""
 CSS = """
-canvas { width: 100%; aspect-ratio: 1; touch-action: none; cursor: crosshair; border-radius: 8px; }
-.tools { display: flex; gap: 1em; align-items: center; flex-wrap: wrap; padding-top: 0.5em; }
+canvas { width: 100%; max-width: 420px; aspect-ratio: 1; display: block; margin: auto; touch-action: none; cursor: crosshair; border-radius: 8px; }
+.tools { display: flex; gap: 1em; align-items: center; flex-wrap: wrap; justify-content: center; padding-top: 0.5em; }
 """
-# In the browser, when a button is pressed: its first input becomes what the canvas holds.
+PNG = "data:image/png;base64,"
+# In the browser, when a button is pressed: its first input becomes what the canvas holds; and the way back.
 READ = "(_, ...others) => [document.querySelector('#sketch canvas').read(), ...others]"
+SHOW = "drawing => { if (drawing) document.querySelector('#sketch canvas').load(drawing); }"
 
 
 def sketch() -> gr.HTML:
@@ -42,15 +43,18 @@ def sketch() -> gr.HTML:
     return gr.HTML(html_template=HTML, css_template=CSS, js_on_load=script, elem_id="sketch", **data)
 
 
-def save_hint(sent: str, file: Path) -> None:
-    """What the canvas sent, as a hint. Raises ValueError for anything else."""
+def hint_of(sent: str) -> Image.Image:
+    """What the canvas sent. Raises ValueError for anything else."""
     try:
         found = json.loads(sent)
         if "pose" in found:
-            hint = draw_pose(np.array(found["pose"], float).reshape(18, 2) * SIDE, (SIDE, SIDE))
-        else:
-            drawing = base64.b64decode(found["drawing"].removeprefix("data:image/png;base64,"), validate=True)
-            hint = np.asarray(Image.open(io.BytesIO(drawing), formats=["PNG"]).convert("RGB"))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"the canvas sent something else than a drawing or a pose ({error}): load the page again") from error
-    save_png(Image.fromarray(hint), file, {})
+            return Image.fromarray(draw_pose(np.array(found["pose"], float).reshape(18, 2) * SIDE, (SIDE, SIDE)))
+        drawing = base64.b64decode(found["drawing"].removeprefix(PNG), validate=True)
+        return Image.open(io.BytesIO(drawing), formats=["PNG"]).convert("RGB").resize((SIDE, SIDE))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the canvas sent no drawing and no pose ({error}): load the page again") from error
+
+
+def sent_back(hint: str) -> str:
+    """The file of a hint as the canvas takes it."""
+    return PNG + base64.b64encode(Path(hint).read_bytes()).decode()

@@ -41,7 +41,7 @@ def serve(args: argparse.Namespace) -> None:
         from controlnet.common.devices import optional
 
         optional("gradio", "the page")
-        from .layout import THEME, page
+        from .layout import CSS, THEME, page
 
         print(f"http://127.0.0.1:{args.port}", flush=True)
         page(args.out, args.runs).launch(
@@ -53,6 +53,7 @@ def serve(args: argparse.Namespace) -> None:
             run_history=False,
             inbrowser=args.open,
             theme=THEME,
+            css=CSS,
             footer_links=[],
             allowed_paths=[str(args.out.resolve()), str(args.runs.resolve())],
         )

@@ -18,7 +18,7 @@ def draw_tab(studio: Studio) -> None:
         with gr.Column():
             sketch()
             sent, back = gr.Textbox(visible=False), gr.Textbox(visible=False)
-            prompt = gr.Textbox(label="prompt", placeholder="red circle with blue background", elem_id="prompt")
+            prompt = gr.Textbox("", label="prompt", placeholder="red circle with blue background", elem_id="prompt")
             with gr.Row():
                 make = gr.Button("make", variant="primary", min_width=90)
                 again = gr.Button("with another seed", min_width=90)
@@ -37,7 +37,7 @@ def draw_tab(studio: Studio) -> None:
     asked = [prompt, control, seed, steps, strength, cfg]
 
     def draw(sent, prompt, control, seed, steps, strength, cfg, made) -> Iterator[tuple]:
-        given = dict(prompt=prompt or "", seed=int(seed or 0), steps=int(steps), cfg=cfg, control_scale=[strength])
+        given = dict(prompt=prompt, seed=int(seed or 0), steps=int(steps), cfg=cfg, control_scale=[strength])
         with in_sentences():
             hint = studio.keep(hint_of(sent))
         given |= dict(hint=[hint], control=[] if control == BY_HINT else [control])

@@ -10,11 +10,11 @@ from .studio import Studio, sentence_of
 QUEUE = dict(concurrency_limit=1, concurrency_id="studio")  # one picture at a time, whoever asks
 
 
-def results(name: str) -> list:
+def results(name: str, height: int = 420) -> list:
     """Where pictures appear: the newest, those made before, what is to be said; and the files of all."""
-    picture = gr.Image(label="picture", interactive=False, format="png", type="filepath", height=420, elem_id=name)
+    picture = gr.Image(label="picture", interactive=False, format="png", type="filepath", height=height, buttons=["download", "fullscreen"], elem_id=name)
     notes = gr.Markdown(elem_id=f"{name}-notes")
-    gallery = gr.Gallery(label="made before", columns=6, height=130, format="png", object_fit="contain")
+    gallery = gr.Gallery(label="made before", columns=6, height=130, format="png", fit_columns=False, buttons=["download"])
     return [picture, gallery, notes, gr.State([])]
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OWN = {"ldm", "controlnet", "tools", "train", "infer"}
 PACKAGES = {"torch", "torchvision", "PIL", "numpy", "einops", "safetensors", "tqdm"}
-OPTIONAL = {"controlnet_aux", "huggingface_hub"}  # imported when what needs them is asked for
+OPTIONAL = {"controlnet_aux", "gradio", "huggingface_hub"}  # imported when what needs them is asked for
 PEERS = {"bench_peers.py": {"diffusers", "transformers"}}  # what the measurements are beside
 STANDARD_LIBRARY = sys.stdlib_module_names
 

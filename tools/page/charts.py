@@ -25,6 +25,7 @@ def chart(title: str, curves: dict[str, Points]) -> str:
         parts.append(f'<path d="M{LEFT} {y(value):.1f}H{RIGHT}" stroke="currentColor" opacity="0.15"/>')
         parts.append(text(LEFT - 4, y(value) + 4, f"{value:.3g}", "end"))
     for i, points in enumerate(curves.values()):
+        points = points * 2 if len(points) == 1 else points  # of no length, but with round ends
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         drawn = f'<polyline points="{path}" fill="none" stroke="{colour(i, len(curves))}" stroke-width="1.5"'
         parts.append(f'{drawn} stroke-linecap="round" stroke-linejoin="round"/>')
@@ -48,7 +49,9 @@ def legend(curves: dict[str, Points]) -> str:
 
 
 def text(x: float, y: float, words: str, anchor: str) -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="currentColor" opacity="0.7">{escape(words)}</text>'
+    return (
+        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="currentColor" opacity="0.7">{escape(words)}</text>'
+    )
 
 
 def svg(title: str, parts: Iterable[str]) -> str:

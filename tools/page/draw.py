@@ -6,17 +6,15 @@ import gradio as gr
 
 from controlnet.checkpoint import TINY_CONTROLS
 
-from .results import QUEUE, in_sentences, results, seen
-from .sketch import READ, SHOW, hint_of, sent_back, sketch
-from .studio import Studio
-
-BY_HINT = "by the hint"
+from . import sketch
+from .results import QUEUE, in_sentences, paragraphs, results, seen
+from .studio import BY_HINT, Studio
 
 
 def draw_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column():
-            sketch()
+            gr.HTML(**sketch.parts())
             sent, back = gr.Textbox(visible=False), gr.Textbox(visible=False)
             prompt = gr.Textbox("", label="prompt", placeholder="red circle with blue background", elem_id="prompt")
             with gr.Row():
@@ -39,21 +37,21 @@ def draw_tab(studio: Studio) -> None:
     def draw(sent, prompt, control, seed, steps, strength, cfg, made) -> Iterator[tuple]:
         given = dict(prompt=prompt, seed=int(seed or 0), steps=int(steps), cfg=cfg, control_scale=[strength])
         with in_sentences():
-            hint = studio.keep(hint_of(sent))
+            hint = studio.keep(sketch.hint_of(sent))
         given |= dict(hint=[hint], control=[] if control == BY_HINT else [control])
         yield from seen(studio, given, made)
 
     @in_sentences()
     def fill(file: str) -> tuple:
         options, left_out = studio.options_of(file)
-        hint = sent_back(options.hint[0]) if options.hint else ""
+        hint = sketch.sent_back(options.hint[0]) if options.hint else ""
         found = options.control[0] if options.control and options.control[0] in TINY_CONTROLS.values() else BY_HINT
         strength = options.control_scale[0] if options.control_scale else 1
         cfg = gr.skip() if options.cfg is None else options.cfg
-        return hint, options.prompt, found, options.seed, options.steps, strength, cfg, left_out
+        return hint, options.prompt, found, options.seed, options.steps, strength, cfg, paragraphs([left_out])
 
-    begun = make.click(draw, [sent, *asked, made], shown, js=READ, **QUEUE)
+    begun = make.click(draw, [sent, *asked, made], shown, js=sketch.READ, **QUEUE)
     more = again.click(lambda seed: int(seed or 0) + 1, seed, seed)
-    more = more.then(draw, [sent, *asked, made], shown, js=READ, **QUEUE)
+    more = more.then(draw, [sent, *asked, made], shown, js=sketch.READ, **QUEUE)
     cancel.click(lambda: "cancelled", None, notes, cancels=[begun, more])
-    dropped.upload(fill, dropped, [back, *asked, notes]).success(None, back, None, js=SHOW)
+    dropped.upload(fill, dropped, [back, *asked, notes]).success(None, back, None, js=sketch.SHOW)

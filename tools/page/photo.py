@@ -1,29 +1,18 @@
 """The second tab: a photograph is begun from, or becomes hints for ControlNets, which a brush corrects."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
-from controlnet.common.image_files import to_rgb
-from controlnet.common.images import to_uint8
-from controlnet.common.program import height_and_width
 from controlnet.hints import DETECTORS, options_of, options_text
-from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_size
-from ldm.checkpoints.recognise import open_base
 
-from .draw import BY_HINT
+from .editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, hints_of
 from .models import bases, controls
 from .results import QUEUE, in_sentences, results, seen
-from .studio import Studio
+from .studio import BY_HINT, Studio
 
 CONTROLS = 3
 HEIGHT = 340  # pixels of what is looked at
-SHORT_SIDE = 512  # to which hints are enlarged for the brush, by whole pixels
-FROM_NOISE, FROM_PHOTO, PAINTED = "noise", "the photograph", "the photograph, for what is painted"
 RED, WHITE, BLACK = "#ff3b30", "#ffffff", "#000000"
 
 
@@ -57,7 +46,7 @@ def photo_tab(studio: Studio) -> None:
     def draw(*values) -> Iterator[tuple]:
         with in_sentences():
             photo, start, strength, around, prompt, negative, base, size, seed, steps, cfg = values[: len(form)]
-            given = dict(prompt=prompt or "", negative=negative or "", base=base, size=size.strip() or None)
+            given = dict(prompt=prompt or "", negative=negative or "", base=base, size=size or None)
             given |= dict(seed=int(seed or 0), steps=int(steps), cfg=cfg or None)
             given |= begun_from(studio, photo, start, strength, around)
             parts, made = values[len(form) : -1], values[-1]
@@ -95,11 +84,7 @@ def control_part(i: int, studio: Studio, photo: gr.ImageEditor, base: gr.Dropdow
     @in_sentences()
     def make_hint(photo, file, base, size, detector, options) -> tuple:
         source = file or studio.keep(background(photo, "there is no photograph: drop one, or another source"))
-        image = HintImage.of(Path(source), f"{detector}:{options.strip()}" if options.strip() else detector)
-        wanted = height_and_width(size.strip()) if size.strip() else default_size(open_base(base).config, image.image)
-        found = Image.fromarray(to_uint8(image.at(wanted)[0]))
-        by = -(-SHORT_SIDE // min(found.size))
-        found = found.resize((found.width * by, found.height * by), Image.Resampling.NEAREST)
+        found = detected(source, f"{detector}:{options}".replace(" ", "").rstrip(":"), base, size)
         return found, found
 
     detect.click(make_hint, [photo, file, base, size, detector, options], [hint, where])
@@ -126,47 +111,3 @@ def editor(label: str, colour: str, name: str) -> gr.ImageEditor:
         buttons=[],
         elem_id=name,
     )
-
-
-# What editors hold -> options of infer.py.
-
-
-def begun_from(studio: Studio, photo: dict, start: str, strength: float, around: bool) -> dict:
-    if start == FROM_NOISE:
-        return {}
-    init = studio.keep(background(photo, f'to begin from "{start}" one is needed: drop it'))
-    given = dict(init=init, strength=strength)
-    if start == PAINTED:
-        mask = painted(photo)
-        if mask is None:
-            raise ValueError("nothing is painted in the photograph: paint with the brush what is to be made anew")
-        given |= dict(mask=studio.keep(mask), only_masked=32 if around else None)
-    return given
-
-
-def hints_of(studio: Studio, parts: list[list]) -> dict:
-    """Of the controls that have a hint."""
-    parts = [part for part in parts if part[0] and part[0]["composite"] and part[0]["composite"].getbbox()]
-    if not parts:
-        return {}
-    hints, names, scales, starts, ends, places = zip(*parts, strict=True)
-    given = dict(hint=[studio.keep(to_rgb(hint["composite"], hint=True)) for hint in hints])
-    given |= dict(control_scale=list(scales), control_start=list(starts), control_end=list(ends))
-    masks = [painted(place) for place in places]
-    given |= dict(control_mask=[mask and studio.keep(mask) for mask in masks] if any(masks) else [])
-    return given | dict(control=[None if name == BY_HINT else name for name in names])
-
-
-def background(editor: dict | None, otherwise: str) -> Image.Image:
-    """Raises ValueError with that sentence if nothing was dropped there."""
-    if not editor or editor["background"] is None or not editor["background"].getbbox():
-        raise ValueError(otherwise)
-    return to_rgb(editor["background"])
-
-
-def painted(editor: dict | None) -> Image.Image | None:
-    """White where the brush has been, mode L; None if it has not been anywhere."""
-    layers = [np.asarray(layer.convert("RGBA"))[..., 3] for layer in editor["layers"]] if editor else []
-    if not any(layer.any() for layer in layers):
-        return None
-    return Image.fromarray(np.where(np.maximum.reduce(layers) > 127, 255, 0).astype(np.uint8))

@@ -12,9 +12,19 @@ QUEUE = dict(concurrency_limit=1, concurrency_id="studio")  # one picture at a t
 
 def results(name: str, height: int = 420) -> list:
     """Where pictures appear: the newest, those made before, what is to be said; and the files of all."""
-    picture = gr.Image(label="picture", interactive=False, format="png", type="filepath", height=height, buttons=["download", "fullscreen"], elem_id=name)
+    picture = gr.Image(
+        label="picture",
+        interactive=False,
+        format="png",
+        type="filepath",
+        height=height,
+        buttons=["download", "fullscreen"],
+        elem_id=name,
+    )
     notes = gr.Markdown(elem_id=f"{name}-notes")
-    gallery = gr.Gallery(label="made before", columns=6, height=130, format="png", fit_columns=False, buttons=["download"])
+    gallery = gr.Gallery(
+        label="made before", columns=6, height=130, format="png", fit_columns=False, buttons=["download"]
+    )
     return [picture, gallery, notes, gr.State([])]
 
 
@@ -28,12 +38,14 @@ def seen(studio: Studio, given: dict, made: list[str]) -> Iterator[tuple]:
         made = [str(told.picture), *made] if told.picture else made
         shown = told.picture or told.preview or gr.skip()
         yield shown, made if told.picture else gr.skip(), paragraphs(notes, step), made
-    yield gr.skip(), gr.skip(), paragraphs(notes, ""), made
+    yield gr.skip(), gr.skip(), paragraphs(notes), made
 
 
-def paragraphs(notes: list[str], step: str) -> str:
+def paragraphs(notes: list[str], step: str = "") -> str:
     """As Markdown that shows every character as it is."""
-    escaped = ["".join(f"\\{letter}" if letter in "\\`*_{}[]<>()#+-.!|~$" else letter for letter in note) for note in notes]
+    escaped = [
+        "".join(f"\\{letter}" if letter in "\\`*_{}[]<>()#+-.!|~$" else letter for letter in note) for note in notes
+    ]
     return "\n\n".join(filter(None, [*escaped, step]))
 
 

@@ -36,7 +36,7 @@ def runs_tab(trainings: Trainings) -> None:
     before = gr.State()
 
     def look(run: str | None, which: int, before: tuple | None) -> list:
-        """What is new about a run. `before` says what is shown: its name, lines of its log, grids, and which of them."""
+        """What is new of a run. `before` says what is shown: its name, lines of its log, grids, and which of them."""
         names = gr.Dropdown(trainings.names())
         if run not in trainings.names():
             return [names, *[gr.skip()] * 5, before]
@@ -47,7 +47,7 @@ def runs_tab(trainings: Trainings) -> None:
         if before == (now := (run, len(lines), len(found), which)):
             return [*told, *[gr.skip()] * 3, before]
         drawn = "".join(chart(title, curves(lines, names)) for title, names in CURVES.items())
-        image = gr.Image(str(found[which - 1]), label=f"step {int(found[which - 1].stem)}") if found else None
+        image = gr.Image(str(found[which - 1]), label=f"step {int(found[which - 1].stem)}") if found else gr.Image(None)
         slider = gr.Slider(maximum=max(2, len(found)), value=max(1, which), visible=len(found) > 1)
         return [*told, drawn, image, slider, now]
 

@@ -5,7 +5,6 @@ import io
 import json
 from pathlib import Path
 
-import gradio as gr
 import numpy as np
 from PIL import Image
 
@@ -27,7 +26,10 @@ HTML = f"""
   <button class="clear" type="button">clear</button>
 </div>"""
 CSS = """
-canvas { width: 100%; max-width: 420px; aspect-ratio: 1; display: block; margin: auto; touch-action: none; cursor: crosshair; border-radius: 8px; }
+canvas {
+  display: block; margin: auto; width: 100%; max-width: 420px; aspect-ratio: 1;
+  touch-action: none; cursor: crosshair; border-radius: 8px;
+}
 .tools { display: flex; gap: 1em; align-items: center; flex-wrap: wrap; justify-content: center; padding-top: 0.5em; }
 """
 PNG = "data:image/png;base64,"
@@ -36,11 +38,12 @@ READ = "(_, ...others) => [document.querySelector('#sketch canvas').read(), ...o
 SHOW = "drawing => { if (drawing) document.querySelector('#sketch canvas').load(drawing); }"
 
 
-def sketch() -> gr.HTML:
+def parts() -> dict:
+    """Of gradio's HTML component."""
     colours = [f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in LIMB_BRIGHTNESS * COLOURS]
     script = Path(__file__).with_suffix(".js").read_text()
     data = dict(limbs=[list(limb) for limb in LIMBS], colours=colours, pose=STANDING)
-    return gr.HTML(html_template=HTML, css_template=CSS, js_on_load=script, elem_id="sketch", **data)
+    return dict(html_template=HTML, css_template=CSS, js_on_load=script, elem_id="sketch", **data)
 
 
 def hint_of(sent: str) -> Image.Image:

@@ -15,7 +15,7 @@ from typing import IO
 from PIL import Image
 
 from controlnet.common.images import save_png
-from controlnet.common.program import in_a_sentence
+from controlnet.common.program import from_json, in_a_sentence
 from controlnet.inference import run
 from controlnet.inference.again import FILES
 from controlnet.inference.options import Options
@@ -24,6 +24,7 @@ from controlnet.inference.progress import Progress
 from controlnet.inference.saving import save_image
 from ldm.stable_diffusion import StableDiffusion
 
+BY_HINT = "by the hint"  # in place of a ControlNet's name
 PREVIEW_EVERY = 3  # steps
 # What a base is loaded by: as long as these stay the same, the one in memory serves.
 LOADED_BY = ("base", "prediction", "zero_snr", "vae", "lora", "embedding", "precision", "low_memory")
@@ -79,7 +80,8 @@ class Studio:
 
         try:
             with self.alone, redirect_stderr(Notes(told)):
-                jobs = run.prepare(*run.with_recorded({**given, "out": self.folder}))
+                typed = from_json(Options, given, "the form")
+                jobs = run.prepare(*run.with_recorded({**typed, "out": self.folder}))
                 jobs = run.load_jobs(jobs, self.loaded(jobs[0]))
                 for job, i, image in run.make_images(jobs, self.base[1], watch):
                     path = save_image(image, self.folder, i, job.options.count, png_texts(job.settings(i)))

@@ -23,7 +23,7 @@ def chart(title: str, curves: dict[str, Points]) -> str:
     for i in range(LINES):
         value = low + (high - low) * i / (LINES - 1)
         parts.append(f'<path d="M{LEFT} {y(value):.1f}H{RIGHT}" stroke="currentColor" opacity="0.15"/>')
-        parts.append(text(LEFT - 4, y(value) + 4, f"{value:.3g}", "end"))
+        parts.append(text(LEFT - 4, y(value) + 4, f"{value:.2g}", "end"))
     for i, points in enumerate(curves.values()):
         points = points * 2 if len(points) == 1 else points  # of no length, but with round ends
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)

@@ -19,7 +19,7 @@ def draw_tab(studio: Studio) -> None:
             prompt = gr.Textbox("", label="prompt", placeholder="red circle with blue background", elem_id="prompt")
             with gr.Row():
                 make = gr.Button("make", variant="primary", min_width=90)
-                again = gr.Button("with another seed", min_width=90)
+                again = gr.Button("another seed", min_width=90)
                 cancel = gr.Button("cancel", min_width=90)
             with gr.Accordion("more", open=False):
                 with gr.Row():
@@ -29,8 +29,8 @@ def draw_tab(studio: Studio) -> None:
                 strength = gr.Slider(0, 2, 1, label="strength of the control")
                 cfg = gr.Slider(0, 10, 2.5, label="guidance")
         with gr.Column():
-            shown = results("picture")
-            dropped = gr.File(label="a picture made here fills the form", file_types=[".png"], height=80)
+            shown = results("picture", 380)
+            dropped = gr.File(label="a picture made here fills the form", file_types=[".png"], height=120)
     notes, made = shown[2:]
     asked = [prompt, control, seed, steps, strength, cfg]
 

@@ -107,7 +107,7 @@ def editor(label: str, colour: str, name: str) -> gr.ImageEditor:
         layers=False,
         transforms=(),
         sources=("upload", "clipboard"),
-        brush=gr.Brush(colors=colours, color_mode="fixed"),
+        brush=gr.Brush(4 if colour == WHITE else "auto", colors=colours, color_mode="fixed"),
         buttons=[],
         elem_id=name,
     )

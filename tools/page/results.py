@@ -10,7 +10,7 @@ from .studio import Studio, sentence_of
 QUEUE = dict(concurrency_limit=1, concurrency_id="studio")  # one picture at a time, whoever asks
 
 
-def results(name: str, height: int = 420) -> list:
+def results(name: str, height: int) -> list:
     """Where pictures appear: the newest, those made before, what is to be said; and the files of all."""
     picture = gr.Image(
         label="picture",

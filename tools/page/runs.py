@@ -31,7 +31,9 @@ def runs_tab(trainings: Trainings) -> None:
                 name, started = training_form(trainings)
         with gr.Column(scale=3):
             charts = gr.HTML(elem_id="charts")
-            grid = gr.Image(label="grid", interactive=False, buttons=["download", "fullscreen"], elem_id="grid")
+            grid = gr.Image(
+                label="grid", interactive=False, height=560, buttons=["download", "fullscreen"], elem_id="grid"
+            )
             which = gr.Slider(1, 2, 1, step=1, label="which grid", visible=False)
     before = gr.State()
 

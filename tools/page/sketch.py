@@ -31,6 +31,7 @@ canvas {
   touch-action: none; cursor: crosshair; border-radius: 8px;
 }
 .tools { display: flex; gap: 1em; align-items: center; flex-wrap: wrap; justify-content: center; padding-top: 0.5em; }
+.tools input[type=radio] { border: 1px solid gray; }
 """
 PNG = "data:image/png;base64,"
 # In the browser, when a button is pressed: its first input becomes what the canvas holds; and the way back.

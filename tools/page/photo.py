@@ -61,7 +61,7 @@ def photo_tab(studio: Studio) -> None:
 
 def control_part(i: int, studio: Studio, photo: gr.ImageEditor, base: gr.Dropdown, size: gr.Textbox) -> list:
     """The form of one control -> hint, name, strength, start, end, and where it acts."""
-    with gr.Tab(f"control {i + 1}", render_children=True), gr.Row():
+    with gr.Tab(f"control {i + 1}"), gr.Row():
         with gr.Column():
             with gr.Row():
                 detector = gr.Dropdown(list(DETECTORS), value="canny", label="detector", min_width=120)

@@ -44,11 +44,19 @@ def draw_tab(studio: Studio) -> None:
     @in_sentences()
     def fill(file: str) -> tuple:
         options, left_out = studio.options_of(file)
-        hint = sketch.sent_back(options.hint[0]) if options.hint else ""
         found = options.control[0] if options.control and options.control[0] in TINY_CONTROLS.values() else BY_HINT
         strength = options.control_scale[0] if options.control_scale else 1
         cfg = gr.skip() if options.cfg is None else options.cfg
-        return hint, options.prompt, found, options.seed, options.steps, strength, cfg, paragraphs([left_out])
+        return (
+            sketch.sent_back(options),
+            options.prompt,
+            found,
+            options.seed,
+            options.steps,
+            strength,
+            cfg,
+            paragraphs([left_out]),
+        )
 
     begun = make.click(draw, [sent, *asked, made], shown, js=sketch.READ, **QUEUE)
     more = again.click(lambda seed: int(seed or 0) + 1, seed, seed)

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from controlnet.common.image_files import read_image
 from controlnet.hints.pose import COLOURS, LIMB_BRIGHTNESS, LIMBS, draw_pose
+from controlnet.inference.inputs import find_hint
+from controlnet.inference.options import Options
 
 SIDE = 512  # pixels of the canvas
 # Where a standing figure has its joints, as fractions of the side: x and y in the order of pose.KEYPOINTS.
@@ -59,6 +62,11 @@ def hint_of(sent: str) -> Image.Image:
         raise ValueError(f"the canvas sent no drawing and no pose ({error}): load the page again") from error
 
 
-def sent_back(hint: str) -> str:
-    """The file of a hint as the canvas takes it."""
-    return PNG + base64.b64encode(Path(hint).read_bytes()).decode()
+def sent_back(options: Options) -> str:
+    """The hint that a picture was made from, as the canvas takes it: nothing if there is none, or it is gone."""
+    file = find_hint(options.hint[0]) if options.hint else None
+    if file is None or not file.is_file() or set(options.detect) - {"none"}:  # a photograph is no drawing
+        return ""
+    drawn = io.BytesIO()
+    read_image(file).save(drawn, "PNG")
+    return PNG + base64.b64encode(drawn.getvalue()).decode()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from controlnet.inference.options import Options
 from tools.page.editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, hints_of, painted
 from tools.page.sketch import SIDE, STANDING, hint_of, sent_back
 from tools.page.studio import BY_HINT, Studio
@@ -16,8 +17,11 @@ def test_a_drawing_comes_as_it_was_drawn_and_goes_back(tmp_path):
     drawn = Image.new("RGB", (SIDE, SIDE))
     drawn.paste("white", (10, 20, 30, 40))
     drawn.save(tmp_path / "drawn.png")
-    found = hint_of(json.dumps({"drawing": sent_back(str(tmp_path / "drawn.png"))}))
+    found = hint_of(json.dumps({"drawing": sent_back(Options(hint=[str(tmp_path / "drawn.png")]))}))
     assert np.array_equal(np.asarray(found), np.asarray(drawn))
+    assert sent_back(Options(hint=["pose.png"])).startswith("data:image/png;base64,")  # an example of assets/
+    assert sent_back(Options(hint=[str(tmp_path / "gone.png")])) == "" == sent_back(Options())
+    assert sent_back(Options(hint=[str(tmp_path / "drawn.png")], detect=["canny"])) == ""
 
 
 def test_a_pose_is_drawn_where_its_joints_are():

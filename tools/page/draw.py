@@ -7,7 +7,7 @@ import gradio as gr
 from controlnet.checkpoint import TINY_CONTROLS
 
 from . import sketch
-from .results import QUEUE, in_sentences, paragraphs, results, seen
+from .results import AT_ONCE, cancelling, in_sentences, paragraphs, results, seen
 from .studio import BY_HINT, Studio
 
 
@@ -34,12 +34,12 @@ def draw_tab(studio: Studio) -> None:
     notes, made = shown[2:]
     asked = [prompt, control, seed, steps, strength, cfg]
 
-    def draw(sent, prompt, control, seed, steps, strength, cfg, made) -> Iterator[tuple]:
+    def draw(sent, prompt, control, seed, steps, strength, cfg, made, request: gr.Request) -> Iterator[tuple]:
         given = dict(prompt=prompt, seed=int(seed or 0), steps=int(steps), cfg=cfg, control_scale=[strength])
         with in_sentences():
             hint = studio.keep(sketch.hint_of(sent))
         given |= dict(hint=[hint], control=[] if control == BY_HINT else [control])
-        yield from seen(studio, given, made)
+        yield from seen(studio, given, made, request.session_hash)
 
     @in_sentences()
     def fill(file: str) -> tuple:
@@ -58,8 +58,8 @@ def draw_tab(studio: Studio) -> None:
             paragraphs([left_out]),
         )
 
-    begun = make.click(draw, [sent, *asked, made], shown, js=sketch.READ, **QUEUE)
+    make.click(draw, [sent, *asked, made], shown, js=sketch.READ, **AT_ONCE)
     more = again.click(lambda seed: int(seed or 0) + 1, seed, seed)
-    more = more.then(draw, [sent, *asked, made], shown, js=sketch.READ, **QUEUE)
-    cancel.click(lambda: "cancelled", None, notes, cancels=[begun, more])
+    more.then(draw, [sent, *asked, made], shown, js=sketch.READ, **AT_ONCE)
+    cancel.click(cancelling(studio), **AT_ONCE)
     dropped.upload(fill, dropped, [back, *asked, notes]).success(None, back, None, js=sketch.SHOW)

@@ -8,7 +8,7 @@ from controlnet.hints import DETECTORS, options_of, options_text
 
 from .editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, hints_of
 from .models import bases, controls
-from .results import QUEUE, in_sentences, results, seen
+from .results import AT_ONCE, cancelling, in_sentences, results, seen
 from .studio import BY_HINT, Studio
 
 CONTROLS = 3
@@ -43,7 +43,7 @@ def photo_tab(studio: Studio) -> None:
         acting = [control_part(i, studio, photo, base, size) for i in range(CONTROLS)]
     form = [photo, start, strength, around, prompt, negative, base, size, seed, steps, cfg]
 
-    def draw(*values) -> Iterator[tuple]:
+    def draw(request: gr.Request, *values) -> Iterator[tuple]:
         with in_sentences():
             photo, start, strength, around, prompt, negative, base, size, seed, steps, cfg = values[: len(form)]
             given = dict(prompt=prompt or "", negative=negative or "", base=base, size=size or None)
@@ -52,11 +52,11 @@ def photo_tab(studio: Studio) -> None:
             parts, made = values[len(form) : -1], values[-1]
             count = len(acting[0])
             given |= hints_of(studio, [parts[i : i + count] for i in range(0, len(parts), count)])
-        yield from seen(studio, given, made)
+        yield from seen(studio, given, made, request.session_hash)
 
     inputs = [*form, *(one for part in acting for one in part), made]
-    begun = make.click(draw, inputs, shown, **QUEUE)
-    cancel.click(lambda: "cancelled", None, shown[2], cancels=[begun])
+    make.click(draw, inputs, shown, **AT_ONCE)
+    cancel.click(cancelling(studio), **AT_ONCE)
 
 
 def control_part(i: int, studio: Studio, photo: gr.ImageEditor, base: gr.Dropdown, size: gr.Textbox) -> list:

@@ -1,13 +1,13 @@
 """What both tabs for pictures have in common: where pictures appear while they are made, and how errors are said."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import gradio as gr
 
 from .studio import Studio, sentence_of
 
-QUEUE = dict(concurrency_limit=1, concurrency_id="studio")  # one picture at a time, whoever asks
+AT_ONCE = dict(concurrency_limit=None)  # of visitors who ask for pictures: the studio makes one at a time
 
 
 def results(name: str, height: int) -> list:
@@ -28,17 +28,26 @@ def results(name: str, height: int) -> list:
     return [picture, gallery, notes, gr.State([])]
 
 
-def seen(studio: Studio, given: dict, made: list[str]) -> Iterator[tuple]:
+def seen(studio: Studio, given: dict, made: list[str], visitor: str) -> Iterator[tuple]:
     """What is told while pictures are made -> what `results` shows."""
-    notes, step = [], "loading ..."
+    notes, step = [], "waiting, loading ..."
     yield gr.skip(), gr.skip(), step, made
-    for told in studio.make(given):
+    for told in studio.make(given, visitor):
         notes += [told.note] if told.note else []
         step = f"step {told.step} of {told.steps}" if told.steps else "" if told.picture else step
         made = [str(told.picture), *made] if told.picture else made
         shown = told.picture or told.preview or gr.skip()
         yield shown, made if told.picture else gr.skip(), paragraphs(notes, step), made
     yield gr.skip(), gr.skip(), paragraphs(notes), made
+
+
+def cancelling(studio: Studio) -> Callable:
+    """What a button calls. (Gradio's own way to cancel may leave a page in which no other picture can be asked for.)"""
+
+    def cancel(request: gr.Request) -> None:
+        studio.cancel(request.session_hash)
+
+    return cancel
 
 
 def paragraphs(notes: list[str], step: str = "") -> str:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -42,7 +42,7 @@ class Told:
 
 
 class Stopped(Exception):
-    """Nobody waits for the picture any more."""
+    """The picture is cancelled, or nobody waits for it any more."""
 
 
 class Studio:
@@ -53,6 +53,7 @@ class Studio:
         self.folder = folder
         self.base: tuple[str, StableDiffusion] | None = None
         self.alone = Lock()
+        self.making: list[tuple[str, Event]] = []  # for whom, and what stops it
 
     def keep(self, image: Image.Image) -> str:
         """The file of an image that a picture is made from: the same image has the same file."""
@@ -61,15 +62,33 @@ class Studio:
             save_png(image, path, {})
         return str(path)
 
-    def make(self, given: dict) -> Iterator[Told]:
+    def make(self, given: dict, visitor: str = "") -> Iterator[Told]:
         """With options as infer.py's command line gives them. Who closes the iterator stops it at the next step."""
         told, stop = SimpleQueue(), Event()
+        self.making.append(entry := (visitor, stop))
         Thread(target=self.work, args=(given, told, stop), daemon=True).start()
         try:
             while (one := told.get()) is not None:
                 yield one
         finally:
             stop.set()
+            self.making.remove(entry)
+
+    def cancel(self, visitor: str) -> None:
+        """Stops what is made for this visitor, or waits for its turn."""
+        for whose, stop in self.making:
+            if whose == visitor:
+                stop.set()
+
+    @contextmanager
+    def turn(self, stop: Event) -> Iterator[None]:
+        while not self.alone.acquire(timeout=0.1):
+            if stop.is_set():
+                raise Stopped
+        try:
+            yield
+        finally:
+            self.alone.release()
 
     def work(self, given: dict, told: SimpleQueue, stop: Event) -> None:
         def watch(done: Progress) -> None:
@@ -79,7 +98,7 @@ class Studio:
             told.put(Told(done.step, done.steps, done.preview() if shown else None))
 
         try:
-            with self.alone, redirect_stderr(Notes(told)):
+            with self.turn(stop), redirect_stderr(Notes(told)):
                 typed = from_json(Options, given, "the form")
                 jobs = run.prepare(*run.with_recorded({**typed, "out": self.folder}))
                 jobs = run.load_jobs(jobs, self.loaded(jobs[0]))
@@ -87,7 +106,7 @@ class Studio:
                     path = save_image(image, self.folder, i, job.options.count, png_texts(job.settings(i)))
                     told.put(Told(picture=path))
         except Stopped:
-            pass
+            told.put(Told(note="cancelled"))
         except Exception as error:
             told.put(Told(note=sentence_of(error)))
         finally:

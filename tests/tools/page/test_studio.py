@@ -58,6 +58,24 @@ def test_who_leaves_stops_it_at_the_next_step(studio, told):
     assert sorted(studio.folder.glob("*.png")) == before
 
 
+def test_a_visitor_cancels_what_is_made_for_him_alone(studio, told):
+    before = sorted(studio.folder.glob("*.png"))
+    making, waiting = studio.make(dict(steps=20), "one"), studio.make(dict(steps=20), "two")
+    while not (now := next(making)).steps:
+        pass
+    waited = Thread(target=lambda: stopped.extend(waiting))
+    stopped = []
+    waited.start()
+    while len(studio.making) < 2:
+        pass
+    studio.cancel("two")  # whose turn has not come
+    waited.join()
+    assert stopped == [Told(note="cancelled")] and now.step == 1 and next(making).step == 2
+    studio.cancel("one")
+    assert list(making)[-1] == Told(note="cancelled") and not studio.making
+    assert sorted(studio.folder.glob("*.png")) == before
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

@@ -4,12 +4,12 @@
     python train.py --base sd15 --data my/pairs --precision fp16 --checkpointing --batch-size 4
     torchrun --nproc_per_node=4 train.py ...           # each batch four times as large; --shard takes less memory
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=4 train.py ...       # on each of two machines
-    python train.py ... --dry-run                      # what it would train, and in how much memory
+    python train.py ... --dry-run                      # what it would train, in how much memory and disk
 
-The run's folder gets settings.json, log.jsonl, grids of validation hints in samples/, control.safetensors for infer.py
-and other programs, and state/, from which `--resume` goes on exactly where a run was stopped, in whatever way. Of
-several machines the first has that folder; each builds the latents that its disk lacks. What torchrun starts again
-(--max-restarts) goes on by itself.
+The run's folder gets settings.json, log.jsonl, report.html with curves and grids of validation hints (samples/), the
+last few ControlNets and the best one for infer.py and other programs, control.safetensors being the newest, and state/,
+from which `--resume` goes on exactly where a run was stopped, in whatever way. Of several machines the first has that
+folder; each builds the latents that its disk lacks. What torchrun starts again (--max-restarts) goes on by itself.
 """
 
 import sys
@@ -27,28 +27,29 @@ from contextlib import nullcontext
 
 import torch
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from controlnet.ablations import only_middle, start_as_gaussian
-from controlnet.common.devices import PRECISIONS, peak_memory, temporarily_on
+from controlnet.common.devices import PRECISIONS, peak_memory
 from controlnet.common.program import note
 from controlnet.common.program import run as run_program
 from controlnet.model import ControlNet
-from controlnet.objective import ControlLoss, Draws, loss_inputs, zero_conv_norms
+from controlnet.objective import ControlLoss, Draws, loss_inputs
 from controlnet.training.data import TrainingData
 from controlnet.training.distributed import Process, join_processes
 from controlnet.training.dry_run import plan
+from controlnet.training.example import example_of, infer_command
 from controlnet.training.interruptions import Signals, lasting_output
 from controlnet.training.intervals import Interval
 from controlnet.training.latent_cache import ends_of_weights
 from controlnet.training.later import Later
 from controlnet.training.optimisation import Optimisation, warmed_up_ema
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
+from controlnet.training.previews import own_samples
 from controlnet.training.progress import Progress
-from controlnet.training.resolve import check_hint_channels, control_config, infer_command, resolve
+from controlnet.training.resolve import check_hint_channels, control_config, resolve
 from controlnet.training.run_state import Position, RunFolder, restore, state_of
 from controlnet.training.saving import Writer, on_cpu, with_weights
-from controlnet.training.validation import validation_of
+from controlnet.training.validation import Validation
 from controlnet.training.workers import worker_ended
 from ldm import StableDiffusion
 from ldm.unet import UNet
@@ -61,16 +62,14 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
     start = training.restore()
     training.open_data(start)
 
-    steps = range(start, settings.steps)
-    bar = tqdm(steps, "train", settings.steps, initial=start, mininterval=1, disable=not process.is_main)
-    progress = Progress(training.run, bar, settings.tensorboard) if process.is_main else None
+    progress = Progress(training.run, settings, start) if process.is_main else None
     stopping = False
-    with signals.waiting(), bar, training.writer:
+    with signals.waiting(), progress or nullcontext(), training.writer:
         if start >= settings.steps:
             if process.is_main:
                 print(f"all {start} steps are done: raise --steps to train further")
             training.save(start, progress)
-        for step in bar:
+        for step in range(start, settings.steps):
             training.writer.check()
             done, last = step + 1, step + 1 == settings.steps
             values, numbers = training.step()
@@ -78,7 +77,7 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
             saving = signals.take_save_asked() or (process.is_main and training.saves.over(done))
             stopping, saving = process.any(signals.received is not None, saving)
             if process.is_main:
-                progress.log({"step": done, **values, **training.validate(done, last)}, numbers)
+                progress.log({"step": done, **values, **training.validate(done, saving, last)}, numbers)
             if saving or last or stopping:
                 training.save(done, progress)
             if stopping:
@@ -89,8 +88,8 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
             note(f"\nsaved after step {done}: go on with --resume --out {settings.out}")
         return 128 + (signals.received or signal.SIGTERM)
     if process.is_main:
-        print(f"the ControlNet is {training.run.control}: try it with")
-        print(infer_command(settings, training.run))
+        print(f"{training.run.report} shows how it went, and the ControlNet is {training.run.control}: try it with")
+        print(infer_command(settings, training.run, training.example))
     return 0
 
 
@@ -126,12 +125,13 @@ class Training:
         # Where the run stands. A step depends on nothing but these and the settings: there is no random state.
         self.position = Position()
         self.parts = {"control": self.control, "optimisation": self.optimisation, "position": self.position}
-        self.average = None
         if settings.sd_unlocked:
             self.parts["decoder"] = self.sd.unet.decoder
+        # What is saved, validated and shown in the grids: the copy or its average.
+        self.average, self.shown_loss = None, self.loss
         if settings.ema:
-            self.average = AveragedModel(self.control, multi_avg_fn=warmed_up_ema(settings.ema))
-            self.parts["average"] = self.average
+            self.average = self.parts["average"] = AveragedModel(self.control, multi_avg_fn=warmed_up_ema(settings.ema))
+            self.shown_loss = ControlLoss(self.sd.unet, self.average.module, self.sd.schedule, settings.min_snr)
 
     def restore(self) -> int:
         """-> how many steps are done: none in a new run."""
@@ -145,19 +145,22 @@ class Training:
         self.data = TrainingData(settings, sd, self.process)
         self.draws = Draws(self.data.latent_shape, sd.schedule.config.timesteps, settings.prompt_dropout, settings.seed)
         if self.process.is_main:
+            own = own_samples(settings, self.data.size)
             self.run.begin(start, settings, self.data.fingerprint | {"UNet": self.unet_fingerprint})
         if not settings.no_cache:
             self.data.compute_latents()
         self.batches = self.data.batches(self.position.seen)
         if self.process.is_main:
-            self.validation_loss, self.preview = validation_of(sd, self.data, self.draws, settings)
+            pairs = self.data.validation_samples()
+            samples = pairs or self.data.first_samples(max(settings.sample_count, 1))
+            shown = samples[: settings.sample_count] + own
+            self.validation = Validation(sd, pairs, shown, self.draws, self.data.empty_prompt, settings)
+            self.example = example_of(settings, self.run, samples[0])
         if not settings.no_cache:
             for encoder in (sd.vae, sd.text_encoder):
                 encoder.cpu()  # only the grids need them now
         keep_memory_in_the_loop(self.process.device)
-        intervals = (settings.save_every, settings.validate_every, settings.sample_every)
-        self.saves, self.validations, self.grids = map(Interval, intervals)
-        self.clock = time.perf_counter()
+        self.saves, self.clock = Interval(settings.save_every), time.perf_counter()
 
     def step(self) -> tuple[dict, Later]:
         """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it; loss
@@ -165,7 +168,8 @@ class Training:
         total, count = 0.0, self.settings.accumulate
         for i in range(count):
             batch = next(self.batches)
-            drawn = self.draws(batch.positions.tolist())  # timesteps, noise, dropped prompts
+            # Timesteps, noise and dropped prompts: with buckets each batch has a size of its own.
+            drawn = self.draws(batch.positions.tolist(), batch.content.mean.shape[1:])
             inputs = loss_inputs(
                 batch.content,
                 batch.hint,
@@ -190,58 +194,37 @@ class Training:
         values |= {"skipped": self.optimisation.skipped, "bad": len(self.data.bad)}
         return values | peak_memory(self.process.device), numbers
 
-    def validate(self, done: int, last: bool) -> dict:
+    def validate(self, done: int, saving: bool, last: bool) -> dict:
         """Now and then the loss on validation pairs and a grid of images -> what is logged after `done` steps."""
-        values = {}
         with self.optimisation.autocast():  # needed: the base is in half precision, the ControlNet in fp32
-            if self.validation_loss and (self.validations.over(done) or last):
-                values["validation_loss"] = self.validation_loss(self.shown_loss)
-                values["zero_convs"] = zero_conv_norms(self.shown)
-            if self.preview and (self.grids.over(done) or last):
-                with temporarily_on(self.process.device, self.sd.vae, self.sd.text_encoder):
-                    try:
-                        values |= self.preview.save(self.shown, self.run.grid(done))
-                    except FloatingPointError as error:  # half precision may overflow: no reason to end the run
-                        note(f"there is no grid of step {done}: {error}")
-        return values
+            return self.validation(done, self.shown_loss, saving, last)
 
     def save(self, step: int, progress: Progress | None) -> None:
         """Copies everything as it is after `step`; a thread of the main process writes it while training goes on."""
         self.optimisation.gather()
         if self.process.is_main:
             progress.flush()
+            best = self.position.is_best(progress.curves.at("validation_loss", step))
             self.writer.wait()  # before the copy: two at once would take twice the memory
-            self.writer.start(self.write, on_cpu(state_of(step, self.parts), self.process.device))
+            self.writer.start(self.write, on_cpu(state_of(step, self.parts), self.process.device), best)
 
-    def write(self, state: dict) -> None:
+    def write(self, state: dict, best: bool) -> None:
         dtype = PRECISIONS[self.settings.save_dtype]
         if self.average:
             shown = with_weights(self.average, state["average"]).module
         else:
             shown = with_weights(self.control, state["control"])
-        shown.save(self.run.control, dtype)
+        shown.save(self.run.control_at(state["step"]), dtype)
         if self.settings.sd_unlocked:
             decoder = {f"unet.decoder.{name}": weight for name, weight in state["decoder"].items()}
             with_weights(self.sd, decoder).save(self.run.base, dtype)
-        # Last: a run that is killed before this resumes from the previous state.
-        self.run.save(state, self.settings.keep)
-
-    @property
-    def shown(self) -> ControlNet:
-        """What is saved, validated and shown in the grids."""
-        return self.average.module if self.average else self.control
-
-    @property
-    def shown_loss(self) -> ControlLoss:
-        if self.average is None:
-            return self.loss
-        return ControlLoss(self.sd.unet, self.shown, self.sd.schedule, self.settings.min_snr)
+        self.run.save(state, self.settings.keep, best)
 
 
 def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlNet:
     """The ControlNet to train: a copy of the UNet's encoder, one of the paper's ablations, or --control, whose file is
     no longer needed on resume."""
-    if settings.control:
+    if settings.control is not None:
         source = run.control if settings.resume and run.states() and run.control.exists() else settings.control
         control = ControlNet.load(source, unet, dtype=torch.float32).train().requires_grad_(True)
         check_hint_channels(control.config, settings)

@@ -32,7 +32,7 @@ class LiteEncoder(Checkpointed):
     def __init__(self, encoder: UNetEncoder):
         super().__init__()
         self.config, self.skip_widths = encoder.config, encoder.skip_widths
-        widths = [encoder.config.latent_channels, *encoder.skip_widths]
+        widths = [encoder.config.input_channels, *encoder.skip_widths]
         self.blocks = nn.ModuleList(
             LiteBlock(a, b, stride=2 if halves_resolution(block) else 1, first=i == 0)
             for i, ((a, b), block) in enumerate(zip(pairwise(widths), encoder.blocks, strict=True))

@@ -16,7 +16,7 @@ from ldm.checkpoints.diffusers import WEIGHTS_NAME, write_json
 from ldm.checkpoints.files import new_folder
 from ldm.checkpoints.folders import is_model
 from ldm.checkpoints.key_maps import Layout, unet_map
-from ldm.checkpoints.load import load_parts, without_weights
+from ldm.checkpoints.load import Parts, check_keys, load_parts, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.paths import as_path, where_to_find
 from ldm.checkpoints.save import gather, save_checkpoint
@@ -25,8 +25,9 @@ from ldm.config import PRESETS, UNetConfig
 from ldm.unet import UNet
 
 from .config import ControlConfig
+from .control_lora import with_encoder
 from .layouts import (
-    IGNORED_BESIDE_CONTROL,
+    ControlFile,
     check_family,
     control_map,
     control_values,
@@ -51,23 +52,23 @@ class ControlCheckpoint:
     ) -> Self:
         """A trained ControlNet for `base`, on the device of its UNet and in its dtype unless others are given.
 
-        It comes from a file or folder in any published layout, or from `weights/` by its name there (`find_control`).
+        It comes from a file or folder in any published layout, from a training run's folder or one of its states, or
+        from `weights/` by its name there (`find_control`).
         It is locked: in eval mode and without gradients (call `requires_grad_` to train it on). Of a file with a base
         and its ControlNet only the latter is read, with a warning if that base is not the one given. To a file that
-        holds the difference to a base, the one given is added. `global_average_pooling` says what no tensor does: see
-        `recognise_control`.
+        holds the difference to a base, or a Control-LoRA, the one given is added. `global_average_pooling` says what no
+        tensor does: see `recognise_control`.
         Raises CheckpointError if there is no such file, no ControlNet in it, or one that does not fit the base.
         """
         unet = base if isinstance(base, UNet) else base.unet
         checkpoint = open_checkpoint(find_control(path_or_name, unet.config))
         found = recognise_control(checkpoint, global_average_pooling)
         check_family(checkpoint, found, unet.config)
-        with without_weights():
-            control = cls(UNet(unet.config), found.config)
+        checkpoint, parts = cls.parts_in(checkpoint, found, unet)
+        ((control, _),) = parts
         like = next(unet.parameters())
         device, dtype = torch.device(device or like.device), dtype or like.dtype
-        parts = [(control, found.key_map(unet.config))]
-        load_parts(checkpoint, parts, IGNORED_BESIDE_CONTROL, torch.float32 if found.difference else dtype, device)
+        load_parts(checkpoint, parts, found.ignored, torch.float32 if found.difference else dtype, device)
         if found.difference:
             control.add_encoder(unet)
             control.to(dtype)
@@ -78,6 +79,29 @@ class ControlCheckpoint:
                 stacklevel=2,
             )
         return control.eval().requires_grad_(False)
+
+    @classmethod
+    def parts_in(cls, checkpoint: Checkpoint, found: ControlFile, unet: UNet) -> tuple[Checkpoint, Parts]:
+        """What `load_parts` needs for a control of a base with this UNet: of a Control-LoRA the checkpoint is made
+        whole. Raises CheckpointError if its changes do not fit."""
+        config = unet.config.text_to_image
+        with without_weights():
+            control = cls(UNet(config), found.config)
+        key_map = found.key_map(config)
+        if found.low_rank:
+            own = dict(control.encoder.named_parameters(prefix="encoder"))
+            theirs = dict(unet.encoder.named_parameters(prefix="encoder"))
+            encoder = {name: part(theirs[name], like) for name, like in own.items()}
+            checkpoint = with_encoder(checkpoint, key_map, encoder)
+        return checkpoint, [(control, key_map)]
+
+    @classmethod
+    def check(cls, checkpoint: Checkpoint, found: ControlFile, config: UNetConfig) -> set[str]:
+        """-> what loading it for such a base leaves out. Raises CheckpointError where loading would, by keys and
+        shapes."""
+        with without_weights():
+            unet = UNet(config)
+        return check_keys(*cls.parts_in(checkpoint, found, unet), found.ignored)
 
     def save(
         self,
@@ -118,7 +142,7 @@ class ControlCheckpoint:
         """
         self.check_copied_from(unet)
         for own, other in zip(self.encoder.parameters(), unet.encoder.parameters(), strict=True):
-            own.data = (own.float() + factor * other.to(own.device).float()).to(own.dtype)
+            own.data = (own.float() + factor * part(other, own).to(own.device).float()).to(own.dtype)
 
     @torch.no_grad()
     def transfer(self, source: UNet, target: UNet) -> None:
@@ -131,7 +155,8 @@ class ControlCheckpoint:
         self.check_copied_from(target)
         encoders = (self.encoder, source.encoder, target.encoder)
         for own, old, new in zip(*(encoder.parameters() for encoder in encoders), strict=True):
-            own.data = (own.float() + (new.float() - old.float()).to(own.device)).to(own.dtype)
+            moved = part(new, own).float() - part(old, own).float()
+            own.data = (own.float() + moved.to(own.device)).to(own.dtype)
 
     def check_copied_from(self, unet: UNet) -> None:
         """Raises CheckpointError if no copy of an encoder like that of `unet` is in here."""
@@ -139,8 +164,14 @@ class ControlCheckpoint:
             raise CheckpointError(
                 "a ControlNet-lite has no copy of its base's encoder to move or subtract: use it as it is"
             )
-        if self.encoder.config != unet.config:
+        if self.encoder.config.text_to_image != unet.config.text_to_image:
             raise CheckpointError("the base is of another architecture than the ControlNet: give one of its family")
+
+
+def part(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a base's parameter, what its copy has: the first convolution of an inpainting base reads more, after the
+    latents."""
+    return parameter[tuple(map(slice, like.shape))]
 
 
 def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:
@@ -168,14 +199,20 @@ TINY_CONTROLS = {"pose": "tiny-pose", "circles": "tiny-fill50k", "canny": "tiny-
 
 
 def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
-    """A file or folder, or one in `weights/` by its name or, for a base with this UNet, its short name.
+    """A file or folder, a run's folder for what it has trained, or one in `weights/` by its name or, for a base with
+    this UNet, its short name.
 
     Short names are those of `TINY_CONTROLS`, "fill50k" for tiny-fill50k.safetensors, and "canny" for
     control_v11p_sd15_canny.pth. Raises CheckpointError if there is none.
     """
-    path, name, weights = as_path(path_or_name), str(path_or_name), published.WEIGHTS
+    path, name, weights = of_run(as_path(path_or_name)), str(path_or_name), published.WEIGHTS
     files = [path, weights / name, *(weights / f"{name}{suffix}" for suffix in (".safetensors", ".pth"))]
-    files += [file for preset in PRESETS.values() if preset.unet == unet for file in short_named(name, preset.name)]
+    files += [
+        file
+        for preset in PRESETS.values()
+        if preset.unet == unet.text_to_image
+        for file in short_named(name, preset.name)
+    ]
     for file in files:
         if file.is_file() or (file.is_dir() and is_model(file)):  # no other folder that has the name by chance
             return file
@@ -186,6 +223,12 @@ def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
         for file in short_named(name, preset):
             advice = f"{file.name} is for another base, so say --base {preset}"
     raise CheckpointError(f'there is no ControlNet "{name}", neither as a file nor in {weights}: {advice}')
+
+
+def of_run(path: Path) -> Path:
+    """What a training run has saved, of its folder; any other path as it is."""
+    saved = path / "control.safetensors"
+    return saved if saved.is_file() and (path / "settings.json").is_file() else path
 
 
 def short_named(name: str, preset: str) -> list[Path]:

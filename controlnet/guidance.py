@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from controlnet.hints.hint_image import HintImage, check_channels
+from controlnet.hints.hint_image import HintImage
 from ldm.config import UNetConfig
 from ldm.samplers import Denoise
 from ldm.unet import UNet
@@ -38,7 +38,7 @@ def guided(
     negative: Tensor,
     cfg: float,
     controls: Sequence["Control"] = (),
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
     batched: bool = True,
     make_predictor: Callable[[UNet], "Predict"] | None = None,
 ) -> Denoise:
@@ -55,8 +55,8 @@ def guided(
     make_predictor = make_predictor or exact
     predict, predict_negative = make_predictor(unet), make_predictor(unet)
 
-    def denoise(x: Tensor, t: Tensor, timestep: int | None = None) -> Tensor:
-        timestep = int(t[0]) if timestep is None else timestep  # int waits for the device: samplers give the number
+    def denoise(x: Tensor, t: Tensor, timestep: float | None = None) -> Tensor:
+        timestep = t[0].item() if timestep is None else timestep  # which waits for the device: samplers give it
         acting = [control for control in prepared if control.acts(timestep)]
         if cfg == 1:
             return predict(x, t, timestep, prompt, acting, "prompt")
@@ -73,12 +73,12 @@ def guided(
 
 
 # predict(x, t, timestep, context, controls, branch) -> the UNet's output (B, 4, h, w), the controls' residuals added
-Predict = Callable[[Tensor, Tensor, int, Tensor, Sequence["PreparedControl"], Branch], Tensor]
+Predict = Callable[[Tensor, Tensor, float, Tensor, Sequence["PreparedControl"], Branch], Tensor]
 
 
 def exact(unet: UNet) -> Predict:
     def predict(
-        x: Tensor, t: Tensor, timestep: int, context: Tensor, controls: Sequence["PreparedControl"], branch: Branch
+        x: Tensor, t: Tensor, timestep: float, context: Tensor, controls: Sequence["PreparedControl"], branch: Branch
     ) -> Tensor:
         return controlled(unet, x, t, context, controls, branch)
 
@@ -123,7 +123,7 @@ class Control:
     def __post_init__(self):
         channels = self.net.config.hint_channels
         if isinstance(self.hint, HintImage):
-            check_channels(channels)
+            self.hint.check_channels(channels)
         elif not isinstance(self.hint, Tensor):
             found = type(self.hint).__name__
             raise TypeError(f"a hint is of type {found}, expected a tensor: for images there is Control.from_image")
@@ -171,7 +171,7 @@ def check_range(start: float, end: float) -> None:
 class PreparedControl:
     """A control with what is constant during the sampling computed once: hint features, masks and its timesteps."""
 
-    def __init__(self, control: Control, timesteps: Sequence[int] | None = None):
+    def __init__(self, control: Control, timesteps: Sequence[float] | None = None):
         self.control = control
         # The prompt's keys and values are constant, too, but only 0.4 % of the arithmetic: not worth keeping.
         self.hint_features = control.net.hint_encoder(control.hint)  # (1 or B, C, h, w)
@@ -187,8 +187,8 @@ class PreparedControl:
                 raise ValueError("a control acts in a part of the steps: pass the argument timesteps")
             self.timesteps = acting_timesteps(timesteps, control.start, control.end)
 
-    def acts(self, timestep: int) -> bool:
-        return self.timesteps is None or timestep in self.timesteps
+    def acts(self, timestep: float) -> bool:
+        return self.timesteps is None or self.timesteps[0] >= timestep > self.timesteps[1]
 
     def acts_in(self, branch: Branch) -> bool:
         return not (self.control.prompt_only and branch == "negative")
@@ -198,17 +198,25 @@ class PreparedControl:
         if self.control.prompt_only and branch == "both":
             x, t, context = (both.chunk(2)[1] for both in (x, t, context))
             return [torch.cat([torch.zeros_like(r), r]) for r in self.residuals(x, t, context, "prompt")]
-        residuals = self.control.net.residuals(x, t, context, fill_batch(self.hint_features, len(x)))
+        net = self.control.net
+        latents = x[:, : net.encoder.config.input_channels]  # of what an inpainting base reads
+        residuals = net.residuals(latents, t, context, fill_batch(self.hint_features, len(x)))
         residuals = [r if weight == 1 else weight * r for weight, r in zip(self.weights, residuals, strict=True)]
         if self.masks is None:
             return residuals
         return [fill_batch(mask, len(x)) * r for mask, r in zip(self.masks, residuals, strict=True)]
 
 
-def acting_timesteps(timesteps: Sequence[int], start: float, end: float) -> set[int]:
-    """The timesteps whose step lies within `start` to `end`; step i of n goes from i / n to (i + 1) / n."""
-    n = len(timesteps)
-    return {t for i, t in enumerate(timesteps) if start <= i / n and (i + 1) / n <= end}
+def acting_timesteps(timesteps: Sequence[float], start: float, end: float) -> tuple[float, float]:
+    """The timestep from which a control acts, and the one at which it no longer does: some samplers evaluate the UNet
+    between those of their steps, too."""
+    steps = acting_steps(len(timesteps), start, end)
+    return (timesteps[steps[0]], [*timesteps, -1][steps[-1] + 1]) if steps else (-1, -1)
+
+
+def acting_steps(n: int, start: float, end: float) -> list[int]:
+    """Those of n steps that lie within `start` to `end`; step i goes from i / n to (i + 1) / n."""
+    return [i for i in range(n) if start <= i / n and (i + 1) / n <= end]
 
 
 def masks_by_level(mask: Tensor, size: tuple[int, int], last: int) -> list[Tensor]:

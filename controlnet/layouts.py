@@ -1,10 +1,12 @@
 """Where each parameter of a ControlNet stands in a checkpoint, and what kind of ControlNet a checkpoint holds.
 
 The layouts are those of the base (ldm/checkpoints/key_maps.py): "ldm" as ControlNet 1.0 and 1.1 were released,
-"diffusers" as that library saves one. A ControlNet's encoder has the keys of the UNet's under another prefix.
+"diffusers" as that library saves one. A ControlNet's encoder has the keys of the UNet's under another prefix. And there
+is "state", our own names, as the state of a training run has them.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ldm.checkpoints.diffusers import encoder_values
 from ldm.checkpoints.key_maps import (
@@ -23,8 +25,11 @@ from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, UNetConfig, dataclass_from_dict
 
 from .config import ControlConfig
+from .control_lora import MARK
 
-IGNORED_BESIDE_CONTROL = (*BASE_PARTS, "model_ema.")  # how the keys begin that a file may have beside a ControlNet's
+# How the keys begin that a file may have beside a ControlNet's, and those that the state of a run has.
+IGNORED_BESIDE_CONTROL = (*BASE_PARTS, "model_ema.")
+IGNORED_IN_STATE = ("control.", "average.", "decoder.", "optimisation.")
 
 # ------------------------------------------------------------------------------------------------------------ keys
 
@@ -95,24 +100,37 @@ class ControlFile:
     """What a checkpoint with a ControlNet in it says about it."""
 
     config: ControlConfig
-    layout: Layout
+    layout: Layout | Literal["state"]
     prefix: str  # of its keys
     difference: bool  # its copy of the encoder is stored minus the base's encoder
+    low_rank: bool = False  # as changes to that (control_lora.py)
+
+    @property
+    def needs_base(self) -> bool:
+        return self.difference or self.low_rank
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return IGNORED_IN_STATE if self.layout == "state" else IGNORED_BESIDE_CONTROL
 
     def key_map(self, unet: UNetConfig) -> KeyMap:
         """`unet` is that of the base."""
-        make = control_map if self.layout == "ldm" else diffusers_control_map
+        make = diffusers_control_map if self.layout == "diffusers" else control_map
         key_map = make(unet, self.config, self.prefix)
+        if self.layout == "state":
+            key_map = replace(key_map, modules=[(ours, ours) for ours, _ in key_map.modules])
         # Where the copy is equal to the base, some programs leave the difference out.
         return replace(key_map, sparse=("encoder.",)) if self.difference else key_map
 
 
 # (layout, what all keys begin with, what then the hint encoder's); some programs drop "control_model."
-CONTROL_FORMS: tuple[tuple[Layout, str, str], ...] = (
+CONTROL_FORMS = (
     ("ldm", "control_model.", "input_hint_block."),
     ("ldm", "", "input_hint_block."),
     ("diffusers", "", "controlnet_cond_embedding."),
     ("diffusers", "controlnet.", "controlnet_cond_embedding."),
+    ("state", "average.", "hint_encoder.convs."),  # where there is a moving average, it is what a run saves
+    ("state", "control.", "hint_encoder.convs."),
 )
 
 
@@ -135,17 +153,20 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
         elif layout == "diffusers" and prefix.rstrip(".") in checkpoint.configs:
             config = control_from_diffusers(checkpoint.configs[prefix.rstrip(".")])
         else:
-            config = control_by_shape(checkpoint, layout, prefix + hint_encoder)
+            config = control_by_shape(checkpoint, layout, prefix, hint_encoder)
         if global_average_pooling is not None:
             config = replace(config, global_average_pooling=global_average_pooling)
-    return ControlFile(config, layout, prefix, "difference" in checkpoint.tensors)
+    low_rank = MARK in checkpoint.tensors
+    return ControlFile(config, layout, prefix, "difference" in checkpoint.tensors and not low_rank, low_rank)
 
 
 def what_else(checkpoint: Checkpoint) -> str:
     try:
-        identify(checkpoint)
+        base = identify(checkpoint)
     except CheckpointError:
         return kind(checkpoint)
+    if base.config.unet.inpainting:
+        return "a base model for inpainting, without one: pass it as --base, with --init and --mask"
     return use_as_base(checkpoint) or "a base model without one: pass it as --base"
 
 
@@ -164,15 +185,23 @@ def check_family(checkpoint: Checkpoint, found: ControlFile, unet: UNetConfig) -
 
 def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[tuple[int, ...]]:
     """The last side of what is multiplied with the prompt's context; () for what is no matrix at all."""
-    keys = (key for key in checkpoint.tensors if key.startswith(prefix) and key.endswith("attn2.to_k.weight"))
+    # The second is a Control-LoRA's, the third that of a run's state.
+    ends = ("attn2.to_k.weight", "attn2.to_k.down", "cross_attention.k.weight")
+    keys = (key for key in checkpoint.tensors if key.startswith(prefix) and key.endswith(ends))
     return [checkpoint.shape(key)[-1:] for key in keys]
 
 
-def control_by_shape(checkpoint: Checkpoint, layout: Layout, start: str) -> ControlConfig:
-    """The channels along the hint encoder; the published ones where it is not whole."""
-    numbers = [2 * i for i in range(7)]
-    names = numbers if layout == "ldm" else ["conv_in", *(f"blocks.{i}" for i in range(6))]
-    keys = [f"{start}{name}.weight" for name in names]
+def control_by_shape(checkpoint: Checkpoint, layout: str, prefix: str, hint_encoder: str) -> ControlConfig:
+    """The channels along the hint encoder; the published ones where it is not whole. Of what describes itself nowhere,
+    only a run's state may hold a ControlNet-lite."""
+    names = {
+        "ldm": [2 * i for i in range(7)],
+        "diffusers": ["conv_in", *(f"blocks.{i}" for i in range(6))],
+        "state": range(7),
+    }
+    keys = [f"{prefix}{hint_encoder}{name}.weight" for name in names[layout]]
     if not all(key in checkpoint.tensors and len(checkpoint.shape(key)) == 4 for key in keys):
         return ControlConfig()
-    return ControlConfig(checkpoint.shape(keys[0])[1], tuple(checkpoint.shape(key)[0] for key in keys))
+    widths = tuple(checkpoint.shape(key)[0] for key in keys)
+    lite = layout == "state" and f"{prefix}encoder.blocks.1.weight" in checkpoint.tensors
+    return ControlConfig(checkpoint.shape(keys[0])[1], widths, architecture="lite" if lite else "full")

@@ -84,7 +84,12 @@ class ControlNet(ControlCheckpoint, nn.Module):
 
     @classmethod
     def from_unet(cls, unet: UNet, config: ControlConfig = ControlConfig()) -> "ControlNet":
-        """A fresh trainable copy, in fp32 whatever the base is stored in. All its residuals are zero."""
+        """A fresh trainable copy, in fp32 whatever the base is stored in. All its residuals are zero.
+
+        Raises ValueError for the UNet of an inpainting base, which reads more than latents.
+        """
+        if unet.config.inpainting:
+            raise ValueError("the base is an inpainting model: copy the encoder of the base that it was made from")
         return cls(unet, config).to(next(unet.parameters()).device).float().requires_grad_(True)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:

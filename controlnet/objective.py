@@ -9,7 +9,7 @@ Shapes: B batch, h w positions, D context width; z0 and noise (B, 4, h, w), t (B
 context (B, 77, D), hint (B, 3, H, W) in [0, 1].
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,19 +46,20 @@ class Draws:
     among processes, and a resumed run needs no random states, only p.
     """
 
-    latent_shape: tuple[int, int, int]  # (4, h, w)
+    latent_shape: tuple[int, int, int]  # (4, h, w), where a call gives no other
     timesteps: int  # T of the schedule
     prompt_dropout: float  # 0.5 by default and in the paper (section 3.3): hints must be read without one, too
     seed: int
 
-    def __call__(self, positions: Iterable[int]) -> Drawn:
-        return Drawn(*(torch.stack(rows) for rows in zip(*map(self.of_sample, positions), strict=True)))
+    def __call__(self, positions: Iterable[int], latent_shape: Sequence[int] | None = None) -> Drawn:
+        samples = (self.of_sample(position, latent_shape or self.latent_shape) for position in positions)
+        return Drawn(*(torch.stack(rows) for rows in zip(*samples, strict=True)))
 
-    def of_sample(self, position: int) -> Drawn:
+    def of_sample(self, position: int, latent_shape: Sequence[int]) -> Drawn:
         generator = seeded(self.seed, 2, position)
-        noise = torch.randn(self.latent_shape, generator=generator)
+        noise = torch.randn(latent_shape, generator=generator)
         t = torch.randint(self.timesteps, (), generator=generator)  # uniform over [0, T)
-        posterior_noise = torch.randn(self.latent_shape, generator=generator)
+        posterior_noise = torch.randn(latent_shape, generator=generator)
         dropped = torch.rand((), generator=generator) < self.prompt_dropout
         return Drawn(t, noise, posterior_noise, dropped)
 

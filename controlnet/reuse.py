@@ -42,14 +42,14 @@ class Reusing:
 
     def __init__(self, unet: UNet, every: int):
         self.unet, self.every = unet, every
-        self.kept: list[tuple[int, list[Tensor]]] = []  # of the last two key steps: timestep and features
+        self.kept: list[tuple[float, list[Tensor]]] = []  # of the last two key steps: timestep and features
         self.timestep, self.controls, self.since_key = -1, [], 0
 
     def __call__(
         self,
         x: Tensor,
         t: Tensor,
-        timestep: int,
+        timestep: float,
         context: Tensor,
         controls: Sequence[PreparedControl],
         branch: Branch,
@@ -61,7 +61,7 @@ class Reusing:
         self.kept = [*self.kept[-1:], (self.timestep, features)]
         return output
 
-    def is_key_step(self, timestep: int, controls: list[PreparedControl]) -> bool:
+    def is_key_step(self, timestep: float, controls: list[PreparedControl]) -> bool:
         new_image = timestep >= self.timestep  # sampling goes from high to low timesteps
         if new_image or controls != self.controls:
             self.kept, self.since_key = [], 0
@@ -86,7 +86,7 @@ class Reusing:
         skip = sum(residual, encoder.blocks[0](x, time, context))
         return decoder.output(decoder.up(decoder.blocks[-1:], deep, [skip], time, context))
 
-    def extrapolate(self, timestep: int) -> list[Tensor]:
+    def extrapolate(self, timestep: float) -> list[Tensor]:
         """The last key step's features, moved along the line through the last two, damped."""
         (before, old), (last, new) = self.kept[0], self.kept[-1]
         if before == last:

@@ -23,6 +23,7 @@ class UNetConfig:
     fp32_logits: bool = False  # attention logits in fp32 even in half precision: SD 2.1 overflows without it
     groups: int = 32  # of every GroupNorm
     latent_channels: int = 4
+    inpainting: bool = False  # its encoder also reads the mask, and the latents of what is kept
 
     def __post_init__(self):
         check_fields(self)
@@ -39,6 +40,15 @@ class UNetConfig:
     @property
     def time_width(self) -> int:
         return 4 * self.channels
+
+    @property
+    def input_channels(self) -> int:
+        return self.latent_channels + (1 + self.latent_channels) * self.inpainting
+
+    @property
+    def text_to_image(self) -> "UNetConfig":
+        """The same reading latents alone, as the encoders do that ControlNets are copied from."""
+        return replace(self, inpainting=False)
 
 
 @dataclass(frozen=True)
@@ -183,6 +193,9 @@ SD21 = Config("sd21", unet=_SD2_UNET, text=_SD2_TEXT, schedule=ScheduleConfig("v
 # SD 2.0 has the same architecture.
 SD20_BASE = replace(SD21_BASE, name="sd20-base")
 SD20 = replace(SD21, name="sd20")
+# Trained on from SD 1.5 and from the 512x512 SD 2.0.
+SD15_INPAINTING = replace(SD15, name="sd15-inpainting", unet=replace(SD15.unet, inpainting=True))
+SD20_INPAINTING = replace(SD20_BASE, name="sd20-inpainting", unet=replace(_SD2_UNET, inpainting=True))
 
 # The family at the size of a laptop: 128x128 images, 16x16 latents. Its few groups keep a flat image's colour
 # readable through the norms: with 32 groups of one channel each, GroupNorm would take every channel's mean away. In
@@ -216,4 +229,6 @@ SMALL = replace(
     text=TextConfig("clip", width=192, heads=6, layers=4, vocabulary=4096),
 )
 
-PRESETS = {config.name: config for config in (SD15, SD21_BASE, SD21, SD20_BASE, SD20, TINY)}
+PRESETS = {
+    config.name: config for config in (SD15, SD21_BASE, SD21, SD20_BASE, SD20, SD15_INPAINTING, SD20_INPAINTING, TINY)
+}

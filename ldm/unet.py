@@ -131,7 +131,7 @@ class UNetEncoder(Checkpointed):
         super().__init__()
         self.config = config
         self.time_embedding = TimeEmbedding(config.channels, config.time_width)
-        self.blocks = nn.ModuleList([ConvBlock(nn.Conv2d(config.latent_channels, config.channels, 3, padding=1))])
+        self.blocks = nn.ModuleList([ConvBlock(nn.Conv2d(config.input_channels, config.channels, 3, padding=1))])
         self.skip_widths = [config.channels]  # the C of each block's output
         for level, width in enumerate(config.widths):
             for _ in range(config.blocks):
@@ -191,8 +191,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
         """The raw output (B, 4, h, w): eps, v or x0, as the schedule says.
 
-        x (B, 4, h, w), t (B,), context (B, M, D). `control` are residuals for the skips and the middle, as a ControlNet
-        gives them.
+        x (B, 4, h, w), or with what inpainting models read beside it (B, 9, h, w): the latents, the mask (1 is made
+        anew), and the latents of the image without that; t (B,), context (B, M, D). `control` are residuals for the
+        skips and the middle, as a ControlNet gives them.
         """
         return self.decode(self.encoder(x, t, context), context, control)
 

@@ -197,13 +197,13 @@ def dpmpp_levels(spec):
 
 def dpmpp(spec, x_T, model_outputs):
     a, v = dpmpp_levels(spec), spec["prediction_type"] == "v_prediction"
-    x, before, found = x_T, None, []
+    x, past, found = x_T, (), []
     for i, output in enumerate(model_outputs):
         alpha, sigma = a[i] ** 0.5, (1 - a[i]) ** 0.5
         x0 = alpha * x - sigma * output if v else (x - sigma * output) / alpha
         first_order = spec["solver_order"] == 1 or i == spec["steps"] - 1
-        now = Prediction(x, x0, None, a[i])
-        x, before = dpmpp_step(now, None if first_order else before, a[i + 1], 0.0, None), now
+        now = Prediction(x, x0, None, a[i], None)
+        x, past = dpmpp_step(now, a[i + 1], past=() if first_order else past), (now,)
         found.append(x)
     return torch.stack(found)
 
@@ -213,7 +213,7 @@ def ddpm_step(spec, t, prev_t, model_output, x, noise):
     x0 = ours.to_x0(x, torch.full((len(x),), t), model_output)
     a = ours.alphas_cumprod[t].item()
     a_next = ours.alphas_cumprod[prev_t].item() if prev_t >= 0 else 1.0
-    return samplers.ddpm_step(Prediction(x, x0, None, a), None, a_next, 0.0, lambda x: noise)
+    return samplers.ddpm_step(Prediction(x, x0, None, a, None), a_next, noise=lambda x: noise)
 
 
 # ---------------------------------------------------------------------------------------------------------- training

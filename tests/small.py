@@ -44,6 +44,17 @@ def small_sd(config: Config = SMALL) -> StableDiffusion:
     return strengthened(StableDiffusion(config)).eval().requires_grad_(False)
 
 
+def for_inpainting(sd: StableDiffusion) -> StableDiffusion:
+    """The same with a UNet that also reads mask and masked image, and does something with them."""
+    config = replace(sd.config, unet=replace(sd.config.unet, inpainting=True))
+    state, first = sd.state_dict(), "unet.encoder.blocks.0.conv.weight"
+    more = torch.randn(len(state[first]), 5, 3, 3, generator=torch.Generator().manual_seed(2))
+    state[first] = torch.cat([state[first], 0.1 * more], dim=1)
+    wide = StableDiffusion(config)
+    wide.load_state_dict(state)
+    return wide.eval().requires_grad_(False)
+
+
 def small_control(sd: StableDiffusion) -> ControlNet:
     """As if trained: its zero convolutions are not zero any more."""
     torch.manual_seed(1)

@@ -39,6 +39,7 @@ UNET = UNetConfig(8, (1, 2), blocks=1, attention=(False, True), heads=(2, 2), co
 CONFIGS = {
     "sd1": replace(SMALL, unet=UNET, schedule=ScheduleConfig("eps")),
     "sd2": replace(SMALL, unet=replace(UNET, linear_projections=True, fp32_logits=True), schedule=ScheduleConfig("v")),
+    "inpainting": replace(SMALL, unet=replace(UNET, inpainting=True), schedule=ScheduleConfig("eps")),
 }
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -154,10 +155,12 @@ def test_an_image_from_prompt_and_hints(cuda, style, dtype, sampler, steps, monk
     assert seen == {dtype} and set(cuda.norms) == {dtype}
 
 
-def test_an_image_from_an_image_with_a_mask(cuda, monkeypatch):
+@pytest.mark.parametrize("style, options", [("sd1", {}), ("inpainting", {"reuse": 2})])
+def test_an_image_from_an_image_with_a_mask(cuda, monkeypatch, style, options):
     monkeypatch.setattr(Init, "put_back", lambda init, image, start: image)
     photograph = Init(Image.new("RGB", (SIDE, SIDE)), strength=0.5, mask=Image.new("L", (SIDE, SIDE), 255))
-    (image,) = generate(base("sd1", FP16), "a bird", steps=2, init=photograph)
+    control = Control(control_of("sd1", FP16), HINT)
+    (image,) = generate(base(style, FP16), "a bird", [control], steps=4, init=photograph, **options)
     check(image, FP16, 3, SIDE, SIDE)
 
 

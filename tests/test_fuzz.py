@@ -17,6 +17,7 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from ldm.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
 from tools.checkpoints import contents
 
-MUTATIONS = 300  # of each file
+MUTATIONS = 200  # of each file
 SLOW = 10.0  # seconds of computing that no file may take: the worst here takes one, on an idle machine
 
 # Every kind of layer once, with as few numbers as possible.
@@ -73,15 +74,16 @@ def unet():
     return UNet(SPECK.unet).requires_grad_(False)
 
 
-def outcome(path, unet):
-    """What becomes of a file: the sentence that refuses it, or None. Anything else raises."""
+def outcome(path, unet, described=True):
+    """What becomes of a file, described or not: the sentence that refuses it, or None. Anything else raises."""
     started = time.process_time()
     sentence = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             checkpoint = open_checkpoint(path)
-            contents(checkpoint)
+            if described:
+                contents(checkpoint)
             if checkpoint.any_key("model.diffusion_model.") or checkpoint.any_key("unet."):
                 StableDiffusion.load(path)
             else:
@@ -245,7 +247,7 @@ def test_lies_in_diffusers_configurations(tmp_path, unet):
             lie = generator.choice([*LIES_OF_JSON, nested(900)])
             file.write_text(json.dumps({**json.loads(text), name: lie}))
             with limited_memory():
-                refused += outcome(tmp_path / "folder", unet) is not None
+                refused += outcome(tmp_path / "folder", unet, described=count % 4 == 0) is not None
             count += 1
         for lie in ("[]", '{"a":' * 3000, "9" * 10**5, "\0", '{"sample_size": 1e400}'):
             file.write_text(lie)
@@ -259,10 +261,12 @@ def test_lies_in_diffusers_configurations(tmp_path, unet):
 
 
 def config_lies():
-    """Our metadata with one number at a time out of all proportion."""
+    """Our metadata with one value at a time out of all proportion, and one of another type: each in its turn."""
+    types = cycle(("text", None, float("nan"), 10**12, [10**12] * 3))
     for part, values in SPECK.to_dict().items():
-        for name in values if isinstance(values, dict) else ():
-            for lie in (10**12, -1, "text", None, [10**12] * 3, [1] * 10**4, float("nan")):
+        for name, value in values.items() if isinstance(values, dict) else ():
+            proportions = ([10**12] * 3, [1] * 10**4) if isinstance(value, tuple) else (10**12, -1)
+            for lie in (*proportions, next(types)):
                 yield {**SPECK.to_dict(), part: {**values, name: lie}}
 
 
@@ -276,7 +280,7 @@ def test_lies_about_the_architecture(files, tmp_path, unet):
         for config in config_lies():
             header["__metadata__"]["config"] = json.dumps(config)
             path.write_bytes(safetensors_file(header, data[end:]))
-            refused += outcome(path, unet) is not None
+            refused += outcome(path, unet, described=count % 4 == 0) is not None
             count += 1
     assert refused > 0.9 * count  # some lies do no harm: a resolution, a larger table of times
 
@@ -373,7 +377,7 @@ def number(value):
 
 def endless_programs():
     """Each is a small program of allowed instructions that would take hours, gigabytes or all of the stack."""
-    deep, doubled = b")" + b"\x85" * 300_000, b")" + b"q\x00h\x00\x86" * 60
+    deep, doubled = b")" + b"\x85" * 150_000, b")" + b"q\x00h\x00\x86" * 60
     nones = b"](" + b"N" * 30_000 + b"eq\x00"
     colliding = [number(i * (2**61 - 1)) for i in range(1, 60_000)]
     storage = b"(" + word("storage") + CALL["FloatStorage"]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -25,14 +26,17 @@ from controlnet.common.images import resized, save_png, to_hints, to_mask
 from controlnet.common.program import said_if_slow
 from controlnet.config import ControlConfig
 from controlnet.guidance import MODES, Control
-from controlnet.hints import detect
+from controlnet.hints import detect, hint_file
 from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_size, generate
+from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
-from controlnet.inference.options import A1111_SAMPLERS, Options
+from controlnet.inference.options import Options
 from controlnet.inference.png_text import fingerprint
 from controlnet.inference.run import load as load_networks
 from controlnet.inference.run import prepare
+from controlnet.inference.sampler_names import A1111_SAMPLERS, sampler_name
+from controlnet.inference.sizes import default_size
+from controlnet.inference.upscale import upscaled
 from controlnet.model import ControlNet
 from controlnet.worlds.fill50k import draw_circle
 from ldm import StableDiffusion
@@ -158,6 +162,9 @@ def test_the_image_carries_everything_used(weights):
         "lora": [],
         "embedding": [],
         "clip_skip": 1,
+        "upscale": 1.0,
+        "upscale_strength": 0.5,
+        "tile_diffusion": False,
         "long_prompts": False,
         "steps": 2,
         "sampler": "ddim",
@@ -312,10 +319,64 @@ def test_a_seed_is_drawn_said_and_recorded(capsys):
     assert np.array_equal(pixels_of("out/0002.png"), pixels_of("out/0004.png"))
 
 
-@pytest.mark.parametrize("name", ["dpm++", "DPM++", "DPM++ 2M", "dpm++ 2m", "DDIM", "Ddpm"])
-def test_samplers_have_our_names_and_those_in_the_images_in_any_case(name):
-    assert run("--sampler", name) == 0
-    assert settings_of("out/0001.png")["sampler"] == name.lower().removesuffix(" 2m")
+@pytest.mark.parametrize(
+    "ours, names",
+    [
+        ("ddim", "DDIM|DDIMScheduler"),
+        ("ddpm", "Ddpm|DDPMScheduler"),
+        ("dpm++", "DPM++|DPM++ 2M|dpm++ 2m|dpmpp_2m|DPMSolverMultistepScheduler"),
+        ("dpm++-karras", "DPM++ 2M Karras|dpmpp_2m_karras|dpm++-karras|k_dpmpp_2m_karras"),
+        ("dpm++-sde", "DPM++ SDE|dpmpp_sde|DPMSolverSDEScheduler"),
+        ("dpm++-sde-karras", "DPM++ SDE Karras"),
+        ("euler", "Euler|EulerDiscreteScheduler|k_euler"),
+        ("euler-a", "Euler a|euler_ancestral|k_euler_a|EulerAncestralDiscreteScheduler|eulera"),
+        ("heun", "Heun|HeunDiscreteScheduler"),
+        ("unipc", "UniPC|uni_pc|uni_pc_bh2|UniPCMultistepScheduler"),
+        ("lcm", "LCM|LCMScheduler"),
+    ],
+)
+def test_samplers_have_the_names_of_many_programs(ours, names):
+    assert [sampler_name(name) for name in [ours, *names.split("|")]] == [ours] * (2 + names.count("|"))
+    assert [sampler_name(name) for name in ("DPM++ 2M SDE", "ddim karras", "", "k")] == [
+        "DPM++ 2M SDE",
+        "ddim karras",
+        "",
+        "k",
+    ]
+
+
+@pytest.mark.parametrize("name", ["Euler a", "DPM++ SDE Karras", "LCM"])
+def test_a_sampler_of_another_program_makes_its_images_again(name):
+    assert run("--sampler", name, "--seed", "3", "--steps", "3") == 0
+    assert settings_of("out/0001.png")["sampler"] == sampler_name(name)
+    assert infer.main(["--again", "out/0001.png", "--out", "again.png"]) == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("out/0001.png"))
+    assert run("--sampler", name, "--seed", "2", "--steps", "3", "--count", "2", "--out", "two.png") == 0
+    assert np.array_equal(pixels_of("two-2.png"), pixels_of("out/0001.png"))
+
+
+def test_a_second_pass_goes_with_no_mask(place, capsys):
+    photograph((64, 64)).save("photo.png")
+    left_half((64, 64)).save("left.png")
+    assert run("--init", "photo.png", "--mask", "left.png", "--upscale", "2") == 2
+    assert "--upscale makes all of the image anew, also what a mask keeps" in capsys.readouterr().err
+    assert run("--init", "photo.png", "--size", "32", "--upscale", "2", "--out", "a.png") == 0
+    assert pixels_of("a.png").shape == (64, 64, 3) and settings_of("a.png")["size"] == "32x32"
+
+
+def test_a_large_image_in_tiles_is_the_second_pass_of_a_small_one(weights, capsys):
+    """With the hint made at both sizes: circle.png has 512 pixels."""
+    settings = ["--hint", "circle.png", "--size", "64", "--tile-diffusion", "--seed", "3"]
+    assert run(*settings, "--upscale", "1.5", "--upscale-strength", "0.6") == 0
+    assert infer.main(["--again", "out/0001.png", "--out", "again.png"]) == 0
+    assert np.array_equal(pixels_of("again.png"), pixels_of("out/0001.png"))
+    sd = StableDiffusion.load(weights / "tiny.safetensors")
+    net = ControlNet.load(weights / "tiny-fill50k.safetensors", sd.unet)
+    control, given = Control.from_image(net, ROOT / "assets" / "circle.png"), dict(steps=2, seed=3, tile_diffusion=True)
+    pack(sd.unet, sd.vae, net)
+    images = generate(sd, "", [control], size=(64, 64), **given)
+    (want,) = upscaled(sd, images, 1.5, "", [control], strength=0.6, **given)
+    assert np.array_equal(pixels_of("out/0001.png"), np.asarray(want)) and want.size == (96, 96)
 
 
 @pytest.mark.parametrize("prompt", ["-red", "-", "--prompt=--red", "-1"])
@@ -412,11 +473,20 @@ EVERYTHING = (
 )
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("everything")
+
+
 @pytest.fixture
-def everything(place):
-    photograph((64, 64)).save("photo.png")
-    left_half((64, 64)).save("left.png")
-    assert run(*EVERYTHING.split("|"), "--count", "2", "--out", "first.png") == 0
+def everything(place, made):
+    """Made once: the other tests get copies."""
+    if not any(made.iterdir()):
+        photograph((64, 64)).save("photo.png")
+        left_half((64, 64)).save("left.png")
+        assert run(*EVERYTHING.split("|"), "--count", "2", "--out", "first.png") == 0
+        shutil.copytree(place, made, dirs_exist_ok=True)
+    shutil.copytree(made, place, dirs_exist_ok=True)
 
 
 def again(*arguments):
@@ -621,17 +691,18 @@ def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
     assert infer.main(["--again", "theirs.png", "--device", "cpu", "--out", "a.png"]) == 0
     said = capsys.readouterr().err
     assert "is not by infer.py, whose noise is another: the image will be similar at most" in said
-    assert "not taken from it: Schedule type, Model hash, Hires upscale, ControlNet 0, strength, LoRA ink" in said
+    assert "not taken from it: Model hash, ControlNet 0, LoRA ink" in said
     settings = settings_of("a.png")
     assert settings["base"] == str(weights / "tiny.safetensors")
     assert (settings["prompt"], settings["negative"]) == ("a (red:1.3) bird,", "blurry")
-    assert [settings[name] for name in ("steps", "sampler", "cfg", "seed", "size")] == [3, "dpm++", 4.5, 9, "96x64"]
+    assert [settings[name] for name in ("steps", "sampler", "cfg", "size")] == [3, "dpm++-karras", 4.5, "96x64"]
+    assert (settings["upscale"], settings["upscale_strength"]) == (2, 0.5) and pixels_of("a.png").shape == (128, 192, 3)
 
 
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"DPM++ 2M": "Euler a"}, 'there is no sampler "Euler a" here: taking "ddim"'),
+        ({"DPM++ 2M": "DPM fast"}, 'there is no sampler "DPM fast Karras" here: taking "ddim"'),
         ({"Model: tiny": "Model: ../../x"}, 'its model "../../x" is not in '),
         ({"Steps: 3": "Steps: many"}, "has 'many' for \"steps\""),
         ({"96x64": "97x64"}, "the image's size is 97x64 (width x height), expected multiples of 32"),
@@ -738,23 +809,22 @@ def test_the_inpaint_hint_is_minus_one_where_the_mask_is_white(weights):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_a_hint_has_as_many_channels_as_its_control(weights, capsys, channels):
+def test_a_hint_has_as_many_channels_as_its_control(weights, channels):
+    control = f"control{channels}.safetensors"
     sd = StableDiffusion.load(weights / "tiny.safetensors")
     net = ControlNet.from_unet(small_sd().unet, ControlConfig(hint_channels=channels)).requires_grad_(False)
     for conv in (*net.zero_convs, net.hint_encoder.convs[-1]):
         conv.weight.fill_(0.1)
-    net.save("control.safetensors")
-    photograph((64, 64)).save("photo.png")
-    status = run("--hint", "photo.png", "--control", "control.safetensors", "--save-hint")
-    if channels == 4:
-        message = "the ControlNet takes hints of 4 channels, but an image has 1 or 3"
-        assert status == 2 and message in capsys.readouterr().err
-        return
-    gray = read_image("photo.png").convert("L")
-    hint = to_hints([np.array(gray)[..., None]])
-    (want,) = by_hand(sd, "", [Control(ControlNet.load("control.safetensors", sd.unet), hint)], steps=2)
+    net.save(control)
+    stored = np.dstack([np.asarray(photograph((64, 64))), np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))])
+    Image.fromarray(stored).save("photo.png")
+    assert run("--hint", "photo.png", "--control", control, "--save-hint") == 0
+    pixels = hint_file.read_hint("photo.png", channels)
+    hint = to_hints([pixels])
+    (want,) = by_hand(sd, "", [Control(ControlNet.load(control, sd.unet), hint)], steps=2)
     assert np.array_equal(pixels_of("out/0001.png"), np.asarray(want))
-    assert np.array_equal(pixels_of("out/0001-hint.png")[..., 1], np.asarray(gray))
+    with Image.open("out/0001-hint.png") as saved:
+        assert np.array_equal(np.asarray(saved), stored if channels == 4 else pixels.repeat(3, axis=2))
 
 
 # ------------------------------------------------------------------------------------------------------- images in
@@ -860,12 +930,15 @@ def test_strange_images_are_taken_as_a_person_expects():
         ),
         ("--size 100", "the image's size is 100x100 (width x height), expected multiples of 32 up to 8192: take"),
         ("--hint circle.png --size 0", "the image's size is 0x0 (width x height), expected multiples of 32 up"),
-        ("--sampler euler", 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
+        ("--sampler PLMS", 'the sampler is "PLMS", expected one of ddim, ddpm, dpm++'),
         ("--steps 0", "the number of steps is 0, expected 1..1000"),
         ("--steps 1001", "the number of steps is 1001, expected 1..1000"),
         ("--compile --reuse 2", "--compile and --reuse exclude each other: leave one of them out"),
         ("--compile --low-memory", "--compile and --low-memory exclude each other: leave one of them out"),
         ("--eta 2", "eta is 2.0, expected 0 (deterministic) to 1"),
+        ("--upscale 0.9", "images are to become 0.9 times as large, expected 1 (as they are) or more"),
+        ("--upscale 200", "the image's size is 12800x12800 (width x height), expected multiples of 32 up to 8192"),
+        ("--upscale-strength 0.3", "there is an --upscale-strength without --upscale"),
         ("--eta 1 --sampler dpm++", 'eta is 1.0, but sampler "dpm++" has no eta: '),
         ("--cfg -3", "the guidance (cfg) is -3.0, expected 0 (the negative prompt alone), 1 (the prompt alone)"),
         (f"--count {2**64}", f"the number of images is {2**64}, more than there are seeds"),
@@ -981,7 +1054,7 @@ def test_numbers_are_checked_before_weights_are_read(monkeypatch):
     monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("the weights are read"))
     for options in (
         "--steps 0",
-        "--sampler euler",
+        "--sampler plms",
         "--eta 2",
         "--seed -2",
         "--size 100",
@@ -1018,11 +1091,12 @@ def test_a_size_that_does_not_fit_into_memory_is_refused_before_it_is_tried(monk
     monkeypatch.setattr(HintImage, "make", lambda *_: pytest.fail("the hint is made"))
     hint, size = ["--hint", "circle.png", "--control", "circles"], ["--size", "4096"]
     for free, options, message in (
-        (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: give a smaller --size"),
+        (0.5, [], "needs about 2.0 GB of memory, but 0.5 GB are free: give a smaller --size"),
         (1.5, [], "needs about 2.0 GB of memory, but 1.5 GB are free: add --low-memory or give a smaller --size"),
-        (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: give a smaller --size"),
+        (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: add --tile-diffusion or give a"),
+        (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: add --tile-diffusion or give a"),
         (0.8, ["--precision", "fp16"], "needs about 1.0 GB of memory, but 0.8 GB are free: add --low-memory or"),
-        (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: give a smaller --size"),
+        (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: add --tile-diffusion or give a"),
     ):
         gigabytes["free"] = free
         assert run(*size, *options) == 2
@@ -1093,7 +1167,7 @@ def test_the_program_runs_from_any_folder(weights):
     assert pixels_of("a.png").shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("package", ["torch", "numpy", "PIL"])
+@pytest.mark.parametrize("package", ["torch", "numpy"])
 def test_a_package_that_is_not_installed_is_named(package):
     code = f"import sys; sys.modules['{package}'] = None; import infer; sys.exit(infer.main([]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -1117,5 +1191,6 @@ def test_help_is_instant_and_lists_defaults_samplers_and_modes(capsys):
     with pytest.raises(SystemExit):
         infer.main(["--help"])
     text = capsys.readouterr().out
-    assert all(name in text for name in (*SAMPLERS, *MODES)) and tuple(A1111_SAMPLERS) == tuple(SAMPLERS)
+    named = {name.removesuffix("-karras") for name in SAMPLERS}
+    assert all(name in text for name in (*named, *MODES)) and tuple(A1111_SAMPLERS) == tuple(SAMPLERS)
     assert "(default: tiny)" in text and "python infer.py --hint circle.png" in text

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small import assert_same, small_sd
+from small import SMALL, assert_same, small_sd
 from written import write_small_lora
 
 import infer
 from controlnet.common.images import save_png
 from ldm import StableDiffusion
 from ldm.checkpoints.open import open_checkpoint
+from ldm.config import ScheduleConfig
 from ldm.embeddings import with_embeddings
 from tools import merge
 
@@ -135,6 +136,21 @@ def test_a_base_is_merged_in_fp32_and_keeps_its_type(weights, capsys):
     for arguments in (["--lora", "ink"], ["a", "--base", half, "--lora", "ink"]):
         assert merge.main([*arguments, "--out", "b.safetensors"]) == 2
         assert "--lora changes a base: give --base, and neither" in capsys.readouterr().err
+
+
+def test_what_a_base_lacks_is_in_what_is_merged(weights, capsys):
+    """An autoencoder, and a word about what it predicts."""
+    small_sd().save(weights / "v.safetensors")
+    bare = {k: v for k, v in load_file(weights / "v.safetensors").items() if not k.startswith("first_stage_model.")}
+    save_file(bare, "bare.safetensors", {"config": json.dumps(replace(SMALL, schedule=ScheduleConfig()).to_dict())})
+    options = ["--prediction", "v", "--zero-snr", "--vae", "v", "--lora", "ink"]
+    assert merge.main(["--base", "bare.safetensors", *options, "--out", "inked.safetensors"]) == 0
+    made = StableDiffusion.load("inked.safetensors")
+    assert made.config.schedule == ScheduleConfig("v", zero_terminal_snr=True)
+    assert_same(made.vae, small_sd().vae)
+    for option in (["--zero-snr"], ["--vae", "v"]):
+        assert merge.main(["a", "b", *option, "--out", "b.safetensors"]) == 2
+        assert "are for a base that LoRAs change" in capsys.readouterr().err
 
 
 def test_in_python():

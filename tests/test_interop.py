@@ -11,12 +11,15 @@ from copy import deepcopy
 
 import pytest
 import torch
+from PIL import Image
 from reference import MINI_SD1, MINI_SD2, fill, filled_checkpoint, load_manifest
 from safetensors.torch import load_file, save_file
-from small import small_control, small_sd
+from small import for_inpainting, small_control, small_sd
 
 from controlnet.config import ControlConfig
 from controlnet.guidance import Control, guided
+from controlnet.inference import generate as generate_module
+from controlnet.inference.image_to_image import Init
 from controlnet.inference.prompts import encode_prompts
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
@@ -31,6 +34,12 @@ os.environ["TQDM_DISABLE"] = "1"
 REASON = "tests/requirements-interop.txt is not installed"
 diffusers = pytest.importorskip("diffusers", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
+pipeline_stable_diffusion_inpaint = pytest.importorskip(
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint", reason=REASON
+)
+pipeline_controlnet_inpaint = pytest.importorskip(
+    "diffusers.pipelines.controlnet.pipeline_controlnet_inpaint", reason=REASON
+)
 
 MINIS = {"sd1": MINI_SD1, "sd2": MINI_SD2}
 PROMPTS = ["a red circle, 2 cafés", "", "one thing after the other " * 30]
@@ -73,8 +82,8 @@ def noise(*shape, seed=0):
 
 
 def network_inputs(sd):
-    hint = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
-    return noise(2, 4, 16, 16), torch.tensor([501, 37]), noise(2, 77, sd.config.unet.context_width, seed=2), hint
+    hint = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    return noise(2, 4, 8, 8), torch.tensor([501, 37]), noise(2, 77, sd.config.unet.context_width, seed=2), hint
 
 
 def assert_same(model, expected, but=()):
@@ -135,23 +144,17 @@ def test_five_controlled_steps_are_those_of_diffusers_pipeline(pair):
     prompt, negative = sd.encode_text(["a red circle"]), sd.encode_text(["blue"])
     denoise = guided(sd.unet, prompt, negative, cfg, [Control(pair.control, hint, scale)])
     latents = sample_loop("ddim", denoise, x, ddim_timesteps(sd.schedule, 5), sd.schedule)
-    pictures = {}
-    for kind, ours in (("latent", latents), ("pt", (sd.decode(latents) / 2 + 0.5).clamp(0, 1))):
-        pictures[kind] = (
-            ours,
-            pair.theirs(
-                "a red circle",
-                image=hint,
-                negative_prompt="blue",
-                guidance_scale=cfg,
-                controlnet_conditioning_scale=scale,
-                num_inference_steps=5,
-                latents=x.clone(),
-                output_type=kind,
-            ).images,
-        )
-    assert relative(*pictures["latent"]) < 5e-5
-    assert relative(*pictures["pt"]) < 5e-5
+    theirs = pair.theirs(
+        "a red circle",
+        image=hint,
+        negative_prompt="blue",
+        guidance_scale=cfg,
+        controlnet_conditioning_scale=scale,
+        num_inference_steps=5,
+        latents=x.clone(),
+        output_type="latent",
+    ).images
+    assert relative(latents, theirs) < 5e-5
 
 
 @torch.no_grad()
@@ -358,6 +361,44 @@ def test_a_lora_is_what_diffusers_makes_of_it_and_what_it_saves_is_the_same(pair
         assert relative(sd.text_encoder(ids), outputs[1]) < 2e-5
     assert relative(pair.sd.unet(x, t, context), outputs[0]) > 1e-3  # it had an effect
     assert relative(pair.sd.text_encoder(ids), outputs[1]) > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------- inpainting bases
+
+
+@torch.no_grad()
+def test_an_inpainting_base_makes_the_latents_of_diffusers_pipelines(pair, tmp_path, monkeypatch):
+    """From the base in their layout, and with a ControlNet for another one. The mask is of all grays."""
+    given = for_inpainting(pair.sd)
+    given.vae.quant_conv.weight[4:], given.vae.quant_conv.bias[4:] = 0, -30  # both sample this posterior
+    given.save(tmp_path, layout="diffusers")
+    sd = StableDiffusion.load(tmp_path)
+    pixels = (255 * torch.rand(3, 64, 64, 3, generator=torch.Generator().manual_seed(1))).byte().numpy()
+    image, hint, mask = *map(Image.fromarray, pixels[:2]), Image.fromarray(pixels[2, :, :, 0])
+    x, found = noise(1, 4, 8, 8, seed=7), []  # what `generate` draws first
+    monkeypatch.setattr(generate_module, "decode", lambda sd, latents, tiled: found.append(latents) or [image])
+
+    def expected(module, name, **inputs):
+        networks = {"controlnet": pair.theirs.controlnet} if "control_image" in inputs else {}
+        pipeline = getattr(module, name).from_pretrained(tmp_path, **networks)
+        pipeline.set_progress_bar_config(disable=True)
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: x.clone())
+        inputs |= dict(image=image, mask_image=mask, num_inference_steps=4, guidance_scale=4.0)
+        return pipeline("a red circle", height=64, width=64, output_type="latent", **inputs).images
+
+    plain = expected(pipeline_stable_diffusion_inpaint, "StableDiffusionInpaintPipeline")
+    controlled = expected(
+        pipeline_controlnet_inpaint,
+        "StableDiffusionControlNetInpaintPipeline",
+        control_image=hint,
+        controlnet_conditioning_scale=0.8,
+        strength=0.5,
+    )
+    control = Control.from_image(ControlNet.load(pair.control_file, sd), hint, scale=0.8)
+    for controls, strength, theirs in (((), 1.0, plain), ([control], 0.5, controlled)):
+        options = dict(init=Init(image, strength, mask), steps=4, cfg=4.0, seed=7, size=(64, 64))
+        generate_module.generate(sd, "a red circle", controls, **options)
+        assert relative(found.pop(), theirs) < 5e-5
 
 
 # -------------------------------------------------------------------------------------------------------- embeddings

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OWN = {"ldm", "controlnet", "tools", "train", "infer"}
 PACKAGES = {"torch", "torchvision", "PIL", "numpy", "einops", "safetensors", "tqdm"}
-OPTIONAL = {"controlnet_aux", "huggingface_hub"}  # imported when what needs them is asked for
+OPTIONAL = {"controlnet_aux", "gradio", "huggingface_hub"}  # imported when what needs them is asked for
 PEERS = {"bench_peers.py": {"diffusers", "transformers"}}  # what the measurements are beside
 STANDARD_LIBRARY = sys.stdlib_module_names
 
@@ -26,7 +26,18 @@ RANKS = (
     ("tools", "train.py", "infer.py"),
 )
 # Inside ldm/: the model, its checkpoints, what makes it faster. StableDiffusion puts them under one roof.
-MODEL = {"config", "schedule", "attention", "blocks", "unet", "vae", "tokenizer", "text_encoder", "samplers"}
+MODEL = {
+    "config",
+    "schedule",
+    "attention",
+    "blocks",
+    "unet",
+    "vae",
+    "tokenizer",
+    "text_encoder",
+    "samplers",
+    "timesteps",
+}
 
 
 def sources(*folders):

@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from importlib.util import find_spec
 from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -26,17 +30,20 @@ from small import SMALLEST, small_control
 from small import small_sd as sd_of
 from written import write_small_lora
 
+import infer
 import train
 from controlnet.hints import detect as detector
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, zero_conv_norms
 from controlnet.training import latent_cache
 from controlnet.training import options as train_options
-from controlnet.training.folders import list_folder
 from controlnet.training.interruptions import Signals
 from controlnet.training.lock import locked
+from controlnet.training.opening import split
+from controlnet.training.pairs import list_folder
 from controlnet.training.resolve import config_of, resolve
-from controlnet.training.sources import FolderSource, Transform, split
+from controlnet.training.sources import FolderSource
+from controlnet.training.transform import Transform
 from controlnet.training.validation import ValidationLoss
 from ldm import StableDiffusion
 from ldm.config import ScheduleConfig
@@ -139,11 +146,18 @@ def test_what_nobody_gives_depends_on_the_base(tmp_path, name, recipe):
 def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, capsys):
     assert run(base, tmp_path, "--steps", "2", "--sample-count", "2") == 0
     said = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("step 2: loss 0.") and ", control measure " in line and ", iou 0." in line for line in said
+    )
     assert said[0].startswith("training on 8 pairs of fill50k, 2 for validation: a synthetic dataset")
-    assert said[-1].endswith(f"--hint circle.png --control {tmp_path / 'control.safetensors'}")
+    python, program, *command = shlex.split(said[-1])
+    assert (python, program) == ("python", "infer.py")
+    assert infer.main([*command, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "made")]) == 0
+    shutil.rmtree(tmp_path / "made")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith("cache/") and name != ".lock"}
-    want = {"control.safetensors", "state/000002.pt", "samples/000002.png", "log.jsonl", "settings.json"}
+    want = {"control.safetensors", "control-000002.safetensors", "control-best.safetensors", "state/000002.pt"}
+    want |= {"samples/000002.png", "log.jsonl", "settings.json", "report.html", "example.png"}
     assert files == want
     control = control_of(tmp_path)
     assert len([key for key in control if key.startswith("control_model.zero_convs.")]) == 2 * 4
@@ -152,7 +166,7 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     first, second = steps_of(tmp_path)
     assert [first["step"], second["step"]] == [1, 2]
     assert first.keys() == {"step", "loss", "lr", "gradient", "skipped", "bad"}
-    assert second.keys() - first.keys() == {"validation_loss", "zero_convs", "iou"}
+    assert second.keys() - first.keys() == {"validation_loss", "control_measure", "zero_convs", "iou", "grid"}
     assert len(second["zero_convs"]) == 5 and min(second["zero_convs"]) > 0 and 0 <= second["iou"] <= 1
     with Image.open(tmp_path / "samples" / "000002.png") as grid:
         assert grid.size == (4 * SMALLEST.resolution, 2 * SMALLEST.resolution)
@@ -165,7 +179,7 @@ def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
     lora = f"{write_small_lora(tmp_path / 'ink.safetensors', SMALLEST)}:0.5"
     StableDiffusion.load(base, loras=[lora]).save(tmp_path / "merged.safetensors")
     assert run(base, tmp_path / "a", "--lora", lora, "--steps", "1") == 0
-    assert f" --base {base} --lora {lora} --hint " in capsys.readouterr().out.splitlines()[-1]
+    assert f" --base {base} --lora {lora} --control " in capsys.readouterr().out.splitlines()[-1]
     assert run(tmp_path / "merged.safetensors", tmp_path / "b", "--steps", "1") == 0
     assert_equal(control_of(tmp_path / "a"), control_of(tmp_path / "b"))
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["settings"]["lora"] == [lora]
@@ -178,18 +192,24 @@ def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option, status", [("--help", 0), ("--stepz", 2)])
+@pytest.mark.parametrize("option, status", [("--help", 0), ("--unheard-of", 2), ("--learning_rate", 2)])
 def test_help_and_mistakes_answer_without_torch(tmp_path, option, status):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "train.py", option]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == status and "--resume" in done.stdout + done.stderr
+    assert done.returncode == status and ("--resume" in done.stdout + done.stderr or "--lr here" in done.stderr)
 
 
 def test_only_the_newest_states_are_kept(base, tmp_path, cache):
     assert run(base, tmp_path, "--steps", "6", *cache) == 0
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["000004.pt", "000006.pt"]
+    controls = {path.name.removeprefix("control").removesuffix(".safetensors") for path in tmp_path.glob("control*")}
+    assert controls == {"", "-000004", "-000006", "-best"}
+    assert (tmp_path / "control.safetensors").samefile(tmp_path / "control-000006.safetensors")
+    losses = {line["step"]: line["validation_loss"] for line in steps_of(tmp_path) if "validation_loss" in line}
+    state = torch.load(tmp_path / "state" / "000006.pt", weights_only=True)
+    assert losses.keys() == {2, 4, 6} and state["position"]["best"] == min(losses.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
@@ -211,8 +231,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def start(base, out, *arguments, program=("train.py",)):
-    command = [sys.executable, *program, *options(base, out), *arguments]
+def start(base, out, *arguments):
+    command = [sys.executable, "train.py", *options(base, out), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
 
@@ -234,19 +254,19 @@ def logged(out):
     return (out / "log.jsonl").read_text().splitlines()
 
 
-KILLED_IN_ITS_SECOND_SAVE = """
-import os, signal, sys, torch, train
-calls, original = [], torch.save
-def save(state, file):
-    calls.append(state)
-    if len(calls) == 2:
-        file.write(b"half")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(state, file)
-torch.save = save
-train.main(sys.argv[1:])
-"""
+def killed_in_its_second_save(arguments):
+    calls, original = [], torch.save
+
+    def save(state, file):
+        calls.append(state)
+        if len(calls) == 2:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(state, file)
+
+    torch.save = save
+    train.main(arguments)
 
 
 def newest_state(out):
@@ -254,19 +274,20 @@ def newest_state(out):
 
 
 def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache, capsys):
-    killed, how = tmp_path / "killed", ["--steps", "12", *cache]
+    killed, how = tmp_path / "killed", ["--steps", "10", *cache]
     first = start(base, killed, *how)
     wait_for(first, killed, step=1)
     first.send_signal(signal.SIGSTOP)
-    for other in (["--steps", "12"], ["--resume"]):  # the folder is taken while it lives
+    for other in (["--steps", "10"], ["--resume"]):  # the folder is taken while it lives
         assert train.main([*other, "--base", str(base), "--out", str(killed)]) == 2
         error = capsys.readouterr().err
         assert f'"{killed}" is being written by process {first.pid} on ' in error and error.strip().count("\n") == 0
     first.send_signal(signal.SIGCONT)
     kill_at(first, killed, step=random.randint(1, 4))
     (killed / "state" / f".000002.pt.{first.pid}.tmp").mkdir(exist_ok=True)
-    second = start(base, killed, "--resume", *how, program=["-c", KILLED_IN_ITS_SECOND_SAVE])
-    assert second.wait() == -signal.SIGKILL
+    second = forked.start(killed_in_its_second_save, [*options(base, killed), "--resume", *how])
+    second.join(timeout=300)
+    assert second.exitcode == -signal.SIGKILL
     learned, saved = control_of(killed)["control_model.middle_block_out.0.weight"], newest_state(killed)["control"]
     assert list((killed / "state").glob(f".*.{second.pid}.tmp/*.pt")), "it was not killed while a state was written"
     assert not torch.equal(learned, saved["middle_zero_conv.weight"])  # which is written before
@@ -286,9 +307,9 @@ def test_a_save_holds_the_step_at_which_it_began_though_the_training_goes_on(bas
             later.set()
         return original(*given)
 
-    def late(training, state):
+    def late(training, state, best):
         assert later.wait(60)
-        write(training, state)
+        write(training, state, best)
         if state["step"] == 2:
             training.run.control.rename(tmp_path / "control.safetensors")
 
@@ -376,26 +397,28 @@ def test_the_same_command_goes_on_with_the_latents(base, tmp_path, capsys, monke
         assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 128 + number
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error == "train.py: stopped at once: the same command goes on where it was"
-        assert [path.name for path in (tmp_path / "cache").glob("*.safetensors")] == ["000000.safetensors"]
+        assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
         calls, original = [], latent_cache.encode
         patch.setattr(latent_cache, "encode", lambda *given: calls.append(given) or original(*given))
         assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 0 and len(calls) == 1
 
 
-def test_latents_that_another_run_computes_are_waited_for(base, tmp_path, capsys):
+def test_latents_that_another_run_computes_are_waited_for(base, tmp_path, monkeypatch):
     context = get_context("fork")
-    ready, folder = context.Event(), tmp_path / "latents"
+    ready, waited_for, folder, said = context.Event(), context.Event(), tmp_path / "latents", []
 
     def compute():
         with locked(folder):
             ready.set()
-            time.sleep(2)
+            waited_for.wait(60)
 
     other = context.Process(target=compute)
     other.start()
-    assert ready.wait(30) and run(base, tmp_path / "out", "--steps", "1", "--cache", str(folder)) == 0
+    assert ready.wait(30)
+    monkeypatch.setattr("controlnet.training.lock.note", lambda text: (said.append(text), waited_for.set()))
+    assert run(base, tmp_path / "out", "--steps", "1", "--cache", str(folder)) == 0
     other.join()
-    assert f'"{folder}" is being written by process {other.pid} on' in capsys.readouterr().err
+    assert len(said) == 1 and f'"{folder}" is being written by process {other.pid} on' in said[0]
 
 
 def test_a_second_ctrl_c_advises_what_works_then(tmp_path, copy_of_run, capsys, monkeypatch):
@@ -439,8 +462,8 @@ def test_a_rate_that_rises_again_is_said(tmp_path, copy_of_run, capsys, rate, st
     capsys.readouterr()
     assert resume(tmp_path, "--steps", str(steps)) == 0
     error = capsys.readouterr().err
-    assert error.count("the learning rate rises again") == said
-    assert not said or "it falls to 0 at step 4 now, no longer at 2\n" in error
+    assert error.count("the learning rate rises at step 2 from 0.0e+00 to 5.0e-04: cosine takes 4 steps now, ") == said
+    assert error.count("the learning rate") == said
 
 
 def test_a_run_can_be_resumed_at_another_rate(tmp_path, copy_of_run):
@@ -489,7 +512,7 @@ def test_a_base_without_autoencoder_is_trained_with_another_one(base, tmp_path, 
     arguments = ("--steps", "1", "--vae", str(vae))
     assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments, "--dry-run") == 0
     assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments) == 0
-    assert f"--vae {vae} --hint" in capsys.readouterr().out
+    assert f"--vae {vae} --control" in capsys.readouterr().out
     assert run(base, tmp_path / "whole", "--steps", "1") == 0
     assert_equal(control_of(tmp_path / "out"), control_of(tmp_path / "whole"))
     capsys.readouterr()
@@ -534,7 +557,7 @@ def test_a_grid_that_overflows_is_left_out_and_the_run_goes_on(base, tmp_path, c
     def fail(*_):
         raise FloatingPointError("vae.decoder gives values that are not finite")
 
-    monkeypatch.setattr("controlnet.training.validation.Preview.save", fail)
+    monkeypatch.setattr("controlnet.training.previews.Preview.save", fail)
     assert run(base, tmp_path, "--steps", "1", "--sample-count", "1", *cache) == 0
     assert "there is no grid of step 1: vae.decoder" in capsys.readouterr().err
     assert (tmp_path / "control.safetensors").exists()
@@ -632,12 +655,10 @@ def test_the_average_is_what_is_saved(base, tmp_path, cache):
 
 def test_what_is_saved_is_what_is_validated(base, tmp_path, cache, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        ValidationLoss, "__call__", lambda self, loss: seen.append(zero_conv_norms(loss.control)) or 1.0
-    )
+    monkeypatch.setattr(ValidationLoss, "__call__", lambda self, loss: seen.append(zero_conv_norms(loss.control)) or {})
     assert run(base, tmp_path, "--steps", "3", "--ema", "0.9", *cache) == 0
     saved = ControlNet.load(tmp_path / "control.safetensors", small_sd())
-    assert seen == [steps_of(tmp_path)[-1]["zero_convs"]] == [pytest.approx(zero_conv_norms(saved))]
+    assert seen[-1] == steps_of(tmp_path)[-1]["zero_convs"] == pytest.approx(zero_conv_norms(saved))
 
 
 def test_the_control_can_be_saved_in_half(base, tmp_path, cache):
@@ -672,10 +693,71 @@ def test_a_folder_of_pairs_is_trained_on(base, tmp_path, channels, how):
         assert grid.size == (4 * 128, 64)
 
 
+def test_a_stream_of_tar_shards_goes_on_exactly(base, tmp_path, capsys):
+    own_pairs(tmp_path / "pairs", count=5)
+    (tmp_path / "shards").mkdir()
+    for i in range(5):  # the first three in 0.tar
+        with tarfile.open(tmp_path / "shards" / f"{i // 3}.tar", "a") as archive:
+            for kind, end in (("source", "hint.png"), ("target", "png")):
+                archive.add(tmp_path / "pairs" / "pictures" / f"{kind}{i}.png", f"{i}.{end}")
+    how = ["--data", str(tmp_path / "shards"), "--prompt", "", "--validation", "1", "--batch-size", "3"]
+    assert run(base, tmp_path / "whole", "--steps", "2", *how, "--no-cache") == 0
+    assert "is read as tar shards: 2, the first with 2 pairs" in capsys.readouterr().out
+    assert run(base, tmp_path / "parts", "--steps", "1", *how, "--no-cache") == 0
+    assert resume(tmp_path / "parts", "--steps", "2") == 0  # into the second epoch
+    assert_equal(newest_state(tmp_path / "whole"), newest_state(tmp_path / "parts"))
+    assert run(base, tmp_path / "cached", "--steps", "1", *how) == 0
+    assert len(list((tmp_path / "cached" / "cache" / "hints").iterdir())) == 4
+
+
+def test_captions_are_not_needed_where_none_is_used(base, tmp_path, capsys):
+    data = own_pairs(tmp_path / "pairs")
+    table = tmp_path / "pairs" / "prompt.json"
+    table.write_text(re.sub('"number [0-4]"', '""', table.read_text()))
+    dropped = ["--steps", "1", *data, "--cache", str(tmp_path / "latents")]
+    assert run(base, tmp_path / "out", *dropped) == 2
+    error = capsys.readouterr().err
+    assert "prompt.json:1 has no caption" in error and "--prompt-dropout 1" in error
+    assert run(base, tmp_path / "out", *dropped, "--prompt-dropout", "1") == 0
+    assert "6 pairs, 5 of them without a caption" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [[], ["--no-cache"]])
+def test_buckets_train_each_shape_uncropped_and_resume_exactly(base, tmp_path, capsys, how):
+    """Three shapes, one of a single picture, and hints that are the pictures."""
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for i, size in enumerate([(64, 64)] * 3 + [(128, 32)] * 3 + [(32, 128)]):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(pairs / f"{i}.png")
+    lines = [{"target": f"{i}.png", "source": f"{i}.png", "prompt": f"number {i}"} for i in range(7)]
+    (pairs / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
+    data = ["--data", str(pairs), "--buckets", "--validation", "0", "--images", "100", *how]
+    assert run(base, tmp_path / "whole", *data, "--steps", "4") == 0
+    assert "images of 3 sizes (width x height): 64x64 for 3, 32x128 for 3, 128x32 for 1" in capsys.readouterr().out
+    assert run(base, tmp_path / "parts", *data, "--steps", "2") == 0
+    assert resume(tmp_path / "parts", "--steps", "4") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert resume(tmp_path / "parts", "--steps", "6", "--batch-size", "3") == 2
+    assert (
+        "with --buckets each batch has one size, and the run was started with --batch-size 2" in capsys.readouterr().err
+    )
+
+
+def test_label_maps_are_asked_about(base, tmp_path, capsys):
+    data = own_pairs(tmp_path / "pairs")
+    for path in (tmp_path / "pairs" / "pictures").glob("source*"):
+        Image.fromarray(np.repeat(np.arange(3, dtype=np.uint8), 32)[None].repeat(64, axis=0)).save(path)
+    assert run(base, tmp_path / "out", "--steps", "1", *data) == 2
+    error = capsys.readouterr().err
+    assert "source0.png" in error and "label map" in error and "--label-maps" in error and "segmentation" in error
+    assert not (tmp_path / "out" / "cache").exists()
+    assert run(base, tmp_path / "out", "--steps", "1", "--no-cache", *data, "--label-maps") == 0
+
+
 def test_hints_are_made_from_the_pictures(base, tmp_path):
     data = own_pairs(tmp_path / "pairs")
     assert run(base, tmp_path / "out", "--steps", "1", *data, "--detect", "canny") == 0
-    with Image.open(tmp_path / "out" / "cache" / "hints" / "000000.png") as hint:
+    with Image.open(next((tmp_path / "out" / "cache" / "hints").iterdir())) as hint:
         assert set(np.unique(np.array(hint))) == {0, 255}
 
 
@@ -791,7 +873,7 @@ def change_unet(folder, base):
 
 CHANGES = {
     "captions": edit_caption,
-    "file contents": edit_image,
+    "images": edit_image,
     "samples: 3 where 4 was": remove_pair,
     "file names": rename_hints,
     "UNet": change_unet,
@@ -810,7 +892,8 @@ def test_a_run_does_not_go_on_with_other_data_or_another_base(own_run, tmp_path,
     assert resume(out, "--steps", "2", "--data", str(pairs), "--base", str(mine)) == 2
     error = capsys.readouterr().err
     assert "other data or another base (" in error and f"{what}" in error.split("(")[1].split(")")[0]
-    assert str(out / "control.safetensors") in error and error.strip().count("\n") == 0
+    assert f"--control {out / 'control.safetensors'}" in error and f"--cache {out / 'cache'}" in error
+    assert error.strip().count("\n") == 0
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -881,6 +964,8 @@ EDITS = [
     ("prompt_dropout", 7),
     ("size", "x"),
     ("seed", None),
+    ("validate", [["hint.png"]]),
+    ("log", ["paper"]),
 ]
 
 
@@ -921,7 +1006,10 @@ BAD_CALLS = [
     (["--control", "x.safetensors", "--architecture", "lite"], "leave out --architecture"),
     (["--cache", "/proc"], "empty or new folder as --cache"),
     (["--optimizer", "adamw8bit"], "pip install bitsandbytes"),
-    (["--tensorboard"], "pip install tensorboard"),
+    (["--log", "tensorboard"], "pip install tensorboard"),
+    (["--log", "wandb"], "pip install wandb"),
+    (["--steps", "2", "--epochs", "3"], "leave out one"),
+    (["--validate", "nowhere.png", "a cat"], "nowhere.png"),
 ]
 
 
@@ -1005,15 +1093,55 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_names_the_batch_size_that_fits(base, tmp_path, capsys):
+@pytest.mark.parametrize("how", [[], ["--detect", "canny", "--ema", "0.9", "--keep", "3"], ["--sd-unlocked"]])
+def test_a_dry_run_knows_what_the_run_will_write(base, tmp_path, capsys, how):
+    """And that it fits, to a fifth: files have headers, and the optimizer's state has steps."""
+    data, out = [*own_pairs(tmp_path / "pairs", count=20), *how, "--save-every", "1"], tmp_path / "out"
+    assert run(base, out, "--steps", "3", *data, "--dry-run") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    said = {what: float(size) for size, what in re.findall(r"([\d.e+-]+) MB for ([^,;]+)", line)}
+    keep = 3 if "--keep" in how else 2
+    assert run(base, out, "--steps", "3", *data) == 0
+    written = {
+        "latents": sum(file.stat().st_size for file in (out / "cache").rglob("*.*")),
+        f"{keep + 1} states": (keep + 1) * max(file.stat().st_size for file in (out / "state").iterdir()),
+        f"{keep + 2} ControlNets": (keep + 2) * (out / "control.safetensors").stat().st_size,
+        **{file.name: file.stat().st_size for file in out.glob("base.safetensors")},
+    }
+    assert said.keys() == written.keys()
+    assert {what: size * 1e6 for what, size in said.items()} == pytest.approx(written, rel=0.2)
+
+
+@pytest.mark.parametrize("what", ["too full", "another run", "no cache", "no image"])
+def test_a_dry_run_refuses_what_would_fail_later(base, tmp_path, capsys, monkeypatch, copy_of_run, what):
+    data, how = own_pairs(tmp_path / "pairs", count=20), ["--dry-run", "--steps", "1"]
+    words = {"too full": "give another folder as --out", "another run": "holds a run", "no cache": "something else"}
+    if what == "too full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    elif what == "another run":
+        copy_of_run(tmp_path / "out", "--steps", "2")
+    elif what == "no cache":
+        how += ["--cache", str(tmp_path / "pairs")]
+    else:
+        (tmp_path / "pairs" / "pictures" / "source3.png").write_bytes(b"GIF")
+    capsys.readouterr()
+    assert run(base, tmp_path / "out", *data, *how) == 2
+    error = capsys.readouterr().err
+    assert words.get(what, "source3.png") in error and error.strip().count("\n") == 0
+
+
+def test_a_dry_run_names_the_batch_size_that_fits(tmp_path, capsys):
+    one_level = replace(SMALLEST.unet, multipliers=(1,), attention=(True,), heads=(2,))
+    base = tmp_path / "base.safetensors"
+    sd_of(replace(SMALLEST, unet=one_level)).save(base)
     plan = ["--steps", "1", "--dry-run", "--sd-unlocked", "--sample-count", "0"]
     assert run(base, tmp_path / "out", *plan, "--fit", "1") == 0
-    *_, together, plain, checkpointed = capsys.readouterr().out.splitlines()
+    *_, together, plain, checkpointed, _ = capsys.readouterr().out.splitlines()
     assert "at most, all together" in together
     most = [int(line.split("1 GB hold --batch-size ")[1].split()[0]) for line in (plain, checkpointed)]
     assert 2 < most[0] < most[1] and "--checkpointing" in checkpointed and "--checkpointing" not in plain
     assert run(base, tmp_path / "out", *plan, "--fit", "0.1", "--checkpointing") == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.splitlines()[-2]
     assert line.startswith("0.1 GB do not hold --batch-size 1 --checkpointing, which needs 0.")
     assert line.endswith(
         ": leave out --sd-unlocked, add --precision fp16, add --optimizer adamw8bit, or give a smaller --size"
@@ -1054,7 +1182,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_saved_is_whole(tmp_path, copy_
         assert resume(tmp_path, "--steps", "4") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert len(error) == 1 and "what was saved is intact" in error[0]
-    assert str(tmp_path / ("state/000004.pt" if what == "state" else "control.safetensors")) in error[0]
+    assert str(tmp_path / ("state/000004.pt" if what == "state" else "control-000004.safetensors")) in error[0]
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002.pt"] and state.read_bytes() == whole
     assert what == "state" or assert_equal(control_of(tmp_path), before) is None
     assert not list(tmp_path.rglob("*.tmp"))
@@ -1065,7 +1193,7 @@ def test_a_disk_that_is_full_of_latents_is_one_sentence(base, tmp_path, capsys):
     with no_file_above(20_000):
         assert run(base, tmp_path, "--steps", "1") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
-    assert len(error) == 1 and "cache/000000.safetensors" in error[0] and "--cache" in error[0]
+    assert len(error) == 1 and f"{tmp_path}/cache/" in error[0] and "--cache" in error[0]
     assert run(base, tmp_path, "--steps", "1") == 0
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from controlnet import ControlNet
-from controlnet.training.validation import image_for
+from controlnet.training.previews import image_for
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
 from controlnet.worlds.measures import colour_agreement, foreground, iou

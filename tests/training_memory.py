@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -29,7 +28,7 @@ from ldm import StableDiffusion  # noqa: E402
 from train import Training  # noqa: E402
 
 CPU, STEPS = torch.device("cpu"), 2
-UNET = replace(SMALL.unet, channels=160, multipliers=(1, 2), attention=(False, True), heads=(2, 2))
+UNET = replace(SMALL.unet, channels=96, multipliers=(1, 2), attention=(False, True), heads=(2, 2))
 CONFIG = replace(SMALL, unet=UNET)
 
 
@@ -49,11 +48,12 @@ def measured(settings: TrainSettings) -> int:
     settings.out.mkdir()
     training = Training(settings, Process(0, 1, CPU))
     training.open_data(0)
-    with training.writer:
+    progress = Progress(training.run, settings, 0)
+    with progress, training.writer:
         for step in range(STEPS):
             training.step()
             if step + 1 < STEPS:
-                training.save(step + 1, Progress(training.run, tqdm(disable=True), tensorboard=False))
+                training.save(step + 1, progress)
     return resident("VmHWM") - before
 
 

@@ -27,7 +27,7 @@ from controlnet.inference.generate import Progress, generate
 from controlnet.objective import ControlLoss, Drawn, loss_inputs
 from controlnet.training.latent_cache import encode
 from controlnet.training.optimisation import Optimisation
-from controlnet.training.options import TrainSettings
+from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, with_packed_encoders
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
@@ -193,7 +193,7 @@ class Training:
 
     def __init__(self, setup: Setup):
         self.side, self.device = setup.size, torch.device(setup.device)
-        chosen = {"optimizer": "adamw", "lr": LEARNING_RATE, "warmup": 0}
+        chosen = {**PAPER, "lr": LEARNING_RATE, "warmup": 0}
         settings = TrainSettings(precision=setup.precision, checkpointing=setup.checkpointing, **chosen)
         self.sd = load_base(setup)
         self.control = ControlNet.load(setup.folder / "control.safetensors", self.sd.unet, dtype=torch.float32)

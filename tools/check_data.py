@@ -1,24 +1,41 @@
-"""Reads every pair of a folder as training would, and lists those that cannot be used.
+"""Reads every pair of a folder as training would, and says what is wrong or odd: with the files' names and what to do.
 
     python -m tools.check_data my/pairs
+    python -m tools.check_data my/pairs --size 768x512 --buckets --sheet sheet.png
+    python -m tools.check_data photographs --detect canny --sheet sheet.png
 
-The exit status is 0 if all pairs are good, 1 if some are bad, and 2 if there is nothing to train on.
+Found are pairs that cannot be used; hints that are black, of one colour, inverted or label maps; images that are there
+twice, share a hint or are left out; captions that are too long or garbled; what crops take, and what is enlarged.
+
+The exit status is 0 if nothing was found, crops and enlargements aside, 1 if something was, and 2 if there is nothing
+to train on.
 """
 
 import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from controlnet.common.program import new_parser, run
+from controlnet.common.program import height_and_width, new_parser, positive, run, size_argument
 from tools.cli import add_debug
+
+if TYPE_CHECKING:
+    from controlnet.training.findings import Finding
+
+NAMED_AT_MOST = 10  # files of a finding
+PAIRS_OF_SHEET = 16
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.check_data", __doc__)
     parser.add_argument("folder", type=Path, help="of pairs, in any layout that train.py takes")
-    parser.add_argument("--no-hints", action="store_true", help="hints will be made from the images (--detect)")
-    parser.add_argument("--hint-channels", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    add = parser.add_argument
+    add("--size", type=size_argument, default="512", metavar="N|WxH", help="of the training (default: %(default)s)")
+    add("--buckets", action="store_true", help="as in train.py: sizes in the shapes of the images")
+    add("--detect", metavar="NAME", help="as in train.py: the hints are made from the images")
+    add("--hint-channels", type=positive, default=3, metavar="N", help="(default: %(default)s)")
+    add("--sheet", type=Path, metavar="FILE", help=f"write a picture of {PAIRS_OF_SHEET} pairs as training sees them")
     add_debug(parser)
     args = parser.parse_args(argv)
     return run("check_data", lambda: check(args), args.debug)
@@ -28,24 +45,41 @@ def check(args: argparse.Namespace) -> int:
     """The exit status."""
     from tqdm import tqdm
 
-    from controlnet.training.folders import BadSample, check_same_shape, list_folder, read_hint, read_pixels
+    from controlnet.common.images import save_png
+    from controlnet.training.findings import look_at_folder, look_at_pairs
+    from controlnet.training.framing import framing
+    from controlnet.training.pairs import list_folder
+    from controlnet.training.sheet import contact_sheet, few_of
+    from controlnet.training.sources import FolderSource
+    from controlnet.training.transform import Transform, bucket_sizes
 
-    def problem_of(entry) -> str | None:
-        try:
-            image = read_pixels(entry.image)
-            if entry.hint is not None:
-                check_same_shape(image, read_hint(entry.hint, args.hint_channels), entry)
-        except BadSample as error:
-            return str(error)
+    size = height_and_width(args.size)
+    multiple = 32 if min(size) < 256 else 64  # of buckets' sides: as the small base has them, and SD
+    transform = Transform(size, buckets=bucket_sizes(size, multiple) if args.buckets else ())
+    listing = list_folder(args.folder, need_hints=args.detect is None)
+    source = FolderSource(str(args.folder), listing.entries, transform, args.hint_channels, args.detect)
 
-    listing = list_folder(args.folder, need_hints=not args.no_hints)
-    with ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(problem_of, listing.entries), "pairs", len(listing.entries), disable=None))
-    problems = listing.problems + [problem for problem in found if problem]
-    for problem in problems:
-        print(problem)
-    print(f"{found.count(None)} pairs are good, {len(problems)} are bad")
-    return 1 if problems else 0
+    def progress(looks: Iterable, total: int) -> Iterable:
+        return tqdm(looks, "pairs", total, disable=None)
+
+    unusable, odd = look_at_pairs(source, progress)
+    problems = listing.problems + unusable
+    findings = [one for one in (*odd, *look_at_folder(args.folder, listing.entries)) if one.files]
+    for line in (*problems, *(line for finding in findings for line in lines_of(finding)), *framing(source, multiple)):
+        print(line)
+    print(f"{len(source) - len(unusable)} pairs are good, {len(problems)} are bad")
+    samples = few_of(source, PAIRS_OF_SHEET) if args.sheet else []
+    if samples:
+        save_png(contact_sheet(samples), args.sheet, {})
+        print(f"{len(samples)} pairs as training sees them: {args.sheet}")
+    return 1 if problems or findings else 0
+
+
+def lines_of(finding: "Finding") -> Iterator[str]:
+    yield f"{finding.what} ({len(finding.files)}): {finding.todo}"
+    yield from (f"    {name}" for name in finding.files[:NAMED_AT_MOST])
+    if len(finding.files) > NAMED_AT_MOST:
+        yield f"    ... and {len(finding.files) - NAMED_AT_MOST} more"
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from PIL import Image
 
 from controlnet.common.images import save_png
 from controlnet.common.program import new_parser, run
+from controlnet.training.previews import text_image
 from controlnet.training.run_state import RunFolder
-from controlnet.training.validation import text_image
 from tools.cli import add_debug
 
 CAPTION = 20  # pixels above each column

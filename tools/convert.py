@@ -54,12 +54,12 @@ def convert(args: argparse.Namespace) -> None:
     check_difference(args, layout)
     from controlnet.common.devices import PRECISIONS
     from ldm.checkpoints.open import open_checkpoint
-    from tools.checkpoints import contents, find_model, load_base, load_control, save_whole
+    from tools.checkpoints import contents, find_model, load_base, load_control, load_unet, save_whole
 
     part = args.part or only_part(contents(open_checkpoint(find_model(args.source)[0])), args.source)
     check_options(args, part)
     dtype = PRECISIONS.get(args.dtype)
-    base = load_base(args.base).unet if args.base else None
+    base = load_unet(args.base) if args.base is not None else None
     if part != "control":
         base_options = dict(prediction=args.prediction, zero_snr=args.zero_snr, vae=args.vae)
         sd = load_base(args.source, dtype, args.ema, **base_options)

@@ -39,7 +39,7 @@ def describe(args: argparse.Namespace) -> int:
     """The exit status."""
     from tools.description import differences, facts_of
 
-    if args.diff:
+    if args.diff is not None:
         if len(args.files) != 1:
             raise ValueError(f"there are {len(args.files)} FILEs, expected one with --diff")
         found = differences(args.files[0], args.diff, args.values)
@@ -56,24 +56,23 @@ def describe(args: argparse.Namespace) -> int:
             status = 2
         else:
             if not args.json:
-                print_facts(found[-1])
+                print(facts_text(found[-1]))
     if args.json:
         print(json.dumps(found, indent=2))
     return status
 
 
-def print_facts(facts: dict[str, object]) -> None:
+def facts_text(facts: dict[str, object]) -> str:
+    lines = []
     for name, fact in facts.items():
         if name == "file":
-            print(printable(fact))
+            lines.append(printable(fact))
         elif name in ("metadata", "tensors"):
-            print(
-                f"  {name}",
-                *(f"    {printable(key)}  {printable(shortened(value))}" for key, value in fact.items()),
-                sep="\n",
-            )
+            lines.append(f"  {name}")
+            lines += (f"    {printable(key)}  {printable(shortened(value))}" for key, value in fact.items())
         else:
-            print(f"  {name.replace('_', ' '):14} {printable(text_of(fact))}")
+            lines.append(f"  {name.replace('_', ' '):14} {printable(text_of(fact))}")
+    return "\n".join(lines)
 
 
 def text_of(fact: object) -> str:

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.layouts import IGNORED_BESIDE_CONTROL, ControlFile
+from controlnet.layouts import ControlFile
 from ldm import StableDiffusion
 from ldm.checkpoints.key_maps import encoder_length
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, is_finite, without_weights
@@ -15,9 +15,12 @@ from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.recognise import BaseFile, described_config
 from ldm.checkpoints.stored import CheckpointError, counted
 from ldm.config import UNetConfig
-from ldm.unet import UNet
 from tools.checkpoints import Contents, contents, control_unet_config, find_model
 
+DIFFERENCES = {  # by (difference, low_rank)
+    (True, False): "its copy of the encoder is stored minus the base's",
+    (False, True): "its copy of the encoder is stored as changes of low rank to the base's (a Control-LoRA)",
+}
 READ_ANYWAY = 64_000_000  # bytes: of smaller files all numbers are read
 CPU = torch.device("cpu")
 
@@ -41,7 +44,9 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
         "bytes": size,
         "kind": found.kind,
         "family": found.family if found.layout else None,
-        "layout": {"ldm": "original", "diffusers": "diffusers", None: None}[found.layout],
+        "layout": {"ldm": "original", "diffusers": "diffusers", "state": "a state of train.py", None: None}[
+            found.layout
+        ],
         **(base_facts(found.base) if found.base else {}),
         **(control_facts(checkpoint, found.control, control_unet) if found.control else {}),
         "not_usable": problem,
@@ -66,10 +71,7 @@ def check_fit(checkpoint: Checkpoint, found: Contents, control_unet: UNetConfig 
             sd = StableDiffusion(found.base.config)
         left_out |= check_keys(checkpoint, sd.parts_in(checkpoint), IGNORED_BESIDE_BASE)
     if found.control:
-        with without_weights():
-            control = ControlNet(UNet(control_unet), found.control.config)
-        parts = [(control, found.control.key_map(control_unet))]
-        left_out |= check_keys(checkpoint, parts, IGNORED_BESIDE_CONTROL)
+        left_out |= ControlNet.check(checkpoint, found.control, control_unet)
     return left_out
 
 
@@ -94,7 +96,7 @@ def control_facts(checkpoint: Checkpoint, control: ControlFile, unet: UNetConfig
     untrained = norms and all(norm == 0 for norm in norms.values())
     return {
         "hint_channels": control.config.hint_channels,
-        "difference": "its copy of the encoder is stored minus the base's" if control.difference else None,
+        "difference": DIFFERENCES.get((control.difference, control.low_rank)),
         "pooling": pooling,
         "zero_convs": norms,
         "training": "not trained: all its zero convolutions are zero" if untrained else None,
@@ -118,9 +120,11 @@ def goes_with(found: Contents) -> str | None:
     family = found.family or "the same architecture"
     if found.base and found.control:
         return f"each other: pass it as --base and as --control; also with other models of {family}"
+    if found.base and found.base.config.unet.inpainting:
+        return f"ControlNets of {family}, to fill what is masked: pass it as --base, with --init and --mask"
     if found.base:
         return f"ControlNets of {family}: pass it as --base"
-    if found.control and found.control.difference:
+    if found.control and found.control.needs_base:
         return f"any base of {family}, to which it is added when loaded: pass it as --control"
     if found.control:
         return f"bases of {family}, best the one it was trained on: pass it as --control"

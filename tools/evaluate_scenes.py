@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from controlnet import ControlNet
 from controlnet.inference.generate import generate
-from controlnet.training.validation import image_for
+from controlnet.training.previews import image_for
 from controlnet.worlds import Sample, Scenes, Truth, World
 from controlnet.worlds.classes import ADE20K_CLASSES, CLASSES
 from controlnet.worlds.measures import mean_iou

@@ -22,7 +22,7 @@ from controlnet.common.devices import use_device
 from controlnet.common.images import to_images
 from controlnet.common.program import new_parser, run
 from controlnet.objective import seeded
-from controlnet.training.optimisation import cosine_schedule
+from controlnet.training.lr_schedules import cosine_schedule
 from controlnet.worlds import Scenes, Truth
 from controlnet.worlds.classes import CLASSES
 from controlnet.worlds.scenes.paint import PAINTS

@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         "--size",
         type=int,
         metavar="N",
-        help="pixels of the hints' short side, a multiple of 64; images are resized before detection, because what is "
-        "found depends on the size (default: the size of each image)",
+        help="pixels of the hints' short side, as the --size of training; images are resized before detection, because "
+        "what is found depends on the size (default: the size of each image)",
     )
     parser.add_argument("--replace", action="store_true", help="make existing hints again")
     add_debug(parser)
@@ -65,8 +65,8 @@ def detectors_help() -> str:
 def make_hints(args: argparse.Namespace) -> int:
     """Makes the missing hints. The exit status is 1 if a file has none in the end."""
     detector, options = parse_detector(":".join([args.detector, *filter(None, [",".join(args.option)])]))
-    if args.size is not None and (args.size < 64 or args.size % 64):
-        raise ValueError(f"--size is {args.size}, expected a multiple of 64 pixels")
+    if args.size is not None and args.size < 64:
+        raise ValueError(f"--size is {args.size}, expected at least 64 pixels")
     check_folders(args.source, args.out_dir)
     places, clashes = hint_places(detector, Path(args.source), args.out_dir)
     missing = {place: source for place, source in places.items() if args.replace or not place.exists()}
@@ -75,7 +75,8 @@ def make_hints(args: argparse.Namespace) -> int:
     from controlnet.common.images import fitted_size, resized, save_png
 
     def fit(image: Image.Image) -> Image.Image:
-        return resized(image, fitted_size(image, args.size, 64)) if args.size else image
+        # In the image's own shape, as training resizes it before it crops.
+        return resized(image, fitted_size(image, args.size, 1)) if args.size else image
 
     failures = []
     for place, source in tqdm(missing.items(), unit="hint", disable=None):

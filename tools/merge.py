@@ -28,7 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     group.add_argument(
         "--lora", action="append", metavar="FILE[:X]", help="a LoRA, and how strongly (default: 1); one or more"
     )
-    group.add_argument("--prediction", choices=("eps", "v"), help="what the base predicts, where its file does not say")
+    of_base = parser.add_argument_group("what a base with LoRAs lacks; the result will have it")
+    of_base.add_argument("--vae", metavar="FILE", help="in place of its autoencoder, or where it has none")
+    of_base.add_argument("--prediction", choices=("eps", "v", "x0"), help="of the base (default: as detected)")
+    of_base.add_argument("--zero-snr", action="store_true", help="it was trained with zero terminal SNR")
     add_output(parser)
     args = parser.parse_args(argv)
     return run("merge", lambda: merge(args), args.debug)
@@ -39,13 +42,17 @@ def merge(args: argparse.Namespace) -> None:
     if args.lora:
         merge_into_base(args)
         return
+    if args.vae or args.prediction or args.zero_snr:
+        raise ValueError(
+            "--vae, --prediction and --zero-snr are for a base that LoRAs change: leave them out, or add --lora"
+        )
     weights = check_weights(args.weights, len(args.controls))
     import torch
 
     from controlnet.common.devices import PRECISIONS
-    from tools.checkpoints import load_base, load_control
+    from tools.checkpoints import load_control, load_unet
 
-    base = load_base(args.base, prediction=args.prediction).unet if args.base else None
+    base = load_unet(args.base) if args.base is not None else None
     result = load_control(args.controls[0], base)
     dtype = dtype_of(result)
     result.float()
@@ -66,7 +73,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def merge_into_base(args: argparse.Namespace) -> None:
-    if args.controls or args.weights or not args.base:
+    if args.controls or args.weights or args.base is None:
         raise ValueError("--lora changes a base: give --base, and neither CONTROLs nor --weights")
     import torch
 
@@ -75,9 +82,10 @@ def merge_into_base(args: argparse.Namespace) -> None:
     from ldm.checkpoints.recognise import open_base
     from tools.checkpoints import base_dtype
 
-    dtype = PRECISIONS.get(args.dtype) or base_dtype(open_base(args.base, args.prediction).checkpoint)
+    described = dict(prediction=args.prediction, zero_snr=args.zero_snr, vae=args.vae)
+    dtype = PRECISIONS.get(args.dtype) or base_dtype(open_base(args.base, **described).checkpoint)
     note(f"reading {args.base} ...")
-    sd = StableDiffusion.load(args.base, dtype=torch.float32, prediction=args.prediction, loras=args.lora)
+    sd = StableDiffusion.load(args.base, dtype=torch.float32, loras=args.lora, **described)
     with written(args.out, args.force) as path:
         sd.save(path, dtype, layout_of(args.out))
 

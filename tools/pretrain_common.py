@@ -17,7 +17,8 @@ from controlnet.common.devices import sent
 from controlnet.common.graphs import recorded
 from controlnet.common.images import to_pil
 from controlnet.training.intervals import Interval
-from controlnet.training.optimisation import Optimisation, cosine_schedule
+from controlnet.training.lr_schedules import cosine_schedule
+from controlnet.training.optimisation import Optimisation
 from controlnet.training.run_state import load_state, save_state
 
 SAVE_EVERY = "10m"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from controlnet import ControlNet
 from controlnet.common.images import save_png
 from controlnet.common.program import new_parser, run
-from controlnet.training.validation import image_for, text_image
+from controlnet.training.previews import image_for, text_image
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Sample
 from controlnet.worlds.colours import BASIC_COLOURS
 from ldm import StableDiffusion

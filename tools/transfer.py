@@ -38,23 +38,23 @@ def transfer(args: argparse.Namespace) -> None:
     from controlnet.common.devices import PRECISIONS
     from controlnet.layouts import recognise_control
     from ldm.checkpoints.open import open_checkpoint
-    from tools.checkpoints import find_model, load_base, load_control
+    from tools.checkpoints import find_model, load_control, load_unet
 
     control_name = str(find_model(args.control)[0])
     checkpoint = open_checkpoint(control_name)
-    is_difference = recognise_control(checkpoint).difference
-    if is_difference and args.old:
+    is_difference = recognise_control(checkpoint).needs_base
+    if is_difference and args.old is not None:
         note(f"{args.control} holds a difference: --from {args.old} is not needed")
     has_base = checkpoint.any_key("model.diffusion_model.")
-    old_name = args.old or (control_name if has_base else None)
+    old_name = args.old if args.old is not None else control_name if has_base else None
     if not is_difference and old_name is None:
         raise ValueError(f'"{args.control}" holds a ControlNet alone: say with --from which base it was trained on')
 
-    new = load_base(args.new).unet
+    new = load_unet(args.new)
     control = load_control(args.control, new, PRECISIONS.get(args.dtype))
     check_family(control, new, args.control, args.new)
     if not is_difference:
-        old = load_base(old_name).unet
+        old = load_unet(old_name)
         check_family(control, old, args.control, old_name)
         control.transfer(old, new)
     with written(args.out, args.force) as path:
@@ -63,7 +63,7 @@ def transfer(args: argparse.Namespace) -> None:
 
 def check_family(control, unet, control_name: str, base_name: str) -> None:
     """Raises ValueError for a base with an encoder of another architecture."""
-    if control.encoder.config != unet.config:
+    if control.encoder.config != unet.config.text_to_image:
         raise ValueError(
             f'"{base_name}" is of another architecture than "{control_name}": a ControlNet can be moved within its '
             "family only, so give a base of it"

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # By name, as Pillow decides by content, and hands PostScript to another program.
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "ICO", "PCX", "AVIF"]
+FORMATS += ["PSD", "QOI", "SGI", "DDS"]
 MAX_SIDE = 16384
 MAX_PIXELS = 100_000_000
 
@@ -54,9 +55,20 @@ def read_image(path: str | Path, hint: bool = False) -> Image.Image:
 
 
 def checked_rgb(image: Image.Image, path: str | Path, hint: bool = False) -> Image.Image:
+    check_depth(image, path)
+    return to_rgb(image, hint)
+
+
+def check_depth(image: Image.Image, path: str | Path) -> None:
     if image.mode in ("I", "F"):
         raise ValueError(f'"{path}" has 32 bits a channel, expected 8 or 16: save it with fewer')
-    return to_rgb(image, hint)
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """One of 16 bits a channel, a depth map for example, scaled: Pillow's own conversion would clip it at 255."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def to_rgb(image: Image.Image, hint: bool = False) -> Image.Image:
@@ -64,8 +76,7 @@ def to_rgb(image: Image.Image, hint: bool = False) -> Image.Image:
 
     Behind those of a hint is what its strokes stand out from.
     """
-    if image.mode.startswith("I;16"):  # a depth map, for example; Pillow's own conversion would clip it at 255
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    image = in_8_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     ground, result = ground_of_hint(image) if hint else "white", Image.new("RGB", image.size)

@@ -99,7 +99,7 @@ def to_unit_range(arrays: Iterable[np.ndarray]) -> Tensor:
 
 
 def to_uint8(hint: Tensor) -> np.ndarray:
-    """A hint (3, H, W) in [0, 1] -> uint8 (H, W, 3); the inpainting hint's -1 becomes 0."""
+    """A hint (C, H, W) in [0, 1] -> uint8 (H, W, C); the inpainting hint's -1 becomes 0."""
     return (hint.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 

@@ -38,18 +38,20 @@ def option(
     type: Callable[[str], Any] | None = None,
     choices: Iterable[str] | None = None,
     const: Any = None,
-    metavar: str | None = None,
+    metavar: str | tuple[str, ...] | None = None,
+    nargs: int | None = None,
     each: bool = False,
     older: str | None = None,
     **marks: Any,
 ) -> Any:
     """A field of a settings dataclass that is also an option of its program: `--batch-size` for `batch_size`.
 
-    A default of False makes it a flag. With `each` the option may be repeated, and its value is a list. `const` is the
-    value of an option that is given without one, `older` another spelling of its flag. `marks` are the program's own
-    notes about it ("fixed" on resume), found in the field's metadata.
+    A default of False makes it a flag. With `each` the option may be repeated, and its value is a list; with `nargs`
+    each value in it is a list of so many words. `const` is the value of an option that is given without one, `older`
+    another spelling of its flag. `marks` are the program's own notes about it ("fixed" on resume), found in the field's
+    metadata.
     """
-    argument = {"help": help, "type": type, "choices": choices, "const": const, "metavar": metavar}
+    argument = dict(help=help, type=type, choices=choices, const=const, metavar=metavar, nargs=nargs)
     metadata = {"group": group, "argument": argument, "each": each, "older": older, **marks}
     return field(default_factory=list, metadata=metadata) if each else field(default=default, metadata=metadata)
 
@@ -93,6 +95,10 @@ def as_typed(item: Field, value: Any, source: str) -> Any:
     if item.metadata["each"]:
         if not isinstance(value, list):
             raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected a list')
+        if count := argument["nargs"]:
+            if not all(isinstance(words, list) and len(words) == count for words in value):
+                raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected lists of {count}')
+            return [[str(word) for word in words] for words in value]
         return [one if one is None else typed(argument, item.name, one, source) for one in value]
     if item.default is False and not isinstance(value, bool):
         raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected true or false')

@@ -63,6 +63,7 @@ DETECTORS = {
     "lineart": Detector(learned.lineart, "a photograph as a line drawing *"),
     "sam": Detector(learned.sam, "segments of a photograph, in random colours *"),
 }
+OF_STROKES = {"scribble", "threshold", "invert"}  # of drawings, whose transparent ground is read as a hint's
 LEARNED_NOTE = "* learned, by the optional package controlnet_aux (pip install controlnet_aux)"
 
 # What others call these, in lower case. In place of a network that we lack stands one for the same kind of hint.
@@ -111,10 +112,10 @@ def detect_file(
     hint.
     """
     detector = find_detector(name)
-    source = detector.read(Path(path))
     if detector.works_on_photographs:
+        source = read_image(path, hint=name in OF_STROKES)
         return detect(name, np.asarray(fit(source) if fit else source), **options)
-    hint = detect(name, source, **options)
+    hint = detect(name, detector.read(Path(path)), **options)
     return np.asarray(fit(Image.fromarray(hint))) if fit else hint
 
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from controlnet.common.image_files import read_image, to_rgb
+from controlnet.common.image_files import to_rgb
 from controlnet.common.images import Size, fitted, margins, size_text, size_within, to_hints, to_uint8
 from controlnet.common.program import FITS
 
 from . import DETECTORS, detect, detect_file, find_detector, inpaint, parse_detector
+from .hint_file import IMAGE_MODES, open_hint
 from .maps import read_map
 
 
@@ -32,6 +33,7 @@ class HintImage:
     options: dict[str, Any] = field(default_factory=dict)  # of the detector
     mask: Image.Image | None = None  # for "inpaint": mode L, white is made anew
     fit: str = "stretch"
+    layers: tuple[Image.Image, ...] = ()  # of a hint that is not RGB all its channels, mode L: `image` shows it then
     made: dict[Size, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # detectors are slow
 
     def __post_init__(self):
@@ -56,8 +58,11 @@ class HintImage:
         is. Raises ValueError for an unknown detector or option and for what the detector cannot read.
         """
         name = (detect or "none").lower()
-        if name in ("none", "inpaint"):
-            return cls(as_rgb(image), None if name == "none" else name, mask=mask, fit=fit)
+        if name == "none":
+            stored = as_stored(image)
+            return cls(shown(stored), mask=mask, fit=fit, layers=layers_of(stored))
+        if name == "inpaint":
+            return cls(as_rgb(image), name, mask=mask, fit=fit)
         name, options = parse_detector(detect)
         if find_detector(name).works_on_photographs:
             return cls(as_rgb(image), name, options, fit=fit)
@@ -66,12 +71,29 @@ class HintImage:
     def at(self, size: Size, channels: int = 3) -> Tensor:
         """The hint (1, C, H, W) of `size` in [0, 1], in gray for one channel; "inpaint" has -1 where the mask is white.
 
-        Raises ValueError for other channels than 1 and 3.
+        Four channels are red, green, blue and opacity. Raises ValueError as `check_channels` does.
         """
-        check_channels(channels)
+        self.check_channels(channels)
+        if channels not in (1, 3):
+            layers = self.layers or (*self.image.split(), Image.new("L", self.image.size, 255))
+            return to_hints([np.dstack([fitted(layer, size, self.fit) for layer in layers])])
         if size not in self.made:
             self.made[size] = self.make(size)
         return self.made[size] if channels == 3 else to_gray(self.made[size])
+
+    def check_channels(self, channels: int) -> None:
+        """Raises ValueError if the ControlNet's hints have others than this one."""
+        if self.detector is not None and channels not in (1, 3):
+            raise ValueError(
+                f"the ControlNet takes hints of {channels} channels, and the detector {self.detector} makes 3: "
+                "give the hint itself"
+            )
+        found = len(self.layers) if self.layers else channels if channels in IMAGE_MODES else 3
+        if found != channels and not (found in IMAGE_MODES and channels in IMAGE_MODES):
+            raise ValueError(
+                f"the ControlNet takes hints of {channels} channels, but this one has {found}: an image has 1, 3 or 4; "
+                "save others as a .npy array (H, W, C), or pass a tensor to Control()"
+            )
 
     def make(self, size: Size) -> Tensor:
         """What is padded is no part of what a detector sees: it would find the edges of the padding."""
@@ -97,35 +119,49 @@ def check_mask(mask: Image.Image, image: Image.Image) -> None:
         raise ValueError(f"the mask is {found}, expected the image's {expected}: crop or resize it to that")
 
 
-def check_channels(channels: int) -> None:
-    if channels not in (1, 3):
-        raise ValueError(
-            f"the ControlNet takes hints of {channels} channels, but an image has 1 or 3: pass a tensor to Control()"
-        )
-
-
 def to_gray(hint: Tensor) -> Tensor:
     """(1, 3, H, W) -> (1, 1, H, W), in 8 bits."""
     return to_hints([np.array(Image.fromarray(to_uint8(hint[0])).convert("L"))[..., None]])
 
 
 def as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """An image file, a PIL image or an array as RGB of 8 bits, upright, with `to_rgb`'s ground of hints behind what is
-    transparent.
+    """What `as_stored` takes, but for files of arrays, as RGB of 8 bits with `to_rgb`'s ground of hints behind what is
+    transparent."""
+    if isinstance(image, str | Path):
+        check_is_image(image)
+    return shown(as_stored(image))
+
+
+def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+    """An image file, a PIL image or an array as an image, upright, of any mode; a .npy file as `open_hint` returns it.
 
     An array is uint8, or floats in [0, 1], of (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). Raises ValueError for another
     one, for a file that cannot be read, and for 32 bits a channel, TypeError for anything else.
     """
     if isinstance(image, str | Path):
-        check_is_image(image)
-        return read_image(image, hint=True)
+        return stored_hint(image)
     if isinstance(image, np.ndarray):
-        return to_rgb(Image.fromarray(to_bytes(image)), hint=True)
+        return Image.fromarray(to_bytes(image))
     if not isinstance(image, Image.Image):
         raise TypeError(f"the image is of type {type(image).__name__}, expected a path, a PIL image or a NumPy array")
     if image.mode in ("I", "F"):
         raise ValueError(f"the image has 32 bits a channel (mode {image.mode}), expected 8 or 16: convert it first")
-    return to_rgb(ImageOps.exif_transpose(image), hint=True)
+    return ImageOps.exif_transpose(image)
+
+
+def shown(stored: Image.Image | np.ndarray) -> Image.Image:
+    """RGB: of an array of other channels the first three, or the mean of two."""
+    if isinstance(stored, Image.Image):
+        return to_rgb(stored, hint=True)
+    first = stored if stored.shape[2] > 2 else stored.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
+    return Image.fromarray(np.ascontiguousarray(first[..., :3]))
+
+
+def layers_of(stored: Image.Image | np.ndarray) -> tuple[Image.Image, ...]:
+    """The channels, mode L each, of what RGB does not hold: opacity, or any number of an array."""
+    if isinstance(stored, np.ndarray):
+        return tuple(Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(stored, 2, 0))
+    return stored.convert("RGBA").split() if stored.has_transparency_data else ()
 
 
 def to_bytes(array: np.ndarray) -> np.ndarray:
@@ -151,6 +187,19 @@ def check_is_image(path: str | Path) -> None:
         raise ValueError(
             f'"{path}" is not an image: name the detector that reads it with detect: {" or ".join(readers)}'
         )
+
+
+def stored_hint(path: str | Path) -> Image.Image | np.ndarray:
+    """`open_hint`. Raises ValueError, for a pose or a map with the names of the detectors that read it."""
+    is_array = Path(path).suffix.lower() == ".npy"
+    if not is_array:
+        check_is_image(path)
+    try:
+        return open_hint(path)
+    except ValueError:
+        if is_array and Path(path).exists():
+            check_is_image(path)
+        raise
 
 
 def detected_from_map(name: str, source: str | Path | Image.Image | np.ndarray, options: dict[str, Any]) -> np.ndarray:

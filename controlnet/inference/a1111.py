@@ -12,7 +12,7 @@ from pathlib import Path
 from controlnet.hints import options_of, parse_detector
 from ldm.checkpoints.extras import split_strength
 
-from .options import A1111_SAMPLERS
+from .sampler_names import A1111_SAMPLERS
 
 NEGATIVE = "Negative prompt:"
 
@@ -61,13 +61,21 @@ def lora_tag(given: str) -> str:
 
 def pairs(settings: dict) -> Iterator[tuple[str, object]]:
     yield "Steps", settings["steps"]
-    yield "Sampler", A1111_SAMPLERS[settings["sampler"]]
+    sampler, schedule = A1111_SAMPLERS[settings["sampler"]]
+    yield "Sampler", sampler
+    if schedule:
+        yield "Schedule type", schedule
     yield "CFG scale", settings["cfg"]
     yield "Seed", settings["seed"]
     yield "Size", settings["size"]
     yield "Model", Path(settings["base"]).stem
     if settings["init"]:
         yield "Denoising strength", settings["strength"]
+    elif settings["upscale"] != 1:
+        yield "Denoising strength", settings["upscale_strength"]
+    if settings["upscale"] != 1:
+        yield "Hires upscale", settings["upscale"]
+        yield "Hires upscaler", "Lanczos"
     if settings["mask_blur"]:
         yield "Mask blur", settings["mask_blur"]
     if settings["only_masked"] is not None:
@@ -121,10 +129,14 @@ OPTIONS = {
     "Size": "size",
     "Clip skip": "clip_skip",
     "Denoising strength": "strength",
+    "Hires upscale": "upscale",
     "Mask blur": "mask_blur",
     "Masked area padding": "only_masked",
     "Model": "base",
 }
+
+
+READ_SCHEDULES = ("Automatic", "Uniform", "Karras")
 
 
 def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -142,7 +154,17 @@ def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
         "negative": "\n".join(line.strip() for line in lines[start:]).removeprefix(NEGATIVE).strip(),
     }
     settings |= {ours: found.pop(theirs) for theirs, ours in OPTIONS.items() if theirs in found}
+    if "upscale" in settings and "strength" in settings:  # which is the second pass's then
+        settings["upscale_strength"] = settings.pop("strength")
+    if "sampler" in settings and found.get("Schedule type") in READ_SCHEDULES:
+        settings["sampler"] = with_schedule(settings["sampler"], found.pop("Schedule type"))
     return settings, found
+
+
+def with_schedule(sampler: str, schedule: str) -> str:
+    """The sampler's name, with " Karras" where that is its schedule, as older versions write it."""
+    karras = schedule == "Karras" or (schedule == "Automatic" and sampler.startswith("DPM++"))
+    return f"{sampler} Karras" if karras else sampler
 
 
 def read_pairs(line: str) -> Iterator[tuple[str, str]]:

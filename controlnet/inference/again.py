@@ -13,9 +13,10 @@ from ldm.checkpoints.stored import first_few
 from ldm.config import PRESETS
 
 from .a1111 import read_parameters
-from .options import A1111_SAMPLERS, ALWAYS_RECORDED, RECORDED, Options
+from .options import ALWAYS_RECORDED, RECORDED, Options
 from .png_text import read_texts
 from .prompts import LORA_TAG
+from .sampler_names import A1111_SAMPLERS, sampler_name
 
 ROOT = Path(__file__).resolve().parents[2]
 # The options that name files.
@@ -66,7 +67,8 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
             values["base"] = found[0]
         else:
             note(f'its model "{model}" is not in {published.WEIGHTS}: taking the base "{Options.base}" (see --base)')
-    if values.get("sampler", "").lower() not in map(str.lower, A1111_SAMPLERS.values()) and "sampler" not in given:
+    values["sampler"] = sampler_name(values.get("sampler", ""))
+    if values["sampler"] not in A1111_SAMPLERS and "sampler" not in given:
         note(f'there is no sampler "{values.pop("sampler", "")}" here: taking "{Options.sampler}" (see --sampler)')
     for name, needed in {"strength": "init", "mask_blur": "mask", "only_masked": "mask"}.items():
         if name in values and needed not in given:

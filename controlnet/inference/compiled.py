@@ -28,7 +28,7 @@ def compiling(**options: Any) -> Callable[[UNet], Predict]:
 
     def make_predictor(unet: UNet) -> Predict:
         def predict(
-            x: Tensor, t: Tensor, timestep: int, context: Tensor, controls: Sequence[PreparedControl], branch: Branch
+            x: Tensor, t: Tensor, timestep: float, context: Tensor, controls: Sequence[PreparedControl], branch: Branch
         ) -> Tensor:
             try:
                 return compute(unet, x, t, context, controls, branch).clone()  # a CUDA graph overwrites its output

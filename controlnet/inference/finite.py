@@ -30,9 +30,9 @@ class Watched:
         """`plainly` makes a denoiser of the same that runs each layer as it is: where graphs are compiled or replayed,
         layers are not seen."""
         self.denoise, self.plainly, self.networks = denoise, plainly, networks
-        self.steps: list[tuple[Tensor, Tensor, int]] = []
+        self.steps: list[tuple[Tensor, Tensor, float]] = []
 
-    def __call__(self, x: Tensor, t: Tensor, timestep: int) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, timestep: float) -> Tensor:
         self.steps.append((x, t, timestep))
         return self.denoise(x, t, timestep)
 

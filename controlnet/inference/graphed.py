@@ -21,7 +21,7 @@ def graphed(unet: UNet) -> Predict:
     graphs = {}
 
     def predict(
-        x: Tensor, t: Tensor, timestep: int, context: Tensor, controls: Sequence[PreparedControl], branch: Branch
+        x: Tensor, t: Tensor, timestep: float, context: Tensor, controls: Sequence[PreparedControl], branch: Branch
     ) -> Tensor:
         def compute(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
             return controlled(unet, x, t, context, controls, branch)

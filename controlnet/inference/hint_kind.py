@@ -18,6 +18,7 @@ import numpy as np
 
 from controlnet.hints import parse_detector
 from controlnet.hints.ade20k import ADE20K
+from controlnet.hints.hint_file import is_label_map
 
 # ------------------------------------------------------------------------------------------------------------- guessing
 
@@ -178,6 +179,8 @@ def doubt(name: str, control: str, pixels: np.ndarray, detect: str = "none", sou
     `name` is the file's. The hint was made by `detect`, if that is not "none", from the photograph `source`.
     """
     detector = None if detect == "none" else parse_detector(detect)[0]
+    if detector is None and is_label_map(pixels):
+        return f'"{name}" looks like a label map, whose numbers are black as colours: add --detect segmentation'
     if is_flat(pixels) or (source is not None and is_lit(channels(pixels)[0]).mean() < 0.001):
         lower = f": lower its thresholds, as in {detector}:{THRESHOLDS[detector]}" if detector in THRESHOLDS else ""
         return f'--detect {detect} finds nothing in "{name}"{lower}' if detector else f'"{name}" is of one colour'

@@ -107,9 +107,9 @@ def steps_done(strength: float, steps: int) -> int:
 
 
 def begin(
-    init: Init, z0: Tensor, x: Tensor, noise: Noise, schedule: Schedule, timesteps: list[int]
+    init: Init, z0: Tensor, x: Tensor, noise: Noise, schedule: Schedule, timesteps: list[float], blend: bool = True
 ) -> tuple[Tensor, BeforeStep | None]:
-    """-> the x to begin with, and what keeps the known part at each step, if there is a mask.
+    """-> the x to begin with, and what keeps the known part at each step, if there is a mask and `blend` is set.
 
     z0 (B, 4, h, w) are the image's latents, samples of the encoder's posterior as in the released code; x is unit noise
     of their shape. The result is as noisy as the first of `timesteps`, those that are done; at strength 1 it is
@@ -120,7 +120,7 @@ def begin(
         x = z0
     elif init.strength < 1:
         x = schedule.q_sample(z0, torch.full((1,), timesteps[0], device=x.device), x)
-    if init.mask is None:
+    if init.mask is None or not blend:
         return x, None
     mask = F.interpolate(to_mask(init.mask).to(x), z0.shape[-2:], mode="area")
     return x, keep_known(schedule, z0, mask, noise)

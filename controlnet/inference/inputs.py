@@ -23,18 +23,21 @@ from controlnet.common.program import height_and_width, note
 from controlnet.guidance import MODES, Control, check_range, layer_weights
 from controlnet.hints import DETECTORS, parse_detector
 from controlnet.hints.detectors import IMAGES
-from controlnet.hints.hint_image import HintImage, check_channels
+from controlnet.hints.hint_image import HintImage
 from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm.checkpoints.open import open_checkpoint
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
-from .generate import check_size, default_size, hint_part
+from .generate import hint_part
 from .hint_kind import INVERTED, PHOTOGRAPH, doubt, kind_of, looks_like
 from .image_to_image import Init
+from .inpainting import check_inpainting
 from .memory import check_memory
 from .options import HintOptions, Options, options_for_each_hint
+from .sizes import check_size, default_size
+from .upscale import larger_size
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -81,13 +84,16 @@ def hint_runs(options: Options) -> list[Options]:
 def files_of(name: str, detect: str) -> list[str] | None:
     """The files that the detector reads in a folder, or after a pattern; None for the name of one file."""
     path = Path(name)
+    if not name.strip():
+        raise ValueError("a --hint is empty: give the path of an image, a folder of them or a pattern")
     if path.is_dir():
         found = [str(file) for file in path.iterdir()]
     elif glob.has_magic(name) and not path.exists():
         found = glob.glob(name, recursive=True)
     else:
         return None
-    suffixes = IMAGES if detect in ("none", "inpaint") else DETECTORS[parse_detector(detect)[0]].suffixes
+    suffixes = {"none": (*IMAGES, ".npy"), "inpaint": IMAGES}.get(detect)
+    suffixes = suffixes or DETECTORS[parse_detector(detect)[0]].suffixes
     visible = (file for file in map(Path, found) if file.is_file() and not file.name.startswith("."))
     files = sorted(str(file) for file in visible if file.suffix.lower() in suffixes)
     if not files:
@@ -97,15 +103,20 @@ def files_of(name: str, detect: str) -> list[str] | None:
 
 def read_inputs(options: Options, config: Config, device: torch.device) -> tuple[Size, Init | None, list[CheckedHint]]:
     """Raises ValueError for what is missing, cannot be read or does not fit the base."""
-    mask = read_mask(options.mask) if options.mask else None
-    init = read_init(options, mask) if options.init else None
+    mask = read_mask(options.mask) if options.mask is not None else None
+    init = read_init(options, mask) if options.init is not None else None
+    check_inpainting(config, init)
     hints = options_for_each_hint(options)
     files = [find_hint(hint.hint) for hint in hints]
     images = [read_hint(hint, file, mask, options) for hint, file in zip(hints, files, strict=True)]
     first = init.part(init.image) if init else images[0].image if images else None
     size = height_and_width(options.size) if options.size else default_size(config, first)
     check_size(config, size)
-    check_memory(config, size, PRECISIONS[options.precision], device, options.low_memory, len(hints))
+    largest = larger_size(config, size, options.upscale)
+    dtype, low_memory = PRECISIONS[options.precision], options.low_memory
+    check_memory(config, largest, dtype, device, low_memory, len(hints), options.tile_diffusion)
+    if init and init.mask and options.upscale != 1:
+        raise ValueError("--upscale makes all of the image anew, also what a mask keeps: leave one of them out")
     if init:
         note_changes(options.init, init, size)
     parts = [hint_part(image, size, init) for image in images]
@@ -152,16 +163,16 @@ def check_hint(
     CheckpointError for a file without ControlNet."""
     layer_weights(options.control_mode, options.control_layers or (), config.unet)
     mask = read_control_mask(options.control_mask, size, image.fit, init) if options.control_mask else None
-    hint = part.at(size)  # a detector's errors come before the weights are read
-    # A hint that was not detected is looked at as it came: thin lines suffer when they are resized.
-    pixels = np.asarray(image.image) if image.detector is None else to_uint8(hint[0])
+    # A detector's errors come before the weights are read. A hint that was not detected is looked at as it came: thin
+    # lines suffer when they are resized.
+    pixels = np.asarray(image.image) if image.detector is None else to_uint8(part.at(size)[0])
     if options.control is None:
         options = replace(options, control=choose_control(options.hint, pixels, config))
     control_file = find_control(options.control, config.unet)
     checkpoint = open_checkpoint(control_file)
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)
-    check_channels(found.config.hint_channels)
+    image.check_channels(found.config.hint_channels)
     if image.detector != "inpaint":
         source = None if image.detector is None else np.asarray(image.image)
         if sentence := doubt(options.hint, options.control, pixels, options.detect, source):

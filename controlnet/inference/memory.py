@@ -1,7 +1,7 @@
 """Whether an image of some size fits into memory, before it is tried, and how many fit at once: a system that runs out
 of memory may end the process without a word."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from controlnet.model import ControlNet
 from ldm.checkpoints.load import without_weights
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
+from ldm.unet import UNet
 
 LONG_ON_CPU = 2048 * 1024  # pixels
 GLIBC_KEEPS = 2**25  # bytes: smaller blocks stay with the process when they are freed (`keep_freed_memory`)
@@ -19,30 +20,46 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_memory(
-    config: Config, size: Size, dtype: torch.dtype, device: torch.device, low_memory: bool, controls: int
+    config: Config,
+    size: Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    low_memory: bool,
+    controls: int,
+    tile_diffusion: bool = False,
 ) -> None:
     """Raises ValueError for images that do not fit with their networks, which are not loaded yet; a note for those that
     take long on a CPU. `controls` is the number of ControlNets."""
-    free, needed = free_memory(device), needed_memory(config, size, dtype, device, low_memory, controls)
-    if free is not None and needed > free:
-        saving = not low_memory and needed_memory(config, size, dtype, device, True, controls) <= free
+    needed = partial(needed_memory, config, size, dtype, device, controls=controls)
+    free, now = free_memory(device), needed(low_memory=low_memory, tile_diffusion=tile_diffusion)
+    if free is not None and now > free:
+        ways = {"--low-memory": (True, tile_diffusion), "--tile-diffusion": (low_memory, True)}
+        ways |= {"--low-memory --tile-diffusion": (True, True)}
+        enough = [way for way, (low, tiled) in ways.items() if needed(low_memory=low, tile_diffusion=tiled) <= free]
         raise ValueError(
-            f"an image of {size_text(size)} needs about {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB "
-            f"are free: {'add --low-memory or ' if saving else ''}give a smaller --size"
+            f"an image of {size_text(size)} needs about {now / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB "
+            f"are free: {f'add {enough[0]} or ' if enough else ''}give a smaller --size"
         )
     if device.type == "cpu" and size[0] * size[1] >= LONG_ON_CPU:
         note(f"an image of {size_text(size)} takes long on a CPU: try a smaller --size first")
 
 
 def fitting_batch(
-    config: Config, size: Size, dtype: torch.dtype, device: torch.device, count: int, low_memory: bool, controls: int
+    config: Config,
+    size: Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    count: int,
+    low_memory: bool,
+    controls: int,
+    tile_diffusion: bool = False,
 ) -> int:
     """How many of `count` images fit into the memory that is free on CUDA, sampled at once beside the networks, which
     are loaded: at least 1. On other devices 1. What does not fit when it is decoded is decoded in parts
     (`decoding_batch`)."""
     if device.type != "cuda":
         return 1
-    return fitting(count, device, guided_memory(config, size, dtype, low_memory, controls))
+    return fitting(count, device, guided_memory(config, size, dtype, low_memory, controls, tile_diffusion))
 
 
 def decoding_batch(
@@ -61,27 +78,43 @@ def fitting(count: int, device: torch.device, each: int) -> int:
 
 
 def needed_memory(
-    config: Config, size: Size, dtype: torch.dtype, device: torch.device, low_memory: bool, controls: int
+    config: Config,
+    size: Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    low_memory: bool,
+    controls: int,
+    tile_diffusion: bool = False,
 ) -> int:
     """Bytes for one image and the networks.
 
     On a CPU most of what sampling has freed is not there for decoding: glibc keeps its smaller blocks, in pieces. With
     `low_memory` a CPU's networks stay in their files, of which the system keeps in memory what it has room for.
     """
-    guided = guided_memory(config, size, dtype, low_memory, controls)
+    guided = guided_memory(config, size, dtype, low_memory, controls, tile_diffusion)
     decoding = decoding_memory(config, size, dtype, low_memory)
-    encoding_hints = 3 * 16 * dtype.itemsize * size[0] * size[1] if controls else 0  # three maps of 16 channels
-    kept = guided if device.type == "cpu" and feature_map(config, size, dtype) < GLIBC_KEEPS else 0
+    height, width = at_once(config, size, tile_diffusion)
+    encoding_hints = 3 * 16 * dtype.itemsize * height * width if controls else 0  # three maps of 16 channels
+    kept = guided if device.type == "cpu" and feature_map(config, (height, width), dtype) < GLIBC_KEEPS else 0
     working = max(encoding_hints, guided, kept + decoding)
     return working if low_memory else working + dtype.itemsize * parameters(config, controls)
 
 
-def guided_memory(config: Config, size: Size, dtype: torch.dtype, one_by_one: bool, controls: int) -> int:
+def guided_memory(
+    config: Config, size: Size, dtype: torch.dtype, one_by_one: bool, controls: int, tile_diffusion: bool = False
+) -> int:
     """Bytes that one image holds at the peak of a guided step, for each branch of the guidance: as counted for SD, 37
     feature maps of the UNet's first level, or with many controls 20 and 5 for the residuals of each. (The small base
     holds a few less.)"""
     maps = max(37, 20 + 5 * controls)
-    return (1 if one_by_one else 2) * maps * feature_map(config, size, dtype)
+    working = (1 if one_by_one else 2) * maps * feature_map(config, at_once(config, size, tile_diffusion), dtype)
+    # Each tile keeps the features of its hints, and tiles overlap: together twice the image at most.
+    return working + tile_diffusion * controls * 2 * feature_map(config, size, dtype)
+
+
+def at_once(config: Config, size: Size, tile_diffusion: bool) -> Size:
+    """What the UNet sees of an image."""
+    return tuple(min(side, config.resolution) for side in size) if tile_diffusion else size
 
 
 def feature_map(config: Config, size: Size, dtype: torch.dtype) -> int:
@@ -101,7 +134,7 @@ def parameters(config: Config, controls: int) -> int:
     """Of the base and so many ControlNets."""
     with without_weights():
         sd = StableDiffusion(config)
-        control = ControlNet(sd.unet)
+        control = ControlNet(UNet(config.unet.text_to_image))
     base, copy = (sum(parameter.numel() for parameter in network.parameters()) for network in (sd, control))
     return base + controls * copy
 

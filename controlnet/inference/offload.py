@@ -27,7 +27,11 @@ def on_device(device: torch.device | str | None, *networks: nn.Module) -> Abstra
 
 def encode(sd: StableDiffusion, image: Image.Image, generators: list[torch.Generator], tiled: bool) -> Tensor:
     """An RGB image -> scaled latents (B, 4, h, w), as by `sd.encode`: for each generator a sample of the posterior."""
-    images = to_images([np.array(image)])
+    return encode_pixels(sd, to_images([np.array(image)]), generators, tiled)
+
+
+def encode_pixels(sd: StableDiffusion, images: Tensor, generators: list[torch.Generator], tiled: bool) -> Tensor:
+    """`encode` for an image (1, 3, H, W) in [-1, 1]."""
     height, width = (side // sd.config.vae.downscale for side in images.shape[-2:])
     noise = draw(generators, (sd.config.vae.latent_channels, height, width))
 

@@ -19,8 +19,7 @@ from controlnet.common.program import (
 )
 from controlnet.common.program import count as whole_number
 
-# What A1111 and its viewers call the samplers.
-A1111_SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM++ 2M"}
+from .sampler_names import sampler_name
 
 MAX_HINTS = 32  # for one image
 
@@ -33,12 +32,6 @@ in_hints = partial(option, HINTS, each=True)
 in_model = partial(option, "model")
 in_sampling = partial(option, "sampling")
 in_run = partial(option, "run")
-
-
-def sampler_name(text: str) -> str:
-    """Also by A1111's name, in upper or lower case."""
-    names = {theirs.lower(): ours for ours, theirs in A1111_SAMPLERS.items()} | {ours: ours for ours in A1111_SAMPLERS}
-    return names.get(text.strip().lower(), text)
 
 
 @dataclass(frozen=True)
@@ -90,6 +83,23 @@ class Options:
     )
     seed: int = in_image(
         "of the first image; each has the next; -1 draws one (default: %(default)s)", 0, type=int, metavar="N"
+    )
+    upscale: float = in_image(
+        "make the image so many times as large in a second pass: it is enlarged (Lanczos) and made anew in part, with "
+        'the same controls ("hires fix"; default: %(default)s, none)',
+        1.0,
+        type=number,
+        metavar="X",
+        later=True,
+    )
+    upscale_strength: float = in_image(
+        "how much is made anew in the second pass (default: %(default)s)", 0.5, type=share, metavar="X", later=True
+    )
+    tile_diffusion: bool = in_image(
+        "large images in little memory: denoise in overlapping tiles of the base's resolution. Not the image that one "
+        "piece gives; --upscale, best with a tile control, holds the tiles together",
+        False,
+        later=True,
     )
     long_prompts: bool = in_image("read prompts of more than 75 tokens in chunks instead of cutting them", False)
     again: str | None = in_image(
@@ -195,7 +205,14 @@ class Options:
     )
 
     steps: int = in_sampling("of denoising (default: %(default)s)", 20, type=int, metavar="N")
-    sampler: str = in_sampling("ddim, ddpm or dpm++ (default: %(default)s)", "ddim", type=sampler_name, metavar="NAME")
+    sampler: str = in_sampling(
+        "ddim, ddpm, lcm (which wants an LCM LoRA, 4 to 8 steps and --cfg 1 to 2); dpm++, dpm++-sde, euler, euler-a, "
+        "heun, unipc, each also with Karras' noise levels: dpm++-karras ... Other programs' names are read, too, like "
+        '"DPM++ 2M Karras" or euler_ancestral (default: %(default)s)',
+        "ddim",
+        type=sampler_name,
+        metavar="NAME",
+    )
     cfg: float | None = in_sampling(
         "how much the prompt counts; 1 is no guidance (default: 7.5; tiny: 2.5)", type=number, metavar="X"
     )
@@ -266,6 +283,10 @@ def check_pairs(options: Options) -> None:
         raise ValueError(
             f"there are {len(options.hint)} --hint and {len(options.control)} --control, expected one --control for "
             "each --hint"
+        )
+    if options.upscale_strength != Options.upscale_strength and options.upscale == 1:
+        raise ValueError(
+            "there is an --upscale-strength without --upscale: say how many times as large the image becomes"
         )
     if options.strength is not None and options.init is None:
         raise ValueError("there is a --strength without --init: give the image to begin with, or leave it out")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, use_device, use_precision
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
-from controlnet.guidance import Control, acting_timesteps
+from controlnet.guidance import Control, acting_steps
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import open_base
 from ldm.embeddings import with_embeddings
@@ -29,13 +29,16 @@ from ldm.tokenizer import Tokenizer
 from .again import with_recorded
 from .compiled import check_compile
 from .extras import Extras, find_extras
-from .generate import at_size, check_cfg, check_seeds, default_batch_size, default_cfg, generate
+from .generate import at_size, default_batch_size, generate
 from .image_to_image import Init, steps_done
 from .inputs import CheckedHint, hint_runs, load_controls, read_inputs
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import fingerprints, png_texts
+from .progress import Progress
 from .prompts import chunks_of, cut_texts
 from .saving import check_out, save_image
+from .sizes import check_cfg, check_seeds, default_cfg
+from .upscale import larger_size, upscaled
 
 __all__ = ["load", "make_images", "prepare", "save", "with_recorded"]
 
@@ -55,7 +58,9 @@ class Job:
     steps: int  # that are done, and not left out by image-to-image
     files: dict[str, str]  # fingerprints, by the names given
     extras: Extras
+    second_pass_steps: int = 0  # of --upscale
     controls: tuple[Control, ...] = ()  # when the weights are loaded
+    large_controls: tuple[Control, ...] = ()  # of the second pass, at its size
     batch_size: int = 1
 
     def batches(self) -> Iterator[range]:
@@ -109,7 +114,9 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
             used[options.vae] = find(options.vae)[0]
         for hint in hints:
             used |= hint.files()
-        return Job(options, size, cfg, device, init, hints, steps, fingerprints(used, recorded_files), extras)
+        found = fingerprints(used, recorded_files)
+        second_pass_steps = steps_done(options.upscale_strength, len(timesteps)) if options.upscale != 1 else 0
+        return Job(options, size, cfg, device, init, hints, steps, found, extras, second_pass_steps)
 
     return [job(one) for one in hint_runs(options)]
 
@@ -127,60 +134,90 @@ def load(jobs: list[Job]) -> tuple[StableDiffusion, list[Job]]:
 
     Raises CheckpointError for a ControlNet that does not fit.
     """
-    options, device = jobs[0].options, jobs[0].device
+    sd = load_base(jobs[0])
+    return sd, load_jobs(jobs, sd)
+
+
+def load_base(job: Job) -> StableDiffusion:
+    options, device, extras = job.options, job.device, job.extras
     if not options.low_memory:
         keep_freed_memory(device, large=False)
     home = "cpu" if options.low_memory else device
-    extras = jobs[0].extras
     described = dict(prediction=options.prediction, zero_snr=options.zero_snr, vae=options.vae, loras=extras.loras)
     sd = StableDiffusion.load(options.base, home, PRECISIONS[options.precision], **described)
-    sd = with_embeddings(sd, extras.embeddings)
+    return with_embeddings(sd, extras.embeddings)
+
+
+def load_jobs(jobs: list[Job], sd: StableDiffusion) -> list[Job]:
+    """With their controls. `sd` is packed or laid out, too; it may have been before."""
+    options = jobs[0].options
     controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
-    jobs = [
-        replace(job, controls=tuple(at_size(next(controls), job.size, job.init) for _ in job.hints)) for job in jobs
-    ]
+    jobs = [with_controls(job, [next(controls) for _ in job.hints], sd) for job in jobs]
     jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
     networks = [sd.unet, *{control.net for job in jobs for control in job.controls}]
-    lay_out(networks, device, options.precision)
+    lay_out(networks, jobs[0].device, options.precision)
     if not options.low_memory:  # which moves networks about, and needs plain weights for the tiled VAE
         pack(sd.vae, *(() if options.compile else networks))
-    return sd, jobs
+    return jobs
+
+
+def with_controls(job: Job, controls: list[Control], sd: StableDiffusion) -> Job:
+    """With their hints made."""
+    job = replace(job, controls=tuple(at_size(control, job.size, job.init) for control in controls))
+    if job.options.upscale == 1:
+        return job
+    size = larger_size(sd.config, job.size, job.options.upscale)
+    return replace(job, large_controls=tuple(at_size(control, size) for control in controls))
 
 
 def batch_size_of(job: Job, sd: StableDiffusion) -> int:
     options = job.options
     cpu_offload = job.device if options.low_memory else None
-    return options.batch_size or default_batch_size(sd, job.size, options.count, job.controls, cpu_offload)
+    return options.batch_size or default_batch_size(
+        sd, job.size, options.count, job.controls, cpu_offload, options.tile_diffusion
+    )
 
 
-def make_images(jobs: list[Job], sd: StableDiffusion) -> Iterator[tuple[Job, int, Image.Image]]:
-    """Each with its job and its number among the images of it."""
-    with progress(sum(job.options.count * job.steps for job in jobs)) as step:
+def make_images(
+    jobs: list[Job], sd: StableDiffusion, watch: Callable[[Progress], None] | None = None
+) -> Iterator[tuple[Job, int, Image.Image]]:
+    """Each with its job and its number among the images of it. `watch` is called after each step."""
+    with progress(sum(job.options.count * (job.steps + job.second_pass_steps) for job in jobs)) as step:
+
+        def told(done: Progress) -> None:
+            step()
+            if watch:
+                watch(done)
+
         for job in jobs:
-            options = job.options
             for batch in job.batches():
-                images = generate(
-                    sd,
-                    options.prompt,
-                    job.controls,
-                    negative=options.negative,
-                    count=len(batch),
-                    batch_size=job.batch_size,
-                    size=job.size,
-                    steps=options.steps,
-                    sampler=options.sampler,
-                    cfg=job.cfg,
-                    eta=options.eta,
-                    seed=options.seed + batch[0],
-                    init=job.init,
-                    clip_skip=options.clip_skip,
-                    long_prompts=options.long_prompts,
-                    reuse=options.reuse,
-                    compile=options.compile,
-                    cpu_offload=job.device if options.low_memory else None,
-                    callback=lambda progress: step(),
-                )
+                images = make_batch(job, batch, sd, told)
                 yield from ((job, i, image) for i, image in zip(batch, images, strict=True))
+
+
+def make_batch(job: Job, batch: range, sd: StableDiffusion, callback: Callable) -> list[Image.Image]:
+    options = job.options
+    settings = dict(
+        negative=options.negative,
+        steps=options.steps,
+        sampler=options.sampler,
+        cfg=job.cfg,
+        eta=options.eta,
+        seed=options.seed + batch[0],
+        clip_skip=options.clip_skip,
+        long_prompts=options.long_prompts,
+        reuse=options.reuse,
+        compile=options.compile,
+        cpu_offload=job.device if options.low_memory else None,
+        tile_diffusion=options.tile_diffusion,
+        callback=callback,
+    )
+    first = dict(count=len(batch), batch_size=job.batch_size, size=job.size, init=job.init)
+    images = generate(sd, options.prompt, job.controls, **first, **settings)
+    if options.upscale == 1:
+        return images
+    strength = options.upscale_strength
+    return upscaled(sd, images, options.upscale, options.prompt, job.large_controls, strength=strength, **settings)
 
 
 def save(job: Job, i: int, image: Image.Image) -> None:
@@ -199,7 +236,9 @@ def save_hints(controls: tuple[Control, ...], image: Path) -> None:
     """As the model sees them: 0001-hint.png for 0001.png, with more than one hint 0001-hint-1.png and so on."""
     for i, control in enumerate(controls):
         path = image.with_name(f"{image.stem}-hint{f'-{i + 1}' if len(controls) > 1 else ''}.png")
-        save_png(Image.fromarray(to_uint8(control.hint[0].expand(3, -1, -1))), path, {})  # also of one channel
+        hint = control.hint[0]  # of four channels the last is the opacity, of other numbers some are shown
+        hint = hint if len(hint) == 4 else hint[:3] if len(hint) > 2 else hint[:1].expand(3, -1, -1)
+        save_png(Image.fromarray(to_uint8(hint)), path, {})
         tqdm.write(f"the hint is saved as {path}", file=sys.stderr)
 
 
@@ -229,7 +268,7 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
 def note_idle_hints(hints: list[CheckedHint], steps: int) -> None:
     for hint in hints:
         start, end = hint.options.control_start, hint.options.control_end
-        if not acting_timesteps(range(steps), start, end):
+        if not acting_steps(steps, start, end):
             note(f'"{hint.options.hint}" acts in none of the {steps} steps, from {start} to {end} of them')
 
 

@@ -1,16 +1,15 @@
-"""Batches for training: which sample stands where in a run, bad samples skipped, images encoded or read from the cache.
+"""Batches for training: the samples at the positions of a run (order.py), bad ones replaced, images encoded or read
+from the cache.
 
-Position p is the p-th sample that a run looks at, counted over all processes, accumulated batches and epochs. Which
-sample that is follows from (seed, p) alone, and so does all that is random about it (objective.py). So a resumed run
-needs to know nothing but p, and batches can be cut into any parts.
+All that is random about a sample follows from the seed and its position (objective.py), as its place in the run does.
 
 Shapes: B batch, C channels, H W pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import lru_cache, partial
-from itertools import count, islice
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from controlnet.common.images import Size, to_hints, to_images
 from controlnet.common.program import height_and_width
-from controlnet.inference.generate import check_size
+from controlnet.inference.sizes import check_size, size_multiple
 from controlnet.objective import EncodedPairs, seeded
 from controlnet.worlds import Sample
 from ldm.checkpoints.files import remove_leftovers
@@ -27,36 +26,18 @@ from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
 from .distributed import Process
-from .folders import BadSample
-from .latent_cache import LatentCache, build, check_folder, encode, fingerprint, prepare_folder
+from .framing import framing
+from .identity import differences
+from .latent_cache import build, check_folder, encode, fingerprint, prepare_folder
 from .lock import locked
+from .opening import PUBLISHED_FILL50K, Sources, open_sources
 from .options import TrainSettings
+from .order import Bucketed, Order, Shuffled, batch_positions
+from .pairs import BadSample
 from .prepare import with_packed_encoders
-from .sources import PUBLISHED_FILL50K, BadSamples, Source, Sources, WorldSource, differences, open_sources
+from .sources import BadSamples, Source, WorldSource, good_samples
+from .stored_latents import LatentCache
 from .workers import count_of, reading, start_worker
-
-# ---------------------------------------------------------------------------------------------------------- positions
-
-
-@lru_cache(maxsize=4)  # a batch may lie across two epochs
-def permutation(length: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(length, generator=seeded(seed, 1, epoch))
-
-
-def sample_at(position: int, length: int | None, seed: int) -> int:
-    """Which of `length` samples: each epoch has all of them in a new order. None is endless."""
-    if length is None:
-        return position
-    epoch, place = divmod(position, length)
-    return int(permutation(length, seed, epoch)[place])
-
-
-def batch_positions(start: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[range]:
-    """The batches of one process from position `start` on: the processes take turns."""
-    for turn in count():
-        first = start + (turn * world_size + rank) * batch_size
-        yield range(first, first + batch_size)
-
 
 # ------------------------------------------------------------------------------------------------------------ batches
 
@@ -78,33 +59,25 @@ class Batch(NamedTuple):
 class Pairs(Dataset):
     """Position -> the pair that stands there (a `Batch` without its first axis); a bad one is replaced by the next.
 
-    `read(index, position)` gives content and hint, or raises BadSample. The order is that of `sample_at`. `number` is
-    what an index stands for in the source: a row of a cache for a sample.
+    `read(index, position)` gives content and hint, or raises BadSample. `number` is what an index stands for in the
+    source: a row of a cache for a sample.
     """
 
-    def __init__(
-        self,
-        read: Callable[[int, int], tuple],
-        length: int,
-        seed: int,
-        endless: bool = False,
-        number: Callable[[int], int] = int,
-    ):
-        self.read, self.length, self.seed, self.endless, self.number = read, length, seed, endless, number
+    def __init__(self, read: Callable[[int, int], tuple], order: Order, number: Callable[[int], int] = int):
+        self.read, self.order, self.number = read, order, number
 
     def __getitem__(self, position: int) -> Batch:
-        wanted = sample_at(position, None if self.endless else self.length, self.seed)
-        tries = min(self.length, 100)
-        for step in range(tries):
-            index = (wanted + step) % self.length if step else wanted
+        wanted = self.order.at(position)
+        tries = [wanted, *self.order.instead(wanted)]
+        for index in tries:
             try:
                 content, hint = self.read(index, position)
             except BadSample as error:
                 problem = error
             else:
-                bad = torch.tensor(self.number(wanted) if step else -1)
+                bad = torch.tensor(-1 if index == wanted else self.number(wanted))
                 return Batch(torch.tensor(position), content, hint, bad)
-        raise BadSample(f"{tries} samples in a row are bad, the last: {problem}")
+        raise BadSample(f"{len(tries)} samples in a row are bad, the last: {problem}")
 
 
 # ------------------------------------------------------------------------------------------------------ one run's data
@@ -126,19 +99,28 @@ class TrainingData:
         self.settings, self.process = settings, process
         self.size = image_size(settings.size, sd.config)
         self.latent_shape = (sd.config.vae.latent_channels, *(side // sd.config.vae.downscale for side in self.size))
-        self.sources = open_sources(settings, self.size)
+        self.sources = open_sources(settings, self.size, size_multiple(sd.config))
         train = self.sources.train
-        self.bad = BadSamples(len(train), self.sources.problems, settings.bad_share)
+        self.bad = BadSamples(len(train), self.sources.problems, settings.bad_share, train.name_of)
         self.encoders = with_packed_encoders(sd)
-        self.fingerprint = fingerprint(sd, train, self.size)
+        identity = train.identity()
+        self.keys, self.fingerprint = identity.keys, fingerprint(sd, identity, self.size)
         self.check_same_everywhere()
         with torch.no_grad():
             self.empty_prompt = sd.encode_text([""])  # (1, 77, D)
-        endless = settings.no_cache and isinstance(train, WorldSource) and settings.images is None
         if process.is_main:
-            print(summary(self.sources, endless))
+            print(summary(self.sources), *framing(train, size_multiple(sd.config)), sep="\n")
+        endless = self.sources.endless
+        order = Shuffled(len(train), settings.seed, endless) if endless else self.order(range(len(train)))
         # Spawned workers get a copy of `read`: not of this object, with its networks.
-        self.pairs = Pairs(partial(read_images, train, settings.seed), len(train), settings.seed, endless)
+        self.pairs = Pairs(partial(read_images, train, settings.seed), order)
+
+    def order(self, indices: Sequence[int]) -> Order:
+        """Of these samples of the source."""
+        settings, train = self.settings, self.sources.train
+        if settings.buckets:
+            return Bucketed([train.size(i) for i in indices], settings.seed, settings.batch_size)
+        return Shuffled(len(indices), settings.seed)
 
     def check_same_everywhere(self) -> None:
         """Raises ValueError if another machine has other files under the same names."""
@@ -155,7 +137,7 @@ class TrainingData:
         check_folder(folder, self.fingerprint)
         builders = process.sharing(folder)
         first = process.rank == builders[0]
-        # Of several runs that share a cache one computes it, the others wait and find it complete.
+        # Of several runs that share a cache one computes at a time, and the next finds what it has made.
         with locked(folder, wait=True) if first else nullcontext():
             if first:
                 prepare_folder(folder, self.fingerprint)
@@ -164,11 +146,11 @@ class TrainingData:
             process.barrier()
             workers = 0 if train.uses_network else count_of(self.settings.workers, process.device)
             share = builders.index(process.rank), len(builders)
-            build(folder, train, self.encoders, self.bad, self.size, workers, *share)
+            build(folder, train, self.keys, self.encoders, self.bad, workers, *share)
             process.barrier()
-        cache = LatentCache(folder, train, self.size)
+        cache = LatentCache(folder, train, self.keys)
         self.bad.add(cache.missing())
-        self.pairs = Pairs(cache.read, len(cache), self.settings.seed, number=cache.index)
+        self.pairs = Pairs(cache.read, self.order([cache.index(row) for row in range(len(cache))]), cache.index)
         self.encoders = None
 
     def validation_samples(self) -> list[Sample]:
@@ -205,19 +187,10 @@ def read_images(source: Source, seed: int, index: int, position: int) -> tuple[I
     return Images(to_images([sample.image])[0], sample.caption), to_hints([sample.hint])[0]
 
 
-def good_samples(source) -> Iterator[Sample]:
-    """All samples of a source except bad ones, which are reported."""
-    for index in range(len(source)):
-        try:
-            yield source.sample(index)
-        except BadSample as error:
-            print(f"skipped: {error}")
-
-
-def summary(sources: Sources, endless: bool) -> str:
-    train, count = sources.train, "endless" if endless else len(sources.train)
+def summary(sources: Sources) -> str:
+    train, count = sources.train, "endless" if sources.endless else len(sources.train)
     line = f"training on {count} pairs of {train.name}, {len(sources.validation)} for validation"
     if not isinstance(train, WorldSource):
-        return line
+        return f"{sources.about}\n{line}"
     published = f" (the published one is not in {PUBLISHED_FILL50K})" if train.name == "fill50k" else ""
     return f"{line}: a synthetic dataset, drawn here{published}"

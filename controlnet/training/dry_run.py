@@ -6,7 +6,8 @@ from controlnet.checkpoint import find_control
 from controlnet.common.devices import pick_device
 from controlnet.common.images import Size
 from controlnet.config import ControlConfig
-from controlnet.layouts import IGNORED_BESIDE_CONTROL, check_family, recognise_control
+from controlnet.inference.sizes import size_multiple
+from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
 from ldm.checkpoints.lora import check_loras
@@ -14,19 +15,24 @@ from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.recognise import BaseFile
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
-from ldm.unet import UNet
 
 from .data import image_size
+from .disk import disk_plan
 from .distributed import launched_processes
+from .framing import framing
+from .latent_cache import card_of
 from .memory import Prediction, table
+from .opening import open_sources
 from .options import TrainSettings
+from .previews import own_samples
 from .resolve import check_hint_channels, config_of, control_config, open_base_of
-from .sources import BadSamples, open_sources
+from .run_state import RunFolder
+from .sources import BadSamples
 
 
 def plan(settings: TrainSettings) -> str:
-    """What would be trained, on how many images, and in how much memory. Of base and control no more than the header is
-    read, of images that they are there, and a preset's file need not be.
+    """What would be trained, on how many images, in how much memory and on how much disk. Of base and control no more
+    than the header is read, of images too, but for a few, and a preset's file need not be there.
 
     Raises ValueError for what cannot be trained.
     """
@@ -34,25 +40,34 @@ def plan(settings: TrainSettings) -> str:
     if base := open_base_of(settings):
         check_base(base)
     check_loras(settings.lora, config)
-    control = check_control(settings, config) if settings.control else control_config(settings)
+    control = check_control(settings, config) if settings.control is not None else control_config(settings)
     size = image_size(settings.size, config)
-    sources = open_sources(settings, size)
-    missing = [f'"{file}" does not exist' for file in sources.train.missing()]
-    pairs, problems = len(sources.train) - len(missing), sources.problems + missing
+    multiple = size_multiple(config)
+    sources = open_sources(settings, size, multiple)
+    own_samples(settings, size)
+    unusable = sources.train.problems()
+    pairs, problems = len(sources.train) - len(unusable), sources.problems + unusable
     BadSamples(pairs, problems, settings.bad_share)
+    if not settings.resume:
+        RunFolder(settings.out).check_new()
+    if not settings.no_cache:
+        card_of(settings.cache or settings.out / "cache")
     prediction = predict(config, settings, size, control, len(sources.validation))
     memory, samples = prediction(settings.batch_size), settings.steps * settings.batch_size * settings.accumulate
     epochs = samples / max(pairs, 1)
     fitting = fitting_batches(config, settings, size, control, len(sources.validation)) if settings.fit else []
     return "\n".join(
         [
+            *([sources.about] if sources.about else []),
             f"{config.name}: {memory.trained / 1e6:.1f} million parameters (fp32) are trained in {settings.precision}",
             f"{pairs} pairs of {size[1]}x{size[0]} pixels, {samples} samples seen ({epochs:.1f} epochs)",
             *([f"{len(problems)} pairs cannot be used: {', '.join(problems[:3])}"] if problems else []),
+            *framing(sources.train, multiple),
             f"{settings.steps} optimizer steps of {settings.accumulate} x {settings.batch_size}, a process",
             f"memory of a process on {prediction.device.type}:",
             table(memory),
             *fitting,
+            disk_plan(config, settings, sources.train, prediction),
         ]
     )
 
@@ -108,8 +123,5 @@ def check_control(settings: TrainSettings, config: Config) -> ControlConfig:
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)
     check_hint_channels(found.config, settings)
-    with without_weights():
-        control = ControlNet(UNet(config.unet), found.config)
-    parts = [(control, found.key_map(config.unet))]
-    warn_of_left_out(checkpoint, check_keys(checkpoint, parts, IGNORED_BESIDE_CONTROL))
+    warn_of_left_out(checkpoint, ControlNet.check(checkpoint, found, config.unet))
     return found.config

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,3 +58,17 @@ def taken(file: IO) -> bool:
     except OSError:
         pass
     return True
+
+
+def holder(folder: Path) -> int | None:
+    """The process that writes to `folder`, if one of this machine does: asked of the system, without a try at the lock,
+    which would get in the way of a process that begins. Always None on Windows, which does not tell."""
+    if fcntl is None or not (folder / LOCK_NAME).is_file():
+        return None
+    layout = ("qqihh", 2) if sys.platform == "darwin" else ("hhqqi", 4)  # of struct flock, and where its process is
+    kind = (0, 0, 0, fcntl.F_WRLCK, 0) if sys.platform == "darwin" else (fcntl.F_WRLCK, 0, 0, 0, 0)
+    with open(folder / LOCK_NAME, errors="replace") as file:
+        if f" on {platform.node()} since " not in file.read(200):
+            return None
+        found = struct.unpack(layout[0], fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout[0], *kind)))
+    return found[layout[1]] or None

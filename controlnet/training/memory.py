@@ -85,7 +85,7 @@ class Prediction:
         # With accumulated batches gradients live through the next forward pass. On a CPU they might as well: what they
         # leave in the heap is in pieces, and most activations come to lie elsewhere.
         self.gradients_last = self.buckets_last or settings.accumulate > 1 or device.type == "cpu"
-        self.decoding = max(self.run.decoding(size)) if settings.sample_count else 0
+        self.decoding = max(self.run.decoding(size)) if settings.sample_count or settings.validate else 0
 
     def __call__(self, batch_size: int) -> Memory:
         """Simulated at this batch size."""

@@ -10,25 +10,13 @@ from torch import Tensor, nn
 from controlnet.common.devices import PRECISIONS, optional
 
 from .later import Later
+from .lr_schedules import LRSchedule, lr_schedule_of
 from .muon import Muon
 from .options import TrainSettings
 
 # After this many steps in a row without finite gradients the run is lost. In fp16 the loss scale starts at 2^16 and is
 # halved after each, so a few at the start are normal.
 MOST_SKIPPED = 20
-
-# A learning-rate schedule: the step -> a factor to the learning rate.
-LRSchedule = Callable[[int], float]
-
-
-def constant_schedule(warmup: int) -> LRSchedule:
-    """Linear warm-up over the first steps, then 1."""
-    return lambda step: min((step + 1) / max(warmup, 1), 1.0)
-
-
-def cosine_schedule(warmup: int, steps: int) -> LRSchedule:
-    """Linear warm-up, then half a cosine from 1 down to 0 at `steps`."""
-    return lambda step: min((step + 1) / max(warmup, 1), 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
 
 
 def warmed_up_ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
@@ -103,13 +91,9 @@ class Optimisation:
     def from_settings(
         cls, named: Iterable[tuple[str, nn.Parameter]], settings: TrainSettings, device: torch.device
     ) -> "Optimisation":
-        if settings.lr_schedule == "cosine":
-            lr_schedule = cosine_schedule(settings.warmup, settings.steps)
-        else:
-            lr_schedule = constant_schedule(settings.warmup)
         shard = settings.shard and torch.distributed.is_initialized()
         precision, clip, optimizer = settings.precision, settings.clip, settings.optimizer
-        return cls(named, settings.lr, lr_schedule, device, precision, clip, optimizer, shard)
+        return cls(named, settings.lr, lr_schedule_of(settings), device, precision, clip, optimizer, shard)
 
     @property
     def current_lr(self) -> float:

@@ -1,6 +1,6 @@
 """The settings of train.py: each with its option, its default, its help, and whether it is fixed when a run resumes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from controlnet.common.program import (
     PRECISION_NAMES,
     add_options,
     count,
+    flag_of,
     interval,
     limit,
     new_parser,
@@ -19,6 +20,8 @@ from controlnet.common.program import (
     share,
     size_argument,
 )
+
+from .other_names import right_names
 
 # What depends on the base if it is not given: for SD the authors' own values (docs/train.md of lllyasviel/ControlNet),
 # for the small base what converges within minutes.
@@ -48,9 +51,9 @@ class TrainSettings:
     debug: bool = option("", "show the traceback of an error", False, fixed=False, passing=True)
 
     data: str = in_data(
-        "a folder of pairs (prompt.json, metadata.jsonl, or images/ hints/ captions/), or a synthetic dataset: "
-        "fill50k, people, shapes, scenes, canny, scribble, seg, depth (default: %(default)s: data/fill50k if the "
-        "published set lies there)",
+        "a folder of pairs (prompt.json, metadata.jsonl, .csv or .parquet, images/ hints/ captions/, sd-scripts' "
+        "folders, images with .txt, tar shards), or a synthetic dataset: fill50k, people, shapes, scenes, canny, "
+        "scribble, seg, depth (default: %(default)s: data/fill50k if the published set lies there)",
         "fill50k",
         fixed=False,  # the same data may lie elsewhere by now: their fingerprint is compared
         metavar="NAME",
@@ -61,15 +64,30 @@ class TrainSettings:
     size: str | None = in_data(
         "training resolution in pixels (default: the base's own)", type=size_argument, metavar="N|WxH"
     )
+    buckets: bool = in_data(
+        "crop each image to the nearest shape of a few with as many pixels, one a batch; validation pairs to --size",
+        False,
+    )
     detect: str | None = in_data("make the hints from the images: canny, canny:low=50, tile ...", metavar="NAME")
-    hint_channels: int = in_data("of the hints (default: %(default)s)", 3, type=positive, metavar="N")
+    hint_channels: int = in_data(
+        "of the hints: 1 gray, 3 RGB, 4 with opacity, any number from .npy files (default: %(default)s)",
+        3,
+        type=positive,
+        metavar="N",
+    )
+    label_maps: bool = in_data("take the numbers of label maps (0, 1, 2 ...), black to the eye, as they are", False)
     random_crop: bool = in_data("crop at random, not in the centre (needs --no-cache)", False)
     flip: bool = in_data("mirror half of the pairs (needs --no-cache)", False)
     validation: int | None = in_data(
         "validation pairs, not trained on (default: 1 in 20, at most 32)", type=count, metavar="N"
     )
+    prompt: str | None = in_data("one prompt for all pairs, in place of captions; it may be empty", metavar="TEXT")
     prompt_dropout: float = in_data(
-        "share of prompts replaced by the empty one (default: %(default)s)", 0.5, fixed=False, type=share, metavar="P"
+        "share of prompts replaced by the empty one; 1 needs no captions (default: %(default)s)",
+        0.5,
+        fixed=False,
+        type=share,
+        metavar="P",
     )
     bad_share: float = in_data(
         "stop if more than this share of samples cannot be used (default: %(default)s)",
@@ -79,7 +97,7 @@ class TrainSettings:
         metavar="P",
     )
     cache: Path | None = in_data(
-        "folder for cached latents; runs on the same data can share it (default: OUT/cache)",
+        "folder for cached latents, which runs on the same base can share (default: OUT/cache)",
         fixed=False,
         type=Path,
         metavar="DIR",
@@ -105,7 +123,11 @@ class TrainSettings:
         metavar="FILE[:X]",
         each=True,
     )
-    control: str | None = in_method("start from this ControlNet, not from a fresh copy", fixed=True, metavar="FILE")
+    control: str | None = in_method(
+        "start from this ControlNet, not from a fresh copy: a file, a name in weights/, a run or one of its states",
+        fixed=True,
+        metavar="FILE",
+    )
     architecture: str = in_method(
         "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
         "full",
@@ -113,6 +135,9 @@ class TrainSettings:
         choices=["full", "lite", "gaussian"],
     )
     steps: int | None = in_method(f"optimizer steps {by_base('steps')}", type=positive, metavar="N")
+    epochs: float | None = in_method(
+        "train for so many rounds through the data, in place of --steps", type=positive_number, metavar="N"
+    )
     batch_size: int | None = in_method(
         f"images per batch and process {by_base('batch_size')}", type=positive, metavar="N"
     )
@@ -129,9 +154,13 @@ class TrainSettings:
     lr: float | None = in_method(f"the learning rate {by_base('lr')}", type=positive_number, metavar="X")
     warmup: int = in_method("steps up to the full learning rate (default: %(default)s)", 100, type=count, metavar="N")
     lr_schedule: str | None = in_method(
-        f"of the learning rate after the warm-up; cosine ends at 0 {by_base('lr_schedule')}",
-        choices=["constant", "cosine"],
+        f"of the learning rate after the warm-up; all but constant fall to 0 at --steps {by_base('lr_schedule')}",
+        choices=["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"],
     )
+    lr_cycles: int = in_method(
+        "how often cosine_with_restarts falls to 0 (default: %(default)s)", 3, type=positive, metavar="N"
+    )
+    lr_power: float = in_method("of polynomial (default: %(default)s)", 2.0, type=positive_number, metavar="X")
     clip: float = in_method(
         "clip the norm of the gradients to this; the published trainer does not: inf (default: 1)",
         1.0,
@@ -164,7 +193,7 @@ class TrainSettings:
     shard: bool = in_machine("AdamW's moments shared out among the processes of torchrun, not kept by each", False)
     deterministic: bool = in_machine("bit-identical runs on CUDA, too; slower", False)
     compile: bool = in_machine("torch.compile: slow to start, then faster", False)
-    dry_run: bool = in_machine("print the plan and the memory it needs, train nothing", False, passing=True)
+    dry_run: bool = in_machine("print the plan, what it needs of memory and disk, train nothing", False, passing=True)
     fit: float | None = in_machine(
         "with --dry-run: also the largest batch size that fits into so many GB (10^9 bytes)",
         type=positive_number,
@@ -176,11 +205,16 @@ class TrainSettings:
         "the run's folder (default: %(default)s)", Path("runs/control"), passing=True, type=Path, metavar="DIR"
     )
     resume: bool = in_run("go on with the run in --out, with its settings", False, passing=True)
-    save_dtype: str = in_run("of control.safetensors (default: %(default)s)", "fp32", choices=DTYPE_NAMES)
+    save_dtype: str = in_run("of the control's files (default: %(default)s)", "fp32", choices=DTYPE_NAMES)
     save_every: str | None = in_run(
         f"between saved states: steps, or minutes as in 10m {by_base('save_every')}", type=interval, metavar="N|Nm"
     )
-    keep: int = in_run("how many states to keep (default: %(default)s)", 2, type=positive, metavar="N")
+    keep: int = in_run(
+        "how many of the saved states and control-STEP.safetensors to keep (default: %(default)s)",
+        2,
+        type=positive,
+        metavar="N",
+    )
     validate_every: str = in_run(
         "between validations, the same way (default: %(default)s)", "50", type=interval, metavar="N|Nm"
     )
@@ -188,11 +222,27 @@ class TrainSettings:
         f"between grids of images, the same way {by_base('sample_every')}", type=interval, metavar="N|Nm"
     )
     sample_count: int = in_run("images in a grid (default: %(default)s)", 8, type=count, metavar="N")
-    tensorboard: bool = in_run("also log to TensorBoard (needs tensorboard)", False)
+    validate: list[list[str]] = in_run(
+        "a hint of your own and its prompt, shown in the grids; with --detect an image; several are given one by one",
+        nargs=2,
+        metavar=("HINT", "PROMPT"),
+        each=True,
+    )
+    log: list[str] = in_run(
+        "also log to tensorboard, wandb or trackio, a package of this name; several are given one by one",
+        choices=["tensorboard", "wandb", "trackio"],
+        each=True,
+    )
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> dict:
     """What the command line gives, by the settings' names. Ends the program after --help and for a mistake."""
     parser = new_parser("python train.py", description)
     add_options(parser, TrainSettings)
-    return vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        sentence = right_names(unknown, [flag_of(item.name) for item in fields(TrainSettings)])
+        if sentence is None:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.exit(2, f"train.py: {sentence}\n")
+    return vars(given)

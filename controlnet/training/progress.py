@@ -4,27 +4,52 @@ import math
 
 from tqdm import tqdm
 
+from .convergence import Convergence
+from .curves import Curves, scalars
 from .later import Later
+from .loggers import open_loggers
+from .options import TrainSettings
+from .report import write_report
 from .run_state import RunFolder
+
+# What a line says of a validation or a grid, as far as it was measured.
+PRINTED = {
+    "validation_loss": "validation loss {:.4f}",
+    "control_measure": "control measure {:+.2%}",
+    "iou": "iou {:.3f}",
+    "keypoint_distance": "keypoint_distance {:.3f}",
+}
 
 
 class Progress:
-    """Where a run reports: the progress bar, log.jsonl and, if asked for and installed, TensorBoard."""
+    """Where a run reports: the progress bar, printed lines, log.jsonl, report.html, and what --log asks for."""
 
-    def __init__(self, run: RunFolder, bar: tqdm, tensorboard: bool = False):
-        self.run, self.bar, self.validation_loss, self.loss, self.pace = run, bar, None, None, None
+    def __init__(self, run: RunFolder, settings: TrainSettings, start: int):
+        self.run, self.steps = run, settings.steps
+        self.curves, self.convergence = Curves(), Convergence(settings.steps)
+        for values in run.logged():  # before it was resumed
+            self.take(values)
+        self.loggers = open_loggers(settings, run)
+        self.bar = tqdm(desc="train", total=settings.steps, initial=start, mininterval=1)
+        self.loss = self.pace = None
+        self.shown: dict[str, str] = {}  # of the last validation
         self.unwritten: tuple[dict, Later] | None = None
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(run.path / "tensorboard")
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        for logger in self.loggers:
+            logger.close()
 
     def log(self, values: dict, numbers: Later) -> None:
-        """`values` of one step: numbers and lists of numbers, by name. `numbers` are its loss and its gradients' norm,
-        which the device is still computing: the step before is written now, this one with the next `log` or `flush`."""
+        """`values` of one step: numbers, lists of numbers, and the name of a grid. `numbers` are its loss and its
+        gradients' norm, which the device is still computing: the step before is written now, this one with the next
+        `log` or `flush`."""
         self.flush()
         self.unwritten = values, numbers
+        self.bar.update()
 
     def flush(self) -> None:
         if self.unwritten is not None:
@@ -34,24 +59,38 @@ class Progress:
             self.write(values | {"loss": loss, "gradient": gradient, "skipped": skipped})
 
     def write(self, values: dict) -> None:
+        step = values["step"]
         self.run.log(values)
-        step, pace = values["step"], 1 / values["images_per_second"]
+        news = self.take(values)
+        self.show(values)
+        for line in news:
+            tqdm.write(line)
+        for logger in self.loggers:
+            logger.log(scalars(values), step)
+            if "grid" in values:
+                logger.show(self.run.grid(step), step)
+        if "validation_loss" in values or "grid" in values or step == self.steps:
+            write_report(self.run, self.curves, self.steps, self.convergence.set_in)
+
+    def take(self, values: dict) -> list[str]:
+        """-> what there is to say of them."""
+        self.curves.add(values)
+        if "control_measure" not in values:
+            return []
+        return self.convergence.news(values["step"], values["validation_loss"], values["control_measure"])
+
+    def show(self, values: dict) -> None:
+        """In the bar and, of a validation or a grid, as a line."""
         self.loss = smoothed(self.loss, values["loss"])
-        self.pace = smoothed(self.pace, pace)
-        self.validation_loss = values.get("validation_loss", self.validation_loss)
+        self.pace = smoothed(self.pace, 1 / values["images_per_second"])
+        if "validation_loss" in values:
+            self.shown = {"validation": f"{values['validation_loss']:.4f}"}
+            if "control_measure" in values:
+                self.shown["control"] = f"{values['control_measure']:+.2%}"
         shown = {"loss": f"{self.loss:.4f}", "lr": f"{values['lr']:.1e}", "img/s": f"{1 / self.pace:.1f}"}
-        if self.validation_loss is not None:
-            shown["validation"] = f"{self.validation_loss:.4f}"
-        self.bar.set_postfix(shown | {"GB": f"{values['memory_gb']:.1f}"}, refresh=False)
-        measures = [
-            f"{name} {values[name]:.3f}" for name in ("validation_loss", "iou", "keypoint_distance") if name in values
-        ]
-        if "iou" in values:
-            tqdm.write(f"step {step}: loss {self.loss:.4f}, {', '.join(measures)}")
-        if self.board is not None:
-            for name, value in values.items():
-                for i, number in enumerate(value if isinstance(value, list) else [value]):
-                    self.board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, number, step)
+        self.bar.set_postfix(shown | self.shown | {"GB": f"{values['memory_gb']:.1f}"}, refresh=False)
+        if measures := [text.format(values[name]) for name, text in PRINTED.items() if name in values]:
+            tqdm.write(f"step {values['step']}: loss {self.loss:.4f}, {', '.join(measures)}")
 
 
 def smoothed(before: float | None, now: float) -> float:

@@ -1,19 +1,21 @@
 """From what a command line gives to the settings of a run: those of the run to resume, and what depends on the base."""
 
 import math
-import shlex
 from dataclasses import replace
 
 from controlnet.common.devices import optional
 from controlnet.common.program import from_json, note
 from controlnet.config import ControlConfig
-from controlnet.worlds import EXAMPLE_OF
+from controlnet.worlds import WORLDS
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import BaseFile, open_base
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, Config
 
-from .distributed import launch, started_again
+from .data import image_size
+from .distributed import launch, launched_processes, started_again
+from .lr_schedules import lr_schedule_of
+from .opening import open_sources
 from .options import LAPTOP, PAPER, TrainSettings
 from .run_state import RunFolder
 
@@ -24,27 +26,34 @@ def resolve(given: dict) -> TrainSettings:
     A run that torchrun has started again goes on from its last state without --resume.
     """
     settings = TrainSettings(**given)
+    if settings.steps and settings.epochs:
+        raise ValueError("--steps and --epochs both say how long to train: leave out one")
     run = RunFolder(settings.out)
     if started_again() and run.was_begun_by(launch()):
         settings = replace(settings, resume=True)
     if settings.resume:
         before = from_json(TrainSettings, run.written()["settings"], str(run.settings_file))
         run.check_fixed(given, before)
-        settings = TrainSettings(**{**before, **given, "resume": True})
-        if settings.lr_schedule == "cosine" and given.get("steps", 0) > before.get("steps", math.inf):
-            note(
-                f"the learning rate rises again: it falls to 0 at step {settings.steps} now, no longer at "
-                f"{before['steps']}"
+        length = {"steps": None, "epochs": None} if given.keys() & {"steps", "epochs"} else {}
+        settings = TrainSettings(**{**before, **length, **given, "resume": True})
+        if settings.buckets and settings.batch_size != (size := before.get("batch_size")):
+            raise ValueError(
+                f"with --buckets each batch has one size, and the run was started with --batch-size {size}"
             )
     if settings.fit and not settings.dry_run:
         raise ValueError("--fit only tells which batch size fits: add --dry-run, then train with that --batch-size")
-    if settings.tensorboard:
-        optional("tensorboard", "--tensorboard")
+    for package in settings.log:
+        optional(package, f"--log {package}")
     if settings.ema and settings.sd_unlocked:
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
-    if settings.control and settings.architecture != "full":
+    if settings.control is not None and settings.architecture != "full":
         raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
-    settings = with_defaults(settings, config_of(settings))
+    config = config_of(settings)
+    if settings.epochs and settings.steps is None:
+        settings = replace(settings, steps=steps_of_epochs(with_defaults(settings, config), config))
+    settings = with_defaults(settings, config)
+    if settings.resume:
+        note_rising_rate(run, TrainSettings(**before), settings)
     if settings.shard and settings.optimizer != "adamw":
         raise ValueError(
             f"--shard is for adamw, and the optimizer is {settings.optimizer}: say --optimizer adamw, or leave out "
@@ -53,16 +62,25 @@ def resolve(given: dict) -> TrainSettings:
     return settings
 
 
-def infer_command(settings: TrainSettings, run: RunFolder) -> str:
-    """What makes an image with the ControlNet of a run, on the base that it was trained on."""
-    options = ["--base", str(run.base if settings.sd_unlocked else settings.base)]
-    if not settings.sd_unlocked:  # whose file says all of this, and has it inside
-        options += [word for lora in settings.lora for word in ("--lora", lora)]
-        options += ["--vae", settings.vae] if settings.vae else []
-        options += ["--prediction", settings.prediction] if settings.prediction else []
-        options += ["--zero-snr"] if settings.zero_snr else []
-    options += ["--hint", EXAMPLE_OF.get(settings.data, "HINT.png"), "--control", str(run.control)]
-    return f"python infer.py {shlex.join(options)}"
+def steps_of_epochs(settings: TrainSettings, config: Config) -> int:
+    """How many it takes for all processes to see as many samples, the last step perhaps some more."""
+    if settings.no_cache and settings.data in WORLDS and settings.images is None:
+        raise ValueError(f"{settings.data} is drawn without end, and has no epochs: say --images N, or --steps")
+    pairs = len(open_sources(settings, image_size(settings.size, config)).train)
+    per_step = settings.batch_size * settings.accumulate * launched_processes()
+    return math.ceil(settings.epochs * pairs / per_step)
+
+
+def note_rising_rate(run: RunFolder, before: TrainSettings, now: TrainSettings) -> None:
+    """A schedule over more steps than before is higher where the run goes on, which must not be silent."""
+    if run.states() and now.lr == before.lr:
+        step = int(run.states()[-1].stem)
+        last, following = (settings.lr * lr_schedule_of(settings)(step) for settings in (before, now))
+        if following > last:
+            note(
+                f"the learning rate rises at step {step} from {last:.1e} to {following:.1e}: {now.lr_schedule} takes "
+                f"{now.steps} steps now, where {before.lr_schedule} took {before.steps} (a lower --lr makes it less)"
+            )
 
 
 def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
@@ -72,9 +90,18 @@ def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
 
 
 def config_of(settings: TrainSettings) -> Config:
-    """The base's architecture from its header alone; a preset's file need not be there."""
+    """The base's architecture from its header alone; a preset's file need not be there.
+
+    Raises CheckpointError for an inpainting model: a ControlNet does not see the mask.
+    """
     base = open_base_of(settings)
-    return base.config if base else PRESETS[settings.base]
+    config = base.config if base else PRESETS[settings.base]
+    if config.unet.inpainting:
+        raise CheckpointError(
+            f'"{settings.base}" is an inpainting model, on which ControlNets are not trained: train on the base that '
+            "it was made from, like sd15, and use the result with both"
+        )
+    return config
 
 
 def open_base_of(settings: TrainSettings) -> BaseFile | None:

@@ -2,9 +2,13 @@
 
 OUT/settings.json          every setting and the versions, by which --resume knows the run
 OUT/log.jsonl              a JSON object for every step
+OUT/report.html            the log as curves, with all grids
 OUT/samples/000250.png     grids of validation hints
-OUT/control.safetensors    the ControlNet, as other programs read it
+OUT/control.safetensors    the ControlNet, as other programs read it: as of the last save
+OUT/control-000250.safetensors, control-best.safetensors: of each state, and of the save with the lowest validation loss
 OUT/state/000250.pt        everything that a step depends on, the newest few of them
+OUT/example.png            a hint to try it on, or with --detect an image
+OUT/tracker-id             by which wandb or trackio know the run
 OUT/.lock                  which process writes there (lock.py)
 
 A state holds the number of steps done, the ControlNet's parameters, the states of optimizer, learning-rate schedule and
@@ -26,12 +30,12 @@ from pathlib import Path
 import torch
 
 from controlnet.common.program import flag_of, note, out_of_memory
-from ldm.checkpoints.files import new_file, remove_leftovers
+from ldm.checkpoints.files import new_file, new_link, remove_leftovers
 
 from .distributed import launch
+from .identity import differences
 from .lock import locked
 from .options import TrainSettings
-from .sources import differences
 
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors")
 
@@ -112,11 +116,15 @@ class RunFolder:
         self.path = path
         self.settings_file, self.log_file = path / "settings.json", path / "log.jsonl"
         self.control, self.base = path / "control.safetensors", path / "base.safetensors"
+        self.best, self.report = path / "control-best.safetensors", path / "report.html"
 
     def states(self) -> list[Path]:
         """Oldest first. Files of any other name, copies of the user's for example, are let alone."""
         paths = (path for path in (self.path / "state").glob("*.pt") if path.stem.isdecimal())
         return sorted(paths, key=lambda path: int(path.stem))
+
+    def control_at(self, step: int) -> Path:
+        return self.path / f"control-{step:06d}.safetensors"
 
     def grid(self, step: int) -> Path:
         return self.path / "samples" / f"{step:06d}.png"
@@ -172,10 +180,12 @@ class RunFolder:
         """Writes settings.json, or finds the same `data` (a fingerprint) in that of the run that goes on at `step`."""
         before = self.written()["data"] if step else data
         if before != data:
+            cache = settings.cache or self.path / "cache"
+            latents = "" if settings.no_cache else f", and --cache {cache} for its latents"
             raise ValueError(
                 f"the run in {self.path} was started with other data or another base ({differences(before, data)}): "
                 f"give the same as --data and --base, or start another run, with --control {self.control} to go on "
-                "from what was learned"
+                f"from what was learned{latents}"
             )
         for folder in ("state", "samples"):
             (self.path / folder).mkdir(exist_ok=True)
@@ -203,11 +213,30 @@ class RunFolder:
             lines = [line for line in self.log_file.read_bytes().splitlines() if logged_step(line) <= step]
             write_text(self.log_file, "".join(line.decode(errors="replace") + "\n" for line in lines))
 
-    def save(self, state: dict, keep: int) -> None:
-        """The state after a step, and no more than the newest `keep`."""
+    def logged(self) -> Iterator[dict]:
+        """The lines of the log, but for those that a user has put there."""
+        if self.log_file.exists():
+            with open(self.log_file, errors="replace") as file:
+                for line in file:
+                    with suppress(ValueError, RecursionError):
+                        values = json.loads(line)
+                        if isinstance(values, dict) and type(values.get("step")) is int and "loss" in values:
+                            yield values
+
+    def save(self, state: dict, keep: int, best: bool) -> None:
+        """The state after a step, and no more than the newest `keep`. Its ControlNet, which is written already, becomes
+        the run's, and the best one if it is that; those without a state are removed."""
+        written = self.control_at(state["step"])
+        for path in (self.control, self.best) if best else (self.control,):
+            new_link(path, written)
+        # Last: a run that is killed before this resumes from the previous state.
         write_state(self.path / "state" / f"{state['step']:06d}.pt", state)
         for path in self.states()[:-keep]:
             path.unlink()
+        kept = {self.control_at(int(path.stem)) for path in self.states()}
+        for path in self.path.glob("control-*.safetensors"):
+            if path.stem.removeprefix("control-").isdecimal() and path not in kept:
+                path.unlink()
 
     def newest_state(self) -> tuple[Path, dict] | None:
         """The newest state that is whole, and its file: None in a run that was stopped before it had saved any. Damaged
@@ -243,12 +272,20 @@ def logged_step(line: bytes) -> float:
 
 @dataclass
 class Position:
-    """How many samples the run has looked at: the position in the data that comes next."""
+    """How many samples the run has looked at: the position in the data that comes next. And the lowest validation loss
+    of all saves."""
 
     seen: int = 0
+    best: float = math.inf
 
     def state_dict(self) -> dict:
-        return {"seen": self.seen}
+        return {"seen": self.seen, "best": self.best}
 
     def load_state_dict(self, state: dict) -> None:
-        self.seen = state["seen"]
+        self.seen, self.best = state["seen"], state.get("best", math.inf)  # which older states lack
+
+    def is_best(self, loss: float | None) -> bool:
+        """Of a save with this validation loss, if it has one: it is then the one to compare with."""
+        best = loss is not None and loss <= self.best
+        self.best = loss if best else self.best
+        return best

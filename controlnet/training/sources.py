@@ -1,77 +1,25 @@
-"""Where training samples come from: synthetic datasets and folders of pairs, and the transform to the size wanted.
+"""Where training samples come from: synthetic datasets and folders of pairs.
 
 Sizes are (height, width) in pixels. Images and hints are uint8 arrays (H, W, C).
 """
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 
-from controlnet.common.images import Size, resized
+from controlnet.common.images import Size
 from controlnet.hints import detect, find_detector, parse_detector
-from controlnet.inference.png_text import fingerprint as file_fingerprint
-from controlnet.objective import seeded
 from controlnet.worlds import WORLDS, Sample
 
-from .folders import Entry, check_same_shape, list_folder, read_hint, read_pixels, size_of
-from .options import TrainSettings
-
-PUBLISHED_FILL50K = Path("data/fill50k")
-WORLD_IMAGES = 2000  # of a synthetic dataset, which is endless, when nobody says how many
-VALIDATION_SHARE, VALIDATION_MOST = 20, 32  # one in twenty of a folder, at most 32
-
-
-# ------------------------------------------------------------------------------------------------------- transform
-
-
-@dataclass(frozen=True)
-class Transform:
-    """To `size`: resized to cover it, cropped in the middle or at random, perhaps mirrored."""
-
-    size: Size
-    random_crop: bool = False
-    flip: bool = False
-
-    def of(self, image_size: Size, generator: torch.Generator | None = None) -> Callable[[np.ndarray], np.ndarray]:
-        """For an image of this size and its hint alike, which then lie on each other, pixel by pixel.
-
-        Without a generator nothing is random: the crop is in the middle, and nothing is mirrored.
-        """
-        height, width = self.size
-        scale = max(height / image_size[0], width / image_size[1])
-        covering = max(height, round(image_size[0] * scale)), max(width, round(image_size[1] * scale))
-        slack = covering[0] - height, covering[1] - width
-        top, left = slack[0] // 2, slack[1] // 2
-        if self.random_crop and generator is not None:
-            top, left = (int(torch.randint(s + 1, (), generator=generator)) for s in slack)
-        mirrored = self.flip and generator is not None and bool(torch.rand((), generator=generator) < 0.5)
-
-        def place(array: np.ndarray) -> np.ndarray:
-            array = resized_array(array, covering)[top : top + height, left : left + width]
-            return np.ascontiguousarray(array[:, ::-1] if mirrored else array)
-
-        return place
-
-
-def resized_array(array: np.ndarray, size: Size) -> np.ndarray:
-    """(H, W, C) for any C: channel by channel, so that none is taken for a transparency that weighs the others."""
-    if array.shape[:2] == size:
-        return array
-    if array.shape[2] == 3:
-        return np.array(resized(Image.fromarray(array), size))
-    channels = [resized(Image.fromarray(array[..., i]), size) for i in range(array.shape[2])]
-    return np.stack([np.asarray(channel) for channel in channels], axis=2)
-
-
-# --------------------------------------------------------------------------------------------------------- sources
+from .folders import check_file, check_same_shape, read_hint, read_pixels, size_of
+from .identity import Identity, Key, digest, digest_of, digests_of_files
+from .pairs import BadSample, Entry
+from .transform import Transform
 
 
 class Source(Protocol):
@@ -87,9 +35,13 @@ class Source(Protocol):
 
     def hint(self, index: int) -> np.ndarray: ...
 
-    def fingerprint(self) -> dict: ...
+    def size(self, index: int) -> Size: ...  # of image and hint
 
-    def missing(self) -> list[Path]: ...
+    def name_of(self, index: int) -> str: ...
+
+    def identity(self) -> Identity: ...
+
+    def problems(self) -> list[str]: ...
 
 
 class WorldSource:
@@ -102,7 +54,8 @@ class WorldSource:
             raise ValueError(f"the images of {name} are square, and the size is {size[1]}x{size[0]}: give one side")
         self.name, self.length, self.held_out = name, length, held_out
         self.seed = 0 if held_out else seed  # validation is the same for every run
-        self.world = WORLDS[name](size[0], self.seed, held_out=held_out)
+        self.side = size[0]
+        self.world = WORLDS[name](self.side, self.seed, held_out=held_out)
 
     def __len__(self) -> int:
         return self.length
@@ -113,13 +66,21 @@ class WorldSource:
     def hint(self, index: int) -> np.ndarray:
         return self.world[index].hint
 
-    def fingerprint(self) -> dict:
+    def size(self, index: int) -> Size:
+        return self.side, self.side
+
+    def name_of(self, index: int) -> str:
+        return f"number {index}"
+
+    def identity(self) -> Identity:
         """The first image stands for the code that draws it."""
         first = self.world[0]
         pixels = digest(first.image.tobytes(), first.hint.tobytes(), first.caption.encode())
-        return {"world": self.name, "seed": self.seed, "held out": self.held_out, "first image": pixels}
+        fingerprint = {"world": self.name, "seed": self.seed, "held out": self.held_out, "first image": pixels}
+        world = digest_of([*fingerprint.values(), self.side])
+        return Identity(fingerprint, [Key(f"{world}-{i}", f"{world}-{i}") for i in range(self.length)])
 
-    def missing(self) -> list[Path]:
+    def problems(self) -> list[str]:
         return []
 
 
@@ -139,6 +100,7 @@ class FolderSource:
         self.hints_are_files = detect is None
         self.uses_network = detect is not None and find_detector(parse_detector(detect)[0]).is_network
         self.make_hint = None if detect is None else photograph_detector(detect)
+        self.image_sizes: dict[int, Size | None] = {}  # of those that were looked at
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -162,25 +124,60 @@ class FolderSource:
         entry = self.entries[index]
         return self.transform.of(size_of(entry.image))(read_hint(entry.hint, self.hint_channels))
 
-    def fingerprint(self) -> dict:
-        """By what the data are and not where or since when. Reading all images would take as long as an epoch: of
-        each its size counts, and of a few the contents."""
-        images, few = [e.image for e in self.entries], 1 + len(self.entries) // 256
-        hints = [e.hint for e in self.entries if e.hint is not None]
-        files = images + hints
-        return {
-            "file names": digest_of(os.path.relpath(file, self.name) for file in files),
-            "file sizes": digest_of(file.stat().st_size if file.is_file() else 0 for file in files),
-            "file contents": digest_of(contents(file) for file in images[::few] + hints[::few]),
+    def size(self, index: int) -> Size:
+        """Of an image that cannot be read the size that all have without buckets."""
+        image_size = self.image_size(index) if self.transform.buckets else None
+        return self.transform.size_for(image_size) if image_size else self.transform.size
+
+    def name_of(self, index: int) -> str:
+        return str(self.entries[index].image)
+
+    def image_size(self, index: int) -> Size | None:
+        """From the file's header; None if that cannot be read."""
+        if index not in self.image_sizes:
+            self.image_sizes[index] = None
+            with suppress(BadSample):
+                self.image_sizes[index] = size_of(self.entries[index].image)
+        return self.image_sizes[index]
+
+    def identity(self) -> Identity:
+        images = [entry.image for entry in self.entries]
+        hints = [entry.hint for entry in self.entries if entry.hint is not None]
+        contents = digests_of_files(images + hints)
+        fingerprint = {
+            "file names": digest_of(os.path.relpath(file, self.name) for file in images + hints),
+            "images": digest_of(contents[file] for file in images),
+            "hints": digest_of(contents[file] for file in hints),
             "captions": digest_of(entry.caption for entry in self.entries),
             "detect": self.detect,
             "hint channels": self.hint_channels,
         }
+        keys = []
+        for i, entry in enumerate(self.entries):
+            image, size = contents[entry.image], self.size(i)
+            hint = (contents[entry.hint], self.hint_channels) if self.detect is None else (image, self.detect)
+            keys.append(Key(digest_of([image, entry.caption, size]), digest_of([*hint, size])))
+        return Identity(fingerprint, keys)
 
-    def missing(self) -> list[Path]:
-        """For each pair that lacks a file the first one that is not there."""
-        files = [[file for file in (e.image, e.hint) if file is not None and not file.is_file()] for e in self.entries]
-        return [gone[0] for gone in files if gone]
+    def problems(self) -> list[str]:
+        """A sentence for each pair that lacks a file or whose files' headers are none of an image."""
+        found = []
+        for entry in self.entries:
+            try:
+                for file in filter(None, (entry.image, entry.hint)):
+                    check_file(file)
+            except BadSample as error:
+                found.append(str(error))
+        return found
+
+
+def good_samples(source: Source) -> Iterator[Sample]:
+    """All samples of a source except bad ones, which are reported."""
+    for index in range(len(source)):
+        try:
+            yield source.sample(index)
+        except BadSample as error:
+            print(f"skipped: {error}")
 
 
 def photograph_detector(text: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -191,107 +188,25 @@ def photograph_detector(text: str) -> Callable[[np.ndarray], np.ndarray]:
     return partial(detect, name, **options)
 
 
-def contents(path: Path) -> str:
-    try:
-        return file_fingerprint(path)
-    except OSError:
-        return ""
-
-
-def digest(*parts: bytes) -> str:
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part)
-    return sha.hexdigest()[:16]
-
-
-def digest_of(values: Iterable[str | int]) -> str:
-    return digest(repr(list(values)).encode())
-
-
-# Of these a fingerprint holds a hash, whose value tells nobody anything.
-DIGESTS = {"base", "UNet", "first image", "file names", "file sizes", "file contents", "captions"}
-
-
-def differences(before: dict, now: dict) -> str:
-    """What differs between two fingerprints, in words; "" if nothing does."""
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return ", ".join(key if key in DIGESTS else f"{key}: {now.get(key)} where {before.get(key)} was" for key in keys)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What to train on, the validation pairs, and a sentence for each problem that was found on the way."""
-
-    train: Source
-    validation: Source
-    problems: list[str]
-
-
-def open_sources(settings: TrainSettings, size: Size) -> Sources:
-    """What `settings.data` names. The split depends on the data alone, so it is the same for every run.
-
-    Raises ValueError if this is not a dataset or too small to split, and for settings that contradict each other.
-    """
-    data, detect, channels = settings.data, settings.detect, settings.hint_channels
-    if (settings.random_crop or settings.flip) and not settings.no_cache:
-        raise ValueError(
-            "latents are computed once, and --random-crop and --flip change the image each time: add --no-cache"
-        )
-    folder = PUBLISHED_FILL50K if data == "fill50k" and (PUBLISHED_FILL50K / "prompt.json").exists() else Path(data)
-    if data in WORLDS and folder == Path(data) and not folder.is_dir():
-        if detect or channels != 3:
-            raise ValueError(
-                f"the synthetic dataset {data} draws its own hints of 3 channels: leave out --detect, --hint-channels"
-            )
-        count = VALIDATION_MOST if settings.validation is None else settings.validation
-        train = WorldSource(data, size, settings.images or WORLD_IMAGES, settings.seed)
-        return Sources(train, WorldSource(data, size, count, held_out=True), [])
-    if not folder.exists() and "/" not in data:
-        raise ValueError(
-            f'there is no folder "{data}", and the synthetic datasets are {", ".join(WORLDS)}: give one of them'
-        )
-    if detect and channels != 3:
-        raise ValueError(f"--detect makes hints of 3 channels, and --hint-channels is {channels}: leave out one")
-    listing = list_folder(folder, need_hints=detect is None)
-    train, validation = split(listing.entries, settings.validation)
-    transform = Transform(size, settings.random_crop, settings.flip)
-    return Sources(
-        FolderSource(str(folder), train[: settings.images], transform, channels, detect),
-        FolderSource(str(folder), validation, Transform(size), channels, detect),
-        listing.problems,
-    )
-
-
-def split(entries: list[Entry], validation: int | None) -> tuple[list[Entry], list[Entry]]:
-    """-> (train, validation), always the same for the same list. Raises ValueError if nothing is left to train on."""
-    count = min(max(1, len(entries) // VALIDATION_SHARE), VALIDATION_MOST) if validation is None else validation
-    if count >= len(entries):
-        raise ValueError(
-            f"there are {len(entries)} usable pairs, expected more than the {count} for validation: "
-            "add some, or give another number as --validation"
-        )
-    chosen = set(torch.randperm(len(entries), generator=seeded(0))[:count].tolist())
-    return [e for i, e in enumerate(entries) if i not in chosen], [entries[i] for i in sorted(chosen)]
-
-
 class BadSamples:
     """Counts those that were met, and stops the run where they are too many."""
 
-    def __init__(self, total: int, problems: Sequence[str], share: float):
-        self.total, self.share = total + len(problems), share
-        self.unlisted, self.indices = len(problems), set()
+    def __init__(
+        self, total: int, problems: Sequence[str], share: float, name_of: Callable[[int], str] = "number {}".format
+    ):
+        self.total, self.share, self.name_of = total + len(problems), share, name_of
+        self.unlisted, self.names = len(problems), set()
         self.check(problems[0] if problems else "")
 
     def __len__(self) -> int:
-        return self.unlisted + len(self.indices)
+        return self.unlisted + len(self.names)
 
     def add(self, indices: Iterable[int]) -> None:
         """-1 is none. Raises ValueError if too many are bad by now."""
-        new = {index for index in indices if index >= 0} - self.indices
+        new = {self.name_of(index) for index in sorted(indices) if index >= 0} - self.names
         if new:
-            self.indices |= new
-            self.check(f"number {min(new)}")
+            self.names |= new
+            self.check(min(new))
 
     def check(self, example: str) -> None:
         if len(self) > self.share * self.total:

@@ -1,42 +1,58 @@
-"""What a ControlNet in training can do by now, on validation pairs: their loss, and grids of what it makes of hints."""
+"""What a ControlNet in training can do by now, on pairs that are not trained on: their loss, whether it depends on the
+hints, and grids of what is made of these."""
 
-import textwrap
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from controlnet.common.images import save_png, to_hints, to_images
-from controlnet.guidance import Control, exact
-from controlnet.inference.generate import default_cfg, generate, latent_shape, make_denoise, prompt_contexts
-from controlnet.inference.noise import draw
-from controlnet.inference.offload import decode
-from controlnet.model import ControlNet
-from controlnet.objective import ControlLoss, Draws, loss_inputs
+from controlnet.common.devices import temporarily_on
+from controlnet.common.images import to_hints, to_images
+from controlnet.common.program import note
+from controlnet.objective import ControlLoss, Draws, loss_inputs, zero_conv_norms
 from controlnet.worlds import Sample
-from controlnet.worlds.measures import foreground, iou, keypoint_distance
-from ldm import samplers
 from ldm.stable_diffusion import StableDiffusion
 
-from .data import TrainingData
+from .intervals import Interval
 from .latent_cache import encode
 from .options import TrainSettings
+from .previews import Preview
+from .run_state import RunFolder
 
 
-def validation_of(
-    sd: StableDiffusion, data: TrainingData, draws: Draws, settings: TrainSettings
-) -> tuple["ValidationLoss | None", "Preview | None"]:
-    """The validation loss and the grids, as far as there is something to show."""
-    samples, count = data.validation_samples(), settings.sample_count
-    if samples:
-        preview = Preview(sd, samples[:count], settings.batch_size) if count else None
-        return ValidationLoss(sd, samples, draws, data.empty_prompt, settings.batch_size), preview
-    print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
-    trained_on = data.first_samples(count)
-    return None, Preview(sd, trained_on, settings.batch_size) if trained_on else None
+class Validation:
+    """Now and then the loss on validation pairs, as far as there are any, and a grid of `shown` samples."""
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        pairs: Sequence[Sample],
+        shown: Sequence[Sample],
+        draws: Draws,
+        empty_prompt: Tensor,
+        settings: TrainSettings,
+    ):
+        if not pairs:
+            print("there are no validation pairs: no validation loss, and the grids show images that are trained on")
+        self.sd, self.run = sd, RunFolder(settings.out)
+        self.loss = ValidationLoss(sd, pairs, draws, empty_prompt, settings.batch_size) if pairs else None
+        self.preview = Preview(sd, shown, settings.batch_size) if shown else None
+        self.losses, self.grids = Interval(settings.validate_every), Interval(settings.sample_every)
+
+    def __call__(self, done: int, loss: ControlLoss, saving: bool, last: bool) -> dict:
+        """What is logged after `done` steps of the ControlNet in `loss`: also before one is saved, to know the best."""
+        values = {}
+        if self.loss and (self.losses.over(done) or saving or last):
+            values |= {**self.loss(loss), "zero_convs": zero_conv_norms(loss.control)}
+        if self.preview and (self.grids.over(done) or last):
+            grid = self.run.grid(done)
+            with temporarily_on(self.sd.device, self.sd.vae, self.sd.text_encoder):
+                try:
+                    values |= {**self.preview.save(loss.control, grid), "grid": grid.name}
+                except FloatingPointError as error:  # half precision may overflow: no reason to end the run
+                    note(f"there is no grid of step {done}: {error}")
+        return values
 
 
 class ValidationLoss:
@@ -56,89 +72,24 @@ class ValidationLoss:
             hint = to_hints(sample.hint for sample in batch)
             self.inputs.append(loss_inputs(encoded, hint, drawn, sd.vae.config.scale, empty_prompt, sd.device))
 
+    def __call__(self, loss: ControlLoss) -> dict[str, float]:
+        """The loss, and the control measure: by which share of it the loss is higher where each sample is given the
+        hint of the next one, all else being equal. It is 0 as long as the hint does not count. A single sample has no
+        such measure."""
+        right = self.mean(loss, (hint for *_, hint in self.inputs))
+        values = {"validation_loss": right}
+        if sum(len(hint) for *_, hint in self.inputs) > 1:
+            values["control_measure"] = self.mean(loss, self.hints_of_others()) / right - 1
+        return values
+
     @torch.no_grad()
-    def __call__(self, loss: ControlLoss) -> float:
-        sizes = [len(inputs[0]) for inputs in self.inputs]
-        values = [loss(*inputs).item() for inputs in self.inputs]
+    def mean(self, loss: ControlLoss, hints: Iterable[Tensor]) -> float:
+        """With these hints, a batch (B, C, H, W) for each of the samples."""
+        sizes = [len(hint) for *_, hint in self.inputs]
+        values = [loss(*inputs, hint).item() for (*inputs, _), hint in zip(self.inputs, hints, strict=True)]
         return float(np.average(values, weights=sizes))
 
-
-class Preview:
-    """Images for the hints of a few samples, always sampled with the same seeds: steps can be compared. As many at once
-    as a batch of the training has, which needs more memory for its gradients."""
-
-    def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], batch_size: int, steps: int = 10):
-        self.sd, self.samples, self.batch_size, self.steps = sd, samples, batch_size, steps
-
-    def save(self, control: ControlNet, path: Path) -> dict[str, float]:
-        """Writes the grid, a row for each sample, and returns the means of what `measure` says of the images."""
-        rows, measures = [], []
-        for sample, image in zip(self.samples, self.images(control), strict=True):
-            measures.append(measure(sample, image))
-            words = [sample.caption, *(f"{name} {value:.2f}" for name, value in measures[-1].items())]
-            side = image.shape[:2]
-            rows.append(np.hstack([as_rgb(sample.hint), image, sample.image, text_image(words, side)]))
-        save_png(Image.fromarray(np.vstack(rows)), path, {})
-        # of people and shapes in turn, only some have keypoints
-        names = dict.fromkeys(name for values in measures for name in values)
-        return {name: float(np.mean([m[name] for m in measures if name in m])) for name in names}
-
-    def images(self, control: ControlNet) -> Iterator[np.ndarray]:
-        for first in range(0, len(self.samples), self.batch_size):
-            yield from images_for(
-                self.sd, control, self.samples[first : first + self.batch_size], seed=first, steps=self.steps
-            )
-
-
-def measure(sample: Sample, image: np.ndarray) -> dict[str, float]:
-    """How well an image follows its hint: of a figure on a plain ground, as in some of the synthetic datasets."""
-    if sample.mask is None or sample.truth is not None:  # in a landscape, colours do not tell what the figure is
-        return {}
-    shown = foreground(image)
-    values = {"iou": iou(shown, sample.mask)}
-    if sample.keypoints is not None:
-        values["keypoint_distance"] = keypoint_distance(shown, sample.keypoints)
-    return values
-
-
-def image_for(sd: StableDiffusion, control: ControlNet, sample: Sample, seed: int, **settings) -> np.ndarray:
-    """One image (H, W, 3), uint8, for a sample's hint and caption; `settings` are `generate`'s."""
-    controls = [Control(control, to_hints([sample.hint]))]
-    (image,) = generate(sd, sample.caption, controls, seed=seed, **settings)
-    return np.asarray(image)
-
-
-@torch.no_grad()
-def images_for(
-    sd: StableDiffusion, control: ControlNet, samples: Sequence[Sample], seed: int, steps: int
-) -> list[np.ndarray]:
-    """What `image_for` makes of each, with the seeds `seed`, `seed` + 1 ...: equal to rounding, but sampled as one
-    batch. They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
-    hints = to_hints(sample.hint for sample in samples)  # (B, C, H, W)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(samples))]
-    x = draw(generators, latent_shape(sd.config, tuple(hints.shape[-2:]))).to(sd.device)
-    contexts = [prompt_contexts(sd, sample.caption, "", clip_skip=1, long=False) for sample in samples]
-    prompt, negative = map(torch.cat, zip(*contexts, strict=True))  # (B, 77, D)
-    timesteps = samplers.timesteps_for("ddim", sd.schedule, steps)
-    cfg, controls = default_cfg(sd.config), [Control(control, hints)]
-    denoise = make_denoise(sd, prompt, negative, cfg, controls, timesteps, batched=True, make_predictor=exact)
-    latents = samplers.sample("ddim", denoise, x, sd.schedule, steps)
-    denoise.check(latents)
-    return [np.asarray(image) for one in latents.split(1) for image in decode(sd, one, tiled=False)]
-
-
-def as_rgb(hint: np.ndarray) -> np.ndarray:
-    """A hint (H, W, C) as an image (H, W, 3): of more channels than three the first ones, of fewer the mean."""
-    if hint.shape[2] >= 3:
-        return hint[..., :3]
-    return hint.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
-
-
-def text_image(paragraphs: list[str], size: tuple[int, int]) -> np.ndarray:
-    """Text on white, uint8 (H, W, 3), of `size`."""
-    height, width = size
-    image = Image.new("RGB", (width, height), "white")
-    points = max(9, height // 18)
-    lines = [line for text in paragraphs for line in [*textwrap.wrap(text, max(1, int(width / points * 1.8))), ""]]
-    ImageDraw.Draw(image).multiline_text((4, 4), "\n".join(lines), "black", ImageFont.load_default(points))
-    return np.asarray(image)
+    def hints_of_others(self) -> Iterator[Tensor]:
+        batches = [hint for *_, hint in self.inputs]
+        for hint, following in zip(batches, [*batches[1:], batches[0]], strict=True):
+            yield torch.cat([hint[1:], following[:1]])

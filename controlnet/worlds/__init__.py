@@ -22,7 +22,6 @@ from .shapes import Shapes
 from .world import InTurn, Picture, Sample, Truth, World
 
 __all__ = [
-    "EXAMPLE_OF",
     "TINY_CONTROL_OF",
     "WORLDS",
     "Canny",
@@ -42,15 +41,5 @@ __all__ = [
 
 WORLDS = {world.name: world for world in (Fill50k, People, Shapes, Scenes, Canny, Scribble, Seg, Depth)}
 
-# Dataset -> the hint in assets/ that resembles its own, and the small ControlNet in weights/ trained on it.
-EXAMPLE_OF = {
-    "fill50k": "circle.png",
-    "people": "pose.png",
-    "shapes": "canny.png",
-    "scenes": "canny.png",
-    "canny": "canny.png",
-    "scribble": "scribble.png",
-    "seg": "segmentation.png",
-    "depth": "depth.png",
-}
+# Dataset -> the small ControlNet in weights/ trained on it.
 TINY_CONTROL_OF = {"fill50k": "tiny-fill50k", "people": "tiny-pose", "shapes": "tiny-canny"}

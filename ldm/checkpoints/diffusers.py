@@ -1,7 +1,7 @@
 """Diffusers' layout beside its tensors: a folder of JSON files that describe the architecture, read and written.
 
 The numbers are the same as ours under other names (`attention_head_dim` is the number of heads). What is written
-loads with `StableDiffusionPipeline.from_pretrained`.
+loads with `StableDiffusionPipeline.from_pretrained`, or for inpainting models `StableDiffusionInpaintPipeline`.
 """
 
 import json
@@ -65,6 +65,7 @@ def unet_from_diffusers(values: dict) -> UNetConfig:
         fp32_logits=linear or values.get("upcast_attention", False),
         groups=values.get("norm_num_groups", 32),
         latent_channels=values.get("out_channels", 4),
+        inpainting=values.get("in_channels") == 2 * values.get("out_channels", 4) + 1,
     )
 
 
@@ -129,7 +130,7 @@ def encoder_values(config: UNetConfig) -> dict:
     """Of the encoder half of a UNet."""
     heads = config.heads[0] if len(set(config.heads)) == 1 else list(config.heads)
     return {
-        "in_channels": config.latent_channels,
+        "in_channels": config.input_channels,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention],
@@ -217,7 +218,7 @@ def scheduler_values(config: ScheduleConfig) -> dict:
 
 
 MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",  # their pipeline for inpainting asks for one
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
@@ -246,7 +247,8 @@ def save_pipeline(path: str | Path, config: Config, tensors: dict[str, Tensor], 
             save_checkpoint(folder / name / file, own, described)
             write_json(folder / name / "config.json", values)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler_values(config.schedule))
-        write_json(folder / "model_index.json", MODEL_INDEX)
+        kind = "StableDiffusionInpaintPipeline" if config.unet.inpainting else "StableDiffusionPipeline"
+        write_json(folder / "model_index.json", {"_class_name": kind, **MODEL_INDEX})
         write_tokenizer(folder / "tokenizer", config.text)
 
 

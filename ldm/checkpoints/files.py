@@ -33,6 +33,15 @@ def new_file(path: Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
 
 
+def new_link(path: Path, existing: Path) -> None:
+    """`path` becomes another name of a file that nobody writes to again; a copy where the disk has no such names."""
+    with new_file(path) as temporary:
+        try:
+            os.link(existing, temporary)
+        except OSError:
+            shutil.copyfile(existing, temporary)
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """The same for a folder. Raises ValueError if `path` exists and is not an empty folder: its files might be lost."""

@@ -5,7 +5,7 @@ A row fits if each of its patterns fits some key; the first row that fits counts
 
 import re
 
-from .load import FIRST_CONVOLUTIONS, other_use
+from .load import input_channels, other_use
 from .open import Checkpoint
 from .stored import counted, first_few
 
@@ -27,12 +27,14 @@ PRETENDERS: Rows = (
         f"a ControlNet Union for SDXL, and {ONLY}: get the ControlNet for your base and kind of hint",
     ),
     (r"^lllite_", f"a ControlNet-LLLite, {ANOTHER}"),
-    (r"^lora_controlnet$", f"a Control-LoRA, {ANOTHER}"),
     (r"(^|\.)(brushnet_\w+|conv_in_condition)\.", "a BrushNet, which is another architecture: get a ControlNet"),
     (r"^scaled_fp8$|\.scale_weight$", "a model in scaled fp8, which is not read here: get it in fp16 or fp32"),
     (r"(^|\.)cond_proj\.", "a latent consistency model (LCM), sampled in another way: give the base it was made from"),
     (r"(^|\.)position_net\.|\.fuser\.", "a GLIGEN model, which places objects in boxes: give the base without it"),
-    (r"(^|\.)(label_emb|class_embedding)\.weight$", "an upscaler, expected a text-to-image model: give SD 1.x or 2.x"),
+    (
+        r"(^|\.)(label_emb|class_embedding)\.weight$|^unet\.down_blocks\.0\.resnets\.0\.norm1\.linear\.",
+        "an upscaler, expected a text-to-image model: give SD 1.x or 2.x",
+    ),
     (r"^depth_model\.", "a depth model (depth2img), expected a text-to-image model: give SD 2.x, with a depth control"),
     (
         r"^(cond_stage_model\.(model\.)?visual|cc_projection|image_encoder\.vision_model)\.",
@@ -49,45 +51,61 @@ OTHER_FAMILIES: Rows = (
     (r"^conditioner\.embedders\.1\.|(^|\.)(add_embedding|label_emb\.0)\.", "SDXL"),
     (r"(^|\.)(single_transformer_blocks|double_blocks|controlnet_x_embedder)\.", "Flux"),
     (r"(^|\.)adaln_single\.", "PixArt"),
+    (r"(^|\.)(clip_txt_mapper|channelwise)\.", "Stable Cascade"),
+    (r"(^|\.)(cap_embedder|double_layers|patch_embedding|style_embedder)\.", "diffusion transformer's"),
     (r"(^|\.)(joint_blocks|pos_embed\.proj|pos_embed_input\.proj)\.", "SD 3"),
 )
 PIPELINES = (("StableDiffusionXL", "SDXL"), ("StableDiffusion3", "SD 3"), ("Flux", "Flux"), ("PixArt", "PixArt"))
 
+IP_ADAPTER = "an IP-Adapter, which is neither a base nor a ControlNet: leave it out"
 LORA = "a LoRA, which changes a base: pass it as --lora"
+BASE = "a base model: pass it as --base"
 CONTROL = "a ControlNet: pass it as --control"
 TEXTUAL_INVERSION = "a textual inversion, which is no model: pass it as --embedding"
 VAE = "an autoencoder alone: pass it as --vae, and a whole checkpoint as --base"
 WHOLE_FOLDER = "give the folder that holds unet/, vae/ and text_encoder/"
 DEEPER = r"input_hint_block\.|control_model\.|model\.diffusion_model\.|controlnet_cond_embedding\."
+CONTEXT = r"transformer_blocks\.0\.attn2\.to_k\.weight"
 KINDS: Rows = (
-    (r"^lora_|[._]lora[._]|\.hada_w|\.lokr_w|\.oft_|\.dora_scale", LORA),
+    (r"^(image_proj|ip_adapter)[._]", IP_ADAPTER),
+    (r"^lora_(?!controlnet$)|[._]lora[._]|\.hada_w|\.lokr_w|\.oft_|\.dora_scale", LORA),
     (r"^emb_params$|^string_to_(param|token)\.|^<.*>$|^clip_[lg]$", TEXTUAL_INVERSION),
     (r"^(control_model\.)?input_hint_block\.|^controlnet\.|^controlnet_cond_embedding\.", CONTROL),
     (r"^control\.encoder\.", "the state of a training run, for its --resume: give the run's control.safetensors"),
     (r"^(optimizer\.)?state\.\d+\.", "the state of an optimizer: give the weights beside it"),
     (rf"^[\w.-]+\.({DEEPER})", "a file with the tensors of several models: save those of one with torch.save"),
-    (r"^(image_proj|ip_adapter)[._]", "an IP-Adapter, which is neither a base nor a ControlNet: leave it out"),
+    (r"(^|\.)(stylegan_decoder|quantize)\.", "a model that mends faces in finished images: give the base"),
     (
         r"(^|\.)(conv_first|rdb1|RRDB_trunk|model\.1\.sub\.0|conv_before_upsample|conv_up1)\.",
         "an upscaler of finished images (ESRGAN): give the base",
     ),
     (r"^\d+\.\d+\.linear\.", "a hypernetwork, which changes a base: give the base"),
     (
-        r"^adapter\.|^body\.\d+\.(block\d|in_conv|resnets|down_opt)",
+        r"^adapter\.|^body\.\d+\.(block\d|in_conv|resnets|down_opt)|^style_embedding$",
         "a T2I-Adapter: get the ControlNet for the same kind of hint",
     ),
     (r"^(params\.)?body\.\d+\.weight$", "an upscaler of finished images (ESRGAN): give the base"),
     (
-        r"^(pretrained|scratch)\.|^net(Vgg|Combine)",
+        r"^(pretrained|scratch)\.|^net(Vgg|Combine)|^model0\.conv1_1\.",
         "a detector, which makes hints: see `python -m tools.make_hints --help`",
+    ),
+    (
+        rf"^model\.diffusion_model\.input_blocks\.1\.1\.{CONTEXT}$|^unet\.down_blocks\.0\.attentions\.0\.{CONTEXT}$",
+        BASE,
     ),
     (r"^model\.diffusion_model\.", f"a diffusion model of another architecture, and {ONLY}"),
     (r"^down_blocks\.", f"a UNet in diffusers' layout: {WHOLE_FOLDER}"),
     (r"^(input_blocks|output_blocks)\.", "a UNet alone: give the whole checkpoint"),
-    (r"^(encoder|decoder)\.layers\.\d+\.(weight|conv)", "a small autoencoder (TAESD), which is another architecture"),
+    (
+        r"^((encoder|decoder)\.layers\.)?\d+\.(conv\.\d+\.)?weight$",
+        "a small autoencoder (TAESD), which is another architecture",
+    ),
     (r"^(first_stage_model\.|vae\.)?(en|de)coder\.(down|up|mid)", VAE),
-    (r"^(conditioner|cond_stage_model|text_model|transformer)\.", "a text encoder alone: give the whole checkpoint"),
-    (r"^vision_model\.", "CLIP's image encoder: give the base"),
+    (
+        r"^(conditioner|cond_stage_model|text_model|transformer)\.|\.SelfAttention\.",
+        "a text encoder alone: give the whole checkpoint",
+    ),
+    (r"^(vision_model|visual)\.", "CLIP's image encoder: give the base"),
     (r"^(unet|text_encoder)\.", f"an incomplete folder in diffusers' layout: {WHOLE_FOLDER}"),
 )
 
@@ -137,10 +155,8 @@ def other_pipeline(checkpoint: Checkpoint) -> str | None:
 
 def use_as_base(checkpoint: Checkpoint) -> str | None:
     """What a base is for that is made for more than text: by the channels that its UNet reads. None for all others."""
-    for key in checkpoint.tensors:
-        if key.endswith(FIRST_CONVOLUTIONS) and len(checkpoint.shape(key)) == 4:
-            return other_use(checkpoint.shape(key)[1])
-    return None
+    channels = input_channels(checkpoint)
+    return None if channels is None else other_use(channels)
 
 
 def matching(checkpoint: Checkpoint, rows: Rows) -> str | None:

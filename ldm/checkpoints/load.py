@@ -19,8 +19,9 @@ from .stored import CheckpointError, counted, first_few
 
 Parts = Sequence[tuple[nn.Module, KeyMap]]
 
-# Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" marks a
-# ControlNet that is stored minus its base; "v_pred" and "ztsnr" say what a base predicts (recognise.py).
+# Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" and
+# "lora_controlnet" mark a ControlNet that is stored as it differs from its base; "v_pred" and "ztsnr" say what a base
+# predicts (recognise.py).
 IGNORED = {
     "betas",
     "alphas_cumprod",
@@ -40,6 +41,7 @@ IGNORED = {
     f"{SGM_TEXT}transformer.text_model.embeddings.position_ids",
     "text_encoder.text_model.embeddings.position_ids",
     "difference",
+    "lora_controlnet",
     "v_pred",
     "ztsnr",
 }
@@ -224,8 +226,15 @@ OTHER_USES = {
     5: ("a depth", ", with a depth control"),
     7: ("an upscaling", ""),
     8: ("an instruction (InstructPix2Pix)", ", with the ip2p control"),
-    9: ("an inpainting", ", as inpainting with a mask (infer.py --init and --mask) needs no other"),
+    9: ("an inpainting", ""),
 }
+
+
+def input_channels(checkpoint: Checkpoint) -> int | None:
+    """Of a base's UNet; None without a first convolution."""
+    keys = (f"{prefix}{last}" for prefix in ("model.diffusion_model.", "") for last in FIRST_CONVOLUTIONS)
+    shapes = (checkpoint.shape(key) for key in keys if key in checkpoint.tensors)
+    return next((shape[1] for shape in shapes if len(shape) == 4), None)
 
 
 def other_use(channels: int) -> str | None:

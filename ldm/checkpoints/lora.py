@@ -21,7 +21,7 @@ from ldm.unet import UNet
 
 from .extras import LORAS, given_extra, split_strength
 from .key_maps import clip_rows, diffusers_unet_map, unet_map
-from .kinds import LORA, ONLY, kind
+from .kinds import IP_ADAPTER, LORA, ONLY, kind
 from .load import is_finite, made_for, without_weights
 from .lora_change import Change, Misshapen
 from .open import Checkpoint, open_checkpoint
@@ -216,7 +216,7 @@ def fits_nowhere(checkpoint: Checkpoint, lost: list[str]) -> CheckpointError:
     """The error for a file with keys that no LoRA for the base has, or with no others."""
     what = kind(checkpoint)
     roles = {module_and_role(key)[1] for key in checkpoint.tensors}
-    if roles == {None} or not roles:
+    if roles == {None} or not roles or what == IP_ADAPTER:
         what = "of a kind that is not known" if what == LORA else what
         return CheckpointError(f'"{checkpoint.path}" is not a LoRA: it is {what}')
     keys = "\n".join(checkpoint.tensors)

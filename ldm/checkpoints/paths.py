@@ -7,6 +7,7 @@ from .stored import CheckpointError
 
 # Addresses of what tools/download.py knows, by its names.
 DOWNLOADS = (
+    (r"stable-diffusion-inpainting", "sd15-inpainting"),
     (r"stable-diffusion-v1-5", "sd15"),
     (r"stable-diffusion-2-1-base", "sd21-base"),
     (r"stable-diffusion-2-1", "sd21"),

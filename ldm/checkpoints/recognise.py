@@ -2,11 +2,11 @@
 
 The architecture comes from our own metadata, else from diffusers' configuration files, else from the tensors' shapes.
 
-Whether an SD 2.x base predicts eps (the "base" models, 512x512) or v (768x768) cannot be seen in its weights. It is,
-in this order, what the caller says, our metadata, diffusers' scheduler, the mark `v_pred` or `ztsnr` (a tensor without
-numbers, of ComfyUI), the metadata of other trainers and of ComfyUI, the layout of SD-Turbo, and the name of a published
-file; and where nobody says it, v is assumed, with a warning. The same holds for zero terminal SNR (Lin et al., arXiv
-2305.08891), which nobody means who does not say so.
+Whether an SD 2.x base predicts eps (the "base" models, 512x512) or v (768x768) cannot be seen in its weights, but for
+those that inpaint, which predict eps. It is, in this order, what the caller says, our metadata, diffusers' scheduler,
+the mark `v_pred` or `ztsnr` (a tensor without numbers, of ComfyUI), the metadata of other trainers and of ComfyUI, the
+layout of SD-Turbo, and the name of a published file; and where nobody says it, v is assumed, with a warning. The same
+holds for zero terminal SNR (Lin et al., arXiv 2305.08891), which nobody means who does not say so.
 """
 
 import warnings
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldm.config import SD15, SD21, SD21_BASE, Config
+from ldm.config import SD15, SD15_INPAINTING, SD20_INPAINTING, SD21, SD21_BASE, Config
 
 from .diffusers import config_from_diffusers
 from .key_maps import SGM_TEXT, KeyMap, Layout, base_maps
 from .kinds import LORA, ONLY, kind, pretender
-from .load import FAMILIES
+from .load import FAMILIES, input_channels
 from .open import Checkpoint, open_checkpoint
 from .published import find
 from .stored import CheckpointError, Damaged, parse_json
@@ -146,10 +146,11 @@ def is_base(checkpoint: Checkpoint) -> bool:
 
 def config_by_shape(checkpoint: Checkpoint, layout: Layout) -> Config:
     key = CONTEXT_KEYS[layout]
-    if key not in checkpoint.tensors or len(checkpoint.shape(key)) != 2:
+    if key not in checkpoint.tensors:
         raise not_a_base(checkpoint)
-    width = checkpoint.shape(key)[-1]
-    for config in (SD15, SD21):
+    width = checkpoint.shape(key)[-1] if len(checkpoint.shape(key)) == 2 else None
+    inpainting = input_channels(checkpoint) == SD15_INPAINTING.unet.input_channels
+    for config in (SD15_INPAINTING, SD20_INPAINTING) if inpainting else (SD15, SD21):
         if width == config.unet.context_width:
             return config
     raise CheckpointError(
@@ -188,7 +189,7 @@ def prediction_of(
         return "eps", "its layout, that of SD-Turbo"
     if preset is not None:
         return preset.schedule.prediction, "the file's name, that of a published one"
-    if config.unet.context_width == SD21.unet.context_width:
+    if config.unet.context_width == SD21.unet.context_width and not config.unet.inpainting:
         return "v", ASSUMED
     return config.schedule.prediction, "its family"
 

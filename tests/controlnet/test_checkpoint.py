@@ -11,6 +11,7 @@ from reference import MINI_SD1, load_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import SMALL, assert_same, error_of, small_control, small_sd
+from torch.optim.swa_utils import AveragedModel
 from written import CONTEXT_KEY, MINIS, empty_unet, file_of, load_mini, rewrite, write_minis
 
 from controlnet.checkpoint import find_control
@@ -21,7 +22,7 @@ from ldm.checkpoints.load import without_weights
 from ldm.checkpoints.open import open_checkpoint
 from ldm.config import SD15, SD21, SD21_BASE, TINY
 from ldm.unet import UNet
-from tools.checkpoints import contents
+from tools.checkpoints import contents, find_model
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +296,34 @@ def test_a_name_that_is_nowhere_says_where_it_was_looked_for(weights):
     assert message.startswith(f'there is no ControlNet "pose", neither as a file nor in {weights}: give the path of')
     assert "`hf download owner/name --local-dir FOLDER`" in error_of(find_control, "owner/name", SD15.unet)
     assert "it is a URL" in error_of(find_control, "https://hub/control.safetensors", SD15.unet)
+
+
+@pytest.mark.parametrize("config", [ControlConfig(), ControlConfig(1, architecture="lite")])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_state_of_a_run_is_taken_as_what_it_saves(sd, tmp_path, config, averaged):
+    """With everything else that is in one, and without a warning."""
+    saved, other = (ControlNet.from_unet(sd.unet, config) for _ in range(2))
+    torch.nn.init.normal_(saved.middle_zero_conv.weight)
+    state = {"step": 3, "control": (other if averaged else saved).state_dict(), "decoder": {"x.bias": torch.ones(2)}}
+    if averaged:
+        state["average"] = AveragedModel(saved).state_dict()
+    moments = {0: {"exp_avg": torch.ones(2, 2), "step": torch.tensor(3.0)}}
+    state |= {"optimisation": {"optimizer": {"state": moments}, "scaler": {}}, "position": {"seen": 6}}
+    torch.save(state, tmp_path / "000003.pt")
+    with warnings.catch_warnings(action="error"):
+        loaded = ControlNet.load(tmp_path / "000003.pt", sd)
+    assert loaded.config == config
+    assert_same(loaded, saved)
+    del state["control"], state["decoder"]
+    torch.save({**state, "average": {}}, tmp_path / "000003.pt")
+    assert "holds no ControlNet" in error_of(ControlNet.load, tmp_path / "000003.pt", sd)
+
+
+def test_a_run_is_taken_by_its_folder(sd, control, tmp_path):
+    control.save(tmp_path / "control.safetensors")
+    error_of(find_control, tmp_path / "run", sd.config.unet)
+    (tmp_path / "settings.json").write_text("{}")
+    assert find_control(tmp_path, sd.config.unet) == find_model(str(tmp_path))[0] == tmp_path / "control.safetensors"
 
 
 def test_a_base_is_a_model_or_its_unet(sd, control, weights):

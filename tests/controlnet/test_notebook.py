@@ -184,14 +184,14 @@ def test_a_detector_works_once_for_a_size(sd, net, monkeypatch):
     assert calls == [1]
 
 
-def test_a_net_of_one_channel_gets_gray_and_one_of_four_a_tensor(sd):
-    one, four = (ControlNet.from_unet(sd.unet, ControlConfig(hint_channels=channels)) for channels in (1, 4))
+def test_a_net_of_one_channel_gets_gray_and_one_of_six_a_tensor(sd):
+    one, six = (ControlNet.from_unet(sd.unet, ControlConfig(hint_channels=channels)) for channels in (1, 6))
     gray = to_hints([np.array(photo().convert("L"))[..., None]])
     images = [generate(sd, "a", [c], steps=1) for c in (Control.from_image(one, photo()), Control(one, gray))]
     assert torch.equal(Control.from_image(one, photo()).hint.at(SIZE, channels=1), gray)
     assert np.array_equal(*map(np.asarray, (images[0][0], images[1][0])))
-    with pytest.raises(ValueError, match="takes hints of 4 channels, but an image has 1 or 3: pass a tensor"):
-        Control.from_image(four, photo())
+    with pytest.raises(ValueError, match=r"takes hints of 6 channels, but this one has 3: .* pass a tensor"):
+        Control.from_image(six, photo())
 
 
 # ------------------------------------------------------------------------------------------------------------ controls

@@ -22,7 +22,8 @@ from controlnet.objective import (
     seeded,
     zero_conv_norms,
 )
-from controlnet.training.optimisation import Optimisation, constant_schedule
+from controlnet.training.lr_schedules import constant_schedule
+from controlnet.training.optimisation import Optimisation
 from ldm.checkpoints.key_maps import unet_map
 from ldm.schedule import Schedule
 from ldm.unet import UNet

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from minis import inputs, mini_control, mini_unet, relative, stored
+from minis import relative
 from PIL import Image
-from small import small_control, small_sd
+from small import SMALL, small_control, small_sd
 
 from controlnet.guidance import Control, PreparedControl, guided
 from controlnet.inference.generate import generate
@@ -17,22 +17,20 @@ from controlnet.inference.image_to_image import Init
 from controlnet.reuse import Reusing, reusing
 
 TIMESTEPS = [901, 701, 501, 301, 101]
-
-
-HINT = inputs("sd1")[3][..., :64, :64]
+SD = small_sd()
+UNET, NET = SD.unet, small_control(SD)
+GENERATOR = torch.Generator().manual_seed(0)
+HINT = torch.rand(2, 3, 64, 64, generator=GENERATOR)
+CONTEXT, NEGATIVE = torch.randn(2, 2, 77, SMALL.unet.context_width, generator=GENERATOR)
 
 
 def control(**options):
-    return Control(mini_control("sd1"), HINT, **options)
+    return Control(NET, HINT, **options)
 
 
 def denoiser(controls, reuse, cfg=3, **options):
-    _, _, context, _ = inputs("sd1")
-    negative = stored("inputs")["sd1/uncond"]
     make_predictor = None if reuse == 1 else reusing(reuse)
-    return guided(
-        mini_unet("sd1"), context, negative, cfg, controls, TIMESTEPS, make_predictor=make_predictor, **options
-    )
+    return guided(UNET, CONTEXT, NEGATIVE, cfg, controls, TIMESTEPS, make_predictor=make_predictor, **options)
 
 
 def way(seed=0):
@@ -56,48 +54,46 @@ def recorded(module):
 @torch.no_grad()
 @pytest.mark.parametrize("controlled", [True, False])
 def test_a_key_step_is_exact_to_the_bit(controlled):
-    context, unet, net = inputs("sd1")[2], mini_unet("sd1"), mini_control("sd1")
-    predict, controls = Reusing(unet, every=2), [PreparedControl(control())] if controlled else []
+    predict, controls = Reusing(UNET, every=2), [PreparedControl(control())] if controlled else []
     for i, (x, t) in enumerate(way()):
-        residuals = net(x, t, context, HINT) if controlled else None
-        got, want = predict(x, t, int(t[0]), context, controls, "prompt"), unet(x, t, context, residuals)
+        residuals = NET(x, t, CONTEXT, HINT) if controlled else None
+        got, want = predict(x, t, int(t[0]), CONTEXT, controls, "prompt"), UNET(x, t, CONTEXT, residuals)
         assert torch.equal(got, want) == (i % 2 == 0)
 
 
 @torch.no_grad()
 def test_between_key_steps_the_line_through_the_last_two_is_followed_half_the_way():
     """What enters the last block of the decoder: deep features beside the first skip."""
-    unet, context, net = mini_unet("sd1"), inputs("sd1")[2], mini_control("sd1")
-    steps, predict, last = way(), Reusing(unet, every=2), unet.decoder.blocks[-1]
+    steps, predict, last = way(), Reusing(UNET, every=2), UNET.decoder.blocks[-1]
     controls = [PreparedControl(control())]
-    residuals = [net(x, t, context, HINT) for x, t in steps]
+    residuals = [NET(x, t, CONTEXT, HINT) for x, t in steps]
     with recorded(last) as exact:
         for (x, t), added in zip(steps, residuals, strict=True):
-            unet(x, t, context, added)
+            UNET(x, t, CONTEXT, added)
     with recorded(last) as got:
         for x, t in steps:
-            predict(x, t, int(t[0]), context, controls, "prompt")
-    width = unet.encoder.skip_widths[0]
+            predict(x, t, int(t[0]), CONTEXT, controls, "prompt")
+    width = UNET.encoder.skip_widths[0]
     deep = [arguments[0][:, :-width] for arguments in exact]
     for i, wanted_deep, wanted_residual in [
         (1, deep[0], residuals[0][0]),  # only one key step before it
         (3, 1.25 * deep[2] - 0.25 * deep[0], 1.25 * residuals[2][0] - 0.25 * residuals[0][0]),
     ]:
         features, time, _ = got[i]
-        skip = unet.encoder.blocks[0](steps[i][0], time, context) + wanted_residual
+        skip = UNET.encoder.blocks[0](steps[i][0], time, CONTEXT) + wanted_residual
         assert relative(features, torch.cat([wanted_deep, skip], dim=1)) < 1e-5
-        assert torch.equal(time, unet.encoder.time_embedding(steps[i][1]))
+        assert torch.equal(time, UNET.encoder.time_embedding(steps[i][1]))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_reuses_too(dtype):
-    context, half = inputs("sd1")[2], copy.deepcopy(mini_unet("sd1")).to(dtype)
-    full, predict = (Reusing(unet, every=2) for unet in (mini_unet("sd1"), half))
+    half = copy.deepcopy(UNET).to(dtype)
+    full, predict = (Reusing(unet, every=2) for unet in (UNET, half))
     for x, t in way():
-        output = predict(x.to(dtype), t, int(t[0]), context.to(dtype), [], "prompt")
+        output = predict(x.to(dtype), t, int(t[0]), CONTEXT.to(dtype), [], "prompt")
         assert output.dtype == dtype
-        assert relative(output.float(), full(x, t, int(t[0]), context, [], "prompt")) < 0.05
+        assert relative(output.float(), full(x, t, int(t[0]), CONTEXT, [], "prompt")) < 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance
@@ -106,9 +102,8 @@ def test_half_precision_reuses_too(dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("reuse, full", [(2, 3), (3, 2)])
 def test_only_every_nth_step_computes_the_control_and_the_deep_blocks(reuse, full):
-    unet, net = mini_unet("sd1"), mini_control("sd1")
     denoise = denoiser([control()], reuse)
-    saved = (unet.encoder.blocks[1], unet.decoder.blocks[-2], net.encoder.blocks[0])
+    saved = (UNET.encoder.blocks[1], UNET.decoder.blocks[-2], NET.encoder.blocks[0])
     with recorded(saved[0]) as second, recorded(saved[1]) as last_but_one, recorded(saved[2]) as control_first:
         for x, t in way():
             denoise(x, t)
@@ -170,42 +165,35 @@ def test_reuse_needs_a_distance():
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-@pytest.fixture(scope="module")
-def sd():
-    return small_sd()
+DRAWN = Control(NET, HINT[:1])
 
 
-@pytest.fixture(scope="module")
-def small(sd):
-    return Control(small_control(sd), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-
-
-def arrays(sd, controls=(), **options):
+def arrays(controls=(), **options):
     """`generate` in five steps, as arrays (count, H, W, 3)."""
-    images = generate(sd, "a circle", controls, **{"steps": 5, "sampler": "ddim", **options})
+    images = generate(SD, "a circle", controls, **{"steps": 5, "sampler": "ddim", **options})
     return np.stack([np.asarray(picture) for picture in images])
 
 
-def test_an_image_is_exact_unless_asked_otherwise(sd, small):
-    exact = arrays(sd, [small])
-    assert np.array_equal(arrays(sd, [small], reuse=1), exact)
-    assert not np.array_equal(arrays(sd, [small], reuse=2), exact)
+def test_an_image_is_exact_unless_asked_otherwise():
+    exact = arrays([DRAWN])
+    assert np.array_equal(arrays([DRAWN], reuse=1), exact)
+    assert not np.array_equal(arrays([DRAWN], reuse=2), exact)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
-def test_no_features_pass_from_one_image_or_call_to_the_next(sd, small, sampler):
-    controls = [small, replace(small, start=0.3, scale=0.5)]
-    images = arrays(sd, controls, sampler=sampler, reuse=2, count=2, seed=3)
-    assert np.array_equal(arrays(sd, controls, sampler=sampler, reuse=2, seed=4)[0], images[1])
+def test_no_features_pass_from_one_image_or_call_to_the_next(sampler):
+    controls = [DRAWN, replace(DRAWN, start=0.3, scale=0.5)]
+    images = arrays(controls, sampler=sampler, reuse=2, count=2, seed=3)
+    assert np.array_equal(arrays(controls, sampler=sampler, reuse=2, seed=4)[0], images[1])
 
 
-def test_image_to_image_counts_the_steps_that_are_done(sd, small):
+def test_image_to_image_counts_the_steps_that_are_done():
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    with recorded(small.net.encoder.middle) as calls:
-        arrays(sd, [small], reuse=2, init=Init(photo, strength=0.6))
+    with recorded(DRAWN.net.encoder.middle) as calls:
+        arrays([DRAWN], reuse=2, init=Init(photo, strength=0.6))
     assert len(calls) == 2  # three steps of five
 
 
-def test_with_little_memory_the_image_is_the_same_to_rounding(sd, small):
-    plain, low = (arrays(sd, [small], reuse=2, cpu_offload=device).astype(int) for device in (None, "cpu"))
+def test_with_little_memory_the_image_is_the_same_to_rounding():
+    plain, low = (arrays([DRAWN], reuse=2, cpu_offload=device).astype(int) for device in (None, "cpu"))
     assert np.abs(plain - low).max() <= 1

@@ -1,15 +1,15 @@
 """tools.bench: both sides do the same work, a wrong output is seen, and the table says who is faster."""
 
 import math
-import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 
+import forked
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import small_control, small_sd
+from small import SMALLEST, small_control, small_sd
 from torch import nn
 
 from ldm.blocks import Upsample
@@ -32,7 +32,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     bench_ours.write_models(folder, sd, small_control(sd))
     return SIZES | {"folder": folder, "device": "cpu", "precision": "fp32", "threads": 1}
 
@@ -74,7 +74,7 @@ def test_the_cached_step_does_less_and_training_trains(setup):
 def test_only_their_controlnet_is_under_autocast(setup, peers, monkeypatch, tmp_path, stored):
     """As in their script: locked networks compute in half precision by themselves, and what is trained is in fp32,
     however the files are stored."""
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     bench_ours.write_models(tmp_path, sd, small_control(sd), stored)
     seen, half = {}, torch.bfloat16
     for name, method in {
@@ -122,7 +122,7 @@ def test_reuse_is_beside_images_in_full(setup, monkeypatch):
 
 def test_random_weights_show_every_input():
     """The hint in the image, through zero convolutions that are not zero."""
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     sd, control = bench_ours.fill(sd), bench_ours.fill(small_control(sd))
     strong = bench_ours.sample(sd, control, 64, 2, 3.0)["latents"]
     for conv in (*control.zero_convs, control.middle_zero_conv):
@@ -150,7 +150,7 @@ def measure_hundred_megabytes(setup):
 
 
 def test_memory_is_that_of_the_work(setup):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, forked.CONTEXT) as pool:
         measured = pool.submit(measure_hundred_megabytes, setup).result()
     assert measured.outputs["sum"] == 25_000_000 and len(measured.seconds) == bench_case.MOST_RUNS
     assert 0.9e8 < measured.memory < 1.3e8
@@ -159,7 +159,7 @@ def test_memory_is_that_of_the_work(setup):
 @torch.no_grad()
 def test_packed_weights_count_as_much_as_plain_ones():
     """But for upsampling, which then needs four of nine products."""
-    sd, x = small_sd(), torch.randn(2, 4, 8, 8)
+    sd, x = small_sd(SMALLEST), torch.randn(2, 4, 8, 8)
     encoder, upsample = nn.Sequential(sd.vae.encoder), nn.Sequential(Upsample(4))
     images = torch.randn(1, 3, 64, 64)
     plain, doubled = count_flops(lambda: encoder(images)), count_flops(lambda: upsample(x))
@@ -230,7 +230,7 @@ def in_this_process(monkeypatch):
 
 def test_a_wrong_answer_is_seen(setup, peers, in_this_process, tmp_path, capsys):
     """Diffusers' ControlNet is changed by a hundredth in one layer: the exit status is 1, and the row is named."""
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     bench_ours.write_models(tmp_path, sd, small_control(sd))
     file = tmp_path / "control" / "diffusion_pytorch_model.safetensors"
     tensors = {key: value.clone() for key, value in load_file(file).items()}

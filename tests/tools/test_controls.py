@@ -1,16 +1,19 @@
 """tools.transfer, add_control and merge: each gives the sum that it is named after, and writes a ControlNet."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from small import SMALL, small_control, small_sd, strengthened
+from safetensors.torch import load_file, save_file
+from small import SMALL, for_inpainting, small_control, small_sd, strengthened
 
+import infer
+import train
 from controlnet import ControlNet
 from controlnet.config import ControlConfig
 from ldm import StableDiffusion
-from tools import add_control, merge, transfer
+from tools import add_control, convert, describe, merge, transfer
 from tools.checkpoints import save_whole
 
 
@@ -23,6 +26,9 @@ def folder(tmp_path_factory):
     other = strengthened(small_sd())
     other.save(folder / "new.safetensors")
     other.save(folder / "new", layout="diffusers")
+    for_inpainting(other).save(folder / "inpainting.safetensors")
+    encoder = {key: value for key, value in load_file(folder / "new.safetensors").items() if key.startswith("model.")}
+    save_file(encoder, folder / "bare.safetensors", {"config": json.dumps(SMALL.to_dict())})
     StableDiffusion(replace(SMALL, unet=replace(SMALL.unet, linear_projections=True))).save(folder / "sd2.safetensors")
     control = small_control(sd)
     control.save(folder / "a.safetensors")
@@ -63,7 +69,7 @@ def transferred(folder):
     return own
 
 
-@pytest.mark.parametrize("new", ["new.safetensors", "new"])
+@pytest.mark.parametrize("new", ["new.safetensors", "new", "inpainting.safetensors", "bare.safetensors"])
 def test_transfer_adds_the_difference_of_the_encoders(folder, tmp_path, new):
     out = tmp_path / "out.safetensors"
     bases = ("--from", folder / "old.safetensors", "--to", folder / new)
@@ -173,3 +179,33 @@ def test_what_cannot_be_merged(folder, tmp_path, capsys):
     assert "--base" in error(capsys, merge, a, folder / "difference.safetensors", *out)
     assert run(merge, a, a, "--weights", 1, 1, *out) == 0 and "add up to 2" in capsys.readouterr().err
     assert "--force" in error(capsys, merge, a, a, *out)
+
+
+# ------------------------------------------------------------------------------------------------------------- typed
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_name_is_not_left_out(folder, tmp_path, capsys, text):
+    """As a script gives it whose variable is not set."""
+    control, base = folder / "a.safetensors", folder / "old.safetensors"
+    out = ["--out", tmp_path / "out.safetensors"]
+    for tool, *arguments in (
+        (transfer, control, "--from", text, "--to", base, *out),
+        (transfer, control, "--from", base, "--to", text, *out),
+        (merge, control, text, *out),
+        (merge, control, control, "--base", text, *out),
+        (merge, "--base", text, "--lora", control, *out),
+        (add_control, text, *out),
+        (convert, control, "--difference", "--base", text, *out),
+        (convert, base, "--vae", text, *out),
+        (describe, control, "--diff", text),
+        (train, "--base", base, "--control", text, "--dry-run", "--out", tmp_path / "run"),
+    ):
+        assert "the path of a checkpoint is empty" in error(capsys, tool, *arguments)
+    for option in (
+        ["--hint", text],
+        ["--prompt", "a", "--init", text],
+        ["--prompt", "a", "--init", base, "--mask", text],
+    ):
+        assert "give the path of an image" in error(capsys, infer, "--base", base, *option)
+    assert not list(tmp_path.iterdir())

@@ -27,6 +27,9 @@ SMALL_SD2 = replace(
 SMALL_SD1 = replace(SMALL, unet=replace(SMALL.unet, attention=(True, True, True)))
 
 
+SMALL_INPAINTING = replace(SMALL, unet=replace(SMALL.unet, inpainting=True))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base, its ControlNet, both in one file, and a base of the kind of SD 2.x."""
@@ -36,6 +39,7 @@ def folder(tmp_path_factory):
     sd.save(folder / "base.safetensors")
     control.save(folder / "control.safetensors")
     save_whole(folder / "whole.safetensors", sd, control)
+    StableDiffusion(SMALL_INPAINTING).save(folder / "inpainting.safetensors")
     torch.manual_seed(2)
     strengthened(StableDiffusion(SMALL_SD2)).save(folder / "sd2.safetensors")
     return folder
@@ -65,11 +69,11 @@ def metadata(path):
         return file.metadata()
 
 
-@pytest.mark.parametrize("name", ["base", "control"])
+@pytest.mark.parametrize("name", ["base", "control", "inpainting"])
 def test_to_diffusers_and_back_gives_the_same_bits(folder, tmp_path, name):
     source = folder / f"{name}.safetensors"
     assert run(source, "--out", tmp_path / "folder") == 0
-    assert (tmp_path / "folder" / ("model_index.json" if name == "base" else "config.json")).is_file()
+    assert (tmp_path / "folder" / ("config.json" if name == "control" else "model_index.json")).is_file()
     assert run(tmp_path / "folder", "--out", tmp_path / "back.safetensors") == 0
     assert_same(tmp_path / "back.safetensors", source)
     if name == "control":

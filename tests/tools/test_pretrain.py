@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import SMALL, small_sd
+from small import SMALLEST, small_sd
 from tape import record_on_tapes
 
 from controlnet.common.graphs import recorded
@@ -20,12 +20,12 @@ STEPS = ["--vae-steps", "4", "--unet-steps", "4", "--unet-batch", "2", "--pictur
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return open_pictures(tmp_path_factory.mktemp("pictures"), SMALL.resolution, 70, seed=0)
+    return open_pictures(tmp_path_factory.mktemp("pictures"), SMALLEST.resolution, 70, seed=0)
 
 
 @pytest.fixture
 def shrunk(monkeypatch):
-    monkeypatch.setattr(pretrain, "SMALL", SMALL)
+    monkeypatch.setattr(pretrain, "SMALL", SMALLEST)
     monkeypatch.setattr(pretrain_common, "SAVE_EVERY", "2")
     for module in (pretrain_vae, pretrain_unet):
         monkeypatch.setattr(module, "SHOWN", 1)
@@ -33,16 +33,16 @@ def shrunk(monkeypatch):
 
 
 def test_pictures_are_the_first_samples_and_are_drawn_once(pictures, tmp_path):
-    worlds = mixture(SMALL.resolution, seed=0)
+    worlds = mixture(SMALLEST.resolution, seed=0)
     for i in (0, 1, 63, 64, 69):  # the last two are of a second chunk
         picture = worlds[i % 6].draw(i // 6)
         assert (pictures.images[i] == picture.image).all()
         assert pictures.captions[i] == picture.caption
-    first = open_pictures(tmp_path, SMALL.resolution, 2, seed=0)
-    again = open_pictures(tmp_path, SMALL.resolution, 2, seed=1)  # which are other samples, if they are drawn
+    first = open_pictures(tmp_path, SMALLEST.resolution, 2, seed=0)
+    again = open_pictures(tmp_path, SMALLEST.resolution, 2, seed=1)  # which are other samples, if they are drawn
     assert first.captions == again.captions
     with pytest.raises(ValueError, match="holds 2 images, expected 3"):
-        open_pictures(tmp_path, SMALL.resolution, 3, seed=0)
+        open_pictures(tmp_path, SMALLEST.resolution, 3, seed=0)
 
 
 def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch, shrunk):
@@ -79,7 +79,7 @@ def test_recorded_steps_train_what_computed_ones_do(tmp_path, monkeypatch, shrun
 
 def test_a_finished_base_goes_on_learning_with_the_same_latents(tmp_path, shrunk):
     base = tmp_path / "base.safetensors"
-    small_sd().save(base)
+    small_sd(SMALLEST).save(base)
     assert pretrain.main(["--start", str(base), "--out", str(tmp_path), *STEPS]) == 0
     before, after = load_file(base), load_file(tmp_path / "small.safetensors")
     changed = {key for key in before if not torch.equal(before[key].half(), after[key])}
@@ -93,7 +93,7 @@ def batches_of(pictures, sd, folder, batch):
 
 
 def test_latents_and_captions_of_the_base_belong_together(pictures, tmp_path):
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     latents, noise, t, ids = batches_of(pictures, sd, tmp_path, 32)[3]
     known = {tuple(row.tolist()): i for i, row in enumerate(sd.tokenizer(pictures.captions))}
     with_prompt = [i for i, row in enumerate(ids) if not torch.equal(row, sd.tokenizer([""])[0])]
@@ -107,11 +107,11 @@ def test_latents_and_captions_of_the_base_belong_together(pictures, tmp_path):
 
 
 def test_a_tenth_of_the_prompts_is_dropped(pictures, tmp_path):
-    ids = batches_of(pictures, sd := small_sd(), tmp_path, 2000)[0][3]
+    ids = batches_of(pictures, sd := small_sd(SMALLEST), tmp_path, 2000)[0][3]
     assert 0.07 < (ids == sd.tokenizer([""])).all(dim=1).float().mean() < 0.13
 
 
 def test_latents_get_unit_standard_deviation(pictures):
-    vae = small_sd().vae
+    vae = small_sd(SMALLEST).vae
     vae.config = replace(vae.config, scale=unit_scale(vae, pictures))
     assert vae.encode(to_images(np.array(pictures.images))).std().item() == pytest.approx(1, rel=1e-3)

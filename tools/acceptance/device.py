@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from controlnet.common.devices import use_precision
 from tools.bench_case import reset_peak, resident
 
+WARM_UPS = 3
+
 
 class Skip(Exception):
     """What a stage needs is not here: its message says what."""
@@ -46,8 +48,8 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return start.elapsed_time(end) / 1000  # of milliseconds
 
 
-def median_seconds(work: Callable[[], Any], device: torch.device, runs: int, warm_ups: int = 3) -> float:
-    for _ in range(warm_ups):
+def median_seconds(work: Callable[[], Any], device: torch.device, runs: int) -> float:
+    for _ in range(WARM_UPS):
         work()
     return statistics.median(seconds(work, device) for _ in range(runs))
 

@@ -27,7 +27,6 @@ from .report import Report
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "diffusers", "transformers")
 AIMS = {"1 image": 1.5, "images at once": 1.5, "latents before": 1.3, "latents in it": 1.15}  # times as fast
 MEMORY_AIM = 0.8  # of diffusers'
-WARM_UPS = 3
 LONGEST = 30  # operations of a profile
 
 
@@ -79,7 +78,7 @@ def both(job: Job, *loaders: Callable[[Job], tuple[Any, dict[str, Work]]]) -> di
         before = device.allocated(job.device)
         source, works = load(job)
         for work in works.values():
-            for _ in range(WARM_UPS):
+            for _ in range(device.WARM_UPS):
                 work()
         sides[name] = Side(source, works, device.allocated(job.device) - before)
         measure_memory(job, sides[name])

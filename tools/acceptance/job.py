@@ -53,9 +53,7 @@ class Size:
 SMALL = replace(
     TINY,
     name="small",
-    unet=replace(
-        TINY.unet, channels=16, multipliers=(1, 2), blocks=1, attention=(False, True), heads=(2, 2), context_width=16
-    ),
+    unet=replace(TINY.unet, channels=16, multipliers=(1,), blocks=1, attention=(True,), heads=(2,), context_width=16),
     vae=replace(TINY.vae, channels=4, multipliers=(1, 1, 2, 2)),
     text=replace(TINY.text, width=16, heads=2, layers=1, vocabulary=600),
     resolution=64,

@@ -38,6 +38,7 @@ FEATURES = {
     "ddim": [],
     "ddpm": ["--sampler", "ddpm"],
     "dpm++": ["--sampler", "dpm++"],
+    "fractional timesteps": ["--sampler", "dpm++-sde-karras"],
     "a control's mask and range": ["--control-mask", "MASK", "--control-start", "0.2", "--control-end", "0.8"],
     "reuse": ["--reuse", "2"],
     "inpainting": ["--init", str(ROOT / "assets" / "cat.jpg"), "--mask", "MASK", "--only-masked"],

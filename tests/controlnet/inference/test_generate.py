@@ -13,9 +13,10 @@ from controlnet.common.image_files import read_image
 from controlnet.common.images import fitted_size, resized, save_png, to_pil
 from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_batch_size, default_cfg, default_size, generate, size_multiple
+from controlnet.inference.generate import default_batch_size, generate
 from controlnet.inference.image_to_image import Init
 from controlnet.inference.memory import guided_memory
+from controlnet.inference.sizes import default_cfg, default_size, size_multiple
 from ldm.config import SD15, SD21, TINY
 
 
@@ -234,7 +235,7 @@ def test_the_multiple_of_a_size_is_what_the_networks_halve():
         ({"count": 2**64}, f"the number of images is {2**64}, more than there are seeds"),
         ({"seed": -1}, f"the seed is -1, expected 0 to {2**63 - 1}: "),
         ({"seed": 2**63 - 1, "count": 2}, f"the seed is {2**63 - 1}, expected 0 to {2**63 - 2}: "),
-        ({"sampler": "euler"}, 'the sampler is "euler", expected one of ddim, ddpm, dpm++'),
+        ({"sampler": "plms"}, 'the sampler is "plms", expected one of ddim, ddpm, dpm++'),
         ({"steps": 0}, "the number of steps is 0, expected 1..1000"),
         ({"batch_size": 0}, "the batch size is 0, expected 1 (one image after the other) or more"),
     ],

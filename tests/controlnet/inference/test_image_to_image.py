@@ -10,10 +10,11 @@ from test_generate import arrays, differ, hint
 from controlnet.common.images import resized, to_images, to_pil
 from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_size, generate
+from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
 from controlnet.inference.memory import decoding_memory
 from controlnet.inference.offload import decode
+from controlnet.inference.sizes import default_size
 from ldm.samplers import timesteps_for
 
 
@@ -74,7 +75,7 @@ def test_more_strength_keeps_less_of_the_image(sd):
 
 
 @pytest.mark.parametrize("strength, done", [(0.5, 5), (0.7, 7), (0.29, 2), (0.95, 9), (1.0, 10)])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
 def test_the_last_steps_are_done_from_as_much_noise(sd, sampler, strength, done, monkeypatch):
     steps, begun = [], []
     plain = sd.schedule.q_sample

@@ -17,7 +17,7 @@ from controlnet.inference.image_to_image import Init, begin
 from controlnet.inference.noise import noise_from
 from controlnet.model import ControlNet
 from controlnet.reuse import reusing
-from ldm.samplers import sample, timesteps_for
+from ldm.samplers import SAMPLERS, sample, timesteps_for
 from ldm.schedule import Schedule
 from ldm.stable_diffusion import StableDiffusion
 
@@ -80,6 +80,7 @@ def fake():
             net = ControlNet(sd.unet)
         with unset_fake_temporarily():
             sd.schedule = Schedule(TINY.schedule)
+            assert len(sd.schedule.noise_ratios) == 1000  # and kept
         sd.schedule.alphas_cumprod = Table(sd.schedule.alphas_cumprod)
         yield sd, net
 
@@ -91,6 +92,8 @@ def fake():
         ("ddim", 1.0, [{"end": 0.4}, {"start": 0.3, "mask": True}], True, {"batched": True, "reuse": 2}),
         ("ddpm", 0.0, [{"prompt_only": True, "end": 0.7}], True, {"batched": False, "reuse": 1}),
         ("dpm++", 0.0, [{"start": 0.6, "scale": 0.5}], False, {"batched": False, "reuse": 2}),
+        ("dpm++-sde-karras", 0.0, [{"start": 0.3}], True, {"batched": True, "reuse": 1}),
+        ("heun", 0.0, [{"end": 0.4}], True, {"batched": True, "reuse": 2}),
     ],
 )
 def test_sampling_waits_for_nothing(fake, sampler, eta, controls, inpainting, options):
@@ -109,7 +112,7 @@ def test_sampling_waits_for_nothing(fake, sampler, eta, controls, inpainting, op
     with waiting() as record:
         y = sample(sampler, denoise, x, sd.schedule, 3, eta, noise, keep, on_step)
     assert y.shape == x.shape and y.device == CUDA and record.operations > 500
-    assert bool(record.pinned) == (inpainting or eta > 0 or sampler == "ddpm")
+    assert bool(record.pinned) == (inpainting or eta > 0 or SAMPLERS[sampler].draws)
     assert record.found == ["_to_copy from cpu to cuda:0"] * 2  # the schedule's two tables, before the first step
 
 

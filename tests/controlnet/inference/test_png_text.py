@@ -11,6 +11,7 @@ from controlnet.guidance import MODES
 from controlnet.hints import DETECTORS, options_of
 from controlnet.inference.a1111 import MODULES, parameters, read_parameters
 from controlnet.inference.png_text import LARGEST_TEXT, png_texts, read_texts
+from controlnet.inference.sampler_names import A1111_SAMPLERS, sampler_name
 
 SETTINGS = {
     "prompt": "a (red:1.3) bird",
@@ -23,6 +24,8 @@ SETTINGS = {
     "mask": None,
     "mask_blur": 0.0,
     "only_masked": None,
+    "upscale": 1.0,
+    "upscale_strength": 0.5,
     "base": "weights/sd15.safetensors",
     "lora": [],
     "clip_skip": 1,
@@ -152,6 +155,13 @@ def test_modes_and_fits_have_the_extensions_names():
     ]
 
 
+def test_a_second_pass_is_said_as_in_a1111():
+    text = parameters({**SETTINGS, "upscale": 2.0, "upscale_strength": 0.4})
+    assert "Denoising strength: 0.4, Hires upscale: 2.0, Hires upscaler: Lanczos" in text
+    settings, _ = read_parameters(text)
+    assert (settings["upscale"], settings["upscale_strength"], settings.get("strength")) == ("2.0", "0.4", None)
+
+
 def test_loras_of_options_are_named_as_a1111_names_them():
     settings = {**SETTINGS, "prompt": "a <lora:oil:0.5> bird", "lora": ["my/ink.safetensors:-0.8", "a:b<c"]}
     prompt, _, _ = a1111(parameters(settings))
@@ -174,6 +184,29 @@ def test_our_own_parameters_are_read_back():
         "base": "sd15",
     }
     assert others.keys() == {"Eta", "ControlNet 0"}
+
+
+@pytest.mark.parametrize("name", A1111_SAMPLERS)
+def test_every_sampler_is_read_back(name):
+    settings, others = read_parameters(parameters({**SETTINGS, "sampler": name}))
+    assert sampler_name(settings["sampler"]) == name and "Schedule type" not in others
+
+
+@pytest.mark.parametrize(
+    "text, sampler",
+    [
+        ("Sampler: DPM++ 2M Karras", "dpm++-karras"),  # older versions
+        ("Sampler: DPM++ SDE, Schedule type: Automatic", "dpm++-sde-karras"),
+        ("Sampler: Euler a, Schedule type: Automatic", "euler-a"),
+        ("Sampler: Heun, Schedule type: Karras", "heun-karras"),
+        ("Sampler: Heun, Schedule type: Beta", "heun"),
+    ],
+)
+def test_samplers_of_a1111_with_their_schedules(text, sampler):
+    settings, others = read_parameters(f"a\nSteps: 1, {text}, Seed: 3, Size: 64x64")
+    assert sampler_name(settings["sampler"]) == sampler and others == (
+        {"Schedule type": "Beta"} if "Beta" in text else {}
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """Where images go, with several processes at once."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,39 +8,35 @@ from PIL import Image
 from controlnet.inference import saving
 from controlnet.inference.saving import save_image
 
-SAVE_MANY = """
-import sys
-from pathlib import Path
-from PIL import Image
-from controlnet.inference import saving
-if sys.argv[3] == "no links":
-    def fail(*_):
-        raise OSError("no links here")
-    saving.os.link = fail
-for _ in range(30):
-    image = Image.new("RGB", (8, 8), int(sys.argv[2]))
-    print(saving.save_image(image, Path(sys.argv[1]), 0, 1, {}))
-"""
+
+def save_many(out, colour, links, together):
+    if not links:
+        saving.os.link = fail
+    for _ in range(30):
+        together.wait(timeout=60)
+        path = save_image(Image.new("RGB", (8, 8), colour), out, 0, 1, {})
+        with open(out / f"taken by {colour}", "a") as taken:
+            taken.write(f"{path}\n")
 
 
-@pytest.mark.parametrize("links", ["links", "no links"])
+def fail(*_):
+    raise OSError("no links here")
+
+
+@pytest.mark.parametrize("links", [True, False])
 def test_no_two_processes_take_the_same_number(tmp_path, links):
-    out = tmp_path / "new"
-    commands = [[sys.executable, "-c", SAVE_MANY, out, str(i), links] for i in range(2)]
-    root = Path(__file__).parents[3]
-    runs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for command in commands]
-    for i, run in enumerate(runs):
-        paths = run.communicate()[0].split()
-        assert run.returncode == 0 and len(paths) == 30
+    together = forked.CONTEXT.Barrier(2)
+    processes = [forked.start(save_many, tmp_path, i, links, together) for i in range(2)]
+    for i, process in enumerate(processes):
+        process.join()
+        paths = (tmp_path / f"taken by {i}").read_text().splitlines()
+        assert process.exitcode == 0 and len(paths) == 30
         assert all(Image.open(path).getpixel((0, 0))[0] == i for path in paths)
-    assert sorted(path.name for path in out.iterdir()) == [f"{i:04d}.png" for i in range(1, 61)]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"{i:04d}.png" for i in range(1, 61)]
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_number_that_was_taken_meanwhile_is_not_taken_again(tmp_path, monkeypatch, links):
-    def fail(*_):
-        raise OSError("no links here")
-
     if not links:
         monkeypatch.setattr(saving.os, "link", fail)
     (tmp_path / "0001.png").write_bytes(b"mine")

@@ -9,10 +9,11 @@ from small import small_sd
 from torch.utils.data import DataLoader, Dataset
 
 from controlnet.common.images import to_hints, to_images
-from controlnet.training.data import Pairs, TrainingData, batch_positions, sample_at
+from controlnet.training.data import Pairs, TrainingData
 from controlnet.training.distributed import Process
-from controlnet.training.folders import BadSample
 from controlnet.training.options import LAPTOP, TrainSettings
+from controlnet.training.order import Shuffled, batch_positions, sample_at
+from controlnet.training.pairs import BadSample
 from controlnet.training.sources import BadSamples
 from controlnet.training.workers import reading, start_worker
 
@@ -38,7 +39,7 @@ def test_a_bad_sample_is_replaced_by_the_next_and_counted():
             raise BadSample("it is bad")
         return torch.tensor(index), torch.tensor(0)
 
-    pairs, bad, seen = Pairs(read, 4, seed=0), BadSamples(4, [], share=0.3), set()
+    pairs, bad, seen = Pairs(read, Shuffled(4, 0)), BadSamples(4, [], share=0.3), set()
     for position in range(8):
         batch, wanted = pairs[position], sample_at(position, 4, seed=0)
         assert batch.content == (3 if wanted == 2 else wanted) and batch.positions == position
@@ -54,7 +55,7 @@ def test_nothing_but_bad_samples_is_one_sentence():
         raise BadSample(f"number {index} is bad")
 
     with pytest.raises(BadSample, match="100 samples in a row are bad, the last: number"):
-        Pairs(read, 300, seed=0)[0]
+        Pairs(read, Shuffled(300, 0))[0]
 
 
 class Failing(Dataset):
@@ -90,9 +91,23 @@ def test_a_lost_worker_is_not_the_disk(error):
 
 
 def test_an_endless_dataset_is_read_in_its_own_order():
-    assert [
-        int(Pairs(lambda i, p: (torch.tensor(i), torch.tensor(p)), 5, 0, endless=True)[p].content) for p in (4, 17)
-    ] == [4, 17]
+    assert [Shuffled(5, 0, endless=True).at(p) for p in (4, 17)] == [4, 17]
+
+
+def test_a_bad_pair_of_an_endless_dataset_is_replaced_by_the_next_position_and_counted_once():
+    """Which comes again in another epoch, under another position."""
+
+    def read(index, position):
+        if index % 3 == 2:
+            raise BadSample("it is bad")
+        return torch.tensor(index), torch.tensor(0)
+
+    pairs, bad = Pairs(read, Shuffled(3, 0, endless=True)), BadSamples(3, [], 0.4, name_of=lambda p: f"x/{p % 3}.png")
+    assert [int(pairs[p].content) for p in range(8, 13)] == [9, 9, 10, 12, 12]
+    bad.add(int(pairs[p].bad) for p in range(20))
+    assert len(bad) == 1
+    with pytest.raises(ValueError, match="for example x/1.png"):
+        bad.add([4])
 
 
 def test_pairs_travel_to_workers_that_are_spawned(tmp_path):

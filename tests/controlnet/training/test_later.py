@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from controlnet.objective import Drawn, EncodedPairs, loss_inputs
 from controlnet.training import later
 from controlnet.training.later import Later
-from controlnet.training.optimisation import Optimisation, constant_schedule
+from controlnet.training.lr_schedules import constant_schedule
+from controlnet.training.optimisation import Optimisation
 
 
 class Waits(TorchDispatchMode):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from controlnet.training import lock
 from controlnet.training.lock import locked
 
 
@@ -69,3 +70,18 @@ def test_what_a_holder_has_forked_does_not_hold(tmp_path):
     worker.kill()
     worker.join()
     assert other.exitcode == 0
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="Windows does not tell who holds a lock")
+def test_the_system_tells_who_holds_a_folder(tmp_path, holder):
+    folder = tmp_path / "run"
+    assert lock.holder(folder) is None
+    process = holder()
+    assert lock.holder(folder) == process.pid
+    written = (folder / lock.LOCK_NAME).read_text()
+    (folder / lock.LOCK_NAME).write_text("process 1 on another-machine since 2026-01-01 00:00:00")
+    assert lock.holder(folder) is None  # a process of that number here is another one
+    (folder / lock.LOCK_NAME).write_text(written)
+    process.kill()
+    process.join()
+    assert lock.holder(folder) is None

@@ -17,8 +17,9 @@ from torch import nn
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
+from controlnet.training.lr_schedules import constant_schedule
 from controlnet.training.memory import Estimate, Memory, Prediction, table
-from controlnet.training.optimisation import Optimisation, constant_schedule
+from controlnet.training.optimisation import Optimisation
 from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.resolve import control_config
 from controlnet.training.simulation import StorageCounter, casts_of, size_of
@@ -26,8 +27,8 @@ from ldm import StableDiffusion
 from ldm.unet import set_checkpointing
 
 SIZE = (64, 64)
-TWO_LEVELS = replace(SMALL.unet, multipliers=(1, 2), attention=(False, True), heads=(2, 2))
-SHALLOW = replace(SMALL, unet=TWO_LEVELS)  # what is fake takes time by the layer, not by its size
+ONE_LEVEL = replace(SMALL.unet, multipliers=(1,), attention=(True,), heads=(2,))
+SHALLOW = replace(SMALL, unet=ONE_LEVEL)  # what is fake takes time by the layer, not by its size
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[3]
 
@@ -99,7 +100,7 @@ def test_the_locked_half_computes_in_its_own_precision(monkeypatch):
     """As it does in a run: autocast would make its norms fp32, of which the decoder keeps the results."""
     half = predicted(precision="fp16", batch_size=4)
     monkeypatch.setattr("controlnet.objective.own_precision", lambda *_: nullcontext())
-    assert predicted(precision="fp16", batch_size=4).activations > 1.05 * half.activations
+    assert predicted(precision="fp16", batch_size=4).activations > 1.03 * half.activations
 
 
 @pytest.mark.parametrize("checkpointing, before", [(False, False), (True, False), (True, True)])
@@ -112,7 +113,7 @@ def test_the_step_holds_what_the_real_one_holds(checkpointing, before):
     loss = ControlLoss(sd.unet, net, sd.schedule)
 
     def step():
-        z0, context = torch.zeros(2, 4, 8, 8), torch.zeros(2, 77, TWO_LEVELS.context_width)
+        z0, context = torch.zeros(2, 4, 8, 8), torch.zeros(2, 77, ONE_LEVEL.context_width)
         loss(z0, torch.zeros_like(z0), torch.zeros(2, dtype=torch.int64), context, torch.zeros(2, 3, 64, 64)).backward()
 
     if before:
@@ -151,7 +152,7 @@ def test_norms_and_enlarged_maps_are_fp32_under_cuda_s_autocast():
 
 
 def test_a_validation_pair_lies_on_the_device():
-    latents, context, hint, t = 4 * 8 * 8 * 4, 77 * TWO_LEVELS.context_width * 2, 3 * 64 * 64 * 4, 8
+    latents, context, hint, t = 4 * 8 * 8 * 4, 77 * ONE_LEVEL.context_width * 2, 3 * 64 * 64 * 4, 8
     assert predicted(precision="fp16", validation=5).validation == 5 * (2 * latents + context + hint + t)
 
 
@@ -207,7 +208,7 @@ def test_the_counter_sees_what_comes_and_goes():
 
 
 def test_every_saving_saves():
-    deep = replace(SMALL, unet=replace(TWO_LEVELS, blocks=2))
+    deep = replace(SMALL, unet=replace(ONE_LEVEL, blocks=2))
     full = predicted(deep, batch_size=4, device=CPU)
     assert predicted(deep, batch_size=4, device=CPU, checkpointing=True).activations < 0.9 * full.activations
     half = predicted(deep, batch_size=4, device=CPU, precision="fp16", optimizer="adamw8bit")

@@ -13,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
-from controlnet.training.optimisation import Optimisation, constant_schedule, cosine_schedule, warmed_up_ema
+from controlnet.training.lr_schedules import constant_schedule
+from controlnet.training.optimisation import Optimisation, warmed_up_ema
 from controlnet.training.options import TrainSettings
 from controlnet.training.prepare import prepare_process
 from controlnet.training.run_state import DamagedState, load_state, save_state
@@ -88,20 +89,6 @@ def test_long_gradients_are_clipped_and_short_ones_are_not(precision):
 
 
 # ------------------------------------------------------------------------------------------------- learning rate
-
-
-def test_the_constant_schedule_warms_up_linearly():
-    assert [constant_schedule(4)(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert [constant_schedule(0)(step) for step in range(2)] == [1, 1]
-
-
-def test_the_cosine_schedule_warms_up_and_falls_to_zero():
-    factor = cosine_schedule(warmup=4, steps=100)
-    assert [factor(step) for step in range(3)] == [0.25, 0.5, 0.75]
-    assert factor(50) == pytest.approx(0.5)
-    assert factor(75) == pytest.approx(0.5 - math.sqrt(0.125))
-    assert factor(100) == pytest.approx(0)
-    assert factor(130) == pytest.approx(0)
 
 
 def test_each_step_has_its_own_rate():

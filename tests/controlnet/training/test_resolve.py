@@ -1,27 +1,45 @@
-"""What a run tells its user."""
+"""From a command line to a run's settings: how long it trains, and what it says of its learning rate."""
 
-import shlex
-from pathlib import Path
+import pytest
+from small import SMALLEST, small_sd
 
-import infer
-from controlnet.training.options import TrainSettings
-from controlnet.training.resolve import infer_command
+from controlnet.training.options import parse_args
+from controlnet.training.resolve import resolve
 from controlnet.training.run_state import RunFolder
 
-RUN = RunFolder(Path("my runs/1"))
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "small.safetensors"
+    small_sd(SMALLEST).save(path)
+    return str(path)
 
 
-def told(**settings):
-    """What infer.py reads from the command."""
-    python, program, *options = shlex.split(infer_command(TrainSettings(data="pairs", **settings), RUN))
-    assert (python, program) == ("python", "infer.py")
-    given = infer.parse_args(options)
-    assert given.pop("hint") == ["HINT.png"] and given.pop("control") == [str(RUN.control)]
-    return given
+def settings_of(base, out, words):
+    return resolve(parse_args("", ["--base", base, "--out", str(out), *words.split()]))
 
 
-def test_the_command_to_try_names_all_that_the_base_was_loaded_with():
-    settings = {"base": "my base.ckpt", "lora": ["ink:0.5", "fog"], "vae": "v.pt", "prediction": "v", "zero_snr": True}
-    assert told(**settings) == settings
-    assert told(base="sd15") == {"base": "sd15"}
-    assert told(**settings, sd_unlocked=True) == {"base": str(RUN.base)}
+@pytest.mark.parametrize(
+    "words, steps",
+    [
+        ("--epochs 3 --images 10 --batch-size 4", 8),  # of 30 samples the last step needs two more
+        ("--epochs 0.5 --images 8 --batch-size 2 --accumulate 2", 1),
+        ("--epochs 2 --batch-size 8", 500),  # a synthetic dataset has 2000
+        ("--epochs 2 --images 6 --batch-size 3 --no-cache", 4),
+    ],
+)
+def test_epochs_are_rounds_through_the_data(base, tmp_path, words, steps):
+    assert settings_of(base, tmp_path, words).steps == steps
+
+
+def test_data_without_end_has_no_epochs(base, tmp_path):
+    with pytest.raises(ValueError, match="drawn without end"):
+        settings_of(base, tmp_path, "--epochs 2 --no-cache")
+
+
+def test_a_run_goes_on_for_as_long_as_was_said_last(base, tmp_path):
+    first = settings_of(base, tmp_path, "--epochs 2 --images 8 --batch-size 2")
+    RunFolder(tmp_path).begin(0, first, {})
+    for words, length in (("", (8, 2)), ("--epochs 3", (12, 3)), ("--steps 5", (5, None))):
+        settings = settings_of(base, tmp_path, f"--resume {words}")
+        assert (settings.steps, settings.epochs) == length

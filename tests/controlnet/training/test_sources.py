@@ -1,4 +1,4 @@
-"""Samples from folders and synthetic datasets: layouts, the split, one transform for image and hint."""
+"""Samples from folders and synthetic datasets: the split, one transform for image and hint."""
 
 import json
 
@@ -7,9 +7,12 @@ import pytest
 from PIL import Image
 
 from controlnet.objective import seeded
-from controlnet.training.folders import BadSample, Entry, list_folder, read_hint
+from controlnet.training.folders import read_hint
+from controlnet.training.opening import open_sources, split
 from controlnet.training.options import TrainSettings
-from controlnet.training.sources import FolderSource, Transform, open_sources, split
+from controlnet.training.pairs import BadSample, Entry, list_folder
+from controlnet.training.sources import FolderSource
+from controlnet.training.transform import Transform
 from controlnet.worlds import WORLDS
 
 # ------------------------------------------------------------------------------------------------------ transform
@@ -65,76 +68,17 @@ def fill50k_layout(folder, count):
     return [(folder / f"target/{i}.png", folder / f"source/{i}.png") for i in range(count)]
 
 
-def imagefolder_layout(folder, count):
-    lines = [{"file_name": f"{i}.png", "conditioning_image": f"c{i}.png", "text": f"number {i}"} for i in range(count)]
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    return [(folder / f"{i}.png", folder / f"c{i}.png") for i in range(count)]
-
-
-def parallel_layout(folder, count):
-    for i in range(count):
-        caption = folder / ("captions" if i % 2 else "images") / f"{i}.txt"  # either place will do
-        caption.parent.mkdir(parents=True, exist_ok=True)
-        caption.write_text(f"number {i}\n")
-    return [(folder / f"images/{i}.png", folder / f"hints/{i}.png") for i in range(count)]
-
-
-@pytest.mark.parametrize("layout", [fill50k_layout, imagefolder_layout, parallel_layout])
-def test_every_layout_gives_the_same_pairs(tmp_path, layout):
-    for i, (image, hint) in enumerate(layout(tmp_path, 4)):
+def test_a_folder_gives_the_samples_that_lie_in_it(tmp_path):
+    for i, (image, hint) in enumerate(fill50k_layout(tmp_path, 4)):
         save(image, np.full((64, 64, 3), 10 * i, np.uint8))
         save(hint, np.full((64, 64, 3), 10 * i + 5, np.uint8))
-    listing = list_folder(tmp_path)
-    source = FolderSource("pairs", listing.entries, Transform((64, 64)))
-    assert not listing.problems and len(source) == 4
+    source = FolderSource("pairs", list_folder(tmp_path).entries, Transform((64, 64)))
+    assert len(source) == 4
     for i in range(4):
         sample = source.sample(i)
         assert (sample.image == 10 * i).all() and (sample.hint == 10 * i + 5).all()
         assert sample.caption == f"number {i}" and np.array_equal(source.hint(i), sample.hint)
-
-
-def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
-    fill50k_layout(tmp_path, 1)
-    lines = [
-        "",
-        "{broken",
-        '{"target": "a.png", "prompt": "x"}',
-        '{"source": "a", "target": "b", "prompt": " "}',
-        "[1]",
-    ]
-    with open(tmp_path / "prompt.json", "a") as file:
-        file.write("\n".join(lines))
-    listing = list_folder(tmp_path)
-    assert len(listing.entries) == 1
-    assert [problem.split("prompt.json:")[1].split(" ")[0] for problem in listing.problems] == ["2", "3", "4", "5"]
-    for words, problem in zip(("not JSON", '"source"', "empty caption", '"target"'), listing.problems, strict=True):
-        assert words in problem
-
-
-def test_parallel_folders_lack_hints_and_captions(tmp_path):
-    parallel_layout(tmp_path, 3)
-    for i in range(4):
-        save(tmp_path / f"images/{i}.png", np.zeros((8, 8, 3), np.uint8))
-    save(tmp_path / "hints/0.png", np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / "captions/1.txt").write_text(" ")
-    listing = list_folder(tmp_path)
-    assert [entry.image.name for entry in listing.entries] == ["0.png"]
-    assert ["is empty" in p or "has no" in p for p in listing.problems] == [True] * 3
-    assert len(list_folder(tmp_path, need_hints=False).entries) == 2
-
-
-@pytest.mark.parametrize("make", ["nothing", "file", "empty", "no pairs"])
-def test_what_is_no_folder_of_pairs_is_one_sentence(tmp_path, make):
-    folder = tmp_path / "data"
-    if make == "file":
-        folder.touch()
-    elif make != "nothing":
-        folder.mkdir()
-    if make == "no pairs":
-        (folder / "prompt.json").write_text("{}")
-    with pytest.raises(ValueError, match=": ") as caught:
-        list_folder(folder)
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert source.name_of(i) == str(tmp_path / f"target/{i}.png")
 
 
 def test_a_hint_lies_on_its_image_whether_it_is_read_with_it_or_alone(tmp_path):
@@ -175,7 +119,7 @@ def test_hints_have_the_channels_that_are_asked_for(tmp_path):
     assert read_hint(tmp_path / "gray.png", 3).shape == (6, 5, 3)
     six = read_hint(tmp_path / "six.npy", 6)
     assert six.shape == (6, 5, 6) and six.flat[0] == 0 and six.flat[-1] == 255
-    with pytest.raises(BadSample, match="6 channels, expected 3"):
+    with pytest.raises(BadSample, match="6 channels, and the ControlNet reads 3"):
         read_hint(tmp_path / "six.npy", 3)
     np.save(tmp_path / "large.npy", np.full((6, 5), 2.0))
     with pytest.raises(BadSample, match="outside"):
@@ -195,6 +139,18 @@ def test_validation_pairs_are_not_trained_on_and_always_the_same():
         split(entries[:1], None)
 
 
+def test_what_sd_scripts_repeats_is_shown_so_often_and_validated_once(tmp_path):
+    for folder, name in (("6_a", "p"), ("2_b", "q"), ("2_b", "r")):
+        save(tmp_path / folder / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+    settings = TrainSettings(data=str(tmp_path), detect="canny", prompt="a bird", validation=1)
+    sources = open_sources(settings, (8, 8))
+    validated, names = sources.validation.name_of(0), [sources.train.name_of(i) for i in range(len(sources.train))]
+    counts = {"p": 3, "q": 1, "r": 1} | {validated[-5]: 0}
+    assert {name: sum(path.endswith(f"{name}.png") for path in names) for name in "pqr"} == counts
+    assert {entry.caption for entry in sources.train.entries} == {"a bird"}
+    assert sources.about.startswith(f"{tmp_path} is read as sd-scripts' folders, some repeated 3 times: 3 pairs, each")
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_world_by_its_name(name):
     sources = open_sources(TrainSettings(data=name, images=10, seed=3), (64, 64))
@@ -205,7 +161,7 @@ def test_a_world_by_its_name(name):
         and held_out.caption == WORLDS[name](64, 0, held_out=True)[4].caption
     )
     assert np.array_equal(sources.train.hint(4), train.hint)
-    assert sources.train.fingerprint() != sources.validation.fingerprint()
+    assert sources.train.identity() != sources.validation.identity()
 
 
 def test_the_published_set_comes_before_the_world(tmp_path, monkeypatch):
@@ -224,7 +180,7 @@ def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
         save(hint, np.zeros((64, 64, 3), np.uint8))
 
     def current():
-        return FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64))).fingerprint()
+        return FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64))).identity().fingerprint
 
     before = current()
     assert current() == before

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from reference import FIXTURES, MINI_SD1, MINI_SD2, load_manifest
@@ -27,6 +28,7 @@ FAMILIES = {
 }
 
 
+@cache
 def base_parts(config):
     with without_weights():
         return [
@@ -36,6 +38,7 @@ def base_parts(config):
         ]
 
 
+@cache
 def control_parts(config):
     with without_weights():
         return [(ControlNet.from_unet(UNet(config.unet)), control_map(config.unet, ControlConfig()))]
@@ -45,6 +48,7 @@ COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")
 PUBLISHED = {"sd15": SD15, "sd21": SD21}
 
 
+@cache
 def diffusers_parts(config):
     """By component; in files of one component the keys have no prefix."""
     modules = [module for module, _ in base_parts(config) + control_parts(config)]

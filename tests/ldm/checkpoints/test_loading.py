@@ -345,7 +345,6 @@ def test_files_that_are_no_checkpoints(folder, tmp_path):
         ("image_proj.proj.weight", "it is an IP-Adapter"),
         ("body.0.rdb1.conv1.weight", "it is an upscaler of finished images (ESRGAN)"),
         ("lllite_unet_input_blocks_1_1.depth_down.0.weight", "it is a ControlNet-LLLite"),
-        ("lora_controlnet", "it is a Control-LoRA"),
         ("model.diffusion_model.joint_blocks.0.x", "it is an SD 3 checkpoint"),
         ("lora_unet_down_blocks_0.weight", "it is a LoRA"),
         ("down_blocks.0.resnets.0.conv1.weight", "it is a UNet in diffusers' layout"),

@@ -51,6 +51,7 @@ def test_nothing_is_not_the_current_folder(weights, text, look):
 
 ADVICE = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "`python -m tools.download sd15`",
+    "stable-diffusion-v1-5/stable-diffusion-inpainting": "`python -m tools.download sd15-inpainting`",
     "stabilityai/stable-diffusion-2-1-base": "`python -m tools.download sd21-base`",
     "stabilityai/stable-diffusion-2-1": "`python -m tools.download sd21`",
     "https://huggingface.co/x/y/resolve/main/control_v11f1p_sd15_depth.pth": "`python -m tools.download depth`",

@@ -9,15 +9,16 @@ import torch
 from reference import load_manifest
 from small import error_of
 
-from controlnet.layouts import IGNORED_BESIDE_CONTROL, check_family, recognise_control
+from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
+from ldm.checkpoints.lora import changes_of, modules_by_name
 from ldm.checkpoints.open import Checkpoint
 from ldm.checkpoints.recognise import identify
 from ldm.checkpoints.spellings import respelled
 from ldm.checkpoints.stored import CheckpointError, StoredTensor
-from ldm.config import SD15, SD21, SD21_BASE, TINY
+from ldm.config import SD15, SD15_INPAINTING, SD20_INPAINTING, SD21, SD21_BASE, TINY
 from tools.checkpoints import contents
 
 PATH = Path("file.safetensors")
@@ -39,14 +40,13 @@ def stand_in(shapes, metadata=None, configs=None, integers=()):
 @cache
 def empty(config):
     with without_weights():
-        sd = StableDiffusion(config)
-        return sd, ControlNet(sd.unet)
+        return StableDiffusion(config)
 
 
 def verdict_as_base(checkpoint):
     """-> the configuration, and the warnings that loading would give."""
     base = identify(checkpoint)
-    sd, _ = empty(SD15 if base.config.unet == SD15.unet else SD21)
+    sd = empty(base.config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         base.warn()
@@ -58,8 +58,7 @@ def verdict_as_control(checkpoint, config=SD15):
     """-> the warnings that loading it for such a base would give."""
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)
-    _, control = empty(config)
-    left_out = check_keys(checkpoint, [(control, found.key_map(config.unet))], IGNORED_BESIDE_CONTROL)
+    left_out = ControlNet.check(checkpoint, found, config.unet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_left_out(checkpoint, left_out)
@@ -124,12 +123,6 @@ LESS = {
         "it is damaged, or made for another architecture: 1 key",
     ),
     "a used integer": (SD1, f"{UNET}out.0.bias", "integer", "1 key not of a floating-point type"),
-    "nine channels": (
-        SD1,
-        FIRST,
-        (320, 9, 3, 3),
-        "it is an inpainting model",
-    ),
     "eight channels": (SD1, FIRST, (320, 8, 3, 3), "InstructPix2Pix"),
     "five channels": (SD2, FIRST, (320, 5, 3, 3), "it is a depth model"),
     "no autoencoder": (SD1, "first_stage_model.", None, "it has no autoencoder (or another one), expected a whole"),
@@ -189,6 +182,28 @@ def test_wrapped_files_load_without_a_word(name):
 SAYS_V = {"modelspec.predict_key": "v"}
 
 
+@pytest.mark.parametrize(("manifest", "config"), [(SD1, SD15_INPAINTING), (SD2, SD20_INPAINTING)])
+def test_inpainting_bases_load_without_a_word(manifest, config):
+    assert verdict_as_base(stand_in(load_manifest(manifest) | NINE)) == (config, [])
+
+
+@pytest.mark.parametrize("manifest", [CONTROL1, CONTROL2])
+def test_control_loras_load_without_a_word(manifest):
+    shapes = {"lora_controlnet": (0,)}
+    for key, shape in load_manifest(manifest).items():
+        key = key.removeprefix("control_model.")
+        if len(shape) > 1 and not key.startswith(("input_hint_block.", "zero_convs.", "middle_block_out.")):
+            stem = key.removesuffix(".weight")
+            shapes |= {f"{stem}.up": (shape[0], 128, *(1,) * (len(shape) - 2)), f"{stem}.down": (128, *shape[1:])}
+        else:
+            shapes[key] = shape
+    checkpoint = stand_in(shapes)
+    assert verdict_as_control(checkpoint, CONFIGS[manifest]) == []
+    assert contents(checkpoint).kind == "ControlNet"
+    other = SD21 if manifest == CONTROL1 else SD15
+    assert "is a ControlNet for SD" in error_of(verdict_as_control, checkpoint, other)
+
+
 def test_weights_come_before_their_moving_average():
     shapes = load_manifest(CONTROL1)
     both = {f"{outer}.{key}": shape for outer in ("params", "params_ema") for key, shape in shapes.items()}
@@ -200,6 +215,7 @@ def test_weights_come_before_their_moving_average():
 
 CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SD2_KEYS, SD1_KEYS = {CONTEXT: (320, 1024)}, {CONTEXT: (320, 768)}
+NINE = {FIRST: (320, 9, 3, 3)}
 SGM = {"conditioner.embedders.0.model.ln_final.bias": (1024,)}
 # (more keys, metadata, the name's preset) -> configuration, zero terminal SNR, who says it
 PREDICTIONS = [
@@ -215,6 +231,8 @@ PREDICTIONS = [
     (SD1_KEYS, {}, None, "eps", False, "its family"),
     (SD1_KEYS | {"v_pred": (0,)}, {}, None, "v", False, "the tensor v_pred"),
     (SD1_KEYS, {"modelspec.predict_key": "v"}, None, "v", False, "modelspec.predict_key"),
+    (SD2_KEYS | NINE, {}, None, "eps", False, "its family"),
+    (SD2_KEYS | NINE, {"modelspec.predict_key": "v"}, None, "v", False, "modelspec.predict_key"),
 ]
 
 
@@ -258,7 +276,12 @@ OTHERS = {
         "Union for SDXL",
         "get the ControlNet for",
     ),
-    "Control-LoRA": (["lora_controlnet", "input_hint_block.0.weight"], "a Control-LoRA", "get a ControlNet"),
+    "SDXL's Control-LoRA": (
+        ["lora_controlnet", "input_hint_block.0.weight", "label_emb.0.0.up"],
+        "a ControlNet for SDXL",
+        "a ControlNet for SDXL",
+    ),
+    "a Control-LoRA as base": (["lora_controlnet", "input_hint_block.0.weight"], "pass it as --control", None),
     "LLLite": (["lllite_unet_x.down.0.weight"], "a ControlNet-LLLite", "get a ControlNet"),
     "XS": ([LDM_HINT, "enc_zero_convs_out.0.weight"], "a ControlNet-XS", "get a ControlNet"),
     "XS of diffusers": ([HINT, "down_blocks.0.ctrl_to_base.0.weight"], "a ControlNet-XS", "get a ControlNet"),
@@ -276,20 +299,44 @@ OTHERS = {
     "scaled fp8": ([f"{UNET}x", "scaled_fp8"], "in scaled fp8", "in scaled fp8"),
     "LCM": (["unet.time_embedding.cond_proj.weight"], "(LCM)", "(LCM)"),
     "GLIGEN": ([f"{UNET}x", f"{UNET}x.fuser.linear.weight"], "a GLIGEN model", "a GLIGEN model"),
+    "x2 upscaler": (
+        ["unet.down_blocks.0.resnets.0.norm1.linear.weight", "vae.x", "text_encoder.x"],
+        "an upsc",
+        "an upsc",
+    ),
     "x4 upscaler": ([f"{UNET}x", f"{UNET}label_emb.weight"], "an upscaler", "an upscaler"),
     "depth2img": ([f"{UNET}x", "depth_model.model.x"], "depth2img", "depth2img"),
     "image variations": ([f"{UNET}x", "cond_stage_model.model.visual.proj"], "varies images", "varies images"),
     "hypernetwork": (["320.0.linear.0.weight"], "a hypernetwork", "a hypernetwork"),
     "ESRGAN": (["params_ema.conv_first.weight"], "(ESRGAN)", "(ESRGAN)"),
     "a compact ESRGAN": (["params.body.0.weight"], "(ESRGAN)", "(ESRGAN)"),
+    "a mender of faces": (["params_ema.stylegan_decoder.x"], "mends faces", "mends faces"),
     "T2I-Adapter": (["body.0.block1.weight"], "a T2I-Adapter", "get the ControlNet for the same"),
+    "T2I-Adapter of diffusers": (["adapter.body.0.resnets.0.block1.weight"], "a T2I-Adapter", "a T2I-Adapter"),
+    "T2I-Adapter of styles": (["style_embedding", "proj"], "a T2I-Adapter", "a T2I-Adapter"),
     "IP-Adapter": (["image_proj.proj.weight"], "an IP-Adapter", "an IP-Adapter"),
+    "IP-Adapter with a LoRA in it": (
+        ["image_proj.norm.weight", "ip_adapter.0.to_q_lora.down.weight"],
+        "an IP-Adapter",
+        "an IP-Adapter",
+    ),
     "LoRA": (["lora_unet_x.lora_up.weight"], "pass it as --lora", "pass it as --lora"),
     "LyCORIS": (["x.hada_w1_a"], "pass it as --lora", "pass it as --lora"),
     "textual inversion": (["emb_params"], "pass it as --embedding", "pass it as --embedding"),
     "autoencoder": (["decoder.mid.block_1.x"], "pass it as --vae", "pass it as --vae"),
     "autoencoder, prefixed": (["first_stage_model.decoder.up.0.x"], "pass it as --vae", "pass it as --vae"),
     "TAESD": (["decoder.layers.0.weight"], "a small autoencoder (TAESD)", "TAESD"),
+    "TAESD's decoder": (["1.weight", "3.conv.0.weight"], "a small autoencoder (TAESD)", "TAESD"),
+    "OpenPose": (["model0.conv1_1.weight"], "make_hints", "make_hints"),
+    "CLIP's images": (["visual.conv1.weight"], "CLIP's image encoder", "CLIP's image encoder"),
+    "T5": (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a text encoder alone", "a text encoder alone"),
+    "Stable Cascade": (
+        ["clip_txt_mapper.weight", "down_blocks.0.0.channelwise.0.weight"],
+        "a Stable Cascade",
+        "Cascade",
+    ),
+    "Wan": (["blocks.0.cross_attn.k.weight", "patch_embedding.weight"], "transformer's", "transformer's checkpoint"),
+    "Lumina": (["layers.0.attention.qkv.weight", "cap_embedder.0.weight"], "transformer's", "transformer's checkpoint"),
     "a control as base": ([HINT], "a ControlNet: pass it as --control", None),
     "MiDaS": (["pretrained.model.x"], "make_hints", "make_hints"),
 }
@@ -308,6 +355,13 @@ def test_what_cannot_be_used_says_what_it_is_and_what_would_fit(name):
         assert as_control in contents(checkpoint).kind  # the describing tool agrees
 
 
+@pytest.mark.parametrize("key", [CONTEXT, "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"])
+def test_a_base_as_anything_else_is_named_as_one(key):
+    checkpoint = stand_in({key: (320, 768), "text_encoder.x": (1,), "vae.x": (1,)})
+    modules = modules_by_name(empty(SD15).unet, empty(SD15).text_encoder)
+    assert error_of(changes_of, checkpoint, modules).endswith("is not a LoRA: it is a base model: pass it as --base")
+
+
 PIPELINES = {"StableDiffusion3Pipeline": "SD 3", "FluxPipeline": "Flux", "KandinskyPipeline": "the class Kandinsky"}
 
 
@@ -318,11 +372,16 @@ def test_folders_of_other_pipelines(name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"), [((320, 9, 3, 3), "an inpainting model with 9 input channels"), ((320, 4, 3, 3), "--base")]
+    ("channels", "words"),
+    [
+        (4, "a base model without one: pass it as --base"),
+        (5, "a depth model with 5 input channels"),
+        (9, "a base model for inpainting, without one: pass it as --base, with --init and --mask"),
+    ],
 )
-def test_a_base_as_control(shape, words):
-    sentence = error_of(recognise_control, stand_in({CONTEXT: (320, 768), FIRST: shape}))
-    assert words in sentence and ("pass it as --base" in sentence) == (shape[1] == 4)
+def test_a_base_as_control(channels, words):
+    sentence = error_of(recognise_control, stand_in({CONTEXT: (320, 768), FIRST: (320, channels, 3, 3)}))
+    assert words in sentence and ("pass it as --base" in sentence) == (channels != 5)
 
 
 @pytest.mark.parametrize(

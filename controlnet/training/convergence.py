@@ -1,0 +1,55 @@
+"""Whether control has set in, and whether anything still changes: what is read from the validations of a run."""
+
+import math
+
+# Until control sets in the measure stays below a thousandth: nothing of the hint comes through the zero convolutions.
+# Then it grows tenfold within some steps. Two validations in a row, as one may come after a step that went astray.
+SET_IN = 0.01
+BETTER_LOSS, BETTER_MEASURE = 0.99, 1.05  # times the best before: less is no change
+LONG = 10  # validations; without a change also as many steps as before them
+
+
+class Convergence:
+    """Takes one validation after the other. `set_in` is the step at which control set in, None before."""
+
+    def __init__(self, steps: int):
+        self.steps, self.set_in = steps, None
+        self.first_above: int | None = None
+        self.loss, self.measure = math.inf, SET_IN  # the best that counted as a change
+        self.changed = self.unchanged = self.seen = 0
+        self.told = False
+
+    def news(self, step: int, loss: float, measure: float) -> list[str]:
+        """What there is to say after this one, each thing once in a run."""
+        self.seen += 1
+        if self.has_just_set_in(step, measure):
+            return [f"control sets in at step {self.set_in}: images begin to follow their hints"]
+        self.look_for_change(step, loss, measure)
+        if self.told:
+            return []
+        if self.set_in is None and self.seen >= LONG and step >= self.steps / 2:
+            self.told = True
+            return [
+                f"control has not set in by step {step}, half of the run: see with `python -m tools.check_data` that "
+                "hints belong to their images, or take more --steps, a higher --lr, or a larger batch (--accumulate)"
+            ]
+        if self.set_in is not None and self.unchanged >= LONG and step >= 2 * self.changed:
+            self.told = True
+            return [
+                f"validation loss and control measure have been flat since step {self.changed}: more steps may not "
+                "help (Ctrl-C saves and stops; control-best.safetensors is the best by its validation loss)"
+            ]
+        return []
+
+    def has_just_set_in(self, step: int, measure: float) -> bool:
+        if self.set_in is not None:
+            return False
+        before, self.first_above = self.first_above, step if measure >= SET_IN else None
+        if before is not None and self.first_above is not None:
+            self.set_in, self.told = before, False
+        return self.set_in is not None
+
+    def look_for_change(self, step: int, loss: float, measure: float) -> None:
+        better = loss < BETTER_LOSS * self.loss, measure > BETTER_MEASURE * self.measure
+        self.loss, self.measure = loss if better[0] else self.loss, measure if better[1] else self.measure
+        self.changed, self.unchanged = (step, 0) if any(better) else (self.changed, self.unchanged + 1)

@@ -1,0 +1,65 @@
+"""What data are, wherever they lie and since when: digests of names, contents and captions.
+
+A run goes on only with the same data; latents are found again by what they were made from.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ENDS = 2**15  # bytes that are read at each end of a large file
+COMPRESSED = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".jp2"}  # any edit changes their length or their end
+
+
+class Key(NamedTuple):
+    """Digests of what a sample's latents and text states depend on, besides the base, and of what its hint does."""
+
+    latents: str
+    hint: str
+
+
+class Identity(NamedTuple):
+    fingerprint: dict  # of all samples together, by which a run knows its data
+    keys: list[Key]  # a sample each
+
+
+def digest(*parts: bytes) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()[:16]
+
+
+def digest_of(values: Iterable) -> str:
+    return digest(repr(list(values)).encode())
+
+
+def digests_of_files(files: Iterable[Path]) -> dict[Path, str]:
+    files = list(dict.fromkeys(files))
+    with ThreadPoolExecutor() as pool:  # a disk far away answers each late, but many at once
+        return dict(zip(files, pool.map(digest_of_file, files), strict=True))
+
+
+def digest_of_file(file: Path) -> str:
+    """All counts, but of large compressed images the length and both ends alone: reading these would take as long as an
+    epoch. "" if it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(2 * ENDS if file.suffix.lower() in COMPRESSED else -1)
+            length = stream.seek(0, 2)
+            stream.seek(max(len(start), length - ENDS))
+            return digest(str(length).encode(), start, stream.read())
+    except OSError:
+        return ""
+
+
+# Of these a fingerprint holds a hash, whose value tells nobody anything.
+DIGESTS = {"base", "UNet", "first image", "file names", "images", "hints", "captions"}
+
+
+def differences(before: dict, now: dict) -> str:
+    """What differs between two fingerprints, in words; "" if nothing does."""
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(key if key in DIGESTS else f"{key}: {now.get(key)} where {before.get(key)} was" for key in keys)

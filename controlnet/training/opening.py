@@ -1,0 +1,162 @@
+"""From --data to what a run trains on and what it is validated on."""
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from controlnet.common.images import Size
+from controlnet.common.program import printable
+from controlnet.hints.hint_file import is_label_map
+from controlnet.objective import seeded
+from controlnet.worlds import WORLDS
+
+from .folders import read_hint
+from .options import TrainSettings
+from .pairs import BadSample, Entry, Wanted, recognise
+from .shard_source import Shard, ShardSource, ShardStream
+from .sources import FolderSource, Source, WorldSource
+from .transform import Transform, bucket_sizes
+
+PUBLISHED_FILL50K = Path("data/fill50k")
+WORLD_IMAGES = 2000  # of a synthetic dataset, which is endless, when nobody says how many
+VALIDATION_SHARE, VALIDATION_MOST = 20, 32  # one in twenty of a folder, at most 32
+LOOKED_AT = 16  # hints, before a training
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What to train on, the validation pairs, and a sentence for each problem that was found on the way.
+
+    An endless source has a sample for every position of a run, whose order is its own.
+    """
+
+    train: Source
+    validation: Source
+    problems: list[str]
+    about: str = ""  # what was found, in a line
+    endless: bool = False
+
+
+def open_sources(settings: TrainSettings, size: Size, multiple: int = 64) -> Sources:
+    """What `settings.data` names. The split depends on the data alone, so it is the same for every run.
+
+    The sides of aspect buckets are multiples of `multiple`; validation pairs all have `size`, to be compared.
+
+    Raises ValueError if this is not a dataset or too small to split, and for settings that contradict each other.
+    """
+    data, detect, channels = settings.data, settings.detect, settings.hint_channels
+    if (settings.random_crop or settings.flip) and not settings.no_cache:
+        raise ValueError(
+            "latents are computed once, and --random-crop and --flip change the image each time: add --no-cache"
+        )
+    folder = PUBLISHED_FILL50K if data == "fill50k" and (PUBLISHED_FILL50K / "prompt.json").exists() else Path(data)
+    if data in WORLDS and folder == Path(data) and not folder.is_dir():
+        return open_world(settings, size)
+    if not folder.exists() and "/" not in data:
+        raise ValueError(
+            f'there is no folder "{data}", and the synthetic datasets are {", ".join(WORLDS)}: give one of them'
+        )
+    if detect and channels != 3:
+        raise ValueError(f"--detect makes hints of 3 channels, and --hint-channels is {channels}: leave out one")
+    wanted = Wanted(detect is None, settings.prompt_dropout < 1, settings.prompt)
+    listing = recognise(folder, wanted)
+    if listing.shards:
+        return open_shards(settings, folder, listing.shards, wanted, size)
+    unusable = f" and {len(listing.problems)} others ({listing.problems[0]})" if listing.problems else ""
+    train, validation = split(listing.entries, settings.validation, unusable)
+    train = [entry for entry in train for _ in range(entry.repeats)]
+    buckets = bucket_sizes(size, multiple) if settings.buckets else ()
+    transform = Transform(size, settings.random_crop, settings.flip, buckets)
+    trained_on = FolderSource(str(folder), train[: settings.images], transform, channels, detect)
+    if not settings.label_maps:
+        check_no_label_maps(trained_on)
+    return Sources(
+        trained_on,
+        FolderSource(str(folder), validation, Transform(size), channels, detect),
+        listing.problems,
+        about=printable(f"{folder} is read as {listing.summary(settings.prompt)}"),
+    )
+
+
+def check_no_label_maps(source: FolderSource) -> None:
+    """Raises ValueError if most of a few hints look like label maps."""
+    files = [entry.hint for entry in source.entries[:: 1 + len(source) // LOOKED_AT] if entry.hint is not None]
+    found = []
+    for file in files:
+        with suppress(BadSample):
+            found += [file] if is_label_map(read_hint(file, source.hint_channels)) else []
+    if 2 * len(found) > len(files):
+        raise ValueError(
+            f'"{found[0]}" looks like a label map, whose numbers 0, 1, 2 ... are black as colours: colour it with '
+            "`python -m tools.make_hints segmentation`, or add --label-maps to train on the numbers as they are"
+        )
+
+
+def open_world(settings: TrainSettings, size: Size) -> Sources:
+    data = settings.data
+    if settings.detect or settings.hint_channels != 3 or settings.prompt is not None:
+        raise ValueError(
+            f"the synthetic dataset {data} draws its own hints of 3 channels and tells what it draws: leave out "
+            "--detect, --hint-channels, --prompt"
+        )
+    if settings.buckets:
+        raise ValueError(f"the images of {data} are all square: leave out --buckets")
+    count = VALIDATION_MOST if settings.validation is None else settings.validation
+    train = WorldSource(data, size, settings.images or WORLD_IMAGES, settings.seed)
+    held_out = WorldSource(data, size, count, held_out=True)
+    return Sources(train, held_out, [], endless=settings.no_cache and settings.images is None)
+
+
+def open_shards(settings: TrainSettings, folder: Path, paths: list[Path], wanted: Wanted, size: Size) -> Sources:
+    """The validation pairs are the first of the first archive, so that no other needs to be opened for them."""
+    if settings.buckets:
+        raise ValueError("the images of tar shards are not looked at beforehand: leave out --buckets, or unpack them")
+    if settings.hint_channels != 3 and not settings.no_cache:
+        raise ValueError(
+            f"hints of tar shards are cached as images of 3 channels, and --hint-channels is "
+            f"{settings.hint_channels}: add --no-cache"
+        )
+    count = validation_count(len(Shard(paths[0])), settings.validation, f" in {paths[0]}")
+    shards = first_of([Shard(paths[0], count), *map(Shard, paths[1:])], settings.images)
+    reading = dict(wanted=wanted, hint_channels=settings.hint_channels, detect=settings.detect)
+    transform = Transform(size, settings.random_crop, settings.flip)
+    stream = partial(ShardStream, seed=settings.seed) if settings.no_cache else ShardSource
+    train = stream(str(folder), shards, transform=transform, **reading)
+    validation = ShardSource(str(folder), [Shard(paths[0], 0, count)], transform=Transform(size), **reading)
+    about = f"{folder} is read as tar shards: {len(shards)}, the first with {len(shards[0])} pairs for training"
+    return Sources(train, validation, [], about, endless=settings.no_cache)
+
+
+def first_of(shards: list[Shard], count: int | None) -> list[Shard]:
+    """So many pairs as come first: no more archives are opened than hold them."""
+    if count is None:
+        return shards
+    kept = []
+    for shard in shards:
+        kept.append(replace(shard, stop=shard.start + min(count, len(shard))))
+        count -= len(kept[-1])
+        if count <= 0:
+            break
+    return kept
+
+
+def split(entries: list[Entry], validation: int | None, others: str = "") -> tuple[list[Entry], list[Entry]]:
+    """-> (train, validation), always the same for the same list. Raises ValueError if nothing is left to train on,
+    which tells of the `others`."""
+    count = validation_count(len(entries), validation, others)
+    chosen = set(torch.randperm(len(entries), generator=seeded(0))[:count].tolist())
+    return [e for i, e in enumerate(entries) if i not in chosen], [entries[i] for i in sorted(chosen)]
+
+
+def validation_count(pairs: int, wanted: int | None, others: str = "") -> int:
+    """Raises ValueError if nothing is left to train on."""
+    count = min(max(1, pairs // VALIDATION_SHARE), VALIDATION_MOST) if wanted is None else wanted
+    if count >= pairs:
+        raise ValueError(
+            f"there are {pairs} usable pairs{others}, expected more than the {count} for validation: add some, or give "
+            "another number as --validation"
+        )
+    return count

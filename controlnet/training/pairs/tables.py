@@ -1,0 +1,124 @@
+"""Data sets with a row for each pair: fill50k's prompt.json as published, with `source` (the hint), `target` and
+`prompt`; Hugging Face's metadata.jsonl, .csv or .parquet with `file_name`, `conditioning_image` and `text`."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from controlnet.common.devices import optional
+from controlnet.common.files import parse_json
+
+from .entries import BadSample, Entry, Listing, Wanted
+from .folders import held_out
+from .names import COLUMNS, ENDS, Finder
+from .text import lines_of, read_text
+
+Row = tuple[str, object]  # where it stands, and its values or a BadSample
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """An object a line, or one array of objects."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        try:
+            array = parse_json(text)
+        except ValueError as error:
+            raise unreadable(path, error) from error
+        yield from ((f"{path}, object {number}", values) for number, values in enumerate(array, start=1))
+        return
+    for number, line in enumerate(lines_of(text), start=1):
+        if line.strip():
+            yield f"{path}:{number}", json_line(line)
+
+
+def json_line(line: str) -> object:
+    try:
+        return parse_json(line)
+    except json.JSONDecodeError as error:
+        return BadSample(f"is not JSON ({error.msg})")
+    except ValueError as error:
+        return BadSample(f"cannot be read: {error}")
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """With commas, semicolons (as spreadsheets write them in much of Europe) or tabs, whichever the first line has."""
+    text = read_text(path)
+    header = lines_of(text)[0]
+    rows = csv.DictReader(io.StringIO(text, newline="\n"), delimiter=max(",;\t", key=header.count))
+    try:
+        for values in rows:
+            yield f"{path}:{rows.line_num}", values
+    except csv.Error as error:
+        raise unreadable(path, error) from error
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    parquet = optional("pyarrow.parquet", path.name)
+    try:
+        table = parquet.read_table(path)
+    except Exception as error:  # a damaged file makes it raise almost anything
+        raise unreadable(path, error) from error
+    for number, values in enumerate(table.to_pylist(), start=1):
+        yield f"{path}, row {number}", values
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    first, *_ = str(error).splitlines()
+    return ValueError(f'"{path}" is not readable as {path.suffix[1:].upper()} ({first}): write it again')
+
+
+READERS = {
+    ".json": json_rows,
+    ".jsonl": json_rows,
+    ".ndjson": json_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+}
+STEMS = ("prompt", "prompts", "metadata", "data", "train")
+
+
+def list_table(folder: Path, wanted: Wanted) -> Listing | None:
+    """None if there is none, at the top or under train/. Raises ValueError for a file that cannot be read at all."""
+    names = [f"{stem}{suffix}" for stem in STEMS for suffix in READERS]
+    tables = [path for root in (folder, folder / "train") for path in map(partial(Path, root), names) if path.is_file()]
+    if not tables:
+        return None
+    path, find = tables[0], Finder(tables[0].parent)
+    left_out = [str(other.relative_to(folder)) for other in tables[1:]]
+    left_out += [f"{name}/" for name in held_out(folder)] if path.parent != folder else []
+    listing = Listing(str(path.relative_to(folder)), left_out=left_out)
+    for where, values in READERS[path.suffix](path):
+        try:
+            listing.entries.append(entry_of(values, find, wanted))
+        except BadSample as error:
+            listing.problems.append(f"{where} {error}")
+    return listing
+
+
+def entry_of(values: object, find: Finder, wanted: Wanted) -> Entry:
+    """Raises BadSample."""
+    if isinstance(values, BadSample):
+        raise values
+    if not isinstance(values, dict):
+        raise BadSample(f"is {type(values).__name__}, expected names and values")
+    row = {str(name).strip().lower().replace(" ", "_"): value for name, value in values.items()}
+    names = {role: text_in(row, role) for role in COLUMNS}
+    for role in ("image", "hint") if wanted.hints else ("image",):
+        if not names[role]:
+            advice = ", or add --detect" if role == "hint" else ""
+            raise BadSample(f"names no {role}, expected a file's name as {COLUMNS[role].replace(' ', ', ')}{advice}")
+    caption = wanted.caption(names["caption"], f"has no caption: expected {COLUMNS['caption'].replace(' ', ', ')}")
+    image, hint = find(names["image"]), find(names["hint"]) if wanted.hints else None
+    if image == hint and names["image"] != names["hint"]:
+        raise BadSample(f'names "{names["image"]}" and "{names["hint"]}", and both lead to {image}')
+    return Entry(image, hint, caption)
+
+
+def text_in(row: dict, role: str) -> str:
+    """The first column of that role with a text in it, or ""."""
+    keys = (name + end for name in COLUMNS[role].split() for end in ENDS)
+    return next((row[key] for key in keys if isinstance(row.get(key), str) and row[key].strip()), "")

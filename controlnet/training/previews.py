@@ -1,0 +1,119 @@
+"""Grids of what a ControlNet in training makes of the hints of a few samples."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from controlnet.common.images import Size, save_png, to_hints
+from controlnet.guidance import Control, exact
+from controlnet.inference.generate import generate, make_denoise, prompt_contexts
+from controlnet.inference.noise import draw
+from controlnet.inference.offload import decode
+from controlnet.inference.sizes import default_cfg, latent_shape
+from controlnet.model import ControlNet
+from controlnet.worlds import Sample
+from controlnet.worlds.measures import foreground, iou, keypoint_distance
+from ldm import samplers
+from ldm.stable_diffusion import StableDiffusion
+
+from .folders import read_hint, read_pixels
+from .options import TrainSettings
+from .sources import photograph_detector
+from .transform import Transform
+
+
+def own_samples(settings: TrainSettings, size: Size) -> list[Sample]:
+    """Those of --validate: their hints are read, cut and made as a folder's, and where its images are they are white.
+    Raises ValueError for a file that cannot be read."""
+    samples = []
+    for file, prompt in settings.validate:
+        array = read_pixels(Path(file)) if settings.detect else read_hint(Path(file), settings.hint_channels)
+        array = Transform(size).of(array.shape[:2])(array)
+        hint = photograph_detector(settings.detect)(array) if settings.detect else array
+        samples.append(Sample(np.full((*size, 3), 255, np.uint8), hint, prompt))
+    return samples
+
+
+class Preview:
+    """Images for the hints of a few samples, always sampled with the same seeds: steps can be compared. As many at once
+    as a batch of the training has, which needs more memory for its gradients."""
+
+    def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], batch_size: int, steps: int = 10):
+        self.sd, self.samples, self.batch_size, self.steps = sd, samples, batch_size, steps
+
+    def save(self, control: ControlNet, path: Path) -> dict[str, float]:
+        """Writes the grid, a row for each sample, and returns the means of what `measure` says of the images."""
+        rows, measures = [], []
+        for sample, image in zip(self.samples, self.images(control), strict=True):
+            measures.append(measure(sample, image))
+            words = [sample.caption, *(f"{name} {value:.2f}" for name, value in measures[-1].items())]
+            side = image.shape[:2]
+            rows.append(np.hstack([as_rgb(sample.hint), image, sample.image, text_image(words, side)]))
+        save_png(Image.fromarray(np.vstack(rows)), path, {})
+        # of people and shapes in turn, only some have keypoints
+        names = dict.fromkeys(name for values in measures for name in values)
+        return {name: float(np.mean([m[name] for m in measures if name in m])) for name in names}
+
+    def images(self, control: ControlNet) -> Iterator[np.ndarray]:
+        for first in range(0, len(self.samples), self.batch_size):
+            yield from images_for(
+                self.sd, control, self.samples[first : first + self.batch_size], seed=first, steps=self.steps
+            )
+
+
+def measure(sample: Sample, image: np.ndarray) -> dict[str, float]:
+    """How well an image follows its hint: of a figure on a plain ground, as in some of the synthetic datasets."""
+    if sample.mask is None or sample.truth is not None:  # in a landscape, colours do not tell what the figure is
+        return {}
+    shown = foreground(image)
+    values = {"iou": iou(shown, sample.mask)}
+    if sample.keypoints is not None:
+        values["keypoint_distance"] = keypoint_distance(shown, sample.keypoints)
+    return values
+
+
+def image_for(sd: StableDiffusion, control: ControlNet, sample: Sample, seed: int, **settings) -> np.ndarray:
+    """One image (H, W, 3), uint8, for a sample's hint and caption; `settings` are `generate`'s."""
+    controls = [Control(control, to_hints([sample.hint]))]
+    (image,) = generate(sd, sample.caption, controls, seed=seed, **settings)
+    return np.asarray(image)
+
+
+@torch.no_grad()
+def images_for(
+    sd: StableDiffusion, control: ControlNet, samples: Sequence[Sample], seed: int, steps: int
+) -> list[np.ndarray]:
+    """What `image_for` makes of each, with the seeds `seed`, `seed` + 1 ...: equal to rounding, but sampled as one
+    batch. They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
+    hints = to_hints(sample.hint for sample in samples)  # (B, C, H, W)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(samples))]
+    x = draw(generators, latent_shape(sd.config, tuple(hints.shape[-2:]))).to(sd.device)
+    contexts = [prompt_contexts(sd, sample.caption, "", clip_skip=1, long=False) for sample in samples]
+    prompt, negative = map(torch.cat, zip(*contexts, strict=True))  # (B, 77, D)
+    timesteps = samplers.timesteps_for("ddim", sd.schedule, steps)
+    cfg, controls = default_cfg(sd.config), [Control(control, hints)]
+    denoise = make_denoise(sd, prompt, negative, cfg, controls, timesteps, batched=True, make_predictor=exact)
+    latents = samplers.sample("ddim", denoise, x, sd.schedule, steps)
+    denoise.check(latents)
+    return [np.asarray(image) for one in latents.split(1) for image in decode(sd, one, tiled=False)]
+
+
+def as_rgb(hint: np.ndarray) -> np.ndarray:
+    """A hint (H, W, C) as an image (H, W, 3): of more channels than three the first ones, of fewer the mean."""
+    if hint.shape[2] >= 3:
+        return hint[..., :3]
+    return hint.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
+
+
+def text_image(paragraphs: list[str], size: tuple[int, int]) -> np.ndarray:
+    """Text on white, uint8 (H, W, 3), of `size`."""
+    height, width = size
+    image = Image.new("RGB", (width, height), "white")
+    points = max(9, height // 18)
+    lines = [line for text in paragraphs for line in [*textwrap.wrap(text, max(1, int(width / points * 1.8))), ""]]
+    ImageDraw.Draw(image).multiline_text((4, 4), "\n".join(lines), "black", ImageFont.load_default(points))
+    return np.asarray(image)

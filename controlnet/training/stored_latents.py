@@ -1,0 +1,155 @@
+"""A cache's folder (latent_cache.py) as it is read: which samples it holds, whole or damaged, and their rows."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from controlnet.common.image_files import open_image
+from controlnet.common.images import Size, to_hints
+from controlnet.objective import EncodedPairs
+
+from .identity import Key
+from .sources import Source
+
+
+def hint_path(folder: Path, hint: str) -> Path:
+    return folder / "hints" / f"{hint}.png"
+
+
+class Place(NamedTuple):
+    shard: Path
+    row: int
+
+
+class Stored:
+    """What a folder holds of the samples with these keys. With `check` damaged files are removed: to be made again by
+    the one process whose samples they hold."""
+
+    def __init__(self, folder: Path, keys: Sequence[Key], check: bool):
+        self.folder, wanted = folder, {key.latents for key in keys}
+        self.places: dict[str, Place] = {}
+        self.bad: set[Key] = set()
+        for path in sorted(folder.glob("*.safetensors")):
+            held = names_in(path)
+            if wanted.isdisjoint(held["keys"] + [latents for latents, _ in held["bad"]]):
+                if check and not any(held.values()):
+                    say_damaged(path)
+                continue
+            if check and not is_whole(path):
+                say_damaged(path)
+                path.unlink(missing_ok=True)
+                continue
+            for row, name in enumerate(held["keys"]):
+                self.places.setdefault(name, Place(path, row))
+            self.bad |= {Key(*names) for names in held["bad"]}
+
+    def has(self, key: Key) -> bool:
+        """Or that it is bad."""
+        return key.latents in self.places or key in self.bad
+
+    def lacks_hint(self, source: Source, key: Key) -> bool:
+        return not source.hints_are_files and key not in self.bad and not hint_path(self.folder, key.hint).exists()
+
+
+def names_in(path: Path) -> dict:
+    """The samples that a shard names: `keys` by row, and those found to be `bad`. None if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            held = json.loads(file.metadata()["samples"])
+        return {"keys": list(held["keys"]), "bad": [list(map(str, names)) for names in held["bad"]]}
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        return {"keys": [], "bad": []}
+
+
+class LatentCache:
+    """A complete cache, memory-mapped: row -> the index of its sample, its latents and its hint."""
+
+    def __init__(self, folder: Path, source: Source, keys: Sequence[Key]):
+        stored = Stored(folder, keys, check=False)  # which `build` has done
+        good = [i for i, key in enumerate(keys) if key.latents in stored.places and key not in stored.bad]
+        places = [stored.places[keys[i].latents] for i in good]
+        number = {path: n for n, path in enumerate(sorted({place.shard for place in places}))}
+        # (rows, 3): the sample's index, its shard's number and the row in it
+        table = [(i, number[place.shard], place.row) for i, place in zip(good, places, strict=True)]
+        hints = [] if source.hints_are_files else [keys[i].hint for i in good]
+        self.open(folder, source, list(number), np.array(table, dtype=np.int64).reshape(-1, 3), hints)
+
+    def open(self, folder: Path, source: Source, paths: list[Path], table: np.ndarray, hints: list[str]) -> None:
+        self.folder, self.source, self.paths, self.table, self.hints = folder, source, paths, table, hints
+        self.shards = [load_file(path) for path in paths]
+
+    def __reduce__(self):
+        """Spawned workers open the files themselves, in place of getting all latents."""
+        return reopened, (self.folder, self.source, self.paths, self.table, self.hints)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def index(self, row: int) -> int:
+        return int(self.table[row, 0])
+
+    def size(self, row: int) -> Size:
+        height, width = self.shards[self.table[row, 1]]["size"].tolist()
+        return height, width
+
+    def read(self, row: int, position: int) -> tuple[EncodedPairs, Tensor]:
+        """Encoding and hint (C, H, W). Raises BadSample where the hint's file is gone or unreadable by now."""
+        _, number, i = self.table[row].tolist()
+        encoded = EncodedPairs(*(self.shards[number][name][i] for name in EncodedPairs._fields))
+        return encoded, to_hints([self.hint(row)])[0]
+
+    def hint(self, row: int) -> np.ndarray:
+        """uint8 (H, W, C), computed again if the cache's file is lost or of another size. Raises BadSample."""
+        if self.hints:
+            with suppress(ValueError):
+                cached = np.array(open_image(hint_path(self.folder, self.hints[row])))
+                if cached.shape == (*self.size(row), 3):
+                    return cached
+        return self.source.hint(self.index(row))
+
+    def missing(self) -> list[int]:
+        """The indices of the bad samples, which have no row."""
+        return sorted(set(range(len(self.source))) - set(self.table[:, 0].tolist()))
+
+
+def reopened(*arguments) -> LatentCache:
+    cache = LatentCache.__new__(LatentCache)
+    cache.open(*arguments)
+    return cache
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is readable and holds the bits that were written."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+            return metadata["crc32"] == checksum(tensors, metadata["samples"])
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return False
+
+
+def say_damaged(path: Path) -> None:
+    tqdm.write(f'"{path}" is damaged: it is computed again')
+
+
+def checksum(tensors: dict[str, Tensor], samples: str) -> str:
+    crc = zlib.crc32(samples.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(raw_bytes(tensor), crc)
+    return f"{crc:08x}"
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,0 +1,58 @@
+"""The page of a run."""
+
+import math
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from controlnet.training.curves import KEPT, Curve, Curves, scalars
+from controlnet.training.report import HEIGHT, MOST_POINTS, PANELS, WIDTH, points_of, write_report
+from controlnet.training.run_state import RunFolder
+
+
+def curve(values, steps=None):
+    made = Curve()
+    for step, value in zip(steps or range(1, len(values) + 1), values, strict=True):
+        made.add(step, value)
+    return made
+
+
+def test_a_page_has_every_curve_and_every_grid(tmp_path):
+    run, curves = RunFolder(tmp_path / "a <b> & c"), Curves()
+    (run.path / "samples").mkdir(parents=True)
+    for step in range(1, 101):
+        curves.add({"step": step, "loss": math.nan if step == 7 else 1 / step, "lr": 1e-3, "grid": "x.png"})
+        if step % 50 == 0:
+            curves.add({"step": step, "validation_loss": 0.5, "control_measure": 0.1 * step, "zero_convs": [1.0, 2.0]})
+            run.grid(step).touch()
+    write_report(run, curves, 200, set_in=50)
+    page = ElementTree.fromstring(run.report.read_text().removeprefix("<!doctype html>"))
+    assert [image.get("src") for image in page.iter("img")] == ["samples/000100.png", "samples/000050.png"]
+    assert len([*page.iter("svg")]) == 5 and len([*page.iter("polyline")]) == 6  # no iou, two zero convolutions
+    assert "control set in at step 50" in run.report.read_text() and "step 100 of 200" in run.report.read_text()
+    points = [pair.split(",") for pair in next(page.iter("polyline")).get("points").split()]
+    np.testing.assert_allclose(np.array(points, float), [[WIDTH / 2, HEIGHT], [WIDTH, 0]])  # the measure: 5 and 10
+    write_report(run, curves, 100, set_in=None)
+    assert "http-equiv" not in run.report.read_text() and "has not set in" in run.report.read_text()
+
+
+def test_a_long_curve_is_drawn_by_means():
+    steps, values = points_of(curve([float(i % 2) for i in range(10 * MOST_POINTS)]))
+    assert len(steps) == MOST_POINTS and set(values) == {0.5}
+    assert steps[0] == pytest.approx(5.5) and steps[-1] == 10 * MOST_POINTS - 4.5
+    steps, values = points_of(curve([math.nan, 2.0, math.inf, 4.0]))
+    assert (steps.tolist(), values.tolist()) == ([2, 4], [2, 4])
+
+
+def test_numbers_of_a_log_line_have_names():
+    values = {"step": 3, "loss": 0.5, "grid": "000003.png", "zero_convs": [1.0, 2.0]}
+    assert scalars(values) == {"loss": 0.5, "zero_convs/0": 1.0, "zero_convs/1": 2.0}
+
+
+def test_a_value_is_that_of_its_step():
+    curves = Curves()
+    curves.add({"step": 3, "validation_loss": 0.5, "memory_gb": 1.0})
+    assert curves.at("validation_loss", 3) == 0.5 and curves.at("validation_loss", 4) is None
+    assert curves.at("loss", 3) is None and "memory_gb" not in curves
+    assert {panel.name for panel in PANELS} == set(KEPT)

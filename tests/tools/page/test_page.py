@@ -1,0 +1,284 @@
+"""The page in a real browser, whose network ends at this machine."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from controlnet.inference.png_text import read_texts
+from controlnet.training.lock import holder
+from controlnet.worlds.measures import iou
+
+pytest.importorskip("gradio", reason="the page needs gradio")
+api = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+
+ROOT = Path(__file__).parents[3]
+ALONE = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+SECONDS = 60_000  # in milliseconds: what a busy machine may need
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """-> the page's address and its folders of pictures and runs."""
+    folder = tmp_path_factory.mktemp("page")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tools.page", "--port", str(port), "--out", "out", "--runs", "runs"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "2"}
+    with open(folder / "said", "w") as said:
+        server = subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT, env=environment)
+    try:
+        wait_for(lambda: answers(port), server)
+        yield f"http://127.0.0.1:{port}", folder / "out", folder / "runs"
+    finally:
+        server.terminate()
+        assert server.wait(30) in (0, 130)
+    said = (folder / "said").read_text()
+    assert said.startswith(f"http://127.0.0.1:{port}\n") and "public link" not in said
+
+
+def answers(port):
+    with socket.socket() as here:
+        return here.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition, process=None):
+    end = time.monotonic() + SECONDS / 1000
+    while not (found := condition()):
+        assert time.monotonic() < end and (process is None or process.poll() is None)
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ALONE.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(served, browser):
+    """Opens the page for one more visitor. At the end none of them has asked for anything outside, or seen an error."""
+    contexts, wrong = [], []
+
+    def blocked(route):
+        wrong.append(route.request.url)
+        route.abort()
+
+    def new():
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
+        contexts[-1].route(re.compile(r"^(?!http://127\.0\.0\.1:|data:|blob:)"), blocked)
+        page = contexts[-1].new_page()
+        page.set_default_timeout(SECONDS)
+        page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(served[0])
+        page.wait_for_function("document.querySelector('#sketch canvas')?.read")
+        page.wait_for_timeout(300)  # the rest of the page tells nobody when it is ready
+        return page
+
+    yield new
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def drag(page, canvas, places):
+    """The mouse along these places, in fractions of the canvas."""
+    page.locator(canvas).first.scroll_into_view_if_needed()
+    box = page.locator(canvas).first.bounding_box()
+    x, y = ([box[start] + box[size] * place[i] for place in places] for i, (start, size) in enumerate(SIDES))
+    page.mouse.move(x[0], y[0])
+    page.mouse.down()
+    for there in zip(x[1:], y[1:], strict=True):
+        page.mouse.move(*there)
+    page.mouse.up()
+
+
+SIDES = (("x", "width"), ("y", "height"))
+CIRCLE = [(0.55 + 0.25 * math.cos(i * math.pi / 24), 0.5 + 0.25 * math.sin(i * math.pi / 24)) for i in range(49)]
+
+
+def make(page, seen="#picture", steps=None):
+    """Presses the button -> the address of the finished picture."""
+    before = page.locator(f"{seen} img").get_attribute("src") if page.locator(f"{seen} img").count() else None
+    if steps:
+        set_number(page, "steps", steps)
+    page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
+    page.wait_for_function(
+        "([seen, before]) => { const s = document.querySelector(seen + ' img')?.src;"
+        " return s && s !== before && /[/][0-9]{4}[.]png$/.test(s); }",
+        arg=[seen, before],
+    )
+    return page.locator(f"{seen} img").get_attribute("src")
+
+
+def set_number(page, label, value):
+    field = page.get_by_label(f"number input for {label}", exact=False).filter(visible=True)
+    if not field.count():
+        page.get_by_role("button", name="more").filter(visible=True).click()
+        page.wait_for_timeout(500)
+    field.first.fill(str(value))
+    field.first.press("Tab")
+
+
+def file_of(out, address):
+    return out / address.rsplit("/", 1)[1]
+
+
+def inputs_of(picture):
+    settings, _ = read_texts(picture)
+    return settings, [np.asarray(Image.open(picture.parents[1] / hint)) for hint in settings["hint"]]
+
+
+def test_the_disc_lies_on_the_circle_that_was_drawn(served, visit, tmp_path):
+    page = visit()
+    drag(page, "#sketch canvas", CIRCLE)
+    page.fill("#prompt textarea", "red circle with blue background")
+    address = make(page)
+    picture = file_of(served[1], address)
+    pixels = np.asarray(Image.open(picture)).astype(int)
+    disc = Image.new("1", (pixels.shape[1], pixels.shape[0]))
+    ImageDraw.Draw(disc).polygon([(x * disc.width, y * disc.height) for x, y in CIRCLE], fill=1)
+    assert iou(pixels[..., 0] > pixels[..., 2], np.asarray(disc)) > 0.8
+
+    # What is downloaded is the file with its text, which fills the form of another visitor.
+    assert page.request.get(address).body() == picture.read_bytes()
+    other = visit()
+    other.locator("input[type=file][accept='.png']").first.set_input_files(picture)
+    other.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('red circle')")
+    read = "document.querySelector('#sketch canvas').read()"
+    assert other.wait_for_function(f"{read} === {json.dumps(page.evaluate(read))}")
+
+
+def test_a_pose_is_dragged(served, visit):
+    page = visit()
+    page.get_by_label("pose").check()
+    drag(page, "#sketch canvas", [(0.31, 0.56), (0.25, 0.4), (0.15, 0.25)])  # the right wrist
+    settings, (hint,) = inputs_of(file_of(served[1], make(page, steps=2)))
+    assert settings["control"] == ["tiny-pose"] and hint.shape == (512, 512, 3)
+    assert hint[int(0.25 * 512), int(0.15 * 512)].any() and not hint[int(0.58 * 512), int(0.31 * 512)].any()
+
+
+def test_a_photograph_becomes_a_hint_which_a_brush_corrects(served, visit):
+    page = visit()
+    page.get_by_role("tab", name="Photo").click()
+    page.wait_for_selector("#photo canvas")
+    page.wait_for_selector("#hint-1 canvas")
+    page.wait_for_timeout(500)  # editors tell nobody when they are ready
+    page.locator("#photo input[type=file]").first.set_input_files(ROOT / "assets" / "cat.jpg")
+    page.wait_for_function("!document.querySelector('#photo').innerText.includes('Upload')")
+    page.wait_for_timeout(500)
+    page.locator("#detect-1").click()
+    page.wait_for_function("!document.querySelector('#hint-1').innerText.includes('Upload')")
+    page.wait_for_timeout(500)
+    drag(page, "#hint-1 canvas", [(0.4 + 0.02 * i, 0.5) for i in range(11)])
+    page.wait_for_timeout(500)
+    settings, (hint,) = inputs_of(file_of(served[1], make(page, "#photo-picture", steps=2)))
+    assert settings["control"] == ["tiny-canny"] and settings["size"] == "192x128"
+    lines = hint.min(axis=2) > 127
+    assert hint.shape == (512, 768, 3) and 0.02 < lines.mean() < 0.3
+    assert lines[:, 300:460].all(axis=1).sum() in range(3, 60)  # the stroke
+
+    # Inpainting of what is painted, without the hint.
+    drag(page, "#photo canvas", [(0.5, 0.5), (0.55, 0.55)])
+    page.wait_for_timeout(500)
+    page.get_by_label("begin from").click()
+    page.get_by_text("the photograph, for what is painted").click()
+    picture = file_of(served[1], make(page, "#photo-picture"))
+    settings, _ = inputs_of(picture)
+    init, mask = (Image.open(served[1].parent / settings[name]) for name in ("init", "mask"))
+    assert init.size == mask.size and 0 < np.asarray(mask).mean() < 64
+
+
+def test_cancel_works_at_the_next_step(served, visit):
+    page = visit()
+    before = sorted(served[1].glob("*.png"))
+    drag(page, "#sketch canvas", CIRCLE)
+    set_number(page, "steps", 50)
+    page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
+    page.wait_for_function("/step [0-9]+ of 50/.test(document.querySelector('#picture-notes').innerText)")
+    page.get_by_role("button", name="cancel", exact=True).filter(visible=True).click()
+    page.wait_for_function("document.querySelector('#picture-notes').innerText.includes('cancelled')")
+    make(page, steps=2)
+    assert len(sorted(served[1].glob("*.png"))) == len(before) + 1
+
+
+def test_a_bad_file_is_a_sentence(visit, tmp_path):
+    page = visit()
+    (tmp_path / "bad.png").write_text("no picture")
+    page.locator("input[type=file][accept='.png']").first.set_input_files(tmp_path / "bad.png")
+    page.wait_for_function("document.body.innerText.includes('\"bad.png\" is not readable as an image')")
+    page.get_by_role("tab", name="Files").click()
+    page.locator("#dropped input[type=file]").set_input_files(tmp_path / "bad.png")
+    page.wait_for_selector("text=bad.png")
+    page.locator("#checkpoint input").click()
+    page.get_by_role("option", name="tiny-pose.safetensors").click()
+    page.wait_for_function("/kind +ControlNet/.test(document.querySelector('#facts textarea').value)")
+
+
+def test_two_visitors_have_their_own_pictures(served, visit):
+    pages = [visit(), visit()]
+    for page, colour in zip(pages, ("red", "lime"), strict=True):
+        drag(page, "#sketch canvas", CIRCLE)
+        page.fill("#prompt textarea", f"{colour} circle with blue background")
+        set_number(page, "steps", 4)
+    for page in pages:
+        page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
+    finished = "/[/][0-9]{4}[.]png$/.test(document.querySelector('#picture img')?.src)"
+    for page, colour in zip(pages, ("red", "lime"), strict=True):
+        page.wait_for_function(finished)
+        settings, _ = inputs_of(file_of(served[1], page.locator("#picture img").get_attribute("src")))
+        assert settings["prompt"].startswith(colour)
+
+
+def test_a_training_is_started_watched_and_stopped(served, visit):
+    page = visit()
+    page.get_by_role("tab", name="Runs").click()
+    page.locator("#name input, #name textarea").fill("mine")
+    for label, value in (("steps", "500"), ("batch size", "1"), ("images", "4")):
+        page.get_by_label(label, exact=True).filter(visible=True).fill(value)
+    expected = "python train.py --data=fill50k --base=tiny --steps=500 --batch-size=1 --images=4 --precision=fp32"
+    page.wait_for_function(f"document.querySelector('#command textarea').value === '{expected} --out=runs/mine'")
+    page.get_by_role("button", name="start", exact=True).click()
+    page.wait_for_function("/step [0-9]+ of 500, about/.test(document.querySelector('#status').innerText)")
+    page.wait_for_selector("#charts polyline")
+    process = holder(served[2] / "mine")
+    assert os.getsid(process) == process  # what ends the page does not end it
+    page.get_by_role("button", name="stop", exact=True).click()
+    page.wait_for_function("document.querySelector('#status').innerText.startsWith('ended after step')")
+    page.wait_for_function("document.querySelector('#output textarea').value.includes('go on with --resume')")
+
+
+def test_nothing_outside_its_folders_is_served(served, visit):
+    page = visit()
+    address, out, _ = served
+    (out.parent / "secret.png").write_bytes(b"secret")
+    for path in ("/etc/hostname", ROOT / "README.md", out.parent / "secret.png", out / ".." / "secret.png", "runs"):
+        assert page.request.get(f"{address}/gradio_api/file={path}").status in (403, 404), path
+    # A form that names a file of the server's, in place of one that was sent.
+    config = page.request.get(f"{address}/config").json()
+    files = [c["id"] for c in config["components"] if c["type"] == "file"]
+    uploads = [d for d in config["dependencies"] if d["inputs"] and set(d["inputs"]) <= set(files)]
+    assert len(uploads) == 2
+    for upload in uploads:
+        file = {"path": str(out.parent / "secret.png"), "meta": {"_type": "gradio.FileData"}}
+        sent = {"data": [file], "fn_index": upload["id"], "session_hash": "forged"}
+        assert page.request.post(f"{address}/gradio_api/queue/join", data=sent).ok
+    said = page.request.get(f"{address}/gradio_api/queue/data?session_hash=forged").text()
+    assert said.count('"success":false') == 2 and "is not readable" not in said

@@ -1,0 +1,63 @@
+"""A page in the browser: draw, and see the picture follow; photographs, trainings and files.
+
+    python -m tools.page
+
+needs the package gradio (pip install gradio). The page is served to this machine alone, at http://127.0.0.1:7860, and
+asks for nothing outside it. Pictures are saved in --out as infer.py saves them; trainings are those in --runs, and go
+on when the page ends.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from controlnet.common.program import new_parser, run, share_cores
+from tools.cli import add_debug, make_folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    share_cores()
+    parser = new_parser("python -m tools.page", __doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where pictures go (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trainings are (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    return run("page", lambda: serve(args), args.debug, stopped="trainings go on")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Until it is stopped. What browsers send and get lies in a folder of this page's own, which ends with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for folder, option in ((args.out, "--out"), (args.runs, "--runs")):
+        make_folder(folder, option)
+    with TemporaryDirectory(prefix="page-") as folder:
+        # Before gradio is imported, which would ask the network for its version and tell what is used.
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", GRADIO_TEMP_DIR=folder)
+        from controlnet.common.devices import optional
+
+        optional("gradio", "the page")
+        from .layout import CSS, THEME, page
+
+        print(f"http://127.0.0.1:{args.port}", flush=True)
+        page(args.out, args.runs).launch(
+            server_name="127.0.0.1",
+            server_port=args.port,
+            share=False,
+            quiet=True,
+            ssr_mode=False,
+            run_history=False,
+            inbrowser=args.open,
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+            allowed_paths=[str(args.out.resolve()), str(args.runs.resolve())],
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What lies in weights/ and in the runs' folders, recognised by what is in it."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from ldm.checkpoints import published
+from ldm.checkpoints.open import open_checkpoint
+from ldm.checkpoints.stored import CheckpointError
+from tools.checkpoints import contents
+
+SUFFIXES = (".safetensors", ".ckpt", ".pth")
+
+
+def bases() -> list[str]:
+    return named(lambda kind: "base" in kind)
+
+
+def controls() -> list[str]:
+    return named(lambda kind: "ControlNet" in kind)
+
+
+def named(wanted: Callable[[str], bool]) -> list[str]:
+    """By which infer.py finds them."""
+    return [path.stem for path in checkpoints() if wanted(kind_of(path, path.stat().st_mtime))]
+
+
+def checkpoints() -> list[Path]:
+    files = published.WEIGHTS.iterdir()
+    return sorted(path for path in files if path.suffix in SUFFIXES or (path / "model_index.json").is_file())
+
+
+@lru_cache
+def kind_of(path: Path, changed: float) -> str:
+    try:
+        return contents(open_checkpoint(path)).kind
+    except CheckpointError:
+        return "not readable"

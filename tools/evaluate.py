@@ -15,7 +15,7 @@ from tqdm import tqdm
 from controlnet import ControlNet
 from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_images
-from controlnet.common.program import new_parser, run
+from controlnet.common.program import new_parser, note, run
 from controlnet.inference.generate import generate
 from controlnet.training.previews import image_for
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Scenes, Shapes, World
@@ -35,7 +35,7 @@ from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from tools.cli import add_debug, add_device
 from tools.evaluate_scenes import report_prompts, report_scene_control
-from tools.judge import load_judge
+from tools.judge import JUDGE, load_judge
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +66,9 @@ def evaluate(args: argparse.Namespace) -> None:
     for world, _ in args.control:
         if world not in WORLDS:
             raise ValueError(f'there is no dataset "{world}", expected one of {", ".join(WORLDS)}')
+    judge = load_judge() if JUDGE.exists() or any(has_scenes(WORLDS[world]) for world, _ in args.control) else None
+    if judge is None:
+        note(f"prompts of scenes are not measured: there is no {JUDGE.name} in weights/ (python -m tools.judge)")
     device = use_device(args.device)
     use_precision("fp32", device)
     sd = StableDiffusion.load(args.base, device)
@@ -77,15 +80,18 @@ def evaluate(args: argparse.Namespace) -> None:
         report_vae(sd, kind(sd.config.resolution, held_out=True), args.count)
     for label, colours in ((f"{len(BASIC_COLOURS)} basic colours", BASIC_COLOURS), ("all colours", tuple(COLOURS))):
         report_colours(sd, label, colours, args.count, settings)
-    judge = load_judge()
-    report_prompts(sd, judge, args.count, settings)
+    if judge:
+        report_prompts(sd, judge, args.count, settings)
     for name, control in controls:
         world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
-        kinds = getattr(world, "kinds", (type(world),))
-        if any(issubclass(kind, Scenes) for kind in kinds):
+        if has_scenes(type(world)):
             report_scene_control(sd, judge, world, control, args.count, settings)
-        if not all(issubclass(kind, Scenes) for kind in kinds):
+        if not isinstance(world, Scenes):
             report_control(sd, f"control, {name}", world, control, args.count, settings)
+
+
+def has_scenes(world: type[World]) -> bool:
+    return any(issubclass(kind, Scenes) for kind in getattr(world, "kinds", (world,)))
 
 
 @torch.no_grad()

@@ -78,6 +78,7 @@ def test_scenes_are_measured_with_and_without_a_control(judge_file, tmp_path, mo
     sd = small_sd()
     sd.save(tmp_path / "base.safetensors")
     small_control(sd).save(tmp_path / "seg.safetensors")
+    monkeypatch.setattr(evaluate, "JUDGE", judge_file)
     monkeypatch.setattr(evaluate, "load_judge", lambda: load_judge(judge_file))
     arguments = ["--base", str(tmp_path / "base.safetensors"), "--control", Seg.name, str(tmp_path / "seg.safetensors")]
     assert evaluate.main([*arguments, "--count", "2", "--steps", "1"]) == 0
@@ -85,3 +86,15 @@ def test_scenes_are_measured_with_and_without_a_control(judge_file, tmp_path, mo
     assert "things named in a scene's prompt: there in any colour" in out
     for prompts in ("prompts that name all", "their captions", "no prompt"):
         assert f"control, seg with {prompts}: mean IoU of things" in out
+
+
+def test_without_a_judge_the_rest_is_measured(tmp_path, monkeypatch, capsys):
+    small_sd().save(tmp_path / "base.safetensors")
+    monkeypatch.setattr(evaluate, "JUDGE", tmp_path / "judge.safetensors")
+    monkeypatch.setattr(evaluate, "load_judge", lambda: load_judge(tmp_path / "judge.safetensors"))
+    base = ["--base", str(tmp_path / "base.safetensors"), "--count", "1", "--steps", "1"]
+    assert evaluate.main([*base, "--base-only"]) == 0
+    said = capsys.readouterr()
+    assert "python -m tools.judge" in said.err and "22 basic colours" in said.out and "scene's prompt" not in said.out
+    assert evaluate.main([*base, "--control", Seg.name, "control.safetensors"]) == 2
+    assert "judge.safetensors is missing" in capsys.readouterr().err

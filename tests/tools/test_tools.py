@@ -8,7 +8,6 @@ from small import SMALL, small_control, small_sd
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
 from tools import convergence, evaluate, pretrain, strip
-from tools.judge import Judge
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +20,7 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_evaluate_prints_every_measure_with_its_floor(models, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load_judge", lambda: Judge().eval())
+def test_evaluate_prints_every_measure_with_its_floor(models, capsys):
     base, control, pose = (str(models / f"{name}.safetensors") for name in ("tiny", "tiny-fill50k", "tiny-pose"))
     controls = ["--control", "fill50k", control, "--control", "people", pose]
     assert evaluate.main(["--base", base, *controls, "--count", "2", "--steps", "1"]) == 0

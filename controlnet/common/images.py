@@ -95,7 +95,7 @@ def to_hints(arrays: Iterable[np.ndarray]) -> Tensor:
 
 
 def to_unit_range(arrays: Iterable[np.ndarray]) -> Tensor:
-    return torch.stack([torch.from_numpy(array) for array in arrays]).permute(0, 3, 1, 2) / 255
+    return torch.from_numpy(np.stack(list(arrays))).permute(0, 3, 1, 2) / 255
 
 
 def to_uint8(hint: Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """CUDA graphs: a recorded computation is one launch in place of a thousand kernels', which take a CPU longer to ask for
 than a fast GPU to compute. The kernels are the same, and so are the bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -25,17 +25,20 @@ class Graph:
         return self.output.clone()  # the next replay overwrites it
 
 
+class Graphs(dict[Hashable, Graph]):
+    """By what tells one computation from another."""
+
+    def run(self, key: Hashable, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Recorded the first time, and then replayed."""
+        if key in self:
+            return self[key](*inputs)
+        self[key] = Graph(compute, *inputs)
+        return self[key].first
+
+
 def recorded(compute: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
     """`compute`, recorded at the first inputs of each shape and then replayed, on CUDA; elsewhere as it is."""
     if device.type != "cuda":
         return compute
-    graphs = {}
-
-    def replay(*inputs: Tensor) -> Tensor:
-        shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes in graphs:
-            return graphs[shapes](*inputs)
-        graphs[shapes] = Graph(compute, *inputs)
-        return graphs[shapes].first
-
-    return replay
+    graphs = Graphs()
+    return lambda *inputs: graphs.run(tuple(tensor.shape for tensor in inputs), compute, *inputs)

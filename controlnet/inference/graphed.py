@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from controlnet.common.graphs import Graph
+from controlnet.common.graphs import Graphs
 from controlnet.guidance import Branch, Predict, PreparedControl, controlled
 from ldm.unet import UNet
 
@@ -18,7 +18,7 @@ def graphed(unet: UNet) -> Predict:
 
     It records again when other controls act. Their hints and masks, which are constant, are part of the graph.
     """
-    graphs = {}
+    graphs = Graphs()
 
     def predict(
         x: Tensor, t: Tensor, timestep: float, context: Tensor, controls: Sequence[PreparedControl], branch: Branch
@@ -29,9 +29,6 @@ def graphed(unet: UNet) -> Predict:
         key = x.shape, branch, tuple(map(id, controls))
         if x[:, 0].numel() > MOST_POSITIONS:
             return compute(x, t, context)
-        if key in graphs:
-            return graphs[key](x, t, context)
-        graphs[key] = Graph(compute, x, t, context)
-        return graphs[key].first
+        return graphs.run(key, compute, x, t, context)
 
     return predict

@@ -44,7 +44,7 @@ def report_scene_control(
     sd: StableDiffusion, judge: Judge, world: World, control: ControlNet, count: int, settings: dict
 ) -> None:
     samples = scenes_of(world, count)
-    truths = [sample.truth for sample in samples]
+    truths, real = [sample.truth for sample in samples], judged(judge, samples)
     for label, prompts in (
         ("prompts that name all", [inventory(truth.things) for truth in truths]),
         ("their captions", [sample.caption for sample in samples]),
@@ -53,7 +53,7 @@ def report_scene_control(
         asked = [replace(sample, caption=prompt) for sample, prompt in zip(samples, prompts, strict=True)]
         bar = tqdm(asked, leave=False, mininterval=2)
         seen = [judge.see(image_for(sd, control, sample, i, **settings)) for i, sample in enumerate(bar)]
-        against = partial(compared, seen=seen, real=judged(judge, samples))
+        against = partial(compared, seen=seen, real=real)
         (things,), (classes,) = against(things_iou, wanted=truths), against(classes_iou, wanted=truths)
         line = f"control, {world.name} with {label}: mean IoU of things {things}, of classes {classes}"
         if label == "prompts that name all":

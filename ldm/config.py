@@ -209,24 +209,14 @@ TINY = Config(
         blocks=1,
         attention=(True, True, True),
         heads=(2, 4, 4),
-        context_width=128,
+        context_width=192,
         fp32_logits=True,
         groups=4,
     ),
-    vae=VAEConfig(channels=16, multipliers=(1, 2, 4, 8), blocks=1, groups=1),
-    text=TextConfig("clip", width=128, heads=4, layers=3, vocabulary=4096),
+    vae=VAEConfig(channels=24, multipliers=(1, 2, 4, 6), blocks=1, groups=1),
+    text=TextConfig("clip", width=192, heads=6, layers=4, vocabulary=4096),
     schedule=ScheduleConfig("v", zero_terminal_snr=True),
     resolution=128,
-)
-
-# Its successor, for scenes: a text encoder that can tell which colour belongs to which of several things, and an
-# autoencoder with more channels where the image is sharp. No weights of it ship yet.
-SMALL = replace(
-    TINY,
-    name="small",
-    unet=replace(TINY.unet, context_width=192),
-    vae=replace(TINY.vae, channels=24, multipliers=(1, 2, 4, 6)),
-    text=TextConfig("clip", width=192, heads=6, layers=4, vocabulary=4096),
 )
 
 PRESETS = {

@@ -1,9 +1,9 @@
-"""Trains the SMALL base model from scratch on the synthetic datasets together: scenes, people, shapes and circles.
+"""Trains the TINY base model from scratch on the synthetic datasets together: scenes, people, shapes and circles.
 
     python -m tools.pretrain --out runs/base
 
 Images are drawn, the autoencoder is trained on them, then the UNet and the text encoder on its latents. The result is
-OUT/small.safetensors. A run can be stopped at any time: the same command continues from the last save, and step k
+OUT/tiny.safetensors. A run can be stopped at any time: the same command continues from the last save, and step k
 always sees the same images and the same noise. With --start an existing base is trained further; its autoencoder
 stays, so its ControlNets still fit.
 """
@@ -16,7 +16,7 @@ import torch
 
 from controlnet.common.devices import use_device, use_precision
 from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, run
-from ldm.config import SMALL
+from ldm.config import TINY
 from ldm.stable_diffusion import StableDiffusion
 from tools.cli import add_debug, add_device
 from tools.pretrain_common import log
@@ -58,12 +58,12 @@ def pretrain(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     args.device = use_device(args.device)
     args.precision = use_precision(args.precision, args.device)
-    pictures = open_pictures(args.out, SMALL.resolution, args.pictures, args.seed)
+    pictures = open_pictures(args.out, TINY.resolution, args.pictures, args.seed)
     torch.manual_seed(args.seed)  # after the drawing, whose workers draw a number: a run that goes on has none
     start = StableDiffusion.load(args.start) if args.start else None
-    sd = start or fresh_base(SMALL, train_vae(SMALL, pictures, args), pictures)
+    sd = start or fresh_base(TINY, train_vae(TINY, pictures, args), pictures)
     sd = train_unet(sd.to(args.device), pictures, args)
-    file = args.out / "small.safetensors"
+    file = args.out / "tiny.safetensors"
     sd.save(file, torch.float16)
     log(args.out, f"wrote {file}")
 

@@ -61,7 +61,7 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch, shrunk):
         assert run("parts") == 130
     monkeypatch.setattr(pretrain_common, "save_state", saving)
     assert run("parts") == 0
-    whole, parts = (load_file(tmp_path / name / "small.safetensors") for name in ("whole", "parts"))
+    whole, parts = (load_file(tmp_path / name / "tiny.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
@@ -73,7 +73,7 @@ def test_recorded_steps_train_what_computed_ones_do(tmp_path, monkeypatch, shrun
     monkeypatch.setattr(pretrain_common, "recorded", lambda compute, _: recorded(compute, torch.device("cuda")))
     assert pretrain.main(["--out", str(tmp_path / "recorded"), *steps]) == 0
     assert [tape.replays for tape in tapes] == [1, 2, 4, 3]
-    computed, replayed = (load_file(tmp_path / name / "small.safetensors") for name in ("computed", "recorded"))
+    computed, replayed = (load_file(tmp_path / name / "tiny.safetensors") for name in ("computed", "recorded"))
     assert all(torch.equal(computed[key], replayed[key]) for key in computed)
 
 
@@ -81,7 +81,7 @@ def test_a_finished_base_goes_on_learning_with_the_same_latents(tmp_path, shrunk
     base = tmp_path / "base.safetensors"
     small_sd(SMALLEST).save(base)
     assert pretrain.main(["--start", str(base), "--out", str(tmp_path), *STEPS]) == 0
-    before, after = load_file(base), load_file(tmp_path / "small.safetensors")
+    before, after = load_file(base), load_file(tmp_path / "tiny.safetensors")
     changed = {key for key in before if not torch.equal(before[key].half(), after[key])}
     for part in ("model.diffusion_model.", "cond_stage_model."):
         assert any(key.startswith(part) for key in changed)

@@ -32,14 +32,14 @@ from tools.cli import add_debug, add_device
 
 COLOUR_NAMES = tuple(PAINTS)
 JUDGE = WEIGHTS / "judge.safetensors"
-WIDTHS = (16, 32, 64, 128)  # channels at full size, half, a quarter, an eighth
+WIDTHS = (24, 48, 96, 192)  # channels at half the size, a quarter, an eighth, a sixteenth
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.judge", __doc__)
     parser.add_argument("--out", type=Path, default=JUDGE, metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="of the pictures (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2500, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=12, help="(default: %(default)s)")
     add_device(parser)
     add_debug(parser)
@@ -48,23 +48,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Judge(nn.Module):
-    """A U-Net (Ronneberger et al., arXiv 1505.04597) with two convolutions and a batch norm each at every level."""
+    """A U-Net (Ronneberger et al., arXiv 1505.04597) with 2x2 pixels folded into its channels."""
 
     def __init__(self):
         super().__init__()
-        self.down = nn.ModuleList(block(a, b) for a, b in zip((3, *WIDTHS), WIDTHS, strict=False))
+        self.down = nn.ModuleList(block(a, b) for a, b in zip((12, *WIDTHS), WIDTHS, strict=False))
         self.up = nn.ModuleList(block(a + b, a) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
-        self.out = nn.Conv2d(WIDTHS[0], len(CLASSES) + len(COLOUR_NAMES), 1)
+        self.out = nn.Conv2d(WIDTHS[0], 4 * (len(CLASSES) + len(COLOUR_NAMES)), 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> scores of the classes (B, 31, H, W) and of the colours (B, 12, H, W)."""
-        levels, x = [], images
+        levels, x = [], F.pixel_unshuffle(images, 2)
         for down in self.down:
             x = down(F.max_pool2d(x, 2) if levels else x)
             levels.append(x)
         for up, level in zip(reversed(self.up), reversed(levels[:-1]), strict=True):
             x = up(torch.cat([level, F.interpolate(x, scale_factor=2)], dim=1))
-        return self.out(x).split([len(CLASSES), len(COLOUR_NAMES)], dim=1)
+        return F.pixel_shuffle(self.out(x), 2).split([len(CLASSES), len(COLOUR_NAMES)], dim=1)
 
     @torch.no_grad()
     def see(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +75,10 @@ class Judge(nn.Module):
 
 
 def block(inside: int, outside: int) -> nn.Sequential:
-    convs = [nn.Conv2d(inside, outside, 3, padding=1), nn.ReLU(), nn.Conv2d(outside, outside, 3, padding=1)]
-    return nn.Sequential(*convs, nn.BatchNorm2d(outside), nn.ReLU())
+    layers = []
+    for width in (inside, outside):
+        layers += [nn.Conv2d(width, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 def load_judge(file: Path = JUDGE) -> Judge:
@@ -91,7 +93,7 @@ def load_judge(file: Path = JUDGE) -> Judge:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     judge = Judge().to(use_device(args.device)).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(100, args.steps))
     world = Scenes(args.size, seed=1)
     for step in (bar := tqdm(range(args.steps), "judge", mininterval=10)):
@@ -101,8 +103,10 @@ def train(args: argparse.Namespace) -> None:
         colours = torch.stack([torch.from_numpy(colours_of(picture.truth)) for picture in pictures])
         device = judge.out.weight.device
         seen_classes, seen_colours = judge(images.to(device, memory_format=torch.channels_last))
-        loss = F.cross_entropy(seen_classes, classes.to(device))
-        loss = loss + F.cross_entropy(seen_colours, colours.to(device), ignore_index=-1)
+        classes, colours = classes.to(device), colours.to(device)
+        of_things = classes.masked_fill(colours < 0, -1)  # a tenth of the pixels: they count once more by themselves
+        loss = F.cross_entropy(seen_classes, classes) + F.cross_entropy(seen_classes, of_things, ignore_index=-1)
+        loss = loss + F.cross_entropy(seen_colours, colours, ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Makes the README's strip of images with the small models: hints, what the models make of them, and the prompts.
+"""Makes the README's picture with the small models: a row for each control, hints beside what comes of them.
 
 python -m tools.strip --out assets/strip.png
 """
@@ -21,13 +21,13 @@ from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from tools.cli import add_debug
 
-CAPTION = 64  # pixels below each column
+CAPTION = 40  # pixels below each pair
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.strip", __doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the folder of the models (default: weights/)")
-    parser.add_argument("--columns", type=int, default=3, help="for each ControlNet (default: %(default)s)")
+    parser.add_argument("--columns", type=int, default=3, help="samples a row (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("assets/strip.png"), help="(default: %(default)s)")
     add_debug(parser)
     args = parser.parse_args(argv)
@@ -36,22 +36,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_strip(args: argparse.Namespace) -> None:
     sd = StableDiffusion.load(args.weights / "tiny.safetensors")
-    columns = []
+    rows = []
     for name, control_name in TINY_CONTROL_OF.items():
         path = args.weights / f"{control_name}.safetensors"
         if path.exists():
             control = ControlNet.load(path, sd.unet)
             # The first validation samples: none is hand-picked.
             world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
-            columns += [column(sd, control, world[i]) for i in tqdm(range(args.columns), desc=control_name)]
-    save_png(Image.fromarray(np.hstack(columns)), args.out, {})
+            samples = tqdm([world[i] for i in range(args.columns)], desc=control_name)
+            rows.append(np.hstack([pair(sd, control, sample) for sample in samples]))
+    save_png(Image.fromarray(np.vstack(rows)), args.out, {})
     print(args.out)
 
 
-def column(sd: StableDiffusion, control: ControlNet, sample: Sample) -> np.ndarray:
-    """uint8 (2 H + CAPTION, W, 3): a hint, the image made from it and its caption, and the caption."""
-    caption = text_image([sample.caption], (CAPTION, sample.hint.shape[1]))
-    return np.vstack([sample.hint, image_for(sd, control, sample, seed=0), caption])
+def pair(sd: StableDiffusion, control: ControlNet, sample: Sample) -> np.ndarray:
+    """uint8 (H + CAPTION, 2 W, 3): a hint, the image made from it and its caption, and the caption below."""
+    shown = np.hstack([sample.hint, image_for(sd, control, sample, seed=0)])
+    return np.vstack([shown, text_image([sample.caption], (CAPTION, shown.shape[1]))])
 
 
 if __name__ == "__main__":

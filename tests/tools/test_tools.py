@@ -48,15 +48,16 @@ def test_evaluate_knows_its_worlds(capsys):
     assert 'there is no dataset "moon"' in capsys.readouterr().err
 
 
-def test_the_strip_shows_hints_above_images_for_each_control(models, tmp_path):
+def test_the_strip_shows_hints_beside_images_in_a_row_for_each_control(models, tmp_path):
     path = tmp_path / "strip.png"
     assert strip.main(["--weights", str(models), "--columns", "1", "--out", str(path)]) == 0
     side = SMALL.resolution
     pixels = np.asarray(Image.open(path))
-    assert pixels.shape == (2 * side + strip.CAPTION, 3 * side, 3)
+    row = side + strip.CAPTION
+    assert pixels.shape == (len(TINY_CONTROL_OF) * row, 2 * side, 3)
     for i, name in enumerate(TINY_CONTROL_OF):
         hint = WORLDS[name](side, colours=BASIC_COLOURS, held_out=True)[0].hint
-        assert np.array_equal(pixels[:side, i * side : (i + 1) * side], hint)
+        assert np.array_equal(pixels[i * row : i * row + side, :side], hint)
 
 
 def test_the_convergence_strip_has_a_column_for_each_step_between_hints_and_truths(tmp_path):

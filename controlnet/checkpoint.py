@@ -195,7 +195,14 @@ def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:
 # --------------------------------------------------------------------------------------------------- names in weights/
 
 # The small ControlNets by what they are for.
-TINY_CONTROLS = {"pose": "tiny-pose", "circles": "tiny-fill50k", "canny": "tiny-canny"}
+TINY_CONTROLS = {
+    "pose": "tiny-pose",
+    "circles": "tiny-fill50k",
+    "canny": "tiny-canny",
+    "scribble": "tiny-scribble",
+    "seg": "tiny-seg",
+    "depth": "tiny-depth",
+}
 
 
 def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:

@@ -4,6 +4,10 @@ Where nobody says a ControlNet, on a black ground (at least half of the image),
 - thin lines in the limb colours of drawn poses, whose weakest channel is low            -> "pose"
 - one thin white circle, complete as far as it lies in the frame                         -> "circles"
 - any other thin white lines                                                             -> "canny"
+- white strokes as of a pen                                                              -> "scribble"
+and on any ground
+- the colours of ADE20K's classes                                                        -> "seg"
+- gray that is smooth but for a few edges                                                -> "depth"
 and anything else is not guessed.
 
 Where a ControlNet's name says what it reads, a hint that looks otherwise gets a note. Hints are uint8 RGB (H, W, 3).
@@ -25,15 +29,21 @@ from controlnet.hints.hint_file import is_label_map
 
 def kind_of(pixels: np.ndarray) -> str | None:
     """A hint -> a short name of a small ControlNet, or None where it could be any or none."""
-    strongest, weakest = channels(fewer(pixels, 2048))
+    pixels = fewer(pixels, 2048)
+    strongest, weakest = channels(pixels)
     lit = is_lit(strongest)
-    if not 0 < lit.mean() <= 0.5:
-        return None
-    if (weakest < 0.5 * strongest)[lit].mean() > 0.6:  # half: JPEG makes the colours of thin lines pale
-        return "pose" if is_thin(lit, 20) else None
-    if (strongest - weakest < 48)[lit].mean() < 0.9 or not is_thin(lit, 80):
-        return None
-    return "circles" if is_circle(lit) else "canny"
+    if 0 < lit.mean() <= 0.5 and is_thin(lit, 20):
+        if (weakest < 0.5 * strongest)[lit].mean() > 0.6:  # half: JPEG makes the colours of thin lines pale
+            return "pose"
+        if (strongest - weakest < 48)[lit].mean() > 0.9:
+            edges = width_of_lines(lit) < max(1.6, 0.0105 * min(lit.shape))
+            if is_circle(lit):
+                return "circles"
+            if edges or (strongest < 32)[~lit].mean() > 0.8:  # a photograph's dark places are not that black
+                return "canny" if edges else "scribble"
+    if is_segmentation(pixels):
+        return "seg"
+    return "depth" if is_smooth_gray(pixels) else None
 
 
 def channels(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -52,6 +62,12 @@ def is_thin(lit: np.ndarray, part: int) -> bool:
         padded = np.pad(kept, 1)
         kept = kept & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return kept.sum() < 0.2 * lit.sum()
+
+
+def width_of_lines(lit: np.ndarray) -> float:
+    """Their mean width in pixels: twice the area over the number of sides between lit and dark pixels."""
+    sides = (lit[1:] != lit[:-1]).sum() + (lit[:, 1:] != lit[:, :-1]).sum()
+    return 2 * lit.sum() / max(1, sides)
 
 
 def is_circle(lit: np.ndarray) -> bool:
@@ -117,6 +133,15 @@ def is_normal(pixels: np.ndarray) -> bool:
     known = pixels[pixels.max(axis=2) > 8]
     length = np.linalg.norm(known / 127.5 - 1, axis=1)
     return bool(len(known) and (np.abs(length - 1) < 0.2).mean() > 0.6 and (known[:, 2] > 110).mean() > 0.8)
+
+
+def is_smooth_gray(pixels: np.ndarray) -> bool:
+    """As maps of depth are: planes, on which three neighbours lie on one line, and edges. Photographs have few planes,
+    drawings little gray."""
+    strongest, weakest = channels(pixels)
+    planes = (np.abs(np.diff(strongest, n=2, axis=0)) <= 2).mean()
+    gray = ((strongest > 16) & (strongest < 240)).mean()
+    return bool((strongest - weakest).max() < 16 and planes > 0.85 and gray > 0.2 and not is_flat(pixels))
 
 
 def is_coloured(pixels: np.ndarray) -> bool:

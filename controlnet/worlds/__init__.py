@@ -42,4 +42,11 @@ __all__ = [
 WORLDS = {world.name: world for world in (Fill50k, People, Shapes, Scenes, Canny, Scribble, Seg, Depth)}
 
 # Dataset -> the small ControlNet in weights/ trained on it.
-TINY_CONTROL_OF = {"fill50k": "tiny-fill50k", "people": "tiny-pose", "shapes": "tiny-canny"}
+TINY_CONTROL_OF = {
+    "fill50k": "tiny-fill50k",
+    "people": "tiny-pose",
+    "canny": "tiny-canny",
+    "scribble": "tiny-scribble",
+    "seg": "tiny-seg",
+    "depth": "tiny-depth",
+}

@@ -14,7 +14,15 @@ from controlnet.common.images import resized
 from controlnet.hints import DETECTORS, detect
 from controlnet.hints.pose import draw_pose
 from controlnet.inference.hint_kind import READS, doubt, kind_of, looks_like
-from controlnet.worlds import WORLDS, Fill50k
+from controlnet.worlds import WORLDS
+
+ROOT = Path(__file__).parents[3]
+PHOTOGRAPHS = ["assets/cat.jpg", "assets/coffee.jpg", *(f"tests/fixtures/hints/{n}.webp" for n in ("cat", "rocket"))]
+
+
+@cache
+def pixels_of(name):
+    return np.asarray(read_image(ROOT / name, hint=True))
 
 
 def drawn(draw, size=256, ground="black"):
@@ -23,11 +31,21 @@ def drawn(draw, size=256, ground="black"):
     return np.asarray(image)
 
 
-@pytest.mark.parametrize("size, shown", [(128, 128), (512, 512), (512, 128), (128, 512)])
-def test_circles_of_the_training_world_are_circles_also_when_resized(size, shown):
-    world = Fill50k(size, seed=1)
-    kinds = [kind_of(np.asarray(resized(Image.fromarray(world[i].hint), (shown, shown)))) for i in range(20)]
-    assert kinds == ["circles"] * 20
+KINDS = {"fill50k": "circles", "people": "pose"} | {name: name for name in ("canny", "scribble", "seg", "depth")}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("size, shown", [(64, 64), (128, 128), (512, 128), (128, 512)])
+def test_hints_of_the_datasets_are_of_their_kinds_also_when_resized(name, size, shown):
+    world = WORLDS[name](size, seed=1)
+    kinds = [kind_of(np.asarray(resized(Image.fromarray(world[i].hint), (shown, shown)))) for i in range(6)]
+    assert kinds == [KINDS[name]] * 6
+
+
+@pytest.mark.parametrize("name", ["canny", "circle", "depth", "pose", "scribble", "segmentation"])
+def test_our_examples_are_of_their_kinds(name):
+    kind = {"circle": "circles", "segmentation": "seg"}.get(name, name)
+    assert kind_of(pixels_of(f"assets/{name}.png")) == kind
 
 
 LINES = {
@@ -76,9 +94,14 @@ NOTHING = {
     "black": lambda d: None,
     "lines on white": lambda d: [d.rectangle((0, 0, 256, 256), "white"), d.line((10, 20, 240, 200), "black", 2)],
     "a filled disc": lambda d: d.ellipse((60, 60, 200, 200), "white"),
-    "a gray ramp": lambda d: [d.line((i, 0, i, 255), (i, i, i)) for i in range(256)],
     "brown": lambda d: d.rectangle((60, 60, 160, 160), (150, 110, 80)),
 }
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_are_not_for_guessing(name):
+    gray = np.asarray(Image.fromarray(pixels_of(name)).convert("L").convert("RGB"))
+    assert kind_of(pixels_of(name)) is None and kind_of(gray) is None
 
 
 @pytest.mark.parametrize("name", NOTHING)
@@ -88,7 +111,6 @@ def test_anything_else_is_not_for_guessing(name):
 
 # -------------------------------------------------------------------------------------------------------------- doubts
 
-ROOT = Path(__file__).parents[3]
 ASSETS = {
     "canny.png": "canny",
     "circle.png": "fill50k",
@@ -98,12 +120,6 @@ ASSETS = {
     "segmentation.png": "seg",
 }
 READ_LINES = {"canny", "fill50k", "scribble", "lineart", "softedge", "mlsd"}
-PHOTOGRAPHS = ["assets/cat.jpg", "assets/coffee.jpg", *(f"tests/fixtures/hints/{n}.webp" for n in ("cat", "rocket"))]
-
-
-@cache
-def pixels_of(name):
-    return np.asarray(read_image(ROOT / name, hint=True))
 
 
 @pytest.mark.parametrize("name", ASSETS)

@@ -29,7 +29,7 @@ PAPER = dict(
     optimizer="adamw", lr=1e-5, lr_schedule="constant", batch_size=4, steps=10000, sample_every="250", save_every="10m"
 )
 LAPTOP = dict(
-    optimizer="muon", lr=1e-3, lr_schedule="cosine", batch_size=16, steps=1000, sample_every="50", save_every="250"
+    optimizer="muon", lr=1e-3, lr_schedule="cosine", batch_size=16, steps=600, sample_every="50", save_every="250"
 )
 
 

@@ -25,7 +25,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def shrunk(monkeypatch):
-    monkeypatch.setattr(pretrain, "SMALL", SMALLEST)
+    monkeypatch.setattr(pretrain, "TINY", SMALLEST)
     monkeypatch.setattr(pretrain_common, "SAVE_EVERY", "2")
     for module in (pretrain_vae, pretrain_unet):
         monkeypatch.setattr(module, "SHOWN", 1)

@@ -53,7 +53,7 @@ class TrainSettings:
     data: str = in_data(
         "a folder of pairs (prompt.json, metadata.jsonl, .csv or .parquet, images/ hints/ captions/, sd-scripts' "
         "folders, images with .txt, tar shards), or a synthetic dataset: fill50k, people, shapes, scenes, canny, "
-        "scribble, seg, depth (default: %(default)s: data/fill50k if the published set lies there)",
+        "scribble, seg, depth, edits (default: %(default)s: data/fill50k if the published set lies there)",
         "fill50k",
         fixed=False,  # the same data may lie elsewhere by now: their fingerprint is compared
         metavar="NAME",

@@ -58,6 +58,11 @@ class TrainSettings:
         fixed=False,  # the same data may lie elsewhere by now: their fingerprint is compared
         metavar="NAME",
     )
+    recipe: str | None = in_data(
+        "settings for one of v1.1's controls: tile, inpaint (details, holes are painted anew), shuffle (colours are "
+        "taken over) or ip2p (changes as the prompt says; --data needs pairs)",
+        choices=["tile", "inpaint", "shuffle", "ip2p"],
+    )
     images: int | None = in_data(
         "use the first N (default: all; of a synthetic dataset 2000)", type=positive, metavar="N"
     )
@@ -68,7 +73,9 @@ class TrainSettings:
         "crop each image to the nearest shape of a few with as many pixels, one a batch; validation pairs to --size",
         False,
     )
-    detect: str | None = in_data("make the hints from the images: canny, canny:low=50, tile ...", metavar="NAME")
+    detect: str | None = in_data(
+        "make the hints from the images: canny, canny:low=50, tile, inpaint (with a random hole) ...", metavar="NAME"
+    )
     hint_channels: int = in_data(
         "of the hints: 1 gray, 3 RGB, 4 with opacity, any number from .npy files (default: %(default)s)",
         3,
@@ -178,6 +185,9 @@ class TrainSettings:
     )
     sd_unlocked: bool = in_method("train the base's decoder too", False, fixed=True)
     only_mid_control: bool = in_method("control the middle block alone", False, fixed=True)
+    global_average_pooling: bool = in_method(
+        "average what control adds over the image, as shuffle models do", False, fixed=True
+    )
     seed: int = in_method("of all that is random (default: %(default)s)", 0, fixed=True, type=count, metavar="N")
 
     device: str | None = in_machine(

@@ -175,6 +175,21 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     assert written["settings"]["batch_size"] == 2 and written["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
+def test_a_recipe_trains_with_holes_and_ends_with_a_command_that_infer_takes(base, tmp_path, monkeypatch, capsys):
+    """Also pooled, as recipes for shuffling are; the hints of the batches come from the cache."""
+    batches, inputs = [], train.loss_inputs
+    monkeypatch.setattr(train, "loss_inputs", lambda *given: batches.append(given[1]) or inputs(*given))
+    few = ["--recipe", "inpaint", "--global-average-pooling", "--steps", "1", "--sample-count", "1"]
+    assert run(base, tmp_path, *few) == 0
+    (hint,) = batches
+    holes = (hint == -1).all(dim=1).float().mean(dim=(1, 2))
+    assert hint.shape == (2, 3, 64, 64) and 0.05 < holes.min() < holes.max() < 0.8
+    *_, command = capsys.readouterr().out.splitlines()
+    words = [*shlex.split(command)[2:], "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "made")]
+    assert "--mask" in words and infer.main(words) == 0
+    assert ControlNet.load(tmp_path, small_sd()).config.global_average_pooling
+
+
 def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
     lora = f"{write_small_lora(tmp_path / 'ink.safetensors', SMALLEST)}:0.5"
     StableDiffusion.load(base, loras=[lora]).save(tmp_path / "merged.safetensors")

@@ -29,7 +29,7 @@ from controlnet.worlds.measures import foreground, iou, palette_distance, psnr
 from ldm import StableDiffusion
 from tools.evaluate_scenes import compared
 
-TOLD = 16  # levels by which before and after differ where something is to change
+TOLD = 8  # levels by which before and after differ where something is to change
 
 
 def report_recipe(sd: StableDiffusion, recipe: str, file: str, count: int, settings: dict) -> None:

@@ -93,11 +93,13 @@ def shuffled(image: np.ndarray, sample: Sample) -> tuple[float]:
 
 
 def edited(image: np.ndarray, sample: Sample) -> tuple[float, float, float]:
-    """Where before (the hint) and after differ, the image is to be as after, elsewhere as before."""
+    """Where before (the hint) and after differ, the image is to be as after, elsewhere as before. Of the change nothing
+    is made, 0, if the image is as before, and all, 1, if it is as after; below 0 it is farther from that."""
     before, after = sample.hint.astype(int), sample.image.astype(int)
     told = np.abs(after - before).max(axis=2) > TOLD
     nearer = np.linalg.norm(image - after, axis=2) < np.linalg.norm(image - before, axis=2)
-    return nearer[told].sum() / max(told.sum(), 1), error(image, after, told), error(image, before, ~told)
+    left = error(image, after, told) / max(error(before, after, told), 1e-6)
+    return nearer[told].sum() / max(told.sum(), 1), 1 - left, error(image, before, ~told)
 
 
 def error(image: np.ndarray, wanted: np.ndarray, where: np.ndarray) -> float:
@@ -116,5 +118,5 @@ MEASURES = {
     "tile": Measure(tiled, ("PSNR to the hint at an eighth of the resolution", "share of the missing detail")),
     "inpaint": Measure(inpainted, ("error outside the hole", "inside", "IoU with the figure inside")),
     "shuffle": Measure(shuffled, ("distance of the palette to the hint's without a prompt",), prompted=False),
-    "ip2p": Measure(edited, ("share changed as told", "error there", "elsewhere")),
+    "ip2p": Measure(edited, ("share of pixels changed as told", "of the change", "error elsewhere")),
 }

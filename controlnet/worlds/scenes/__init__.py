@@ -43,7 +43,7 @@ def draw_scene(
     sky_rng, land_rng, *rngs = rng.spawn(count) if apart else [rng] * count
     canvas = Canvas(size, sky_gradient(setting))
     layers = Layers(canvas)
-    draw_backdrop(canvas, layers, setting, land_rng, sky_rng)
+    draw_backdrop(canvas, layers, setting, sky_rng, land_rng)
     for number, (thing, thing_rng) in enumerate(zip(things, rngs, strict=True)):
         draw_footing(canvas, layers, setting, thing)
         layers.start(thing.kind.name, thing.depth, number)

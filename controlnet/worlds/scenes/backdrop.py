@@ -25,14 +25,9 @@ def sky_at(setting: Setting, y: float) -> RGB:
 
 
 def draw_backdrop(
-    canvas: Canvas,
-    layers: Layers,
-    setting: Setting,
-    rng: np.random.Generator,
-    sky_rng: np.random.Generator | None = None,
+    canvas: Canvas, layers: Layers, setting: Setting, sky_rng: np.random.Generator, rng: np.random.Generator
 ) -> None:
-    """With a `sky_rng` of its own for the sky and the weather the land is the same under another sky."""
-    sky_rng = sky_rng or rng
+    """`sky_rng` is for the sky and the weather, `rng` for the land."""
     draw_light(canvas, layers, setting, sky_rng)
     layers.start("cloud", 1.0)
     draw_clouds(canvas, setting, sky_rng)

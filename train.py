@@ -28,7 +28,7 @@ from contextlib import nullcontext
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from controlnet.ablations import only_middle, start_as_gaussian
+from controlnet.ablations import only_middle, start_as
 from controlnet.common.devices import PRECISIONS, peak_memory
 from controlnet.common.program import note
 from controlnet.common.program import run as run_program
@@ -222,7 +222,7 @@ class Training:
 
 
 def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlNet:
-    """The ControlNet to train: a copy of the UNet's encoder, one of the paper's ablations, or --control, whose file is
+    """The ControlNet to train: a copy of the UNet's encoder, one of the baselines to compare with, or --control, whose file is
     no longer needed on resume."""
     if settings.control is not None:
         source = run.control if settings.resume and run.states() and run.control.exists() else settings.control
@@ -230,8 +230,7 @@ def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlN
         check_hint_channels(control.config, settings)
     else:
         control = ControlNet.from_unet(unet, control_config(settings))
-    if settings.architecture == "gaussian":
-        start_as_gaussian(control)
+    start_as(control, settings.architecture)
     if settings.only_mid_control:
         only_middle(control)
     return control

@@ -606,14 +606,26 @@ def test_only_the_middle_is_controlled(base, tmp_path, cache):
     assert all(control[key].any() for key in control if ".middle_block_out." in key)
 
 
-@pytest.mark.parametrize("name", ["lite", "gaussian"])
-def test_the_papers_ablations_are_trained_saved_and_loaded(base, tmp_path, cache, name):
+@pytest.mark.parametrize("name", ["lite", "gaussian", "random", "frozen", "concat"])
+def test_the_baselines_are_trained_saved_and_loaded(base, tmp_path, cache, name):
     assert run(base, tmp_path, "--steps", "1", "--architecture", name, "--lr", "1e-30", *cache) == 0
     sd, values = small_sd(), control_of(tmp_path)
     control = ControlNet.load(tmp_path / "control.safetensors", sd.unet)
-    assert any("transformer_blocks" in key for key in values) == (name == "gaussian")
-    start = values["control_model.zero_convs.2.0.weight"]
-    assert start.std() > 0.1 if name == "gaussian" else start.abs().max() < 1e-20
+    assert control.config.architecture == (name if name in ("lite", "concat") else "full")
+    assert any("transformer_blocks" in key for key in values) == (name != "lite")
+    start = values.get("control_model.zero_convs.2.0.weight")
+    if name == "concat":
+        assert start is None
+    else:
+        assert start.std() > 0.1 if name == "gaussian" else start.abs().max() < 1e-20
+    if name != "lite":  # which has no weights of the base
+        names = [key for key, _ in sd.unet.encoder.named_parameters() if key.endswith("conv1.weight")]
+        copied = [torch.allclose(*(net.encoder.get_parameter(key) for net in (control, sd.unet))) for key in names]
+        assert copied == [name != "random"] * len(names)
+    trained = len(newest_state(tmp_path)["optimisation"]["optimizer"]["state"])
+    own = 2 * len(control.hint_encoder.convs)  # weights and biases
+    outputs = 2 * (len(control.zero_convs) + 1)
+    assert trained == own if name == "concat" else trained == own + outputs if name == "frozen" else trained > 26
     x, t, context, hint = torch.ones(1, 4, 8, 8), torch.tensor([9]), sd.encode_text(["a"]), torch.ones(1, 3, 64, 64)
     assert [r.shape for r in control(x, t, context, hint)] == [
         r.shape for r in ControlNet.from_unet(sd.unet)(x, t, context, hint)
@@ -1004,6 +1016,7 @@ BAD_CALLS = [
     (["--device", "cuda:77"], "cuda:77"),
     (["--out", "/dev/null/run"], "another folder"),
     (["--control", "x.safetensors", "--architecture", "lite"], "leave out --architecture"),
+    (["--only-mid-control", "--architecture", "concat"], "leave out --only-mid-control"),
     (["--cache", "/proc"], "empty or new folder as --cache"),
     (["--optimizer", "adamw8bit"], "pip install bitsandbytes"),
     (["--log", "tensorboard"], "pip install tensorboard"),

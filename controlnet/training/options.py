@@ -129,10 +129,12 @@ class TrainSettings:
         metavar="FILE",
     )
     architecture: str = in_method(
-        "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
+        "the paper's baselines: lite, single convolutions, not a copy; gaussian, no zero convolutions. And others: "
+        "random, a copy without the base's weights; frozen, a copy that stays as it is; concat, no copy, the hint at "
+        "the base's input",
         "full",
         fixed=True,
-        choices=["full", "lite", "gaussian"],
+        choices=["full", "lite", "gaussian", "random", "frozen", "concat"],
     )
     steps: int | None = in_method(f"optimizer steps {by_base('steps')}", type=positive, metavar="N")
     epochs: float | None = in_method(

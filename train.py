@@ -222,8 +222,8 @@ class Training:
 
 
 def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlNet:
-    """The ControlNet to train: a copy of the UNet's encoder, one of the baselines to compare with, or --control, whose file is
-    no longer needed on resume."""
+    """The ControlNet to train: a copy of the UNet's encoder, one of the baselines to compare with, or --control, whose
+    file is no longer needed on resume."""
     if settings.control is not None:
         source = run.control if settings.resume and run.states() and run.control.exists() else settings.control
         control = ControlNet.load(source, unet, dtype=torch.float32).train().requires_grad_(True)

@@ -74,7 +74,7 @@ class HintAtInput(ControlNet):
     with them the decoder gets exactly what such a base would give it. It would run its encoder once, not three times.
     """
 
-    def __init__(self, unet: UNet, config: ControlConfig = ControlConfig()):
+    def __init__(self, unet: UNet, config: ControlConfig):
         super().__init__(unet, config)
         self.zero_convs = nn.ModuleList(nn.Identity() for _ in self.zero_convs)
         self.middle_zero_conv = nn.Identity()
@@ -94,7 +94,7 @@ class HintAtInput(ControlNet):
 BASELINES = {"lite": ControlNetLite, "concat": HintAtInput}  # by `ControlConfig.architecture`
 
 
-# ------------------------------------------------------------------------------------- built alike, but trained otherwise
+# ----------------------------------------------------------------------------------- built alike, trained otherwise
 
 
 def start_as(control: ControlNet, architecture: str) -> None:

@@ -83,19 +83,33 @@ def image_for(sd: StableDiffusion, control: ControlNet, sample: Sample, seed: in
     return np.asarray(image)
 
 
-@torch.no_grad()
 def images_for(
     sd: StableDiffusion, control: ControlNet, samples: Sequence[Sample], seed: int, steps: int
 ) -> list[np.ndarray]:
     """What `image_for` makes of each, with the seeds `seed`, `seed` + 1 ...: equal to rounding, but sampled as one
-    batch. They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
+    batch."""
     hints = to_hints(sample.hint for sample in samples)  # (B, C, H, W)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(samples))]
-    x = draw(generators, latent_shape(sd.config, tuple(hints.shape[-2:]))).to(sd.device)
-    contexts = [prompt_contexts(sd, sample.caption, "", clip_skip=1, long=False) for sample in samples]
+    return images_of(sd, [sample.caption for sample in samples], [Control(control, hints)], seed, steps)
+
+
+@torch.no_grad()
+def images_of(
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    controls: Sequence[Control],
+    seed: int,
+    steps: int,
+    cfg: float | None = None,
+) -> list[np.ndarray]:
+    """An image (H, W, 3), uint8, for each prompt and its hint of each control (B, C, H, W), sampled as one batch.
+
+    They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    x = draw(generators, latent_shape(sd.config, tuple(controls[0].hint.shape[-2:]))).to(sd.device)
+    contexts = [prompt_contexts(sd, prompt, "", clip_skip=1, long=False) for prompt in prompts]
     prompt, negative = map(torch.cat, zip(*contexts, strict=True))  # (B, 77, D)
     timesteps = samplers.timesteps_for("ddim", sd.schedule, steps)
-    cfg, controls = default_cfg(sd.config), [Control(control, hints)]
+    cfg = default_cfg(sd.config) if cfg is None else cfg
     denoise = make_denoise(sd, prompt, negative, cfg, controls, timesteps, batched=True, make_predictor=exact)
     latents = samplers.sample("ddim", denoise, x, sd.schedule, steps)
     denoise.check(latents)

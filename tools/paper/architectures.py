@@ -1,6 +1,6 @@
 """The paper's ablation study: what the copy and the zero convolutions are good for, by how little a prompt says."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from controlnet.worlds import Sample
@@ -9,7 +9,7 @@ from .cost import training_costs
 from .experiment import Experiment
 from .lab import Lab, circles_measured
 from .sheets import save_sheet
-from .statistics import Numbers, Verdict, above, shown, table
+from .statistics import Numbers, Verdict, above, judged, shown, table
 
 PROMPTS: dict[str, Callable[[Sample], str]] = {
     "no prompt": lambda sample: "",
@@ -20,24 +20,29 @@ PROMPTS: dict[str, Callable[[Sample], str]] = {
 PAPERS = ("full", "lite", "gaussian")
 
 
-def measure(lab: Lab, name: str, architectures: tuple[str, ...]) -> dict:
+def settings_of(architecture: str) -> dict:
+    return {} if architecture == "full" else {"architecture": architecture}
+
+
+def measure(lab: Lab, name: str, architectures: Sequence[str], kinds: Sequence[str]) -> dict:
     """Every architecture with every kind of prompt, and what it costs."""
 
     def of_seed(seed: int) -> dict[str, dict[str, float]]:
         rows, sheet = {}, {"hints": [sample.hint for sample in lab.circles]}
         for architecture in architectures:
-            run = lab.train(seed, **({} if architecture == "full" else {"architecture": architecture}))
-            net = lab.load(run)
-            for kind, prompt in PROMPTS.items():
-                images = lab.draw_circles(net, [prompt(sample) for sample in lab.circles])
+            net = lab.load(lab.train(seed, **settings_of(architecture)))
+            for kind in kinds:
+                images = lab.draw_circles(net, [PROMPTS[kind](sample) for sample in lab.circles])
                 rows[f"{architecture}, {kind}"] = circles_measured(images, lab.circles)
                 sheet[f"{architecture}, {kind}"] = images
         if seed == 0:
             save_sheet(lab, name, sheet)
         return rows
 
-    costs = {architecture: training_costs(lab, architecture) for architecture in architectures}
-    return {"fidelity": lab.over_seeds(of_seed), "costs": costs}
+    fidelity = lab.over_seeds(of_seed)
+    seconds = {each: lab.train(0, **settings_of(each)).seconds_per_step() for each in architectures}
+    costs = {each: {**training_costs(lab, each), "seconds": seconds[each]} for each in architectures}
+    return {"kinds": kinds, "fidelity": fidelity, "costs": costs}
 
 
 def tables(numbers: dict) -> list[str]:
@@ -46,15 +51,15 @@ def tables(numbers: dict) -> list[str]:
     def rows(measure: str, kinds: Iterable[str]) -> list[list[str]]:
         return [[name, *(shown(found[f"{name}, {kind}"][measure]) for kind in kinds)] for name in numbers["costs"]]
 
-    named = ("conflicting", "perfect")  # these prompts name the colours
+    named = [kind for kind in numbers["kinds"] if kind in ("conflicting", "perfect")]  # these prompts name colours
+    units = {"trained": 1e6, "memory": 1e6, "operations": 1e9, "seconds": 1e-3}
     costs = [
-        [name, f"{cost['trained'] / 1e6:.2f} M", f"{cost['memory'] / 1e6:.0f} MB", f"{cost['operations'] / 1e9:.1f}"]
-        for name, cost in numbers["costs"].items()
+        [name, *(f"{cost[what] / unit:.3g}" for what, unit in units.items())] for name, cost in numbers["costs"].items()
     ]
     return [
-        table(["IoU with the hint", *PROMPTS], rows("iou", PROMPTS)),
+        table(["IoU with the hint", *numbers["kinds"]], rows("iou", numbers["kinds"])),
         table(["both colours right", *named], rows("colours", named)),
-        table(["a step", "trained parameters", "memory", "GFLOP"], costs),
+        table(["a step", "million trained parameters", "memory in MB, counted", "GFLOP", "ms, measured"], costs),
     ]
 
 
@@ -71,7 +76,7 @@ def verdict(numbers: dict) -> Verdict:
     words = ", ".join(
         f"{name} is {'below' if low else 'not below'} it with {kind}" for (name, kind), low in lost.items()
     )
-    return Verdict(all(lost.values()), f"beside the full ControlNet {words}")
+    return judged(of(numbers, "full", "no prompt"), all(lost.values()), f"beside the full ControlNet {words}")
 
 
 EXPERIMENT = Experiment(
@@ -79,9 +84,9 @@ EXPERIMENT = Experiment(
     claim="ControlNet succeeds with all four kinds of prompt; ControlNet-lite fails without a sufficient prompt, and "
     "with Gaussian convolutions in place of the zero convolutions performance drops to about that of lite.",
     how="Circles. The insufficient prompt names the figure alone, the conflicting one a square in place of the circle. "
-    "All have the same steps on the same images. A disc is the simplest figure there is: it needs less of a prompt than "
-    "a house does.",
-    measure=partial(measure, name="architectures", architectures=PAPERS),
+    "All have the same steps on the same images. A disc is the simplest figure there is, and needs less of a prompt "
+    "than a house.",
+    measure=partial(measure, name="architectures", architectures=PAPERS, kinds=tuple(PROMPTS)),
     tables=tables,
     verdict=verdict,
 )

@@ -13,7 +13,7 @@ from controlnet.worlds.measures import foreground, iou
 from .experiment import Experiment
 from .lab import Lab
 from .sheets import save_sheet
-from .statistics import LEAST, Verdict, above, numbers_table, shown
+from .statistics import Verdict, above, judged, numbers_table, shown
 
 OUTLINE, EDGES, AGREEING, DISAGREEING = "outline alone", "edges alone", "both, of one picture", "both, of two pictures"
 
@@ -65,15 +65,15 @@ def verdict(numbers: dict) -> Verdict:
     lost = any(above(found[alone], found[AGREEING]) for alone in (OUTLINE, EDGES))
     words = f"two hints of one picture reach an IoU of {shown(found[AGREEING])}, the better one alone "
     better = max((found[OUTLINE], found[EDGES]), key=sum)
-    return Verdict(not lost and min(found[AGREEING]) > LEAST, f"{words}{shown(better)}")
+    return judged(min((found[OUTLINE], found[EDGES]), key=sum), not lost, f"{words}{shown(better)}")
 
 
 EXPERIMENT = Experiment(
     title="Composition (Figure 6, section 3.4)",
     claim="Several conditions compose by adding the outputs of their ControlNets, without extra weights.",
     how="One ControlNet reads outlines of circles, the other, trained on `shapes`, Canny edges; both are asked for "
-    "discs, with prompts, by the plain sum of their residuals. Where the hints are of two pictures, no image can follow "
-    "both with one disc: what comes out is shown.",
+    "discs, with prompts, by the plain sum of their residuals. Of hints of two pictures no image can follow both with "
+    "one disc: what comes out is shown.",
     measure=measure,
     tables=tables,
     verdict=verdict,

@@ -4,7 +4,7 @@ from functools import partial
 
 from .architectures import measure, of, tables
 from .experiment import Experiment
-from .statistics import Verdict, above
+from .statistics import Verdict, above, judged
 
 OTHERS = ("random", "frozen", "concat")
 
@@ -12,7 +12,8 @@ OTHERS = ("random", "frozen", "concat")
 def verdict(numbers: dict) -> Verdict:
     below = {name: above(of(numbers, "full", "no prompt"), of(numbers, name, "no prompt")) for name in OTHERS}
     words = ", ".join(f"{name} is {'below' if low else 'not below'} it" for name, low in below.items())
-    return Verdict(all(below.values()), f"without prompts, beside the trained copy of the base's weights: {words}")
+    words = f"without prompts, beside the trained copy of the base's weights: {words}"
+    return judged(of(numbers, "full", "no prompt"), all(below.values()), words)
 
 
 EXPERIMENT = Experiment(
@@ -23,7 +24,7 @@ EXPERIMENT = Experiment(
     "convolutions learn. `concat`: no copy; the hint encoder's features are concatenated to the latents at the input "
     "of the locked encoder, whose first convolution is widened for them (here from the difference of two passes: it "
     "would cost less). The paper does not report these. All have the same steps on the same images.",
-    measure=partial(measure, name="copies", architectures=("full", *OTHERS)),
+    measure=partial(measure, name="copies", architectures=("full", *OTHERS), kinds=("no prompt", "perfect")),
     tables=tables,
     verdict=verdict,
 )

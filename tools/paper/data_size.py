@@ -3,7 +3,7 @@
 from .experiment import Experiment
 from .lab import BATCH, Lab, circles_measured
 from .sheets import save_sheet
-from .statistics import Verdict, above, numbers_table, shown
+from .statistics import Verdict, above, judged, numbers_table, shown
 
 SIZES = {
     "100": {"images": 100},
@@ -14,10 +14,12 @@ SIZES = {
 
 
 def measure(lab: Lab) -> dict:
+    steps = lab.scale.steps * 2 // 3  # as many trainings as there are
+
     def of_seed(seed: int) -> dict[str, dict[str, float]]:
         rows, sheet = {}, {"hints": [sample.hint for sample in lab.circles]}
         for size, settings in SIZES.items():
-            net = lab.load(lab.train(seed, **settings))
+            net = lab.load(lab.train(seed, steps=steps, **settings))
             sheet[size] = lab.draw_circles(net)
             prompted = lab.draw_circles(net, [sample.caption for sample in lab.circles])
             rows[size] = {
@@ -28,7 +30,7 @@ def measure(lab: Lab) -> dict:
             save_sheet(lab, "data_size", sheet)
         return rows
 
-    return {"seen": lab.scale.steps * BATCH, "sizes": lab.over_seeds(of_seed)}
+    return {"seen": steps * BATCH, "sizes": lab.over_seeds(of_seed)}
 
 
 def tables(numbers: dict) -> list[str]:
@@ -46,7 +48,9 @@ def verdict(numbers: dict) -> Verdict:
     grows = above(endless, numbers["sizes"]["100"]["iou"])
     collapsed = sum(least) < 0.5 * sum(endless)
     words = f"with 1,000 pictures the IoU is {shown(least)}, with endless ones {shown(endless)}"
-    return Verdict(not collapsed, f"{words}; it {'grows' if grows else 'does not grow'} from 100 to endless ones")
+    return judged(
+        endless, not collapsed, f"{words}; it {'grows' if grows else 'does not grow'} from 100 to endless ones"
+    )
 
 
 EXPERIMENT = Experiment(

@@ -7,7 +7,7 @@ import numpy as np
 from .experiment import Experiment
 from .lab import Lab, follows
 from .sheets import save_sheet
-from .statistics import Verdict, above, numbers_table
+from .statistics import Verdict, above, judged, numbers_table
 
 WITHOUT, BOTH, ALONE = "no guidance", "guidance, hint in both branches", "guidance, hint in the prompt's branch alone"
 WEIGHTED = "the same with resolution weighting"
@@ -53,7 +53,8 @@ def verdict(numbers: dict) -> Verdict:
         f"with the hint in one it {'is stronger' if strong else 'is not stronger'}",
         f"and resolution weighting {'makes it milder' if milder else 'does not make it milder'}",
     ]
-    return Verdict(removed and strong and milder, ", ".join(words))
+    followed = numbers["ways"][BOTH]["iou"]
+    return judged(followed, removed and strong and milder, ", ".join(words))
 
 
 EXPERIMENT = Experiment(

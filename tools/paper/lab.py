@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -24,19 +25,20 @@ from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_hints
 from controlnet.common.program import flag_of, note
 from controlnet.guidance import MODES, layer_weights
+from controlnet.training.latent_cache import ends_of_weights
 from controlnet.training.previews import images_of
 from controlnet.training.run_state import RunFolder
 from controlnet.worlds import Fill50k, Sample
 from controlnet.worlds.colours import BASIC_COLOURS
 from controlnet.worlds.measures import foreground, iou
 from ldm import StableDiffusion
-from ldm.checkpoints.published import find
 from tools.evaluate import colours_right
 
 from .statistics import Numbers
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-BATCH = 16
+BATCH, VALIDATION = 16, 16  # images
+WATCHED = 8  # of the validation images, sampled all along
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Scale:
     sampling_steps: int
 
 
-FULL = Scale(seeds=3, steps=300, images=2000, samples=16, sampling_steps=20)
-QUICK = Scale(seeds=1, steps=30, images=200, samples=6, sampling_steps=10)
+FULL = Scale(seeds=3, steps=300, images=2000, samples=16, sampling_steps=10)
+QUICK = Scale(seeds=1, steps=20, images=200, samples=6, sampling_steps=10)
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,8 @@ class Lab:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the base's file: another base of the same name is another one."""
-        file, _ = find(self.base)
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+        """Of the base's weights: another one may have its name."""
+        return ends_of_weights(self.sd.unet)[:8]
 
     @property
     def settings(self) -> dict:
@@ -87,7 +88,8 @@ class Lab:
         along. Raises ValueError if the training fails, KeyboardInterrupt if it is stopped.
         """
         steps = settings.get("steps", self.scale.steps)
-        watched = dict(sample_every=max(steps // 20, 1), sample_count=8) if not settings else dict(sample_count=0)
+        every = max(steps // 15, 5)
+        watched = dict(sample_every=every, sample_count=WATCHED) if not settings else dict(sample_count=0)
         defaults = dict(
             data="fill50k",
             images=self.scale.images,
@@ -97,8 +99,8 @@ class Lab:
             lr=1e-3,
             lr_schedule="cosine",
             warmup=max(steps // 6, 1),
-            validation=16,
-            validate_every=max(steps // 20, 1),
+            validation=VALIDATION,
+            validate_every=every,
             precision=self.precision,
             base=self.base,
         )
@@ -112,9 +114,9 @@ class Lab:
 
     def name_of(self, settings: dict) -> str:
         """Readable where trainings differ most, with a hash of all that they depend on."""
-        text = json.dumps([settings, self.fingerprint], sort_keys=True)
         kind = settings.get("architecture", "full")
-        return f"{settings['data']}-{kind}-{settings['seed']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        given = hash_of([{**settings, "base": self.fingerprint}])
+        return f"{settings['data']}-{kind}-{settings['seed']}-{given}"
 
     def cache_of(self, settings: dict) -> Path | None:
         """Latents that trainings on the same images share."""
@@ -157,6 +159,10 @@ class Lab:
         return self.draw([(net, hints)], [""] * len(hints) if prompts is None else prompts, **how)
 
 
+def hash_of(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def open_lab(args: argparse.Namespace) -> Lab:
     """Raises ValueError for a device that is not there."""
     scale = QUICK if args.quick else FULL
@@ -187,6 +193,10 @@ class Trained:
 
     def log(self) -> list[dict]:
         return list(self.folder.logged())
+
+    def seconds_per_step(self) -> float:
+        """The median: some steps are held up by validations."""
+        return BATCH / median(line["images_per_second"] for line in self.log())
 
 
 def call(run: RunFolder, settings: dict, cache: Path | None, device: torch.device) -> None:

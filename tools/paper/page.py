@@ -81,13 +81,13 @@ def section(out: Path, name: str, file: dict) -> str:
     parts += [" ".join(charts)] if charts else []
     if (out / f"{name}.jpg").exists():
         parts.append(f"![The first six samples]({name}.jpg)")
-    parts.append(f"**Does it agree?** {answer(agrees).capitalize()}: {why}.")
+    parts.append(f"**Does it agree?** {answer(agrees)}: {why}.")
     settings = ", ".join(f"{key} {value}" for key, value in file["settings"].items())
     return "\n\n".join([*parts, f"<sub>`python -m tools.paper {name}`: {settings}</sub>", ""])
 
 
-def answer(agrees: bool) -> str:
-    return "yes" if agrees else "**no**"
+def answer(agrees: bool | None) -> str:
+    return {True: "yes", False: "**no**", None: "cannot be said"}[agrees]
 
 
 def anchor(title: str) -> str:

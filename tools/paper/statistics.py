@@ -8,14 +8,22 @@ from typing import NamedTuple
 # Row of a table -> measure -> its values, one for each seed.
 Numbers = dict[str, dict[str, list[float]]]
 
-LEAST = 0.02  # a smaller difference of IoUs counts for none, however small the deviations
+LEAST = 0.02  # of single values: a smaller difference of IoUs counts for none
+LEARNED = 0.5  # the IoU from which on a full ControlNet follows its hints: below there is nothing to compare with
 
 
 class Verdict(NamedTuple):
-    """What came out beside the paper's claim."""
+    """What came out beside the paper's claim; None if nothing can be said."""
 
-    agrees: bool
+    agrees: bool | None
     why: str
+
+
+def judged(full: Sequence[float], agrees: bool, why: str) -> Verdict:
+    """What the numbers say, if the full ControlNet, whose IoUs these are, has learned to follow its hints."""
+    if fmean(full) < LEARNED:
+        return Verdict(None, f"the full ControlNet does not follow its hints yet (IoU {shown(full)}): too few steps")
+    return Verdict(agrees, why)
 
 
 def shown(values: Sequence[float], digits: int = 2) -> str:

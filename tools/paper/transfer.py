@@ -1,6 +1,7 @@
 """A ControlNet on another base: one that was fine-tuned from its own, on a recoloured world."""
 
 from argparse import Namespace
+from statistics import fmean
 
 import numpy as np
 from torch import nn
@@ -14,7 +15,7 @@ from tools.pretrain_unet import BaseLoss, Batches, latents_of
 from .experiment import Experiment
 from .lab import BATCH, Lab, circles_measured
 from .sheets import save_sheet
-from .statistics import Verdict, numbers_table, shown
+from .statistics import Verdict, judged, numbers_table, shown
 
 OWN, UNTOUCHED, MOVED = "its own base", "the other base, untouched", "the other base, difference of encoders added"
 LR = 5e-4  # a third of what the base was trained with, with the same optimizer
@@ -29,7 +30,8 @@ def recoloured(lab: Lab) -> StableDiffusion:
         folder.mkdir(parents=True, exist_ok=True)
         sd = StableDiffusion.load(lab.base, lab.device)
         sd.schedule = sd.schedule.to(lab.device)
-        samples = [Fill50k(sd.config.resolution)[i] for i in range(lab.scale.images)]
+        world = Fill50k(sd.config.resolution)
+        samples = [world[i] for i in range(lab.scale.images)]
         pictures = Pictures(np.stack([255 - s.image for s in samples]), [s.caption for s in samples])
         latents = latents_of(pictures, sd, folder / "latents.npy")
         batches = Batches(latents, pictures.captions, sd, BATCH, lab.scale.steps, seed=0)
@@ -70,7 +72,7 @@ def tables(numbers: dict) -> list[str]:
 def verdict(numbers: dict) -> Verdict:
     own, untouched, moved = (numbers["bases"][name]["iou"] for name in (OWN, UNTOUCHED, MOVED))
     words = f"IoU {shown(own)} on its own base, {shown(untouched)} on the other, {shown(moved)} with the difference"
-    return Verdict(sum(own) - sum(untouched) <= LOST * len(own), words)
+    return judged(own, fmean(own) - fmean(untouched) <= LOST, words)
 
 
 EXPERIMENT = Experiment(

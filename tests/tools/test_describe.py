@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from small import SMALL, small_control, small_sd
 
 from controlnet import ControlNet
+from controlnet.config import ControlConfig
 from ldm import StableDiffusion
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.stored import StoredTensor
@@ -127,6 +128,12 @@ def test_sample_size_may_be_null(tmp_path, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
     (found,) = facts(capsys, path)
     assert found["kind"] == "base" and "not_usable" not in found and found["resolution"] == 512
+
+
+def test_a_hint_at_the_input_enters_by_one_zero_convolution(tmp_path, capsys):
+    ControlNet.from_unet(small_sd().unet, ControlConfig(architecture="concat")).save(tmp_path / "concat.safetensors")
+    (found,) = facts(capsys, tmp_path / "concat.safetensors")
+    assert found["zero_convs"] == {"hint": 0} and found["training"].startswith("not trained")
 
 
 def other_programs_folder(tmp_path):

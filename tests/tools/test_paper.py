@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from small import SMALLEST, small_sd
 
 import train
 from tools.paper import __main__ as paper
-from tools.paper import architectures, composition, convergence, cost, data_size, guidance, lab, transfer
+from tools.paper import architectures, composition, convergence, cost, data_size, guidance, lab, runs, transfer
 from tools.paper.page import EXPERIMENTS, anchor
 from tools.paper.statistics import LEARNED, above, judged, shown
 
@@ -38,7 +37,7 @@ def toy(tmp_path_factory):
         patched.setattr(lab, "QUICK", TOY)
         for name, few in {"BATCH": 2, "WATCHED": 1, "VALIDATION": 2}.items():
             patched.setattr(lab, name, few)
-        patched.setattr(lab, "launch", launch)
+        patched.setattr(runs, "launch", launch)
         yield measure, folder / "page"
 
 
@@ -66,8 +65,8 @@ def test_trainings_are_shared_and_others_are_added(toy):
     measure("transfer", "--seeds", "1")
     (begun,) = measure("composition", "--seeds", "1")
     assert begun[begun.index("--data") + 1] == "shapes"
-    runs = [path for path in (out / "runs").iterdir() if (path / "settings.json").exists()]
-    assert len(runs) >= 2 and not any((run / "state").exists() for run in runs)
+    folders = [path for path in (out / "runs").iterdir() if (path / "settings.json").exists()]
+    assert len(folders) >= 2 and not any((folder / "state").exists() for folder in folders)
     assert set(json.loads((out / "composition.json").read_text())["numbers"]["controls"]) == {
         composition.OUTLINE,
         composition.EDGES,
@@ -88,27 +87,25 @@ def test_numbers_of_other_options_are_measured_again(toy):
 def test_a_training_that_fails_or_is_stopped_ends_the_work(toy, tmp_path, monkeypatch, capsys):
     _, out = toy
     arguments = ["guidance", "--base", str(out.parent / "base.safetensors"), "--out", str(tmp_path), "--device", "cpu"]
-    monkeypatch.setattr(lab, "launch", lambda argv: 2)
+    monkeypatch.setattr(runs, "launch", lambda argv: 2)
     assert paper.main(arguments) == 2
     assert "train.py ended with status 2" in capsys.readouterr().err
 
     def stopped(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lab, "launch", stopped)
+    monkeypatch.setattr(runs, "launch", stopped)
     assert paper.main(arguments) == 130
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    run, calls = lab.Trained(tmp_path, 3, 0), []
-    monkeypatch.setattr(lab, "launch", lambda argv: calls.append(argv) or 0)
-    lab.call(run.folder, {"steps": 3, "no_cache": True}, None, torch.device("cpu"))
-    assert calls[0][:3] == ["--steps", "3", "--no-cache"]
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    run = runs.Run(tmp_path, {"steps": 3, "no_cache": True})
+    assert runs.arguments(run, None, "cpu")[:3] == ["--steps", "3", "--no-cache"]
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "000002.pt").touch()
-    lab.call(run.folder, {"steps": 3}, None, torch.device("cpu"))
-    assert calls[1][0] == "--resume" and "--steps" not in calls[1]
+    again = runs.arguments(run, None, "cpu")
+    assert again[0] == "--resume" and "--steps" not in again
 
 
 def test_every_experiment_is_in_the_help():
@@ -123,10 +120,6 @@ def test_means_deviations_and_what_is_above():
     assert above([0.9, 0.92], [0.8, 0.82]) and not above([0.9, 0.7], [0.8, 0.6])
     assert above([0.9], [0.87]) and not above([0.9], [0.89])
     assert judged([LEARNED - 0.1], True, "").agrees is None and judged([LEARNED + 0.1], False, "").agrees is False
-
-
-def rows(**iou):
-    return {name.replace("_", " "): {"iou": values, "colours": [0.0, 0.0]} for name, values in iou.items()}
 
 
 @pytest.mark.parametrize("lite, agrees", [([0.3, 0.31], True), ([0.9, 0.91], False)])
@@ -153,9 +146,10 @@ def test_convergence_is_sudden_if_the_middle_of_the_way_is_short(values, width, 
 
 
 def test_a_data_set_collapses_and_grows():
-    sizes = rows(**{"100": [0.5], "1,000": [0.8], "10,000": [0.9], "endless": [0.9]})
+    sizes = {"100": {"iou": [0.5]}, data_size.FEW: {"iou": [0.8]}, data_size.ENDLESS: {"iou": [0.9]}}
     assert data_size.verdict({"sizes": sizes}).agrees is True
-    sizes["1,000"]["iou"] = [0.3]
+    assert "it grows" in data_size.verdict({"sizes": sizes}).why
+    sizes[data_size.FEW]["iou"] = [0.3]
     assert data_size.verdict({"sizes": sizes}).agrees is False
 
 
@@ -188,9 +182,10 @@ def test_what_a_disagreeing_pair_is_measured_by():
 
 
 def test_the_cost_of_a_step_is_that_of_what_gets_gradients():
-    control, encoder = (cost.counted(SMALLEST, 1, step) for step in (cost.CONTROL, cost.ENCODER))
-    assert control.trained == encoder.trained
-    assert control.memory < encoder.memory and control.operations < encoder.operations
+    control, decoder, encoder = (cost.counted(SMALLEST, 1, step) for step in cost.STEPS[1:])
+    assert control.trained == decoder.trained == encoder.trained
+    assert control.memory < decoder.memory < encoder.memory
+    assert control.operations < decoder.operations < encoder.operations
     frozen = cost.counted(SMALLEST, 1, architecture="frozen")
     assert frozen.trained < control.trained and frozen.memory < control.memory
     assert frozen.operations < control.operations

@@ -7,6 +7,7 @@ from tools.page.charts import Points
 
 from .experiment import Experiment
 from .lab import Lab, circles_measured
+from .runs import Run
 from .statistics import Verdict, judged, shown, table
 
 # One seed each: they are there to show how the step depends on the settings.
@@ -36,9 +37,9 @@ def watched(log: list[dict], name: str) -> list[tuple[int, object]]:
     return [(line["step"], line[name]) for line in log if name in line]
 
 
-def outcome(lab: Lab, run) -> dict:
-    convergence, log = Convergence(run.steps), run.log()
-    for line in log:
+def outcome(lab: Lab, run: Run) -> dict:
+    convergence = Convergence(lab.scale.steps)
+    for line in run.log():
         if "control_measure" in line:
             convergence.news(line["step"], line["validation_loss"], line["control_measure"])
     images = lab.draw_circles(lab.load(run))

@@ -4,17 +4,10 @@ Images are uint8 (H, W, 3).
 """
 
 import argparse
-import hashlib
-import json
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -23,20 +16,18 @@ from torch import Tensor
 from controlnet import Control, ControlNet
 from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_hints
-from controlnet.common.program import flag_of, note
 from controlnet.guidance import MODES, layer_weights
 from controlnet.training.latent_cache import ends_of_weights
 from controlnet.training.previews import images_of
-from controlnet.training.run_state import RunFolder
 from controlnet.worlds import Fill50k, Sample
 from controlnet.worlds.colours import BASIC_COLOURS
 from controlnet.worlds.measures import foreground, iou
 from ldm import StableDiffusion
 from tools.evaluate import colours_right
 
+from .runs import Run, trained
 from .statistics import Numbers
 
-TRAIN = Path(__file__).parents[2] / "train.py"
 BATCH, VALIDATION = 16, 16  # images
 WATCHED = 8  # of the validation images, sampled all along
 
@@ -81,11 +72,11 @@ class Lab:
 
     # -------------------------------------------------------------------------------------------------- trainings
 
-    def train(self, seed: int, **settings) -> "Trained":
-        """The run of train.py with these settings, by their names there, trained as far as it is not.
+    def train(self, seed: int, **settings) -> Run:
+        """A training with these settings, by their names in train.py, in place of those here.
 
-        The one without any, a full ControlNet on circles, is part of most experiments, and its images are measured all
-        along. Raises ValueError if the training fails, KeyboardInterrupt if it is stopped.
+        The one with none, a full ControlNet on circles, is part of most experiments, and its images are measured all
+        along. Raises ValueError if it fails, KeyboardInterrupt if it is stopped.
         """
         steps = settings.get("steps", self.scale.steps)
         every = max(steps // 15, 5)
@@ -97,7 +88,7 @@ class Lab:
             batch_size=BATCH,
             optimizer="muon",
             lr=1e-3,
-            lr_schedule="cosine",
+            lr_schedule="constant",  # as the authors': when control sets in must not depend on when a run ends
             warmup=max(steps // 6, 1),
             validation=VALIDATION,
             validate_every=every,
@@ -105,25 +96,7 @@ class Lab:
             base=self.base,
         )
         settings = {**defaults, **settings, **watched, "seed": seed}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        run = Trained(self.out / "runs" / self.name_of(settings), steps, seed)
-        if not run.control.exists():
-            call(run.folder, settings, self.cache_of(settings), self.device)
-            shutil.rmtree(run.folder.path / "state")  # by which it would go on: large, and of no more use
-        return run
-
-    def name_of(self, settings: dict) -> str:
-        """Readable where trainings differ most, with a hash of all that they depend on."""
-        kind = settings.get("architecture", "full")
-        given = hash_of([{**settings, "base": self.fingerprint}])
-        return f"{settings['data']}-{kind}-{settings['seed']}-{given}"
-
-    def cache_of(self, settings: dict) -> Path | None:
-        """Latents that trainings on the same images share."""
-        if settings.get("no_cache"):
-            return None
-        name = f"latents-{settings['data']}-{settings['images']}-{settings['seed']}-{self.fingerprint}"
-        return self.out / "runs" / name
+        return trained(self.out / "runs", settings, self.fingerprint, str(self.device))
 
     def over_seeds(self, measure: Callable[[int], dict[str, dict[str, float]]]) -> Numbers:
         """`measure(seed)` gives measures by their names, for each row of a table -> each a list over the seeds."""
@@ -132,7 +105,7 @@ class Lab:
 
     # --------------------------------------------------------------------------------------------------- pictures
 
-    def load(self, run: "Trained") -> ControlNet:
+    def load(self, run: Run) -> ControlNet:
         return ControlNet.load(run.control, self.sd)
 
     @cached_property
@@ -159,10 +132,6 @@ class Lab:
         return self.draw([(net, hints)], [""] * len(hints) if prompts is None else prompts, **how)
 
 
-def hash_of(values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def open_lab(args: argparse.Namespace) -> Lab:
     """Raises ValueError for a device that is not there."""
     scale = QUICK if args.quick else FULL
@@ -171,61 +140,6 @@ def open_lab(args: argparse.Namespace) -> Lab:
     return Lab(
         args.out, Scale(**{**vars(scale), "seeds": args.seeds or scale.seeds}), args.base, args.precision, device
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ trainings
-
-
-@dataclass(frozen=True)
-class Trained:
-    path: Path
-    steps: int
-    seed: int
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.path)
-
-    @property
-    def control(self) -> Path:
-        """Written with the last step's state: who finds it needs to train no more."""
-        return self.folder.control_at(self.steps)
-
-    def log(self) -> list[dict]:
-        return list(self.folder.logged())
-
-    def seconds_per_step(self) -> float:
-        """The median: some steps are held up by validations."""
-        return BATCH / median(line["images_per_second"] for line in self.log())
-
-
-def call(run: RunFolder, settings: dict, cache: Path | None, device: torch.device) -> None:
-    """train.py with these settings. A run that was stopped goes on."""
-    if run.states():
-        options = ["--resume"]
-    else:
-        options = [word for name, value in settings.items() for word in words_of(name, value)]
-    where = ["--out", str(run.path), "--device", str(device), "--keep", "1", "--save-every", "10m"]
-    where += ["--cache", str(cache)] if cache else []
-    note(f"training {run.path}")
-    if status := launch([*options, *where]):
-        raise ValueError(f"train.py ended with status {status}, its own words are above: the same command goes on")
-
-
-def launch(argv: list[str]) -> int:
-    """train.py as a program of its own, whose words go to the terminal -> its exit status."""
-    command = [sys.executable, str(TRAIN), *argv]
-    with subprocess.Popen(command, stdout=sys.stderr, start_new_session=True) as training:
-        try:
-            return training.wait()
-        except KeyboardInterrupt:
-            training.send_signal(signal.SIGINT)  # alone: it saves after its step, and a second one would hurry it
-            training.wait()
-            raise
-
-
-def words_of(name: str, value: object) -> list[str]:
-    return [flag_of(name)] if value is True else [flag_of(name), str(value)]
 
 
 # ------------------------------------------------------------------------------------------------- pictures of circles

@@ -29,6 +29,7 @@ def measure(lab: Lab) -> dict:
         "steps": lab.scale.steps,
         "watched": [{name: watched(run.log(), name) for name in ("iou", "validation_loss")} for run in runs],
         "zero_convs": [[(step, fmean(norms)) for step, norms in watched(run.log(), "zero_convs")] for run in runs],
+        "measures": {name: watched(trained[0].log(), "control_measure") for name, trained in kinds.items()},
         "kinds": {name: [outcome(lab, run) for run in trained] for name, trained in kinds.items()},
     }
 
@@ -89,7 +90,8 @@ def charts(numbers: dict) -> dict[str, dict[str, Points]]:
     curves = {"IoU": "iou", "validation loss": "validation_loss"}
     seeds = range(len(numbers["watched"]))
     drawn = {title: {f"seed {i}": numbers["watched"][i][name] for i in seeds} for title, name in curves.items()}
-    return drawn | {"norm of the zero convolutions": {f"seed {i}": numbers["zero_convs"][i] for i in seeds}}
+    drawn["norm of the zero convolutions"] = {f"seed {i}": numbers["zero_convs"][i] for i in seeds}
+    return drawn | {"control measure": numbers["measures"]}
 
 
 EXPERIMENT = Experiment(

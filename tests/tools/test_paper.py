@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from small import SMALLEST, small_sd
 
 import train
+from tools.page.charts import chart
 from tools.paper import __main__ as paper
 from tools.paper import architectures, composition, convergence, cost, data_size, guidance, lab, runs, transfer
 from tools.paper.page import EXPERIMENTS, anchor
@@ -189,3 +191,39 @@ def test_the_cost_of_a_step_is_that_of_what_gets_gradients():
     frozen = cost.counted(SMALLEST, 1, architecture="frozen")
     assert frozen.trained < control.trained and frozen.memory < control.memory
     assert frozen.operations < control.operations
+
+
+def test_convergence_is_read_from_the_logs_of_trainings(monkeypatch):
+    """Whose control sets in at step 20, at the rate 3e-3 at step 10."""
+
+    def log(sets_in):
+        return [
+            {
+                "step": step,
+                "loss": 0.1,
+                "iou": 0.9 if step >= sets_in else 0.1,
+                "validation_loss": 0.5 if step >= sets_in else 0.6,
+                "control_measure": 0.2 if step >= sets_in else 0.0,
+                "zero_convs": [1.0, 3.0],
+            }
+            for step in (10, 20, 30, 40)
+        ]
+
+    stub = SimpleNamespace(
+        scale=replace(TOY, steps=40),
+        circles=[],
+        train=lambda seed, **given: SimpleNamespace(log=lambda: log(10 if given.get("lr") == 3e-3 else 20)),
+        load=lambda run: None,
+        draw_circles=lambda net: [],
+    )
+    monkeypatch.setattr(convergence, "circles_measured", lambda images, circles: {"iou": 0.9})
+    numbers = json.loads(json.dumps(convergence.measure(stub)))
+    assert [one["set_in"] for one in numbers["kinds"]["default"]] == [20, 20]
+    assert [one["set_in"] for one in numbers["kinds"]["learning rate 3e-3"]] == [10]
+    assert numbers["zero_convs"][0][0] == [10, 2.0]
+    seeds, kinds = convergence.tables(numbers)
+    assert "| seed 1 | 10 to 20 | 16.7% | 16.7% |" in seeds and "| learning rate 3e-3 | 10 | 0.90 |" in kinds
+    assert convergence.verdict(numbers).agrees is True
+    drawn = convergence.charts(numbers)
+    assert drawn["IoU"]["seed 0"][1] == [20, 0.9] and len(drawn["control measure"]) == 1 + len(convergence.VARIANTS)
+    assert all("<polyline" in chart(title, curves) for title, curves in drawn.items())

@@ -123,7 +123,7 @@ def test_processes_with_disks_of_their_own_are_started_again_and_go_on(folder):
     assert_close(folder / "one", main)
     places = [list((run / "cache").glob("*.safetensors")) for run in (folder / "one", main, other)]
     files = [load_file(file) for (file,) in places]
-    for name, tensor in files[0].items():  # made with another number of threads
+    for name, tensor in files[0].items():  # perhaps with another number of threads
         assert torch.equal(files[1][name], files[2][name])
         torch.testing.assert_close(tensor, files[1][name], rtol=1e-3, atol=1e-3)
 

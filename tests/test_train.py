@@ -335,7 +335,7 @@ def test_a_save_that_fails_ends_the_run_at_once(base, tmp_path, cache, capsys, m
 
 @pytest.mark.parametrize(
     "number, workers",
-    [(signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGTERM, "1"), (signal.SIGHUP, "1")],
+    [(signal.SIGINT, "0"), (signal.SIGTERM, "1"), (signal.SIGHUP, "1")],
 )
 def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, copy_of_run, capsys, monkeypatch, number, workers):
     """Also one that goes to the whole process group, as Ctrl-C in a terminal does."""

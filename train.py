@@ -1,6 +1,7 @@
 """Trains a ControlNet (arXiv 2302.05543) on a locked Stable Diffusion.
 
     python train.py --data fill50k                     # the small base of weights/: minutes on a laptop
+    python train.py --recipe tile --data my/photographs     # or inpaint, shuffle, or ip2p, which learns from pairs
     python train.py --base sd15 --data my/pairs --precision fp16 --checkpointing --batch-size 4
     torchrun --nproc_per_node=4 train.py ...           # each batch four times as large; --shard takes less memory
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=4 train.py ...       # on each of two machines
@@ -28,7 +29,7 @@ from contextlib import nullcontext
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from controlnet.ablations import only_middle, start_as_gaussian
+from controlnet.ablations import only_middle, start_as
 from controlnet.common.devices import PRECISIONS, peak_memory
 from controlnet.common.program import note
 from controlnet.common.program import run as run_program
@@ -222,16 +223,17 @@ class Training:
 
 
 def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlNet:
-    """The ControlNet to train: a copy of the UNet's encoder, one of the paper's ablations, or --control, whose file is
-    no longer needed on resume."""
+    """The ControlNet to train: a copy of the UNet's encoder, one of the baselines to compare with, or --control, whose
+    file is no longer needed on resume."""
     if settings.control is not None:
         source = run.control if settings.resume and run.states() and run.control.exists() else settings.control
-        control = ControlNet.load(source, unet, dtype=torch.float32).train().requires_grad_(True)
+        pooling = True if settings.global_average_pooling else None  # otherwise the file tells
+        control = ControlNet.load(source, unet, dtype=torch.float32, global_average_pooling=pooling)
+        control.train().requires_grad_(True)
         check_hint_channels(control.config, settings)
     else:
         control = ControlNet.from_unet(unet, control_config(settings))
-    if settings.architecture == "gaussian":
-        start_as_gaussian(control)
+    start_as(control, settings.architecture)
     if settings.only_mid_control:
         only_middle(control)
     return control

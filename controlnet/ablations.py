@@ -1,17 +1,28 @@
-"""The baselines of the paper's ablation study (section 4.2, Figure 8): no copy of the encoder, no zero convolutions."""
+"""What ControlNet is compared with: the baselines of the paper's ablation study (section 4.2, Figure 8), and three more
+that take away one of its ideas each: the base's weights, the training of the copy, the copy itself.
+
+`--architecture`   what is otherwise than in a ControlNet
+lite               a convolution in place of each copied block (the paper's)
+gaussian           ordinary convolutions in place of the zero convolutions (the paper's)
+random             the copy starts from random weights, not from the base's
+frozen             the copy stays as it is: hint encoder and zero convolutions learn
+concat             no copy: the hint is concatenated to the input of the locked encoder
+"""
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import kaiming_normal_
 
 from ldm.blocks import Downsample
-from ldm.unet import Checkpointed, UNetEncoder
+from ldm.unet import Checkpointed, UNet, UNetEncoder
 
-if TYPE_CHECKING:  # model.py imports this file
-    from .model import ControlNet
+from .config import ControlConfig
+from .model import ControlNet
+
+# ------------------------------------------------------------------------------------------- built in another way
 
 
 class LiteBlock(nn.Conv2d):
@@ -27,7 +38,7 @@ class LiteBlock(nn.Conv2d):
 
 
 class LiteEncoder(Checkpointed):
-    """ "ControlNet-lite": in place of the copy, a convolution for each block, trained from scratch."""
+    """In place of the copy, a convolution for each block, trained from scratch."""
 
     def __init__(self, encoder: UNetEncoder):
         super().__init__()
@@ -47,13 +58,70 @@ def halves_resolution(block: nn.Module) -> bool:
     return any(isinstance(part, Downsample) for part in block.modules())
 
 
-def start_as_gaussian(control: "ControlNet") -> None:
+class ControlNetLite(ControlNet):
+    """ "ControlNet-lite" """
+
+    def copy_of(self, encoder: UNetEncoder) -> nn.Module:
+        return LiteEncoder(encoder)
+
+
+class HintAtInput(ControlNet):
+    """The hint's features concatenated to the latents that the locked encoder reads, in place of a trained copy.
+
+    A convolution of [x, features] is one of x plus one of the features. So a first convolution that is widened for the
+    features gives what the base's own gives, plus what the hint encoder's last one gives, which starts at zero. The
+    encoder behind it, locked as in the base, then sees the hint. The residuals are how much its outputs change by that:
+    with them the decoder gets exactly what such a base would give it. It would run its encoder once, not three times.
+    """
+
+    def __init__(self, unet: UNet, config: ControlConfig):
+        super().__init__(unet, config)
+        self.zero_convs = nn.ModuleList(nn.Identity() for _ in self.zero_convs)
+        self.middle_zero_conv = nn.Identity()
+
+    def requires_grad_(self, requires_grad: bool = True) -> "HintAtInput":
+        super().requires_grad_(requires_grad)
+        self.encoder.requires_grad_(False)
+        return self
+
+    def residuals(self, x: Tensor, t: Tensor, context: Tensor, hint_features: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            without = super().residuals(x, t, context, torch.zeros_like(hint_features))
+        with_hint = super().residuals(x, t, context, hint_features)
+        return [changed - own for changed, own in zip(with_hint, without, strict=True)]
+
+
+BASELINES = {"lite": ControlNetLite, "concat": HintAtInput}  # by `ControlConfig.architecture`
+
+
+# ----------------------------------------------------------------------------------- built alike, trained otherwise
+
+
+def start_as(control: ControlNet, architecture: str) -> None:
+    """What `--architecture` changes of a fresh ControlNet before its training, on resume too."""
+    changes = {"gaussian": start_as_gaussian, "random": start_from_random_weights, "frozen": lock_copy}
+    if architecture in changes:
+        changes[architecture](control)
+
+
+def start_as_gaussian(control: ControlNet) -> None:
     """Ordinary Gaussian weights where the zero convolutions start at zero: the first steps then disturb the base."""
     for conv in (control.hint_encoder.convs[-1], *control.zero_convs, control.middle_zero_conv):
         kaiming_normal_(conv.weight, nonlinearity="linear")
 
 
-def only_middle(control: "ControlNet") -> None:
+def start_from_random_weights(control: ControlNet) -> None:
+    """PyTorch's own initialisation: of the base only the architecture is left."""
+    for module in control.encoder.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def lock_copy(control: ControlNet) -> None:
+    control.encoder.requires_grad_(False)
+
+
+def only_middle(control: ControlNet) -> None:
     """Trains the control of the middle block alone (the released `only_mid_control`): the other zero convolutions are
     locked at zero."""
     for conv in control.zero_convs:

@@ -86,7 +86,7 @@ class ControlCheckpoint:
         whole. Raises CheckpointError if its changes do not fit."""
         config = unet.config.text_to_image
         with without_weights():
-            control = cls(UNet(config), found.config)
+            control = cls.of(UNet(config), found.config)
         key_map = found.key_map(config)
         if found.low_rank:
             own = dict(control.encoder.named_parameters(prefix="encoder"))

@@ -18,8 +18,9 @@ class ControlConfig:
     # nothing more: such a control also stays out of the negative prompt's branch, which is the caller's part
     # (`Control.prompt_only`).
     global_average_pooling: bool = False
-    # "lite" has one convolution in place of each copied block: the paper's ablation, section 4.2.
-    architecture: Literal["full", "lite"] = "full"
+    # "lite" has one convolution in place of each copied block: the paper's ablation, section 4.2. "concat" has the hint
+    # at the base's own input. Both are in ablations.py.
+    architecture: Literal["full", "lite", "concat"] = "full"
 
     def __post_init__(self):
         check_fields(self)

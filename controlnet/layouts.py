@@ -39,8 +39,9 @@ def control_map(unet: UNetConfig, control: ControlConfig, prefix: str = "control
     # Their hint encoder counts its activations too, so a convolution is every other module.
     convs = [(f"hint_encoder.convs.{i}", f"input_hint_block.{2 * i}") for i in range(len(control.hint_widths) + 1)]
     zero_convs = [(f"zero_convs.{i}", f"zero_convs.{i}.0") for i in range(encoder_length(unet))]
-    encoder = encoder_rows(unet) if control.architecture == "full" else lite_rows(unet)
-    return KeyMap(prefix, [*convs, *encoder, *zero_convs, ("middle_zero_conv", "middle_block_out.0")])
+    encoder = lite_rows(unet) if control.architecture == "lite" else encoder_rows(unet)
+    outputs = [*zero_convs, ("middle_zero_conv", "middle_block_out.0")]
+    return KeyMap(prefix, [*convs, *encoder, *([] if control.architecture == "concat" else outputs)])
 
 
 def lite_rows(unet: UNetConfig) -> Rows:
@@ -193,7 +194,7 @@ def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[tuple[int, 
 
 def control_by_shape(checkpoint: Checkpoint, layout: str, prefix: str, hint_encoder: str) -> ControlConfig:
     """The channels along the hint encoder; the published ones where it is not whole. Of what describes itself nowhere,
-    only a run's state may hold a ControlNet-lite."""
+    only a run's state may hold one of our baselines."""
     names = {
         "ldm": [2 * i for i in range(7)],
         "diffusers": ["conv_in", *(f"blocks.{i}" for i in range(6))],
@@ -203,5 +204,9 @@ def control_by_shape(checkpoint: Checkpoint, layout: str, prefix: str, hint_enco
     if not all(key in checkpoint.tensors and len(checkpoint.shape(key)) == 4 for key in keys):
         return ControlConfig()
     widths = tuple(checkpoint.shape(key)[0] for key in keys)
-    lite = layout == "state" and f"{prefix}encoder.blocks.1.weight" in checkpoint.tensors
-    return ControlConfig(checkpoint.shape(keys[0])[1], widths, architecture="lite" if lite else "full")
+    architecture = "full"
+    if layout == "state" and f"{prefix}middle_zero_conv.weight" not in checkpoint.tensors:
+        architecture = "concat"
+    elif layout == "state" and f"{prefix}encoder.blocks.1.weight" in checkpoint.tensors:
+        architecture = "lite"
+    return ControlConfig(checkpoint.shape(keys[0])[1], widths, architecture=architecture)

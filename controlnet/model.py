@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import kaiming_normal_, zeros_
 
-from ldm.unet import Checkpointed, UNet
+from ldm.unet import Checkpointed, UNet, UNetEncoder
 
-from .ablations import LiteEncoder
 from .checkpoint import ControlCheckpoint
 from .config import HINT_STRIDES, ControlConfig
 
@@ -78,9 +77,19 @@ class ControlNet(ControlCheckpoint, nn.Module):
         super().__init__()
         self.config = config
         self.hint_encoder = HintEncoder(config, unet.config.channels)
-        self.encoder = copy.deepcopy(unet.encoder) if config.architecture == "full" else LiteEncoder(unet.encoder)
+        self.encoder = self.copy_of(unet.encoder)
         self.zero_convs = nn.ModuleList(zero_conv(c, c) for c in self.encoder.skip_widths)
         self.middle_zero_conv = zero_conv(unet.config.widths[-1], unet.config.widths[-1])
+
+    def copy_of(self, encoder: UNetEncoder) -> nn.Module:
+        return copy.deepcopy(encoder)
+
+    @classmethod
+    def of(cls, unet: UNet, config: ControlConfig) -> "ControlNet":
+        """`ControlNet(unet, config)`, or the baseline that `config.architecture` names."""
+        from .ablations import BASELINES  # which are made of this class
+
+        return BASELINES.get(config.architecture, cls)(unet, config)
 
     @classmethod
     def from_unet(cls, unet: UNet, config: ControlConfig = ControlConfig()) -> "ControlNet":
@@ -90,7 +99,7 @@ class ControlNet(ControlCheckpoint, nn.Module):
         """
         if unet.config.inpainting:
             raise ValueError("the base is an inpainting model: copy the encoder of the base that it was made from")
-        return cls(unet, config).to(next(unet.parameters()).device).float().requires_grad_(True)
+        return cls.of(unet, config).to(next(unet.parameters()).device).float().requires_grad_(True)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
         """The residuals for `UNet.forward`: one (B, C, h, w) for each skip in the encoder's order, the middle's last.

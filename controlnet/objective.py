@@ -157,4 +157,4 @@ def zero_conv_norms(control: ControlNet) -> list[float]:
     """The norm of each output's zero convolution, the middle's last. It grows when control sets in, which the loss
     hardly shows."""
     convs = [*control.zero_convs, control.middle_zero_conv]
-    return [float(torch.cat([p.detach().flatten() for p in conv.parameters()]).norm()) for conv in convs]
+    return [float(nn.utils.get_total_norm(p.detach() for p in conv.parameters())) for conv in convs]

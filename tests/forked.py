@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import torch
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "train"])
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "train"])  # the second is what every optimizer imports
 
 
 def start(function, *arguments):

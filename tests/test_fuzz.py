@@ -34,7 +34,7 @@ from ldm.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
 from tools.checkpoints import contents
 
-MUTATIONS = 200  # of each file
+MUTATIONS = 100  # of each file
 SLOW = 10.0  # seconds of computing that no file may take: the worst here takes one, on an idle machine
 
 # Every kind of layer once, with as few numbers as possible.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small import SMALL, assert_same, small_sd
+from small import SMALLEST, assert_same, small_sd
 from written import write_small_lora
 
 import infer
@@ -24,10 +24,10 @@ from tools import merge
 def files(tmp_path_factory):
     """Of a folder like weights/: a small base, the LoRA "ink" and the embedding "thing"."""
     folder = tmp_path_factory.mktemp("files")
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     sd.config = replace(sd.config, name="tiny")
     sd.save(folder / "tiny.safetensors")
-    write_small_lora(folder / "ink.safetensors")
+    write_small_lora(folder / "ink.safetensors", SMALLEST)
     save_file(
         {"emb_params": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}, folder / "thing.safetensors"
     )
@@ -121,7 +121,7 @@ def test_vectors_count_as_tokens(capsys):
 
 
 def test_a_base_is_merged_in_fp32_and_keeps_its_type(weights, capsys):
-    small_sd().save(weights / "half.safetensors", torch.float16)
+    small_sd(SMALLEST).save(weights / "half.safetensors", torch.float16)
     half = str(weights / "half.safetensors")
     assert merge.main(["--base", half, "--lora", "ink:0.7", "--lora", "ink:-0.2", "--out", "merged.safetensors"]) == 0
     want = StableDiffusion.load(half, loras=["ink:0.7", "ink:-0.2"])
@@ -140,14 +140,14 @@ def test_a_base_is_merged_in_fp32_and_keeps_its_type(weights, capsys):
 
 def test_what_a_base_lacks_is_in_what_is_merged(weights, capsys):
     """An autoencoder, and a word about what it predicts."""
-    small_sd().save(weights / "v.safetensors")
+    small_sd(SMALLEST).save(weights / "v.safetensors")
     bare = {k: v for k, v in load_file(weights / "v.safetensors").items() if not k.startswith("first_stage_model.")}
-    save_file(bare, "bare.safetensors", {"config": json.dumps(replace(SMALL, schedule=ScheduleConfig()).to_dict())})
+    save_file(bare, "bare.safetensors", {"config": json.dumps(replace(SMALLEST, schedule=ScheduleConfig()).to_dict())})
     options = ["--prediction", "v", "--zero-snr", "--vae", "v", "--lora", "ink"]
     assert merge.main(["--base", "bare.safetensors", *options, "--out", "inked.safetensors"]) == 0
     made = StableDiffusion.load("inked.safetensors")
     assert made.config.schedule == ScheduleConfig("v", zero_terminal_snr=True)
-    assert_same(made.vae, small_sd().vae)
+    assert_same(made.vae, small_sd(SMALLEST).vae)
     for option in (["--zero-snr"], ["--vae", "v"]):
         assert merge.main(["a", "b", *option, "--out", "b.safetensors"]) == 2
         assert "are for a base that LoRAs change" in capsys.readouterr().err

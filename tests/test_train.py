@@ -175,6 +175,21 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     assert written["settings"]["batch_size"] == 2 and written["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
+def test_a_recipe_trains_with_holes_and_ends_with_a_command_that_infer_takes(base, tmp_path, monkeypatch, capsys):
+    """Also pooled, as recipes for shuffling are; the hints of the batches come from the cache."""
+    batches, inputs = [], train.loss_inputs
+    monkeypatch.setattr(train, "loss_inputs", lambda *given: batches.append(given[1]) or inputs(*given))
+    few = ["--recipe", "inpaint", "--global-average-pooling", "--steps", "1", "--sample-count", "1"]
+    assert run(base, tmp_path, *few) == 0
+    (hint,) = batches
+    holes = (hint == -1).all(dim=1).float().mean(dim=(1, 2))
+    assert hint.shape == (2, 3, 64, 64) and 0.05 < holes.min() < holes.max() < 0.8
+    *_, command = capsys.readouterr().out.splitlines()
+    words = [*shlex.split(command)[2:], "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "made")]
+    assert "--mask" in words and infer.main(words) == 0
+    assert ControlNet.load(tmp_path, small_sd()).config.global_average_pooling
+
+
 def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
     lora = f"{write_small_lora(tmp_path / 'ink.safetensors', SMALLEST)}:0.5"
     StableDiffusion.load(base, loras=[lora]).save(tmp_path / "merged.safetensors")
@@ -335,7 +350,7 @@ def test_a_save_that_fails_ends_the_run_at_once(base, tmp_path, cache, capsys, m
 
 @pytest.mark.parametrize(
     "number, workers",
-    [(signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGTERM, "1"), (signal.SIGHUP, "1")],
+    [(signal.SIGINT, "0"), (signal.SIGTERM, "1"), (signal.SIGHUP, "1")],
 )
 def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, copy_of_run, capsys, monkeypatch, number, workers):
     """Also one that goes to the whole process group, as Ctrl-C in a terminal does."""
@@ -606,14 +621,26 @@ def test_only_the_middle_is_controlled(base, tmp_path, cache):
     assert all(control[key].any() for key in control if ".middle_block_out." in key)
 
 
-@pytest.mark.parametrize("name", ["lite", "gaussian"])
-def test_the_papers_ablations_are_trained_saved_and_loaded(base, tmp_path, cache, name):
+@pytest.mark.parametrize("name", ["lite", "gaussian", "random", "frozen", "concat"])
+def test_the_baselines_are_trained_saved_and_loaded(base, tmp_path, cache, name):
     assert run(base, tmp_path, "--steps", "1", "--architecture", name, "--lr", "1e-30", *cache) == 0
     sd, values = small_sd(), control_of(tmp_path)
     control = ControlNet.load(tmp_path / "control.safetensors", sd.unet)
-    assert any("transformer_blocks" in key for key in values) == (name == "gaussian")
-    start = values["control_model.zero_convs.2.0.weight"]
-    assert start.std() > 0.1 if name == "gaussian" else start.abs().max() < 1e-20
+    assert control.config.architecture == (name if name in ("lite", "concat") else "full")
+    assert any("transformer_blocks" in key for key in values) == (name != "lite")
+    start = values.get("control_model.zero_convs.2.0.weight")
+    if name == "concat":
+        assert start is None
+    else:
+        assert start.std() > 0.1 if name == "gaussian" else start.abs().max() < 1e-20
+    if name != "lite":  # which has no weights of the base
+        names = [key for key, _ in sd.unet.encoder.named_parameters() if key.endswith("conv1.weight")]
+        copied = [torch.allclose(*(net.encoder.get_parameter(key) for net in (control, sd.unet))) for key in names]
+        assert copied == [name != "random"] * len(names)
+    trained = len(newest_state(tmp_path)["optimisation"]["optimizer"]["state"])
+    own = 2 * len(control.hint_encoder.convs)  # weights and biases
+    outputs = 2 * (len(control.zero_convs) + 1)
+    assert trained == own if name == "concat" else trained == own + outputs if name == "frozen" else trained > 26
     x, t, context, hint = torch.ones(1, 4, 8, 8), torch.tensor([9]), sd.encode_text(["a"]), torch.ones(1, 3, 64, 64)
     assert [r.shape for r in control(x, t, context, hint)] == [
         r.shape for r in ControlNet.from_unet(sd.unet)(x, t, context, hint)
@@ -1004,6 +1031,7 @@ BAD_CALLS = [
     (["--device", "cuda:77"], "cuda:77"),
     (["--out", "/dev/null/run"], "another folder"),
     (["--control", "x.safetensors", "--architecture", "lite"], "leave out --architecture"),
+    (["--only-mid-control", "--architecture", "concat"], "leave out --only-mid-control"),
     (["--cache", "/proc"], "empty or new folder as --cache"),
     (["--optimizer", "adamw8bit"], "pip install bitsandbytes"),
     (["--log", "tensorboard"], "pip install tensorboard"),

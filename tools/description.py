@@ -105,8 +105,10 @@ def control_facts(checkpoint: Checkpoint, control: ControlFile, unet: UNetConfig
 
 def zero_convolutions(checkpoint: Checkpoint, control: ControlFile, unet: UNetConfig) -> dict[str, float | None]:
     """The norm of each one's weights, in the encoder's order; None where it is missing or not finite."""
-    blocks = {f"block {i}": f"zero_convs.{i}" for i in range(encoder_length(unet))}
-    modules = {"hint": f"hint_encoder.convs.{len(control.config.hint_widths)}", **blocks, "middle": "middle_zero_conv"}
+    modules = {"hint": f"hint_encoder.convs.{len(control.config.hint_widths)}"}
+    if control.config.architecture != "concat":
+        modules |= {f"block {i}": f"zero_convs.{i}" for i in range(encoder_length(unet))}
+        modules["middle"] = "middle_zero_conv"
     sources = control.key_map(unet).sources(f"{module}.weight" for module in modules.values())
     norms = {}
     for name, module in modules.items():

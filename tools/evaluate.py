@@ -1,6 +1,7 @@
 """Measures the small models on validation images, prompts and hints, beside what chance would reach.
 
 python -m tools.evaluate
+python -m tools.evaluate --recipe tile runs/tile          # a run of train.py --recipe tile
 """
 
 import argparse
@@ -34,6 +35,7 @@ from controlnet.worlds.measures import (
 from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from tools.cli import add_debug, add_device
+from tools.evaluate_recipes import report_recipe
 from tools.evaluate_scenes import report_prompts, report_scene_control
 from tools.judge import JUDGE, load_judge
 
@@ -49,6 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         help=f"a ControlNet and the dataset to try it on, {', '.join(WORLDS)}; repeatable (default: those in weights/)",
     )
     parser.add_argument("--base-only", dest="control", action="store_const", const=[], help="no ControlNet")
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        nargs=2,
+        metavar=("RECIPE", "FILE"),
+        help="only a ControlNet of a recipe of train.py, on the validation pairs of its run; repeatable",
+    )
     parser.add_argument("--count", type=int, default=64, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
     parser.add_argument("--cfg", type=float, default=2.5, help="classifier-free guidance (default: %(default)s)")
@@ -60,6 +69,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Raises ValueError for an unknown dataset and for a file that cannot be used."""
+    settings = dict(steps=args.steps, cfg=args.cfg)
+    if args.recipe:
+        sd = load_base(args)
+        for recipe, file in args.recipe:
+            report_recipe(sd, recipe, file, args.count, settings)
+        return
     if args.control is None:
         files = [(world, WEIGHTS / f"{name}.safetensors") for world, name in TINY_CONTROL_OF.items()]
         args.control = [(world, file) for world, file in files if file.exists()]
@@ -69,12 +84,9 @@ def evaluate(args: argparse.Namespace) -> None:
     judge = load_judge() if JUDGE.exists() or any(has_scenes(WORLDS[world]) for world, _ in args.control) else None
     if judge is None:
         note(f"prompts of scenes are not measured: there is no {JUDGE.name} in weights/ (python -m tools.judge)")
-    device = use_device(args.device)
-    use_precision("fp32", device)
-    sd = StableDiffusion.load(args.base, device)
+    sd = load_base(args)
     controls = [(world, ControlNet.load(path, sd.unet)) for world, path in args.control]
 
-    settings = dict(steps=args.steps, cfg=args.cfg)
     print(f"{args.count} held-out samples each, {args.steps} DDIM steps, cfg {args.cfg}")
     for kind in (Fill50k, People, Shapes, Scenes):
         report_vae(sd, kind(sd.config.resolution, held_out=True), args.count)
@@ -88,6 +100,12 @@ def evaluate(args: argparse.Namespace) -> None:
             report_scene_control(sd, judge, world, control, args.count, settings)
         if not isinstance(world, Scenes):
             report_control(sd, f"control, {name}", world, control, args.count, settings)
+
+
+def load_base(args: argparse.Namespace) -> StableDiffusion:
+    device = use_device(args.device)
+    use_precision("fp32", device)
+    return StableDiffusion.load(args.base, device)
 
 
 def has_scenes(world: type[World]) -> bool:

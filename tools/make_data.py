@@ -15,7 +15,9 @@ from tools.cli import add_debug
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.make_data", __doc__)
-    parser.add_argument("world", metavar="DATASET", help="fill50k, people, shapes, scenes, canny, scribble, seg, depth")
+    parser.add_argument(
+        "world", metavar="DATASET", help="fill50k, people, shapes, scenes, canny, scribble, seg, depth, edits"
+    )
     parser.add_argument("--count", type=int, default=1000, help="how many (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new folder")
     parser.add_argument("--size", type=int, default=512, help="of a side, in pixels (default: %(default)s)")

@@ -90,8 +90,12 @@ def to_images(arrays: Iterable[np.ndarray]) -> Tensor:
 
 
 def to_hints(arrays: Iterable[np.ndarray]) -> Tensor:
-    """uint8 hints (H, W, C), RGB if C is 3, -> (B, C, H, W) in [0, 1]."""
-    return to_unit_range(arrays)
+    """uint8 hints (H, W, C), RGB if C is 3, -> (B, C, H, W) in [0, 1].
+
+    Those with a hole to inpaint are float32 already, with -1 in it (hints/filters.py), and keep their values.
+    """
+    hints = np.stack(list(arrays))
+    return to_unit_range(hints) if hints.dtype == np.uint8 else torch.from_numpy(hints).permute(0, 3, 1, 2)
 
 
 def to_unit_range(arrays: Iterable[np.ndarray]) -> Tensor:

@@ -20,7 +20,7 @@ from .detectors import (
     parse_detector,
     parse_options,
 )
-from .filters import inpaint
+from .filters import inpaint, inpaint_at_random
 from .learned import NotInstalledError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "detect_file",
     "find_detector",
     "inpaint",
+    "inpaint_at_random",
     "options_of",
     "options_text",
     "parse_detector",

@@ -1,6 +1,6 @@
 """Hints computed from the image by simple filters: edges, scribbles, gray, blur, shuffle, a hole to inpaint.
 
-Each takes a uint8 RGB image (H, W, 3) and, except `inpaint`, returns such an image.
+Each takes a uint8 RGB image (H, W, 3) and, except for those with a hole, returns such an image.
 """
 
 import zlib
@@ -134,6 +134,9 @@ def fetched(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.rint(above * (1 - down) + below * down).astype(np.uint8)
 
 
+# ----------------------------------------------------------------------------------------------------------- a hole
+
+
 def inpaint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The hint of the published inpaint model (v1.1): uint8 image, uint8 or bool mask (H, W) -> float32 (H, W, 3).
 
@@ -147,3 +150,19 @@ def inpaint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         )
     hole = mask if mask.dtype == bool else mask > 127
     return np.where(hole[..., None], np.float32(-1), image.astype(np.float32) / 255)
+
+
+def inpaint_at_random(image: np.ndarray) -> np.ndarray:
+    """`inpaint` for training, with a hole that depends on the image alone: half of them are rectangles, the others what
+    is low in smooth noise, in one piece or in several, a tenth to six tenths of the image."""
+    rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(image)))
+    height, width = image.shape[:2]
+    if rng.random() < 0.5:
+        high, wide = np.rint(rng.uniform(0.3, 0.8, size=2) * (height, width)).astype(int)
+        top, left = rng.integers(height - high + 1), rng.integers(width - wide + 1)
+        hole = np.zeros((height, width), bool)
+        hole[top : top + high, left : left + wide] = True
+    else:
+        noise = smooth_noise(rng, height, width, cell=max(1, min(height, width) // int(rng.integers(2, 6))))
+        hole = noise < np.quantile(noise, rng.uniform(0.1, 0.6))
+    return inpaint(image, hole)

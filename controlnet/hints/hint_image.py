@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -108,7 +107,7 @@ class HintImage:
             return to_hints([pixels])
         if self.detector == "inpaint":
             mask = np.asarray(fitted(self.mask, size, self.fit))
-            return torch.from_numpy(inpaint(pixels, mask)).permute(2, 0, 1)[None]
+            return to_hints([inpaint(pixels, mask)])
         return to_hints([detect(self.detector, pixels, **self.options)])
 
 

@@ -6,8 +6,6 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
 from controlnet.common.devices import PRECISIONS
 from controlnet.common.program import free_place
 from ldm.config import Config
@@ -16,6 +14,7 @@ from .memory import Prediction, optimizer_size
 from .options import TrainSettings
 from .simulation import size_of
 from .sources import Source, good_samples
+from .stored_latents import hint_as_image
 
 LOOKED_AT = 4  # samples, whose hints tell what a file of a computed one takes
 
@@ -78,7 +77,7 @@ def hint_size(source: Source) -> int:
     sizes = []
     for sample in islice(good_samples(source), LOOKED_AT):
         with io.BytesIO() as file:
-            Image.fromarray(sample.hint).save(file, format="PNG")
+            hint_as_image(sample.hint).save(file, format="PNG")
             sizes.append(file.tell())
     return sum(sizes) // max(1, len(sizes))
 

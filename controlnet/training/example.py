@@ -11,17 +11,20 @@ from controlnet.worlds import Sample
 
 from .options import TrainSettings
 from .run_state import RunFolder
+from .sources import is_inpaint
 
 
 class Example(NamedTuple):
     file: str
     prompt: str
+    mask: str | None = None  # of what is to be inpainted
 
 
 def example_of(settings: TrainSettings, run: RunFolder, sample: Sample) -> Example:
     """The user's own of --validate, or `sample`: its hint is written to the run's folder; with --detect its image is,
-    as infer.py makes a hint of it in the same way."""
-    if settings.validate:
+    as infer.py makes a hint of it in the same way. To inpaint it needs a mask, which own ones lack."""
+    inpaints = is_inpaint(settings.detect)
+    if settings.validate and not inpaints:
         return Example(*settings.validate[0])
     pixels = sample.image if settings.detect else sample.hint
     if pixels.shape[2] in (1, 3, 4):
@@ -30,7 +33,11 @@ def example_of(settings: TrainSettings, run: RunFolder, sample: Sample) -> Examp
     else:
         path = run.path / "example.npy"
         np.save(path, pixels)
-    return Example(str(path), sample.caption)
+    if not inpaints:
+        return Example(str(path), sample.caption)
+    mask = run.path / "example-mask.png"
+    save_png(Image.fromarray((sample.hint < 0).any(axis=2)), mask, {})
+    return Example(str(path), sample.caption, str(mask))
 
 
 def infer_command(settings: TrainSettings, run: RunFolder, example: Example) -> str:
@@ -43,5 +50,6 @@ def infer_command(settings: TrainSettings, run: RunFolder, example: Example) -> 
         options += ["--zero-snr"] if settings.zero_snr else []
     options += ["--control", str(run.control), "--hint", example.file]
     options += ["--detect", settings.detect] if settings.detect else []
+    options += ["--mask", example.mask] if example.mask else []
     options += ["--size", settings.size] if settings.size else []
     return f"python infer.py {shlex.join([*options, '--prompt', example.prompt])}"

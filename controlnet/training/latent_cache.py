@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from .identity import Identity, Key, differences, digest, digest_of
 from .pairs import BadSample
 from .run_state import write_text
 from .sources import BadSamples, Source
-from .stored_latents import Stored, checksum, hint_path, raw_bytes
+from .stored_latents import Stored, checksum, hint_as_image, hint_path, raw_bytes
 from .workers import reading, start_worker
 
 FORMAT = 3
@@ -200,7 +199,7 @@ class Reader(Dataset):
         except BadSample as error:
             return index, str(error)
         if self.hints is not None:
-            save_png(Image.fromarray(sample.hint), hint_path(self.folder, self.hints[index]), {})
+            save_png(hint_as_image(sample.hint), hint_path(self.folder, self.hints[index]), {})
         return index, sample
 
 

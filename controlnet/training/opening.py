@@ -16,6 +16,7 @@ from controlnet.worlds import WORLDS
 from .folders import read_hint
 from .options import TrainSettings
 from .pairs import BadSample, Entry, Wanted, recognise
+from .recipes import BEFORE_AS_HINTS
 from .shard_source import Shard, ShardSource, ShardStream
 from .sources import FolderSource, Source, WorldSource
 from .transform import Transform, bucket_sizes
@@ -62,6 +63,8 @@ def open_sources(settings: TrainSettings, size: Size, multiple: int = 64) -> Sou
     if detect and channels != 3:
         raise ValueError(f"--detect makes hints of 3 channels, and --hint-channels is {channels}: leave out one")
     wanted = Wanted(detect is None, settings.prompt_dropout < 1, settings.prompt)
+    if settings.recipe == "ip2p":
+        wanted = replace(wanted, without_hints=BEFORE_AS_HINTS)
     listing = recognise(folder, wanted)
     if listing.shards:
         return open_shards(settings, folder, listing.shards, wanted, size)
@@ -97,16 +100,16 @@ def check_no_label_maps(source: FolderSource) -> None:
 
 def open_world(settings: TrainSettings, size: Size) -> Sources:
     data = settings.data
-    if settings.detect or settings.hint_channels != 3 or settings.prompt is not None:
+    if settings.hint_channels != 3 or settings.prompt is not None:
         raise ValueError(
-            f"the synthetic dataset {data} draws its own hints of 3 channels and tells what it draws: leave out "
-            "--detect, --hint-channels, --prompt"
+            f"the synthetic dataset {data} has hints of 3 channels and tells what it draws: leave out --hint-channels, "
+            "--prompt"
         )
     if settings.buckets:
         raise ValueError(f"the images of {data} are all square: leave out --buckets")
     count = VALIDATION_MOST if settings.validation is None else settings.validation
-    train = WorldSource(data, size, settings.images or WORLD_IMAGES, settings.seed)
-    held_out = WorldSource(data, size, count, held_out=True)
+    train = WorldSource(data, size, settings.images or WORLD_IMAGES, settings.seed, detect=settings.detect)
+    held_out = WorldSource(data, size, count, held_out=True, detect=settings.detect)
     return Sources(train, held_out, [], endless=settings.no_cache and settings.images is None)
 
 

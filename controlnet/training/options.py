@@ -53,10 +53,15 @@ class TrainSettings:
     data: str = in_data(
         "a folder of pairs (prompt.json, metadata.jsonl, .csv or .parquet, images/ hints/ captions/, sd-scripts' "
         "folders, images with .txt, tar shards), or a synthetic dataset: fill50k, people, shapes, scenes, canny, "
-        "scribble, seg, depth (default: %(default)s: data/fill50k if the published set lies there)",
+        "scribble, seg, depth, edits (default: %(default)s: data/fill50k if the published set lies there)",
         "fill50k",
         fixed=False,  # the same data may lie elsewhere by now: their fingerprint is compared
         metavar="NAME",
+    )
+    recipe: str | None = in_data(
+        "settings for one of v1.1's controls: tile, inpaint (details, holes are painted anew), shuffle (colours are "
+        "taken over) or ip2p (changes as the prompt says; --data needs pairs)",
+        choices=["tile", "inpaint", "shuffle", "ip2p"],
     )
     images: int | None = in_data(
         "use the first N (default: all; of a synthetic dataset 2000)", type=positive, metavar="N"
@@ -68,7 +73,9 @@ class TrainSettings:
         "crop each image to the nearest shape of a few with as many pixels, one a batch; validation pairs to --size",
         False,
     )
-    detect: str | None = in_data("make the hints from the images: canny, canny:low=50, tile ...", metavar="NAME")
+    detect: str | None = in_data(
+        "make the hints from the images: canny, canny:low=50, tile, inpaint (with a random hole) ...", metavar="NAME"
+    )
     hint_channels: int = in_data(
         "of the hints: 1 gray, 3 RGB, 4 with opacity, any number from .npy files (default: %(default)s)",
         3,
@@ -129,10 +136,12 @@ class TrainSettings:
         metavar="FILE",
     )
     architecture: str = in_method(
-        "lite: single convolutions, not a copy; gaussian: no zero convolutions. The paper's ablations",
+        "the paper's baselines: lite, single convolutions, not a copy; gaussian, no zero convolutions. And others: "
+        "random, a copy without the base's weights; frozen, a copy that stays as it is; concat, no copy, the hint at "
+        "the base's input",
         "full",
         fixed=True,
-        choices=["full", "lite", "gaussian"],
+        choices=["full", "lite", "gaussian", "random", "frozen", "concat"],
     )
     steps: int | None = in_method(f"optimizer steps {by_base('steps')}", type=positive, metavar="N")
     epochs: float | None = in_method(
@@ -178,6 +187,9 @@ class TrainSettings:
     )
     sd_unlocked: bool = in_method("train the base's decoder too", False, fixed=True)
     only_mid_control: bool = in_method("control the middle block alone", False, fixed=True)
+    global_average_pooling: bool = in_method(
+        "average what control adds over the image, as shuffle models do", False, fixed=True
+    )
     seed: int = in_method("of all that is random (default: %(default)s)", 0, fixed=True, type=count, metavar="N")
 
     device: str | None = in_machine(

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from controlnet.common.images import Size, save_png, to_hints
+from controlnet.common.images import Size, save_png, to_hints, to_uint8
 from controlnet.guidance import Control, exact
 from controlnet.inference.generate import generate, make_denoise, prompt_contexts
 from controlnet.inference.noise import draw
@@ -78,32 +79,53 @@ def measure(sample: Sample, image: np.ndarray) -> dict[str, float]:
 
 def image_for(sd: StableDiffusion, control: ControlNet, sample: Sample, seed: int, **settings) -> np.ndarray:
     """One image (H, W, 3), uint8, for a sample's hint and caption; `settings` are `generate`'s."""
-    controls = [Control(control, to_hints([sample.hint]))]
+    controls = [control_with(control, to_hints([sample.hint]))]
     (image,) = generate(sd, sample.caption, controls, seed=seed, **settings)
     return np.asarray(image)
 
 
-@torch.no_grad()
 def images_for(
     sd: StableDiffusion, control: ControlNet, samples: Sequence[Sample], seed: int, steps: int
 ) -> list[np.ndarray]:
     """What `image_for` makes of each, with the seeds `seed`, `seed` + 1 ...: equal to rounding, but sampled as one
-    batch. They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
+    batch."""
     hints = to_hints(sample.hint for sample in samples)  # (B, C, H, W)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(samples))]
-    x = draw(generators, latent_shape(sd.config, tuple(hints.shape[-2:]))).to(sd.device)
-    contexts = [prompt_contexts(sd, sample.caption, "", clip_skip=1, long=False) for sample in samples]
+    return images_of(sd, [sample.caption for sample in samples], [control_with(control, hints)], seed, steps)
+
+
+@torch.no_grad()
+def images_of(
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    controls: Sequence[Control],
+    seed: int,
+    steps: int,
+    cfg: float | None = None,
+) -> list[np.ndarray]:
+    """An image (H, W, 3), uint8, for each prompt and its hint of each control (B, C, H, W), sampled as one batch.
+
+    They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    x = draw(generators, latent_shape(sd.config, tuple(controls[0].hint.shape[-2:]))).to(sd.device)
+    contexts = [prompt_contexts(sd, prompt, "", clip_skip=1, long=False) for prompt in prompts]
     prompt, negative = map(torch.cat, zip(*contexts, strict=True))  # (B, 77, D)
     timesteps = samplers.timesteps_for("ddim", sd.schedule, steps)
-    cfg, controls = default_cfg(sd.config), [Control(control, hints)]
+    cfg = default_cfg(sd.config) if cfg is None else cfg
     denoise = make_denoise(sd, prompt, negative, cfg, controls, timesteps, batched=True, make_predictor=exact)
     latents = samplers.sample("ddim", denoise, x, sd.schedule, steps)
     denoise.check(latents)
     return [np.asarray(image) for one in latents.split(1) for image in decode(sd, one, tiled=False)]
 
 
+def control_with(control: ControlNet, hints: Tensor) -> Control:
+    """As `infer.py` uses it: one that is pooled spares the negative prompt."""
+    return Control(control, hints, prompt_only=control.config.global_average_pooling)
+
+
 def as_rgb(hint: np.ndarray) -> np.ndarray:
-    """A hint (H, W, C) as an image (H, W, 3): of more channels than three the first ones, of fewer the mean."""
+    """A hint (H, W, C) as an image (H, W, 3): of more channels than three the first ones, of fewer the mean. A hole is
+    black."""
+    hint = to_uint8(to_hints([hint])[0])
     if hint.shape[2] >= 3:
         return hint[..., :3]
     return hint.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)

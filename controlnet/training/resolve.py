@@ -17,6 +17,7 @@ from .distributed import launch, launched_processes, started_again
 from .lr_schedules import lr_schedule_of
 from .opening import open_sources
 from .options import LAPTOP, PAPER, TrainSettings
+from .recipes import settings_of
 from .run_state import RunFolder
 
 
@@ -48,7 +49,12 @@ def resolve(given: dict) -> TrainSettings:
         raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
     if settings.control is not None and settings.architecture != "full":
         raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
+    if settings.only_mid_control and settings.architecture == "concat":
+        raise ValueError("with --architecture concat no block is controlled by itself: leave out --only-mid-control")
     config = config_of(settings)
+    if not settings.resume:
+        added = settings_of(settings.recipe, given, min(image_size(settings.size, config)))
+        settings = replace(settings, **added)
     if settings.epochs and settings.steps is None:
         settings = replace(settings, steps=steps_of_epochs(with_defaults(settings, config), config))
     settings = with_defaults(settings, config)
@@ -116,8 +122,13 @@ def open_base_of(settings: TrainSettings) -> BaseFile | None:
 
 
 def control_config(settings: TrainSettings) -> ControlConfig:
-    """Of a fresh ControlNet: "gaussian" is a full copy that starts otherwise."""
-    return ControlConfig(settings.hint_channels, architecture="lite" if settings.architecture == "lite" else "full")
+    """Of a fresh ControlNet: all others are full copies that start otherwise."""
+    built_otherwise = settings.architecture in ("lite", "concat")
+    return ControlConfig(
+        settings.hint_channels,
+        global_average_pooling=settings.global_average_pooling,
+        architecture=settings.architecture if built_otherwise else "full",
+    )
 
 
 def check_hint_channels(config: ControlConfig, settings: TrainSettings) -> None:

@@ -7,7 +7,7 @@ OUT/samples/000250.png     grids of validation hints
 OUT/control.safetensors    the ControlNet, as other programs read it: as of the last save
 OUT/control-000250.safetensors, control-best.safetensors: of each state, and of the save with the lowest validation loss
 OUT/state/000250.pt        everything that a step depends on, the newest few of them
-OUT/example.png            a hint to try it on, or with --detect an image
+OUT/example.png            a hint to try it on, or with --detect an image, to inpaint with its example-mask.png
 OUT/tracker-id             by which wandb or trackio know the run
 OUT/.lock                  which process writes there (lock.py)
 

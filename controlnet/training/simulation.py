@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from controlnet.ablations import only_middle
+from controlnet.ablations import only_middle, start_as
 from controlnet.common.devices import PRECISIONS
 from controlnet.common.images import Size
 from controlnet.config import ControlConfig
@@ -100,6 +100,7 @@ class FakeRun:
         with torch.device("meta"):
             self.sd = StableDiffusion(config).to(self.dtype).requires_grad_(False)
             control = ControlNet.from_unet(self.sd.unet, control_config)
+        start_as(control, settings.architecture)
         if settings.only_mid_control:
             only_middle(control)
         if settings.sd_unlocked:

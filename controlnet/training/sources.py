@@ -6,6 +6,7 @@ Sizes are (height, width) in pixels. Images and hints are uint8 arrays (H, W, C)
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from controlnet.common.images import Size
-from controlnet.hints import detect, find_detector, parse_detector
+from controlnet.hints import detect, find_detector, inpaint_at_random, parse_detector
 from controlnet.worlds import WORLDS, Sample
 
 from .folders import check_file, check_same_shape, read_hint, read_pixels, size_of
@@ -45,26 +46,31 @@ class Source(Protocol):
 
 
 class WorldSource:
-    """The first `length` samples of a synthetic dataset."""
+    """The first `length` samples of a synthetic dataset, with its own hints or, with `detect`, made from the images."""
 
-    hints_are_files = uses_network = False
+    hints_are_files = False
 
-    def __init__(self, name: str, size: Size, length: int, seed: int = 0, held_out: bool = False):
+    def __init__(
+        self, name: str, size: Size, length: int, seed: int = 0, held_out: bool = False, detect: str | None = None
+    ):
         if size[0] != size[1]:
             raise ValueError(f"the images of {name} are square, and the size is {size[1]}x{size[0]}: give one side")
         self.name, self.length, self.held_out = name, length, held_out
         self.seed = 0 if held_out else seed  # validation is the same for every run
         self.side = size[0]
         self.world = WORLDS[name](self.side, self.seed, held_out=held_out)
+        self.detect, self.uses_network = detect, is_network(detect)
+        self.make_hint = None if detect is None else photograph_detector(detect)
 
     def __len__(self) -> int:
         return self.length
 
     def sample(self, index: int, generator: torch.Generator | None = None) -> Sample:
-        return self.world[index]
+        sample = self.world[index]
+        return sample if self.make_hint is None else replace(sample, hint=self.make_hint(sample.image))
 
     def hint(self, index: int) -> np.ndarray:
-        return self.world[index].hint
+        return self.sample(index).hint
 
     def size(self, index: int) -> Size:
         return self.side, self.side
@@ -77,8 +83,10 @@ class WorldSource:
         first = self.world[0]
         pixels = digest(first.image.tobytes(), first.hint.tobytes(), first.caption.encode())
         fingerprint = {"world": self.name, "seed": self.seed, "held out": self.held_out, "first image": pixels}
-        world = digest_of([*fingerprint.values(), self.side])
-        return Identity(fingerprint, [Key(f"{world}-{i}", f"{world}-{i}") for i in range(self.length)])
+        world = hints = digest_of([*fingerprint.values(), self.side])
+        if self.detect is not None:
+            fingerprint["detect"], hints = self.detect, digest_of([world, self.detect])
+        return Identity(fingerprint, [Key(f"{world}-{i}", f"{hints}-{i}") for i in range(self.length)])
 
     def problems(self) -> list[str]:
         return []
@@ -98,7 +106,7 @@ class FolderSource:
         self.name, self.entries, self.transform = name, entries, transform
         self.hint_channels, self.detect = hint_channels, detect
         self.hints_are_files = detect is None
-        self.uses_network = detect is not None and find_detector(parse_detector(detect)[0]).is_network
+        self.uses_network = is_network(detect)
         self.make_hint = None if detect is None else photograph_detector(detect)
         self.image_sizes: dict[int, Size | None] = {}  # of those that were looked at
 
@@ -181,11 +189,25 @@ def good_samples(source: Source) -> Iterator[Sample]:
 
 
 def photograph_detector(text: str) -> Callable[[np.ndarray], np.ndarray]:
-    """ "canny" or "canny:low=50": image -> hint, both uint8 (H, W, 3). Raises ValueError for what makes none."""
+    """ "canny" or "canny:low=50": image -> hint, both uint8 (H, W, 3); "inpaint", with a random hole, gives float32.
+
+    Raises ValueError for what makes none.
+    """
+    if is_inpaint(text):
+        return inpaint_at_random
     name, options = parse_detector(text)
     if not find_detector(name).works_on_photographs:
         raise ValueError(f'"{name}" makes no hints from images, but from files of its own: take another --detect')
     return partial(detect, name, **options)
+
+
+def is_inpaint(detect: str | None) -> bool:
+    """Which is no detector of others' hints: it needs a hole, at random in training, else from a mask."""
+    return detect is not None and detect.lower() == "inpaint"
+
+
+def is_network(detect: str | None) -> bool:
+    return detect is not None and not is_inpaint(detect) and find_detector(parse_detector(detect)[0]).is_network
 
 
 class BadSamples:

@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from controlnet.common.image_files import open_image
-from controlnet.common.images import Size, to_hints
+from controlnet.common.images import Size, to_hints, to_uint8
+from controlnet.hints import inpaint
 from controlnet.objective import EncodedPairs
 
 from .identity import Key
@@ -24,6 +26,19 @@ from .sources import Source
 
 def hint_path(folder: Path, hint: str) -> Path:
     return folder / "hints" / f"{hint}.png"
+
+
+def hint_as_image(hint: np.ndarray) -> Image.Image:
+    """As it is stored: a hole to inpaint, which is -1, is transparent."""
+    if hint.dtype == np.uint8:
+        return Image.fromarray(hint)
+    opacity = np.where(hint[..., :1] < 0, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.dstack([to_uint8(to_hints([hint])[0]), opacity]))
+
+
+def hint_from_image(image: Image.Image) -> np.ndarray:
+    pixels = np.array(image)
+    return inpaint(pixels[..., :3], pixels[..., 3] == 0) if image.mode == "RGBA" else pixels
 
 
 class Place(NamedTuple):
@@ -109,10 +124,10 @@ class LatentCache:
         return encoded, to_hints([self.hint(row)])[0]
 
     def hint(self, row: int) -> np.ndarray:
-        """uint8 (H, W, C), computed again if the cache's file is lost or of another size. Raises BadSample."""
+        """(H, W, C), computed again if the cache's file is lost or of another size. Raises BadSample."""
         if self.hints:
             with suppress(ValueError):
-                cached = np.array(open_image(hint_path(self.folder, self.hints[row])))
+                cached = hint_from_image(open_image(hint_path(self.folder, self.hints[row])))
                 if cached.shape == (*self.size(row), 3):
                     return cached
         return self.source.hint(self.index(row))

@@ -8,13 +8,15 @@ Four worlds draw pictures, each with a hint of its own:
 - `scenes`: small illustrations, things in a landscape, from their Canny edges.
 
 And there is a dataset for each other control: `canny` and `scribble` of scenes, shapes and people in turn, `seg` (in
-ADE20K's colours) and `depth` of scenes, where every pixel's class and depth are known.
+ADE20K's colours) and `depth` of scenes, where every pixel's class and depth are known. `edits` are scenes before and
+after a change, which the caption asks for.
 
 Sample i depends on the dataset and the seed alone, not on what was drawn before. Validation sets (`held_out`) have
 random streams of their own: whatever the seeds, their samples are not those of a training set.
 """
 
 from .controls import Canny, Depth, Scribble, Seg
+from .edits import Edits
 from .fill50k import Fill50k
 from .people import People
 from .scenes import Scenes
@@ -26,6 +28,7 @@ __all__ = [
     "WORLDS",
     "Canny",
     "Depth",
+    "Edits",
     "Fill50k",
     "InTurn",
     "People",
@@ -39,7 +42,7 @@ __all__ = [
     "World",
 ]
 
-WORLDS = {world.name: world for world in (Fill50k, People, Shapes, Scenes, Canny, Scribble, Seg, Depth)}
+WORLDS = {world.name: world for world in (Fill50k, People, Shapes, Scenes, Canny, Scribble, Seg, Depth, Edits)}
 
 # Dataset -> the small ControlNet in weights/ trained on it.
 TINY_CONTROL_OF = {

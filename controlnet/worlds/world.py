@@ -43,7 +43,7 @@ class Sample:
     """An image with its hint and caption; from a synthetic dataset also with the ground truth."""
 
     image: np.ndarray  # uint8 (H, W, 3)
-    hint: np.ndarray  # uint8 (H, W, 3)
+    hint: np.ndarray  # uint8 (H, W, 3); with a hole to inpaint float32 in [0, 1], and -1 in it
     caption: str
     mask: np.ndarray | None = None  # bool (H, W): where the object is, or the objects
     keypoints: np.ndarray | None = None  # of a person: float (18, 2), x and y in pixels, in the order of COCO-18

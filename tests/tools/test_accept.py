@@ -7,14 +7,16 @@ import subprocess
 import time
 import warnings
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest.mock import create_autospec
 
+import forked
 import pytest
 import torch
 
 import infer
 from controlnet.training.options import parse_args
-from ldm.unet import UNetDecoder
+from ldm.unet import UNetDecoder, UNetEncoder
 from tools import accept, bench
 from tools.acceptance import behind, device, exact, figures, job, programs
 from tools.acceptance.report import Report
@@ -39,6 +41,7 @@ def little(monkeypatch):
     )
     monkeypatch.setattr(exact, "FORWARD", {"fp32": 2e-5, "bf16": 4e-2})
     monkeypatch.setattr(device, "WARM_UPS", 1)
+    monkeypatch.setattr(job, "multiprocessing", SimpleNamespace(get_context=lambda how: forked.CONTEXT))
     monkeypatch.setattr(gc, "collect", lambda: 0)  # all that the suite holds is gone through
     monkeypatch.setattr(bench, "have_peers", lambda: False)
     monkeypatch.setattr(torch, "compile", compile_by_name)
@@ -294,11 +297,11 @@ def test_out_of_memory(run, monkeypatch):
 
     @contextmanager
     def little(where, fraction):
-        def full(self, x):
+        def full(self, x, t, context):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
         with monkeypatch.context() as patch:
-            patch.setattr(UNetDecoder, "output", full)
+            patch.setattr(UNetEncoder, "forward", full)  # first of all: the batch is large
             yield
 
     monkeypatch.setattr(programs, "little_memory", little)

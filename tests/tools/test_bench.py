@@ -146,6 +146,7 @@ def hundred_megabytes(setup):
 
 def measure_hundred_megabytes(setup):
     bench_ours.hundred_megabytes = hundred_megabytes
+    bench_case.LONG_ENOUGH = math.inf  # a busy machine is given as many runs
     return bench_case.measure("bench_ours", "hundred_megabytes", {}, setup, cold=False, counting=False)
 
 

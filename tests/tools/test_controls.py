@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import SMALL, for_inpainting, small_control, small_sd, strengthened
+from small import SMALLEST, for_inpainting, small_control, small_sd, strengthened
 
 import infer
 import train
@@ -21,15 +21,17 @@ from tools.checkpoints import save_whole
 def folder(tmp_path_factory):
     """Two bases of one family and one of another, two ControlNets, and one in a file with its base."""
     folder = tmp_path_factory.mktemp("models")
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     sd.save(folder / "old.safetensors")
-    other = strengthened(small_sd())
+    other = strengthened(small_sd(SMALLEST))
     other.save(folder / "new.safetensors")
     other.save(folder / "new", layout="diffusers")
     for_inpainting(other).save(folder / "inpainting.safetensors")
     encoder = {key: value for key, value in load_file(folder / "new.safetensors").items() if key.startswith("model.")}
-    save_file(encoder, folder / "bare.safetensors", {"config": json.dumps(SMALL.to_dict())})
-    StableDiffusion(replace(SMALL, unet=replace(SMALL.unet, linear_projections=True))).save(folder / "sd2.safetensors")
+    save_file(encoder, folder / "bare.safetensors", {"config": json.dumps(SMALLEST.to_dict())})
+    StableDiffusion(replace(SMALLEST, unet=replace(SMALLEST.unet, linear_projections=True))).save(
+        folder / "sd2.safetensors"
+    )
     control = small_control(sd)
     control.save(folder / "a.safetensors")
     control.save(folder / "difference.safetensors", difference_to=sd.unet)
@@ -118,7 +120,7 @@ def test_a_fresh_control_is_a_base_and_a_control_that_does_nothing(folder, tmp_p
     assert torch.equal(tensors[f"control_model.{key}"], base[f"model.diffusion_model.{key}"])
 
     sd = StableDiffusion.load(out)
-    assert sd.config == SMALL
+    assert sd.config == SMALLEST
     control = ControlNet.load(out, sd.unet)
     x, hint = torch.randn(1, 4, 8, 8), torch.rand(1, 3, 64, 64)
     with torch.no_grad():

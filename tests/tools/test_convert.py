@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import SMALL, small_control, small_sd, strengthened
+from small import SMALLEST, small_control, small_sd, strengthened
 
 from controlnet import ControlNet
 from controlnet.config import ControlConfig
@@ -17,24 +17,24 @@ from tools.checkpoints import save_whole
 
 # SD 2.x at the same size: linear projections, and a text encoder whose last layer is not used.
 SMALL_SD2 = replace(
-    SMALL,
+    SMALLEST,
     name="small-sd2",
-    unet=replace(SMALL.unet, linear_projections=True, fp32_logits=True),
+    unet=replace(SMALLEST.unet, linear_projections=True, fp32_logits=True),
     text=TextConfig("open_clip", width=16, heads=2, layers=2, vocabulary=600),
     schedule=ScheduleConfig("v"),
 )
-# SD 1.x is told by the context of its first transformer, which SMALL lacks.
-SMALL_SD1 = replace(SMALL, unet=replace(SMALL.unet, attention=(True, True, True)))
+# SD 1.x is told by the context of its first transformer, which SMALLEST lacks.
+SMALL_SD1 = replace(SMALLEST, unet=replace(SMALLEST.unet, attention=(True, True)))
 
 
-SMALL_INPAINTING = replace(SMALL, unet=replace(SMALL.unet, inpainting=True))
+SMALL_INPAINTING = replace(SMALLEST, unet=replace(SMALLEST.unet, inpainting=True))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base, its ControlNet, both in one file, and a base of the kind of SD 2.x."""
     folder = tmp_path_factory.mktemp("models")
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     control = small_control(sd)
     sd.save(folder / "base.safetensors")
     control.save(folder / "control.safetensors")
@@ -154,14 +154,14 @@ def test_a_difference_and_back(folder, tmp_path, capsys):
 def test_pooling_is_written_down(folder, tmp_path):
     out = tmp_path / "shuffle.safetensors"
     assert run(folder / "control.safetensors", "--global-average-pooling", "--out", out) == 0
-    control = ControlNet.load(out, small_sd().unet)
+    control = ControlNet.load(out, small_sd(SMALLEST).unet)
     assert control.config == ControlConfig(global_average_pooling=True)
     assert run(out, "--out", tmp_path / "folder") == 0
-    assert ControlNet.load(tmp_path / "folder", small_sd().unet).config == control.config
+    assert ControlNet.load(tmp_path / "folder", small_sd(SMALLEST).unet).config == control.config
     whole = (folder / "whole.safetensors", "--part", "both", "--global-average-pooling")
     assert run(*whole, "--out", tmp_path / "whole.safetensors") == 0
     assert run(tmp_path / "whole.safetensors", "--part", "control", "--out", tmp_path / "again.safetensors") == 0
-    assert ControlNet.load(tmp_path / "again.safetensors", small_sd().unet).config == control.config
+    assert ControlNet.load(tmp_path / "again.safetensors", small_sd(SMALLEST).unet).config == control.config
 
 
 # ------------------------------------------------------------------------------------------------------- the result
@@ -176,7 +176,7 @@ def test_nothing_is_replaced_without_force(folder, tmp_path, capsys):
     assert_same(out, base)
     run(base, "--out", tmp_path / "folder")
     assert "--force" in error(capsys, base, "--dtype", "fp16", "--out", tmp_path / "folder")
-    assert StableDiffusion.load(tmp_path / "folder").config == SMALL
+    assert StableDiffusion.load(tmp_path / "folder").config == SMALLEST
     assert run(base, "--dtype", "fp16", "--out", tmp_path / "folder", "--force") == 0
     assert load_file(tmp_path / "folder/vae/diffusion_pytorch_model.safetensors")["quant_conv.bias"].dtype == torch.half
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out.safetensors"]
@@ -212,7 +212,7 @@ def test_a_stop_leaves_nothing(folder, tmp_path, monkeypatch, capsys, out):
         run(folder / "base.safetensors", "--out", tmp_path / out)
         monkeypatch.setattr(ldm.checkpoints.save, "save_file", stop)
         assert run(folder / "sd2.safetensors", "--out", tmp_path / out, "--force") == 130
-        assert StableDiffusion.load(tmp_path / out).config == SMALL
+        assert StableDiffusion.load(tmp_path / out).config == SMALLEST
         assert [path.name for path in tmp_path.iterdir()] == [out]
 
 
@@ -248,7 +248,7 @@ def test_another_autoencoder_goes_into_the_result(folder, tmp_path, monkeypatch)
 
 
 def test_zero_terminal_snr_is_written_down(tmp_path):
-    StableDiffusion(replace(SMALL, schedule=ScheduleConfig("v"))).save(tmp_path / "base.safetensors")
+    StableDiffusion(replace(SMALLEST, schedule=ScheduleConfig("v"))).save(tmp_path / "base.safetensors")
     assert run(tmp_path / "base.safetensors", "--zero-snr", "--out", tmp_path / "out.safetensors") == 0
     assert StableDiffusion.load(tmp_path / "out.safetensors").config.schedule.zero_terminal_snr
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from reference import load_manifest
 from safetensors.torch import load_file, save_file
-from small import SMALL, small_control, small_sd
+from small import SMALLEST, small_control, small_sd
 
 from controlnet import ControlNet
+from controlnet.config import ControlConfig
 from ldm import StableDiffusion
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.stored import StoredTensor
@@ -20,7 +21,7 @@ from tools.checkpoints import save_whole
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     control = small_control(sd)
     sd.save(folder / "base.safetensors")
     sd.save(folder / "base", layout="diffusers")
@@ -65,8 +66,8 @@ def large_file(path, manifest, dtype="F16"):
 def test_a_base(folder, capsys, name, layout):
     (found,) = facts(capsys, folder / name)
     assert (found["kind"], found["layout"], found["prediction"]) == ("base", layout, "v")
-    assert found["resolution"] == SMALL.resolution and not {"hint_channels", "EMA", "not_usable"} & found.keys()
-    sd = small_sd()
+    assert found["resolution"] == SMALLEST.resolution and not {"hint_channels", "EMA", "not_usable"} & found.keys()
+    sd = small_sd(SMALLEST)
     for part, module in (("UNet", sd.unet), ("autoencoder", sd.vae), ("text encoder", sd.text_encoder)):
         assert found["parameters"][part] == sum(parameter.numel() for parameter in module.parameters())
     assert found["precision"] == {"float32": sum(found["parameters"].values())}
@@ -75,12 +76,12 @@ def test_a_base(folder, capsys, name, layout):
 
 @pytest.mark.parametrize("name", ["control.safetensors", "control", "control.pth", "whole.safetensors"])
 def test_a_control_in_every_layout(folder, capsys, monkeypatch, name):
-    monkeypatch.setattr("ldm.checkpoints.recognise.SD15", SMALL)  # pickles do not describe themselves
-    monkeypatch.setattr("tools.checkpoints.SD15", SMALL)
+    monkeypatch.setattr("ldm.checkpoints.recognise.SD15", SMALLEST)  # pickles do not describe themselves
+    monkeypatch.setattr("tools.checkpoints.SD15", SMALLEST)
     (found,) = facts(capsys, folder / name)
     assert found["kind"] == ("base with a ControlNet" if name.startswith("whole") else "ControlNet")
     assert found["layout"] == ("diffusers" if name == "control" else "original")
-    control = small_control(small_sd())
+    control = small_control(small_sd(SMALLEST))
     assert found["parameters"]["ControlNet"] == sum(parameter.numel() for parameter in control.parameters())
     convs = [control.hint_encoder.convs[-1], *control.zero_convs, control.middle_zero_conv]
     norms = found["zero_convs"]
@@ -129,9 +130,15 @@ def test_sample_size_may_be_null(tmp_path, capsys):
     assert found["kind"] == "base" and "not_usable" not in found and found["resolution"] == 512
 
 
+def test_a_hint_at_the_input_enters_by_one_zero_convolution(tmp_path, capsys):
+    ControlNet.from_unet(small_sd().unet, ControlConfig(architecture="concat")).save(tmp_path / "concat.safetensors")
+    (found,) = facts(capsys, tmp_path / "concat.safetensors")
+    assert found["zero_convs"] == {"hint": 0} and found["training"].startswith("not trained")
+
+
 def other_programs_folder(tmp_path):
     """A base in diffusers' layout without our metadata."""
-    small_sd().save(tmp_path / "folder", layout="diffusers")
+    small_sd(SMALLEST).save(tmp_path / "folder", layout="diffusers")
     weights = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({key: value.clone() for key, value in load_file(weights).items()}, weights)
     return tmp_path / "folder"
@@ -155,7 +162,7 @@ def test_what_would_not_load_is_not_recommended(folder, tmp_path, capsys, name):
     """Recognised by its metadata, but for inpainting (9 channels), or incomplete."""
     whole = load_file(folder / name)
     (first,) = (key for key in whole if key.endswith("input_blocks.0.0.weight"))
-    wide = {**whole, first: torch.zeros(16, 9, 3, 3)}
+    wide = {**whole, first: torch.zeros(8, 9, 3, 3)}
     lacking = {key: value for key, value in whole.items() if not key.endswith("time_embed.0.bias")}
     for tensors, problem in ((wide, "an inpainting model with 9 input channels"), (lacking, "1 key missing (")):
         save_file(tensors, tmp_path / name, {"config": open_checkpoint(folder / name).metadata["config"]})
@@ -173,7 +180,7 @@ def test_keys_are_listed(folder, capsys):
     (found,) = facts(capsys, folder / "control.safetensors", "--keys")
     tensors = load_file(folder / "control.safetensors")
     assert found["tensors"] == {key: f"{list(tensor.shape)} float32" for key, tensor in tensors.items()}
-    assert "control_model.time_embed.0.bias  [64] float32" in text(capsys, folder / "control.safetensors", "--keys")
+    assert "control_model.time_embed.0.bias  [32] float32" in text(capsys, folder / "control.safetensors", "--keys")
 
 
 def test_a_file_cannot_steer_the_terminal(tmp_path, capsys):
@@ -227,13 +234,13 @@ def test_diff_names_what_differs(folder, tmp_path, capsys):
     removed, added = list(found.values())[:2]
     assert removed == ["control_model.time_embed.0.bias", "metadata config", "metadata format"] and added == ["new"]
     assert found["different"] == [
-        "control_model.time_embed.2.bias: [64] float32, [64] float16",
-        "control_model.zero_convs.0.0.bias: [16] float32, [3] float32",
+        "control_model.time_embed.2.bias: [32] float32, [32] float16",
+        "control_model.zero_convs.0.0.bias: [8] float32, [3] float32",
     ]
     assert "numbers" not in found
     assert describe.main([*arguments, "--values"]) == 1
     shown = capsys.readouterr().out
-    assert "control_model.zero_convs.1.0.bias: 1 of 16, by up to 0.5" in shown
+    assert "control_model.zero_convs.1.0.bias: 1 of 8, by up to 0.5" in shown
 
 
 def test_diff_of_alike_files(folder, tmp_path, capsys):

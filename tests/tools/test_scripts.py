@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = {path.stem for path in (ROOT / "tools").glob("*.py") if "new_parser(" in path.read_text()} | {"page"}
+TOOLS = {path.stem for path in (ROOT / "tools").glob("*.py") if "new_parser(" in path.read_text()} | {"page", "paper"}
 WITH_TORCH = {"convergence", "evaluate", "judge", "pretrain", "strip"}
 ASK_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:
     try:
-        importlib.import_module(f"tools.{name}" + ".__main__" * (name == "page")).main(["--help"])
+        importlib.import_module(f"tools.{name}" + ".__main__" * (name in ("page", "paper"))).main(["--help"])
     except SystemExit as stop:
         assert not stop.code, stop.code
 """

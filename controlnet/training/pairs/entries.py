@@ -21,11 +21,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pair needs beside its image. A `prompt` stands for the captions of all, whatever these are."""
+    """What a pair needs beside its image. A `prompt` stands for the captions of all, whatever these are, and
+    `without_hints` says what to do where there are none at all."""
 
     hints: bool = True
     captions: bool = True
     prompt: str | None = None
+    without_hints: str = (
+        "add --detect NAME to make them from the images, or put some of the same names into hints/ beside images/"
+    )
 
     def caption(self, found: str, complaint: str) -> str:
         """Raises BadSample where there is none, though one is needed."""

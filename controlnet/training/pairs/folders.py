@@ -50,10 +50,7 @@ def list_folders(folder: Path, wanted: Wanted) -> Listing | None:
     if not keys:
         return None
     if wanted.hints and not hints.by_key:
-        raise ValueError(
-            f'"{folder}" holds {len(keys)} images and no hints: add --detect NAME to make them from the images, or put '
-            "some of the same names into hints/ beside images/"
-        )
+        raise ValueError(f'"{folder}" holds {len(keys)} images and no hints: {wanted.without_hints}')
     names, repeats = Counter(composed(key.name) for key in keys.values()), repeats_of(list(keys))
     listing = Listing(layout_of(files, repeats), left_out=[f"{name}/" for name in not_for_training])
     for image, key in keys.items():

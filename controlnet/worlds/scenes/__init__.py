@@ -32,15 +32,24 @@ class Scenes(World):
         return edges(picture)
 
 
-def draw_scene(size: int, setting: Setting, things: list[Placed], rng: np.random.Generator) -> Picture:
-    """`things` are drawn in their order, from far to near; `rng` is for what neither they nor the setting say."""
+def draw_scene(
+    size: int, setting: Setting, things: list[Placed], rng: np.random.Generator, apart: bool = False
+) -> Picture:
+    """`things` are drawn in their order, from far to near; `rng` is for what neither they nor the setting say.
+
+    With `apart` sky, land and each thing have random numbers of their own: what is changed of one changes no other.
+    """
+    count = 2 + len(things)
+    sky_rng, land_rng, *rngs = rng.spawn(count) if apart else [rng] * count
     canvas = Canvas(size, sky_gradient(setting))
     layers = Layers(canvas)
-    draw_backdrop(canvas, layers, setting, rng)
-    for number, thing in enumerate(things):
+    draw_backdrop(canvas, layers, setting, sky_rng, land_rng)
+    for number, (thing, thing_rng) in enumerate(zip(things, rngs, strict=True)):
         draw_footing(canvas, layers, setting, thing)
         layers.start(thing.kind.name, thing.depth, number)
-        pen = Pen(canvas, (thing.x, thing.y), thing.scale, PAINTS[thing.colour], rng, night=setting.sky == "night")
+        pen = Pen(
+            canvas, (thing.x, thing.y), thing.scale, PAINTS[thing.colour], thing_rng, night=setting.sky == "night"
+        )
         thing.kind.draw(pen)
     image, labels = canvas.finish()
     truth = layers.truth(labels, setting, things)

@@ -24,10 +24,13 @@ def sky_at(setting: Setting, y: float) -> RGB:
     return mixed(top, low, min(1.0, y / setting.horizon))
 
 
-def draw_backdrop(canvas: Canvas, layers: Layers, setting: Setting, rng: np.random.Generator) -> None:
-    draw_light(canvas, layers, setting, rng)
+def draw_backdrop(
+    canvas: Canvas, layers: Layers, setting: Setting, sky_rng: np.random.Generator, rng: np.random.Generator
+) -> None:
+    """`sky_rng` is for the sky and the weather, `rng` for the land."""
+    draw_light(canvas, layers, setting, sky_rng)
     layers.start("cloud", 1.0)
-    draw_clouds(canvas, setting, rng)
+    draw_clouds(canvas, setting, sky_rng)
     if setting.far in ("mountains", "snowy mountains"):
         layers.start("mountain", 0.97)
         draw_mountains(canvas, setting, rng)
@@ -42,7 +45,7 @@ def draw_backdrop(canvas: Canvas, layers: Layers, setting: Setting, rng: np.rand
         draw_sea(canvas, setting, rng, 1.0)
     else:
         draw_land(canvas, setting, rng)
-    draw_weather(canvas, setting, rng)
+    draw_weather(canvas, setting, sky_rng)
 
 
 def draw_light(canvas: Canvas, layers: Layers, setting: Setting, rng: np.random.Generator) -> None:

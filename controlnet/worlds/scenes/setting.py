@@ -69,6 +69,11 @@ def random_setting(rng: np.random.Generator) -> Setting:
     far = str(rng.choice(list(FAR[ground]), p=list(FAR[ground].values())))
     horizon = float(rng.uniform(0.5, 0.62))
     shore = horizon + float(rng.uniform(0.09, 0.14)) if far == "sea" else horizon
+    return under_sky(rng, sky, ground, far, horizon, shore)
+
+
+def under_sky(rng: np.random.Generator, sky: str, ground: str, far: str, horizon: float, shore: float) -> Setting:
+    """This land with what such a sky has in it."""
     sunny = sky in ("day", "sunset") and rng.random() < 0.7
     low = rng.uniform(0, 0.14)  # how far above the horizon the sun is when it sets
     light_at = float(rng.uniform(0.14, 0.86)), float(horizon - low if sky == "sunset" else rng.uniform(0.12, 0.2))

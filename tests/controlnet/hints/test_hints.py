@@ -19,6 +19,7 @@ from controlnet.hints import (
     detect_file,
     find_detector,
     inpaint,
+    inpaint_at_random,
     options_of,
     parse_detector,
     parse_options,
@@ -517,6 +518,23 @@ def test_inpaint_has_minus_one_in_its_hole_alone():
     assert np.array_equal(inpaint(image, mask > 127), inpaint(image, mask))
     with pytest.raises(ValueError, match="resize the mask"):
         inpaint(image, mask[:, 1:])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 72), (2, 3)])
+def test_a_random_hole_depends_on_the_image_alone_and_is_never_all_of_it(size):
+    holes = []
+    for seed in range(60):
+        image = noise(*size, seed)
+        hint = inpaint_at_random(image)
+        hole = (hint == -1).all(axis=2)
+        assert np.array_equal(hint, inpaint_at_random(image.copy())) and np.array_equal(hint, inpaint(image, hole))
+        holes.append(hole)
+    shares = np.array([hole.mean() for hole in holes])
+    assert len({hole.tobytes() for hole in holes}) > (50 if size != (2, 3) else 3)
+    if size != (2, 3):
+        assert 0.05 < shares.min() < 0.2 and 0.5 < shares.max() < 0.7
+        boxes = [hole.any(axis=1).sum() * hole.any(axis=0).sum() == hole.sum() for hole in holes]
+        assert 15 < sum(boxes) < 45
 
 
 # ---------------------------------------------------------------------------------------------------- by name

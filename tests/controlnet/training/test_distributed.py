@@ -2,10 +2,9 @@
 
 import json
 import os
+import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import forked
 import pytest
@@ -13,13 +12,13 @@ import torch
 from forked import train_in
 from safetensors.torch import load_file
 from small import SMALLEST, small_sd
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
+from controlnet.objective import ControlLoss
 from controlnet.training import distributed
 from controlnet.training.distributed import launch, started_again
 
-ROOT = Path(__file__).parents[3]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 FEW = [
     "--images",
     "16",
@@ -50,18 +49,6 @@ def folder(tmp_path_factory):
 
 def options(folder, batch):
     return ["--base", str(folder / "base.safetensors"), "--device", "cpu", "--batch-size", str(batch), *HOW]
-
-
-def start(*command, cwd=ROOT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, **pipes)
-
-
-def finished(process) -> str:
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error[-5000:]
-    return out
 
 
 def free_port() -> int:
@@ -105,37 +92,38 @@ def test_two_machines_that_share_the_moments_are_one_process_with_four_times_the
     assert_close(folder / "one", folder / "four")
 
 
-# Each process has a folder of its own for its disk, and the second kills itself in its third step, once.
-OWN_DISKS = """
-import os, signal, sys
-os.makedirs(f"disk{os.environ['RANK']}", exist_ok=True)
-os.chdir(f"disk{os.environ['RANK']}")
-import train
-calls, original = [], train.ControlLoss.forward
-def forward(*given):
-    calls.append(given)
-    if len(calls) == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*given)
-train.ControlLoss.forward = forward
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and os.environ["RANK"] == "0":
-    print("again after", sorted(os.listdir("run/state"))[-1])
-sys.exit(train.main(sys.argv[1:]))
-"""
+def train_on_its_own_disk(folder, arguments):
+    """In a folder of each process's own. The second kills itself in its third step, once."""
+    rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    disk, calls, original = folder / f"disk{rank}", [], ControlLoss.forward
+    disk.mkdir(exist_ok=True)
+
+    def forward(*given):
+        calls.append(given)
+        if len(calls) == 5 and (rank, restarts) == ("1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*given)
+
+    ControlLoss.forward = forward
+    if (rank, restarts) == ("0", "1"):
+        (folder / "again after").write_text(max(path.name for path in (disk / "run" / "state").iterdir()))
+    train_in(disk, folder / f"said {rank}", {}, arguments)
 
 
 def test_processes_with_disks_of_their_own_are_started_again_and_go_on(folder):
-    (folder / "own_disks.py").write_text(OWN_DISKS)
-    again = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    """By what torchrun calls, so that its processes are forked; in a thread, where it leaves the signals alone."""
+    where = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="own disks")
+    config = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=1, start_method="forkserver", **where)
     how = [*options(folder, batch=2), "--out", "run"]
-    said = finished(start(*TORCHRUN, *again, "own_disks.py", *how, cwd=folder))
-    assert "again after 00000" in said
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(elastic_launch(config, train_on_its_own_disk), folder, how).result(timeout=300)
+    assert (folder / "again after").read_text().startswith("00000")
     main, other = folder / "disk0" / "run", folder / "disk1" / "run"
     assert sorted(path.name for path in other.iterdir()) == ["cache"]  # the run's folder is the main one's alone
     assert_close(folder / "one", main)
     places = [list((run / "cache").glob("*.safetensors")) for run in (folder / "one", main, other)]
     files = [load_file(file) for (file,) in places]
-    for name, tensor in files[0].items():  # made with another number of threads
+    for name, tensor in files[0].items():  # perhaps with another number of threads
         assert torch.equal(files[1][name], files[2][name])
         torch.testing.assert_close(tensor, files[1][name], rtol=1e-3, atol=1e-3)
 

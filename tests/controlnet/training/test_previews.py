@@ -5,8 +5,11 @@ import pytest
 from PIL import Image
 from small import SMALL, small_control, small_sd
 
+from controlnet.config import ControlConfig
+from controlnet.guidance import Control
+from controlnet.inference.generate import generate
 from controlnet.training.options import TrainSettings
-from controlnet.training.previews import Preview, image_for, own_samples
+from controlnet.training.previews import Preview, image_for, images_for, own_samples
 from controlnet.worlds import WORLDS
 
 SIDE = SMALL.resolution
@@ -38,6 +41,17 @@ def test_noise_is_each_images_own(sd):
     control, sample = small_control(sd), WORLDS["fill50k"](SIDE, 0)[0]
     first, second = Preview(sd, [sample, sample], batch_size=2, steps=1).images(control)
     assert not np.array_equal(first, second)
+
+
+def test_a_pooled_control_acts_as_infer_uses_it(sd):
+    """On the prompt's branch alone, as the shuffle model is published."""
+    control, sample = small_control(sd), WORLDS["people"](SIDE, 0)[0]
+    control.config = ControlConfig(global_average_pooling=True)
+    used = Control.from_image(control, sample.hint)
+    (wanted,) = generate(sd, sample.caption, [used], seed=3, steps=1)
+    assert used.prompt_only and np.array_equal(image_for(sd, control, sample, 3, steps=1), wanted)
+    (one,) = images_for(sd, control, [sample], 3, steps=1)
+    assert np.abs(one.astype(int) - np.asarray(wanted)).max() <= 1
 
 
 def test_hints_of_ones_own_are_cut_and_made_as_those_of_the_data(tmp_path):

@@ -14,6 +14,7 @@ from controlnet.worlds.measures import (
     keypoint_distance,
     mean_iou,
     nearest_colour,
+    palette_distance,
     psnr,
     same_colour,
     split_disc,
@@ -74,6 +75,15 @@ def test_colours_with_two_names_are_the_same():
 def test_psnr_of_a_known_difference():
     a = torch.zeros(2, 3, 8, 8)
     assert psnr(a, a + 0.2) == pytest.approx(20.0, abs=1e-4)  # a tenth of the range
+
+
+def test_palettes_are_compared_wherever_their_colours_are():
+    image, other = Shapes(32)[0].image, Shapes(32)[1].image
+    assert palette_distance(image, image[::-1, ::-1]) == 0 < palette_distance(image, other)
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    half = np.concatenate([black[:2], white[:2]])
+    assert palette_distance(black, half) == pytest.approx(palette_distance(black, white) / 2)
+    assert palette_distance(image, other) == palette_distance(other, image)
 
 
 def test_the_foreground_of_true_images_is_their_figures():

@@ -72,7 +72,7 @@ def test_things_are_where_the_truth_says_and_change_nothing_elsewhere(scenes):
     for index, scene in enumerate(scenes[:20]):
         setting, _, rng = spec(index)
         canvas = Canvas(SIZE, sky_gradient(setting))
-        draw_backdrop(canvas, Layers(canvas), setting, rng)
+        draw_backdrop(canvas, Layers(canvas), setting, rng, rng)
         empty, _ = canvas.finish()
         changed = (scene.image != empty).any(axis=2)
         assert changed[~grown(~scene.mask, by=1)].mean() > 0.97

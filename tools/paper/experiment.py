@@ -1,0 +1,28 @@
+"""What an experiment is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tools.page.charts import Points
+
+from .lab import Lab
+from .statistics import Verdict
+
+
+def no_charts(numbers: dict) -> dict[str, dict[str, Points]]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`measure` gives numbers that JSON can hold. All else on the page is drawn from these, but for the sheets of
+    samples that it saves beside them (`sheets.save_sheet`)."""
+
+    title: str
+    claim: str  # the paper's, in a sentence
+    how: str  # it is done here, and what about it is this small world's
+    measure: Callable[[Lab], dict[str, Any]]
+    tables: Callable[[dict[str, Any]], list[str]]  # as Markdown
+    verdict: Callable[[dict[str, Any]], Verdict]
+    charts: Callable[[dict[str, Any]], dict[str, dict[str, Points]]] = no_charts  # title -> curves by their names

@@ -1,0 +1,164 @@
+"""What the experiments share: trainings, each done once, the pictures that are sampled, and what these are measured by.
+
+Images are uint8 (H, W, 3).
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlnet import Control, ControlNet
+from controlnet.common.devices import use_device, use_precision
+from controlnet.common.images import to_hints
+from controlnet.guidance import MODES, layer_weights
+from controlnet.training.latent_cache import ends_of_weights
+from controlnet.training.previews import images_of
+from controlnet.worlds import Fill50k, Sample
+from controlnet.worlds.colours import BASIC_COLOURS
+from controlnet.worlds.measures import foreground, iou
+from ldm import StableDiffusion
+from tools.evaluate import colours_right
+
+from .runs import Run, trained
+from .statistics import Numbers
+
+BATCH, VALIDATION = 16, 16  # images
+WATCHED = 8  # of the validation images, sampled all along
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done."""
+
+    seeds: int
+    steps: int  # of a training
+    images: int  # that it sees again and again
+    samples: int  # that are measured
+    sampling_steps: int
+
+
+FULL = Scale(seeds=3, steps=300, images=2000, samples=16, sampling_steps=10)
+QUICK = Scale(seeds=1, steps=20, images=200, samples=6, sampling_steps=10)
+
+
+@dataclass(frozen=True)
+class Lab:
+    out: Path
+    scale: Scale
+    base: str
+    precision: str
+    device: torch.device
+
+    @cached_property
+    def sd(self) -> StableDiffusion:
+        return StableDiffusion.load(self.base, self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the base's weights: another one may have its name."""
+        return ends_of_weights(self.sd.unet)[:8]
+
+    @property
+    def settings(self) -> dict:
+        """By which numbers are known to be those of this call."""
+        scale = vars(self.scale)
+        return {**scale, "base": Path(self.base).stem, "fingerprint": self.fingerprint, "precision": self.precision}
+
+    # -------------------------------------------------------------------------------------------------- trainings
+
+    def train(self, seed: int, **settings) -> Run:
+        """A training with these settings, by their names in train.py, in place of those here.
+
+        The one with none, a full ControlNet on circles, is part of most experiments, and its images are measured all
+        along. Raises ValueError if it fails, KeyboardInterrupt if it is stopped.
+        """
+        steps = settings.get("steps", self.scale.steps)
+        every = max(steps // 15, 5)
+        watched = dict(sample_every=every, sample_count=WATCHED) if not settings else dict(sample_count=0)
+        defaults = dict(
+            data="fill50k",
+            images=self.scale.images,
+            steps=steps,
+            batch_size=BATCH,
+            optimizer="muon",
+            lr=1e-3,
+            lr_schedule="constant",  # as the authors': when control sets in must not depend on when a run ends
+            warmup=max(steps // 6, 1),
+            validation=VALIDATION,
+            validate_every=every,
+            precision=self.precision,
+            base=self.base,
+        )
+        settings = {**defaults, **settings, **watched, "seed": seed}
+        return trained(self.out / "runs", settings, self.fingerprint, str(self.device))
+
+    def over_seeds(self, measure: Callable[[int], dict[str, dict[str, float]]]) -> Numbers:
+        """`measure(seed)` gives measures by their names, for each row of a table -> each a list over the seeds."""
+        found = [measure(seed) for seed in range(self.scale.seeds)]
+        return {row: {name: [one[row][name] for one in found] for name in found[0][row]} for row in found[0]}
+
+    # --------------------------------------------------------------------------------------------------- pictures
+
+    def load(self, run: Run) -> ControlNet:
+        return ControlNet.load(run.control, self.sd)
+
+    @cached_property
+    def circles(self) -> list[Sample]:
+        """The first that no training has seen, in colours that everybody can tell apart."""
+        world = Fill50k(self.sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
+        return [world[i] for i in range(self.scale.samples)]
+
+    def draw(
+        self,
+        controls: Sequence[tuple[ControlNet, Sequence[np.ndarray]]],
+        prompts: Sequence[str],
+        sd: StableDiffusion | None = None,
+        mode: str = "balanced",
+        cfg: float | None = None,
+    ) -> list[np.ndarray]:
+        """An image for each prompt, from as many hints for each ControlNet; always with the same seeds."""
+        acting = [control_of(net, to_hints(hints).to(self.device), mode) for net, hints in controls]
+        return images_of(sd or self.sd, prompts, acting, seed=0, steps=self.scale.sampling_steps, cfg=cfg)
+
+    def draw_circles(self, net: ControlNet, prompts: Sequence[str] | None = None, **how) -> list[np.ndarray]:
+        """For the hints of `circles`: without prompts, if none are given."""
+        hints = [sample.hint for sample in self.circles]
+        return self.draw([(net, hints)], [""] * len(hints) if prompts is None else prompts, **how)
+
+
+def open_lab(args: argparse.Namespace) -> Lab:
+    """Raises ValueError for a device that is not there."""
+    scale = QUICK if args.quick else FULL
+    device = use_device(args.device)
+    use_precision("fp32", device)
+    return Lab(
+        args.out, Scale(**{**vars(scale), "seeds": args.seeds or scale.seeds}), args.base, args.precision, device
+    )
+
+
+# ------------------------------------------------------------------------------------------------- pictures of circles
+
+
+def control_of(net: ControlNet, hints: Tensor, mode: str) -> Control:
+    """hints (B, 3, H, W)"""
+    weights = layer_weights(mode, (), net.encoder.config)
+    return Control(net, hints, layers=weights, prompt_only=MODES[mode].prompt_only)
+
+
+def circles_measured(images: Sequence[np.ndarray], circles: Sequence[Sample]) -> dict[str, float]:
+    """How well the discs follow their hints, and the share of images in which both colours are those of the captions,
+    whether these were given as prompts or not."""
+    pairs = list(zip(images, circles, strict=True))
+    right = [all(colours_right(image, sample, BASIC_COLOURS)) for image, sample in pairs]
+    return {"iou": follows(images, circles), "colours": float(np.mean(right))}
+
+
+def follows(images: Sequence[np.ndarray], samples: Sequence[Sample]) -> float:
+    """The mean IoU of the figures that are seen with those that the hints show."""
+    return float(np.mean([iou(foreground(i), s.mask) for i, s in zip(images, samples, strict=True)]))

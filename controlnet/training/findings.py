@@ -17,9 +17,9 @@ from controlnet.inference.hint_kind import fewer, is_flat, is_inverted
 from ldm.config import PRESETS
 from ldm.tokenizer import Tokenizer
 
-from .folders import check_same_shape, read_hint, read_pixels
 from .identity import digests_of_files
 from .opening import split
+from .pair_files import check_same_shape, read_hint, read_pixels
 from .pairs import BadSample, Entry
 from .previews import as_rgb
 from .sources import FolderSource

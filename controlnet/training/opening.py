@@ -13,8 +13,8 @@ from controlnet.hints.hint_file import is_label_map
 from controlnet.objective import seeded
 from controlnet.worlds import WORLDS
 
-from .folders import read_hint
 from .options import TrainSettings
+from .pair_files import read_hint
 from .pairs import BadSample, Entry, Wanted, recognise
 from .recipes import BEFORE_AS_HINTS
 from .shard_source import Shard, ShardSource, ShardStream

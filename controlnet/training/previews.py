@@ -21,8 +21,8 @@ from controlnet.worlds.measures import foreground, iou, keypoint_distance
 from ldm import samplers
 from ldm.stable_diffusion import StableDiffusion
 
-from .folders import read_hint, read_pixels
 from .options import TrainSettings
+from .pair_files import read_hint, read_pixels
 from .sources import photograph_detector
 from .transform import Transform
 

@@ -17,8 +17,8 @@ from controlnet.common.images import Size
 from controlnet.hints import detect, find_detector, inpaint_at_random, parse_detector
 from controlnet.worlds import WORLDS, Sample
 
-from .folders import check_file, check_same_shape, read_hint, read_pixels, size_of
 from .identity import Identity, Key, digest, digest_of, digests_of_files
+from .pair_files import check_file, check_same_shape, read_hint, read_pixels, size_of
 from .pairs import BadSample, Entry
 from .transform import Transform
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from controlnet.hints.hint_file import is_label_map, read_hint
 from controlnet.hints.hint_image import HintImage
-from controlnet.training import folders
+from controlnet.training import pair_files
 
 SIZE = (6, 10)  # height, width
 RAMP = np.linspace(0, 255, 60).astype(np.uint8).reshape(SIZE)
@@ -49,7 +49,7 @@ def test_each_number_of_channels_is_the_same_image(tmp_path, name):
     assert four.shape == (*SIZE, 4) and (four[..., 3] == opacity).all()
     assert np.array_equal(four[four[..., 3] > 0][:, :3], rgb[four[..., 3] > 0])
     for channels in (1, 3, 4):
-        read = folders.read_hint(path, channels)
+        read = pair_files.read_hint(path, channels)
         hint = HintImage.of(path).at(SIZE, channels)
         assert np.array_equal((255 * hint[0]).round().byte().permute(1, 2, 0).numpy(), read)
 

@@ -17,8 +17,8 @@ from small import SMALL, small_sd
 from controlnet.common.images import to_hints, to_images
 from controlnet.hints import detect
 from controlnet.training import latent_cache
-from controlnet.training.folders import read_pixels
 from controlnet.training.latent_cache import build, encoding_batch, fingerprint, prepare_folder
+from controlnet.training.pair_files import read_pixels
 from controlnet.training.pairs import BadSample, Entry
 from controlnet.training.prepare import with_packed_encoders
 from controlnet.training.sources import BadSamples, FolderSource, WorldSource

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from controlnet.objective import seeded
-from controlnet.training.folders import read_hint
 from controlnet.training.opening import open_sources, split
 from controlnet.training.options import TrainSettings
+from controlnet.training.pair_files import read_hint
 from controlnet.training.pairs import BadSample, Entry, list_folder
 from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform

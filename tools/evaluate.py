@@ -7,6 +7,7 @@ python -m tools.evaluate --recipe tile runs/tile          # a run of train.py --
 import argparse
 import itertools
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +16,13 @@ from tqdm import tqdm
 
 from controlnet import ControlNet
 from controlnet.common.devices import use_device, use_precision
-from controlnet.common.images import to_images
+from controlnet.common.images import to_hints, to_images
 from controlnet.common.program import new_parser, note, run
 from controlnet.inference.generate import generate
-from controlnet.training.previews import image_for
-from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Sample, Scenes, Shapes, World
+from controlnet.training.previews import control_with
+from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Picture, Sample, Scenes, Seg, Shapes, World
 from controlnet.worlds.colours import BASIC_COLOURS, COLOURS
+from controlnet.worlds.hints import edges, scribble
 from controlnet.worlds.measures import (
     colour_agreement,
     foreground,
@@ -36,8 +38,26 @@ from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from tools.cli import add_debug, add_device
 from tools.evaluate_recipes import report_recipe
-from tools.evaluate_scenes import report_prompts, report_scene_control
+from tools.evaluate_scenes import Paint, report_prompts, report_scene_control
 from tools.judge import JUDGE, load_judge
+
+
+class PoseAndScribble(People):
+    name = "pose with scribble"
+
+    def hint(self, index: int, picture: Picture) -> np.ndarray:
+        return np.dstack([super().hint(index, picture), scribble(picture, self.rng(index))])  # (H, W, 6)
+
+
+class SegAndCanny(Seg):
+    name = "seg with canny"
+
+    def hint(self, index: int, picture: Picture) -> np.ndarray:
+        return np.dstack([super().hint(index, picture), edges(picture)])  # (H, W, 6)
+
+
+# Two controls at once, by the datasets that they are tried on alone.
+TOGETHER = {("people", "scribble"): PoseAndScribble, ("seg", "canny"): SegAndCanny}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,12 +114,15 @@ def evaluate(args: argparse.Namespace) -> None:
         report_colours(sd, label, colours, args.count, settings)
     if judge:
         report_prompts(sd, judge, args.count, settings)
-    for name, control in controls:
-        world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
-        if has_scenes(type(world)):
-            report_scene_control(sd, judge, world, control, args.count, settings)
+    by_name = dict(controls)
+    tried = [(WORLDS[name], [control]) for name, control in controls]
+    tried += [(kind, [by_name[n] for n in names]) for names, kind in TOGETHER.items() if by_name.keys() >= set(names)]
+    for kind, nets in tried:
+        world, paint = kind(sd.config.resolution, colours=BASIC_COLOURS, held_out=True), painter(sd, nets, settings)
+        if has_scenes(kind):
+            report_scene_control(judge, world, paint, args.count)
         if not isinstance(world, Scenes):
-            report_control(sd, f"control, {name}", world, control, args.count, settings)
+            report_control(world, paint, args.count)
 
 
 def load_base(args: argparse.Namespace) -> StableDiffusion:
@@ -110,6 +133,18 @@ def load_base(args: argparse.Namespace) -> StableDiffusion:
 
 def has_scenes(world: type[World]) -> bool:
     return any(issubclass(kind, Scenes) for kind in getattr(world, "kinds", (world,)))
+
+
+def painter(sd: StableDiffusion, controls: Sequence[ControlNet], settings: dict) -> Paint:
+    """-> (sample, seed) -> image (H, W, 3). A sample has a hint for each of `controls`: they are channels of one."""
+
+    def paint(sample: Sample, seed: int) -> np.ndarray:
+        hints = np.split(sample.hint, len(controls), axis=2)
+        acting = [control_with(net, to_hints([hint])) for net, hint in zip(controls, hints, strict=True)]
+        (image,) = generate(sd, sample.caption, acting, seed=seed, **settings)
+        return np.asarray(image)
+
+    return paint
 
 
 @torch.no_grad()
@@ -143,19 +178,17 @@ def colours_right(image: np.ndarray, sample: Sample, colours: tuple[str, ...]) -
     )
 
 
-def report_control(
-    sd: StableDiffusion, label: str, world: World, control: ControlNet, count: int, settings: dict
-) -> None:
+def report_control(world: World, paint: Paint, count: int) -> None:
     """How well images follow their hints: the figures' IoU with the true ones and, for people, how far the key points
     are from the figure. In parentheses is the floor: the same against the next sample's figure."""
     samples = plain_samples(world, count)
     others = samples[1:] + samples[:1]
     for prompts, prompted in (("with prompt", True), ("without", False)):
         shown = samples if prompted else [replace(sample, caption="") for sample in samples]
-        images = [image_for(sd, control, sample, i, **settings) for i, sample in enumerate(bar(shown))]
+        images = [paint(sample, i) for i, sample in enumerate(bar(shown))]
         masks = [foreground(image) for image in images]
         own, floor = (figures_iou(masks, figures) for figures in (samples, others))
-        line = f"{label} {prompts}: mean IoU {own:.3f} (mismatched {floor:.3f})"
+        line = f"control, {world.name} {prompts}: mean IoU {own:.3f} (mismatched {floor:.3f})"
         if samples[0].keypoints is not None:
             own, floor = (mean_distance(masks, people) for people in (samples, others))
             line += f", key points {own:.1f} pixels away ({floor:.1f})"

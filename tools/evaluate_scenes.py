@@ -9,9 +9,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from controlnet import ControlNet
 from controlnet.inference.generate import generate
-from controlnet.training.previews import image_for
 from controlnet.worlds import Sample, Scenes, Truth, World
 from controlnet.worlds.classes import ADE20K_CLASSES, CLASSES
 from controlnet.worlds.measures import mean_iou
@@ -23,6 +21,7 @@ from tools.judge import COLOUR_NAMES, Judge
 
 LEAST = 0.002  # of a picture's pixels: a thing of 6x6 of 128x128 is there
 
+Paint = Callable[[Sample, int], np.ndarray]  # (sample, seed) -> the image that it makes, uint8 (H, W, 3)
 Seen = tuple[np.ndarray, np.ndarray]  # classes and colours, as Judge.see gives them
 
 
@@ -40,9 +39,7 @@ def report_prompts(sd: StableDiffusion, judge: Judge, count: int, settings: dict
     print(f"base, things named in a scene's prompt: {', '.join(lines)}")
 
 
-def report_scene_control(
-    sd: StableDiffusion, judge: Judge, world: World, control: ControlNet, count: int, settings: dict
-) -> None:
+def report_scene_control(judge: Judge, world: World, paint: Paint, count: int) -> None:
     samples = scenes_of(world, count)
     truths, real = [sample.truth for sample in samples], judged(judge, samples)
     for label, prompts in (
@@ -52,7 +49,7 @@ def report_scene_control(
     ):
         asked = [replace(sample, caption=prompt) for sample, prompt in zip(samples, prompts, strict=True)]
         bar = tqdm(asked, leave=False, mininterval=2)
-        seen = [judge.see(image_for(sd, control, sample, i, **settings)) for i, sample in enumerate(bar)]
+        seen = [judge.see(paint(sample, i)) for i, sample in enumerate(bar)]
         against = partial(compared, seen=seen, real=real)
         (things,), (classes,) = against(things_iou, wanted=truths), against(classes_iou, wanted=truths)
         line = f"control, {world.name} with {label}: mean IoU of things {things}, of classes {classes}"

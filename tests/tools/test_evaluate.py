@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small import small_control, small_sd
+from small import SMALL, small_control, small_sd, strengthened
 
+from controlnet import Control, generate
+from controlnet.common.images import to_hints
 from controlnet.worlds import Canny, Scenes, Seg
 from controlnet.worlds.scenes.captions import inventory
 from controlnet.worlds.world import Thing
@@ -86,6 +88,27 @@ def test_scenes_are_measured_with_and_without_a_control(judge_file, tmp_path, mo
     assert "things named in a scene's prompt: there in any colour" in out
     for prompts in ("prompts that name all", "their captions", "no prompt"):
         assert f"control, seg with {prompts}: mean IoU of things" in out
+
+
+def test_two_controls_at_once_get_each_its_hint(judge_file, tmp_path, monkeypatch, capsys):
+    sd = small_sd()
+    pose, strokes = small_control(sd), strengthened(small_control(sd))
+    sample = evaluate.PoseAndScribble(SMALL.resolution, held_out=True)[0]
+    hints = [to_hints([sample.hint[..., :3]]), to_hints([sample.hint[..., 3:]])]
+    wanted = generate(sd, sample.caption, list(map(Control, (pose, strokes), hints)), seed=3, steps=1)
+    made = evaluate.painter(sd, [pose, strokes], dict(steps=1))(sample, 3)
+    assert np.array_equal(made, wanted[0])
+    assert not np.array_equal(made, evaluate.painter(sd, [strokes, pose], dict(steps=1))(sample, 3))
+
+    for part in (sd, pose, strokes):
+        part.save(tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors")
+    base, *files = map(str, sorted(tmp_path.iterdir()))
+    monkeypatch.setattr(evaluate, "load_judge", lambda: load_judge(judge_file))
+    controls = [
+        word for name, file in zip(("people", "scribble"), files, strict=True) for word in ("--control", name, file)
+    ]
+    assert evaluate.main(["--base", base, *controls, "--count", "1", "--steps", "1"]) == 0
+    assert "control, pose with scribble with prompt: mean IoU" in capsys.readouterr().out
 
 
 def test_without_a_judge_the_rest_is_measured(tmp_path, monkeypatch, capsys):

@@ -30,20 +30,26 @@ from controlnet.hints.hint_file import is_label_map
 def kind_of(pixels: np.ndarray) -> str | None:
     """A hint -> a short name of a small ControlNet, or None where it could be any or none."""
     pixels = fewer(pixels, 2048)
-    strongest, weakest = channels(pixels)
-    lit = is_lit(strongest)
-    if 0 < lit.mean() <= 0.5 and is_thin(lit, 20):
-        if (weakest < 0.5 * strongest)[lit].mean() > 0.6:  # half: JPEG makes the colours of thin lines pale
-            return "pose"
-        if (strongest - weakest < 48)[lit].mean() > 0.9:
-            edges = width_of_lines(lit) < max(1.6, 0.0105 * min(lit.shape))
-            if is_circle(lit):
-                return "circles"
-            if edges or (strongest < 32)[~lit].mean() > 0.8:  # a photograph's dark places are not that black
-                return "canny" if edges else "scribble"
+    if lines := kind_of_lines(*channels(pixels)):
+        return lines
     if is_segmentation(pixels):
         return "seg"
     return "depth" if is_smooth_gray(pixels) else None
+
+
+def kind_of_lines(strongest: np.ndarray, weakest: np.ndarray) -> str | None:
+    lit = is_lit(strongest)
+    if not 0 < lit.mean() <= 0.5 or not is_thin(lit, 20):
+        return None
+    if (weakest < 0.5 * strongest)[lit].mean() > 0.6:  # half: JPEG makes the colours of thin lines pale
+        return "pose"
+    if (strongest - weakest < 48)[lit].mean() < 0.9:
+        return None
+    if is_circle(lit):
+        return "circles"
+    if width_of_lines(lit) < max(1.6, 0.0105 * min(lit.shape)):  # edges are one pixel wide, of 128 perhaps
+        return "canny"
+    return "scribble" if (strongest < 32)[~lit].mean() > 0.8 else None  # a photograph is not that black
 
 
 def channels(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -59,7 +59,9 @@ def halves_resolution(block: nn.Module) -> bool:
 
 
 class ControlNetLite(ControlNet):
-    """ "ControlNet-lite" """
+    """The paper's "ControlNet-lite"."""
+
+    architecture = "lite"
 
     def copy_of(self, encoder: UNetEncoder) -> nn.Module:
         return LiteEncoder(encoder)
@@ -73,6 +75,8 @@ class HintAtInput(ControlNet):
     encoder behind it, locked as in the base, then sees the hint. The residuals are how much its outputs change by that:
     with them the decoder gets exactly what such a base would give it. It would run its encoder once, not three times.
     """
+
+    architecture = "concat"
 
     def __init__(self, unet: UNet, config: ControlConfig):
         super().__init__(unet, config)
@@ -91,7 +95,7 @@ class HintAtInput(ControlNet):
         return [changed - own for changed, own in zip(with_hint, without, strict=True)]
 
 
-BASELINES = {"lite": ControlNetLite, "concat": HintAtInput}  # by `ControlConfig.architecture`
+BASELINES = {baseline.architecture: baseline for baseline in (ControlNetLite, HintAtInput)}
 
 
 # ----------------------------------------------------------------------------------- built alike, trained otherwise

@@ -73,8 +73,13 @@ class ControlNet(ControlCheckpoint, nn.Module):
     `load`, `save` and `transfer` to another base are in checkpoint.py.
     """
 
+    architecture = "full"
+
     def __init__(self, unet: UNet, config: ControlConfig = ControlConfig()):
+        """Raises ValueError if `config` is that of a baseline, which `ControlNet.of` makes."""
         super().__init__()
+        if config.architecture != self.architecture:
+            raise ValueError(f'the architecture is "{config.architecture}": take ControlNet.of(unet, config)')
         self.config = config
         self.hint_encoder = HintEncoder(config, unet.config.channels)
         self.encoder = self.copy_of(unet.encoder)

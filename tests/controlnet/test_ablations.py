@@ -57,3 +57,11 @@ def test_a_locked_encoder_lets_gradients_through_and_takes_none(sd, inputs, arch
     sum(residual.square().sum() for residual in control(*inputs)).backward()
     assert all(parameter.grad is None for parameter in control.encoder.parameters())
     assert all(conv.weight.grad.any() for conv in control.hint_encoder.convs)
+
+
+@pytest.mark.parametrize("architecture", ["lite", "concat"])
+def test_a_full_one_is_not_called_a_baseline(architecture):
+    unet, config = small_sd().unet, ControlConfig(architecture=architecture)
+    assert ControlNet.of(unet, config).architecture == architecture
+    with pytest.raises(ValueError, match=f'"{architecture}": take ControlNet.of'):
+        ControlNet(unet, config)

@@ -21,7 +21,7 @@ from tools.judge import COLOUR_NAMES, Judge
 
 LEAST = 0.002  # of a picture's pixels: a thing of 6x6 of 128x128 is there
 
-Paint = Callable[[Sample, int], np.ndarray]  # (sample, seed) -> the image that it makes, uint8 (H, W, 3)
+Paint = Callable[[Sequence[Sample]], list[np.ndarray]]  # -> images, uint8 (H, W, 3)
 Seen = tuple[np.ndarray, np.ndarray]  # classes and colours, as Judge.see gives them
 
 
@@ -44,12 +44,10 @@ def report_scene_control(judge: Judge, world: World, paint: Paint, count: int) -
     truths, real = [sample.truth for sample in samples], judged(judge, samples)
     for label, prompts in (
         ("prompts that name all", [inventory(truth.things) for truth in truths]),
-        ("their captions", [sample.caption for sample in samples]),
         ("no prompt", [""] * count),
     ):
         asked = [replace(sample, caption=prompt) for sample, prompt in zip(samples, prompts, strict=True)]
-        bar = tqdm(asked, leave=False, mininterval=2)
-        seen = [judge.see(paint(sample, i)) for i, sample in enumerate(bar)]
+        seen = [judge.see(image) for image in paint(asked)]
         against = partial(compared, seen=seen, real=real)
         (things,), (classes,) = against(things_iou, wanted=truths), against(classes_iou, wanted=truths)
         line = f"control, {world.name} with {label}: mean IoU of things {things}, of classes {classes}"

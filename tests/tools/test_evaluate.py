@@ -86,8 +86,12 @@ def test_scenes_are_measured_with_and_without_a_control(judge_file, tmp_path, mo
     assert evaluate.main([*arguments, "--count", "2", "--steps", "1"]) == 0
     out = capsys.readouterr().out
     assert "things named in a scene's prompt: there in any colour" in out
-    for prompts in ("prompts that name all", "their captions", "no prompt"):
+    for prompts in ("prompts that name all", "no prompt"):
         assert f"control, seg with {prompts}: mean IoU of things" in out
+
+
+def largest_difference(a, b):
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()
 
 
 def test_two_controls_at_once_get_each_its_hint(judge_file, tmp_path, monkeypatch, capsys):
@@ -95,10 +99,10 @@ def test_two_controls_at_once_get_each_its_hint(judge_file, tmp_path, monkeypatc
     pose, strokes = small_control(sd), strengthened(small_control(sd))
     sample = evaluate.PoseAndScribble(SMALL.resolution, held_out=True)[0]
     hints = [to_hints([sample.hint[..., :3]]), to_hints([sample.hint[..., 3:]])]
-    wanted = generate(sd, sample.caption, list(map(Control, (pose, strokes), hints)), seed=3, steps=1)
-    made = evaluate.painter(sd, [pose, strokes], dict(steps=1))(sample, 3)
-    assert np.array_equal(made, wanted[0])
-    assert not np.array_equal(made, evaluate.painter(sd, [strokes, pose], dict(steps=1))(sample, 3))
+    (wanted,) = generate(sd, sample.caption, list(map(Control, (pose, strokes), hints)), seed=0, steps=1)
+    (made,) = evaluate.painter(sd, [pose, strokes], dict(steps=1))([sample])
+    (other,) = evaluate.painter(sd, [strokes, pose], dict(steps=1))([sample])
+    assert largest_difference(made, wanted) <= 1 < largest_difference(other, wanted)
 
     for part in (sd, pose, strokes):
         part.save(tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors")

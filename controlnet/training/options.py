@@ -22,6 +22,7 @@ from controlnet.common.program import (
 )
 
 from .other_names import right_names
+from .recipes import RECIPES
 
 # What depends on the base if it is not given: for SD the authors' own values (docs/train.md of lllyasviel/ControlNet),
 # for the small base what converges within minutes.
@@ -61,7 +62,7 @@ class TrainSettings:
     recipe: str | None = in_data(
         "settings for one of v1.1's controls: tile, inpaint (details, holes are painted anew), shuffle (colours are "
         "taken over) or ip2p (changes as the prompt says; --data needs pairs)",
-        choices=["tile", "inpaint", "shuffle", "ip2p"],
+        choices=[*RECIPES],
     )
     images: int | None = in_data(
         "use the first N (default: all; of a synthetic dataset 2000)", type=positive, metavar="N"

@@ -13,8 +13,7 @@ from controlnet.worlds import WORLDS
 RECIPES = {
     "tile": dict(data="scenes", detect="tile"),
     "inpaint": dict(data="shapes", detect="inpaint"),
-    # In v1.1 the colours move by noise of 256 pixels, half a side.
-    "shuffle": dict(data="scenes", detect="shuffle:cell={half_a_side}", global_average_pooling=True),
+    "shuffle": dict(data="scenes", detect="shuffle", global_average_pooling=True),
     # What to change nobody sees without the instruction: as seldom left out as in InstructPix2Pix's training.
     "ip2p": dict(data="edits", prompt_dropout=0.05),
 }
@@ -32,8 +31,8 @@ def settings_of(recipe: str | None, given: dict, side: int) -> dict:
     if recipe is None:
         return {}
     preset = dict(RECIPES[recipe])
-    if "detect" in preset:
-        preset["detect"] = preset["detect"].format(half_a_side=side // 2)
+    if recipe == "shuffle":
+        preset["detect"] += f":cell={side // 2}"  # in v1.1 the colours move by noise of 256 pixels, half a side
     detect, data = given.get("detect"), given.get("data", preset["data"])
     if detect is not None and detect.lower().partition(":")[0] != recipe:
         raise ValueError(f"the recipe {recipe} says what its hints are, and --detect {detect} others: leave out one")

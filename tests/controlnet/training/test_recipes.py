@@ -51,7 +51,7 @@ def test_a_recipe_is_a_few_settings_and_what_is_given_comes_first(base, tmp_path
     assert (tile.data, tile.detect, tile.prompt_dropout) == ("shapes", "tile:factor=4", 0.5)
     assert not control_config(tile).global_average_pooling
     ip2p = settings_for(base, tmp_path, "--recipe ip2p")
-    assert (ip2p.data, ip2p.detect, ip2p.prompt_dropout) == ("edits", None, 0.05)
+    assert (ip2p.data, ip2p.detect, ip2p.prompt_dropout) == ("edits", None, 0.1)
 
 
 def test_a_run_goes_on_with_what_its_recipe_set(base, tmp_path):

@@ -7,7 +7,7 @@ python -m tools.evaluate --recipe tile runs/tile          # a run of train.py --
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from controlnet.common.images import to_hints, to_images
 from controlnet.common.program import new_parser, note, run
 from controlnet.inference.generate import generate
 from controlnet.training.previews import control_with, images_of
+from controlnet.training.recipes import RECIPES
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Picture, Sample, Scenes, Seg, Shapes, World
 from controlnet.worlds.colours import BASIC_COLOURS, COLOURS
 from controlnet.worlds.hints import edges, scribble
@@ -64,20 +65,21 @@ TOGETHER = {("people", "scribble"): PoseAndScribble, ("seg", "canny"): SegAndCan
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.evaluate", __doc__)
     parser.add_argument("--base", default="tiny", help="a file or a preset (default: %(default)s)")
-    parser.add_argument(
+    tried = parser.add_mutually_exclusive_group()
+    tried.add_argument(
         "--control",
         action="append",
         nargs=2,
         metavar=("DATASET", "FILE"),
         help=f"a ControlNet and the dataset to try it on, {', '.join(WORLDS)}; repeatable (default: those in weights/)",
     )
-    parser.add_argument("--base-only", dest="control", action="store_const", const=[], help="no ControlNet")
-    parser.add_argument(
+    tried.add_argument("--base-only", dest="control", action="store_const", const=[], help="no ControlNet")
+    tried.add_argument(
         "--recipe",
         action="append",
         nargs=2,
         metavar=("RECIPE", "FILE"),
-        help="only a ControlNet of a recipe of train.py, on the validation pairs of its run; repeatable",
+        help="a ControlNet of a recipe of train.py, on the validation pairs of its run, and nothing else; repeatable",
     )
     parser.add_argument("--count", type=int, default=64, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
@@ -89,9 +91,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Raises ValueError for an unknown dataset and for a file that cannot be used."""
+    """Raises ValueError for an unknown dataset or recipe and for a file that cannot be used."""
     settings = dict(steps=args.steps, cfg=args.cfg)
     if args.recipe:
+        check_names("recipe", args.recipe, RECIPES)
         sd = load_base(args)
         for recipe, file in args.recipe:
             report_recipe(sd, recipe, file, args.count, settings)
@@ -99,9 +102,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.control is None:
         files = [(world, WEIGHTS / f"{name}.safetensors") for world, name in TINY_CONTROL_OF.items()]
         args.control = [(world, file) for world, file in files if file.exists()]
-    for world, _ in args.control:
-        if world not in WORLDS:
-            raise ValueError(f'there is no dataset "{world}", expected one of {", ".join(WORLDS)}')
+    check_names("dataset", args.control, WORLDS)
     judge = load_judge() if JUDGE.exists() or any(has_scenes(WORLDS[world]) for world, _ in args.control) else None
     if judge is None:
         note(f"prompts of scenes are not measured: there is no {JUDGE.name} in weights/ (python -m tools.judge)")
@@ -124,6 +125,13 @@ def evaluate(args: argparse.Namespace) -> None:
             report_scene_control(judge, world, paint, args.count)
         if not isinstance(world, Scenes):
             report_control(world, paint, args.count)
+
+
+def check_names(kind: str, given: Iterable[Sequence[str]], known: Collection[str]) -> None:
+    """Raises ValueError for an unknown one among the first words of `given`."""
+    for name, _ in given:
+        if name not in known:
+            raise ValueError(f'there is no {kind} "{name}", expected one of {", ".join(known)}')
 
 
 def load_base(args: argparse.Namespace) -> StableDiffusion:

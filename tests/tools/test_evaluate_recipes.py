@@ -82,6 +82,15 @@ def test_a_run_of_a_recipe_is_measured_on_its_own_validation_pairs(tmp_path, mon
     assert run.startswith("recipe shuffle, 2 samples, distance of the palette to the hint's without a prompt ")
     assert run.count("(mismatched ") == 1 and file.count("(mismatched ") == 3 and "IoU with the figure" in file
     assert sizes == 2 * [(96, 96, 3)] + 2 * [(64, 64, 3)]
-    for recipe, sentence in (("tile", "no run of train.py --recipe tile"), ("blur", 'there is no recipe "blur"')):
-        assert evaluate.main([*words, "--recipe", recipe, str(out)]) == 2
-        assert sentence in capsys.readouterr().err
+    assert evaluate.main([*words, "--recipe", "tile", str(out)]) == 2
+    assert "no run of train.py --recipe tile" in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is_loaded(capsys):
+    base = ["--base", "none.safetensors"]
+    assert evaluate.main([*base, "--recipe", "blur", "runs/blur"]) == 2
+    assert 'there is no recipe "blur", expected one of tile, ' in capsys.readouterr().err
+    for words in (["--control", "fill50k", "control.safetensors"], ["--base-only"]):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([*base, "--recipe", "tile", "runs/tile", *words])
+        assert f"{words[0]}: not allowed with argument --recipe" in capsys.readouterr().err

@@ -1,21 +1,25 @@
 """Whether the ControlNet of a recipe does what its name says, on pairs that it was not trained on. Each figure stands
-beside a floor, the same against the next pair, and a ceiling, the same for the true picture.
+beside floors, the same for pictures that did not do it, and a ceiling: the true pictures as the autoencoder gives them
+back, since all that is made goes through it.
 
-Images are uint8 (H, W, 3), errors are means in levels of 255. A measure takes an image and the sample it was made for.
+Images are uint8 (H, W, 3), errors are means in levels of 255. A measure takes an image and the sample it was made for,
+and leaves out what this sample cannot tell.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.common.images import to_images
+from controlnet.common.images import to_images, to_pil
 from controlnet.common.program import from_json
 from controlnet.training.data import image_size
 from controlnet.training.opening import open_sources
@@ -27,22 +31,61 @@ from controlnet.training.sources import good_samples
 from controlnet.worlds import WORLDS, Sample
 from controlnet.worlds.measures import foreground, iou, palette_distance, psnr
 from ldm import StableDiffusion
-from tools.evaluate_scenes import compared
 
 TOLD = 8  # levels by which before and after differ where something is to change
+SHARPNESS = "sharpness (0 the hint's, 1 the picture's; noise raises it, too)"
+
+Measure = Callable[[np.ndarray, Sample], dict[str, float]]
 
 
 def report_recipe(sd: StableDiffusion, recipe: str, file: str, count: int, settings: dict) -> None:
     """Raises ValueError for a run of another recipe."""
     measure, samples = MEASURES[recipe], held_out(sd, recipe, Path(file), count)
     control = ControlNet.load(file, sd)
-    asked = samples if measure.prompted else [replace(sample, caption="") for sample in samples]
-    bar = tqdm(asked, leave=False, mininterval=2)
-    images = [image_for(sd, control, sample, i, **settings) for i, sample in enumerate(bar)]
-    figures = min(len(measure.of(sample.image, sample)) for sample in samples)  # what can be said of all
-    shown = compared(lambda *one: measure.of(*one)[:figures], images, [sample.image for sample in samples], samples)
-    lines = [f"{words} {text}" for words, text in zip(measure.words, shown, strict=False)]
-    print(f"recipe {recipe}, {len(samples)} samples, {', '.join(lines)}")
+
+    def paint(asked: list[Sample]) -> list[np.ndarray]:
+        bar = tqdm(asked, leave=False, mininterval=2)
+        return [image_for(sd, control, sample, i, **settings) for i, sample in enumerate(bar)]
+
+    # Captions of the synthetic datasets name colours, which are to be the hint's.
+    images = paint([replace(sample, caption="") for sample in samples] if recipe == "shuffle" else samples)
+    if recipe == "ip2p":
+        beside = {
+            "another instruction": measured(measure, paint(told_another(samples)), samples),
+            "the hint itself": measured(measure, after_autoencoder(sd, [sample.hint for sample in samples]), samples),
+        }
+    else:
+        beside = {"mismatched": measured(measure, images, samples[1:] + samples[:1])}
+        beside["mismatched"].pop(SHARPNESS, None)  # which any sharp picture has
+    beside["true pictures"] = measured(measure, after_autoencoder(sd, [sample.image for sample in samples]), samples)
+
+    for name, values in measured(measure, images, samples).items():
+        others = [f"{whose} {np.mean(figures[name]):.3f}" for whose, figures in beside.items() if name in figures]
+        print(f"recipe {recipe}, {len(values)} samples, {name}: {np.mean(values):.3f} ({', '.join(others)})")
+
+
+def measured(measure: Measure, images: Sequence[np.ndarray], samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """For each figure its values, of the samples that can tell it."""
+    values = defaultdict(list)
+    for image, sample in zip(images, samples, strict=True):
+        for name, value in measure(image, sample).items():
+            values[name].append(value)
+    return values
+
+
+def told_another(samples: list[Sample]) -> list[Sample]:
+    """Each with the next instruction that is not its own; if all have one, without any."""
+    asked = []
+    for i, sample in enumerate(samples):
+        following = [one.caption for one in samples[i + 1 :] + samples[:i] if one.caption != sample.caption]
+        asked.append(replace(sample, caption=(following or [""])[0]))
+    return asked
+
+
+@torch.no_grad()
+def after_autoencoder(sd: StableDiffusion, images: list[np.ndarray]) -> list[np.ndarray]:
+    """One by one, as large ones need."""
+    return [np.asarray(to_pil(sd.decode(sd.encode(to_images([one]), sample=False))[0])) for one in images]
 
 
 def held_out(sd: StableDiffusion, recipe: str, file: Path, count: int) -> list[Sample]:
@@ -62,11 +105,15 @@ def held_out(sd: StableDiffusion, recipe: str, file: Path, count: int) -> list[S
 # ------------------------------------------------------------------------------------------------------------- measures
 
 
-def tiled(image: np.ndarray, sample: Sample) -> tuple[float, float]:
-    """What is seen at an eighth of the resolution is the hint's; what is not there yet is as sharp as in the picture:
-    0 is the energy of the hint's gradients, 1 that of the true picture's."""
+def tiled(image: np.ndarray, sample: Sample) -> dict[str, float]:
+    """At an eighth of its resolution the image is the picture, of which the hint shows no more (and that shifted: see
+    `tile` in controlnet/hints/filters.py). What is not in the hint is painted as sharp as the picture, by the energy of
+    the gradients."""
     blurred, sharp = gradient_energy(sample.hint), gradient_energy(sample.image)
-    return psnr(eighth(image), eighth(sample.hint)), (gradient_energy(image) - blurred) / max(sharp - blurred, 1e-6)
+    figures = {"PSNR to the picture at an eighth of its resolution": psnr(eighth(image), eighth(sample.image))}
+    if sharp > blurred:
+        figures[SHARPNESS] = (gradient_energy(image) - blurred) / (sharp - blurred)
+    return figures
 
 
 def eighth(image: np.ndarray) -> Tensor:
@@ -77,44 +124,40 @@ def gradient_energy(image: np.ndarray) -> float:
     return sum(float(np.square(np.diff(image.astype(float), axis=axis)).mean()) for axis in (0, 1))
 
 
-def inpainted(image: np.ndarray, sample: Sample) -> tuple[float, ...]:
-    """What is outside the hole stays, what is in it goes on; of a figure on a plain ground also the IoU in the hole."""
+def inpainted(image: np.ndarray, sample: Sample) -> dict[str, float]:
+    """What is outside the hole stays, what is in it goes on. Where a figure on a plain ground reaches into the hole,
+    also its IoU there."""
     hole = (sample.hint < 0).any(axis=2)
-    errors = error(image, sample.image, ~hole), error(image, sample.image, hole)
-    if sample.mask is None or sample.truth is not None:
-        return errors
-    return *errors, iou(foreground(image) & hole, sample.mask & hole)
+    figures = {
+        "error outside the hole": error(image, sample.image, ~hole),
+        "error in the hole": error(image, sample.image, hole),
+    }
+    if sample.mask is not None and sample.truth is None and (sample.mask & hole).any():
+        figures["IoU with the figure in the hole"] = iou(foreground(image) & hole, sample.mask & hole)
+    return figures
 
 
-def shuffled(image: np.ndarray, sample: Sample) -> tuple[float]:
-    return (palette_distance(image, sample.hint),)
+def shuffled(image: np.ndarray, sample: Sample) -> dict[str, float]:
+    return {"distance of the palette to the hint's, without a prompt": palette_distance(image, sample.hint)}
 
 
-def edited(image: np.ndarray, sample: Sample) -> tuple[float, float, float]:
+def edited(image: np.ndarray, sample: Sample) -> dict[str, float]:
     """Where before (the hint) and after differ, the image is to be as after, elsewhere as before. Of the change nothing
     is made, 0, if the image is as before, and all, 1, if it is as after; below 0 it is farther from that."""
     before, after = sample.hint.astype(int), sample.image.astype(int)
     told = np.abs(after - before).max(axis=2) > TOLD
-    nearer = np.linalg.norm(image - after, axis=2) < np.linalg.norm(image - before, axis=2)
-    left = error(image, after, told) / max(error(before, after, told), 1e-6)
-    return nearer[told].sum() / max(told.sum(), 1), 1 - left, error(image, before, ~told)
+    figures = {}
+    if told.any():
+        nearer = np.linalg.norm(image - after, axis=2) < np.linalg.norm(image - before, axis=2)
+        figures["share of pixels changed as told"] = float(nearer[told].mean())
+        figures["share of the change"] = 1 - error(image, after, told) / error(before, after, told)
+    if not told.all():
+        figures["error elsewhere"] = error(image, before, ~told)
+    return figures
 
 
 def error(image: np.ndarray, wanted: np.ndarray, where: np.ndarray) -> float:
-    """0 where nothing is wanted."""
-    return float(np.abs(image[where].astype(int) - wanted[where]).mean()) if where.any() else 0.0
+    return float(np.abs(image[where].astype(int) - wanted[where]).mean())
 
 
-@dataclass(frozen=True)
-class Measure:
-    of: Callable[[np.ndarray, Sample], tuple[float, ...]]
-    words: tuple[str, ...]
-    prompted: bool = True  # not where captions name what is measured, like colours
-
-
-MEASURES = {
-    "tile": Measure(tiled, ("PSNR to the hint at an eighth of the resolution", "share of the missing detail")),
-    "inpaint": Measure(inpainted, ("error outside the hole", "inside", "IoU with the figure inside")),
-    "shuffle": Measure(shuffled, ("distance of the palette to the hint's without a prompt",), prompted=False),
-    "ip2p": Measure(edited, ("share of pixels changed as told", "of the change", "error elsewhere")),
-}
+MEASURES: dict[str, Measure] = {"tile": tiled, "inpaint": inpainted, "shuffle": shuffled, "ip2p": edited}

@@ -1,5 +1,6 @@
 """The measures of the recipes: what is wanted, what ignores the hint, and what ignores the rest."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +13,14 @@ from controlnet.training.run_state import RunFolder
 from controlnet.training.sources import WorldSource
 from controlnet.worlds import Edits
 from tools import evaluate, evaluate_recipes
-from tools.evaluate_recipes import MEASURES, edited, inpainted, shuffled, tiled
+from tools.evaluate_recipes import MEASURES, edited, inpainted, measured, shuffled, tiled, told_another
 
 SIZE = (64, 64)
+PSNR, IOU = "PSNR to the picture at an eighth of its resolution", "IoU with the figure in the hole"
 
 
-def samples(world, detect, count=4):
-    source = WorldSource(world, SIZE, count, detect=detect)
+def samples(world, detect, count=4, **split):
+    source = WorldSource(world, SIZE, count, detect=detect, **split)
     return [source.sample(i) for i in range(count)]
 
 
@@ -26,64 +28,134 @@ def test_every_recipe_has_a_measure():
     assert MEASURES.keys() == RECIPES.keys()
 
 
-def test_tiles_have_what_the_hint_shows_and_sharp_details():
+def test_tiles_are_the_picture_seen_small_and_as_sharp():
     one, other = samples("scenes", "tile", 2)
-    near, detail = tiled(one.image, one)
-    assert detail == pytest.approx(1) and near > 20
-    assert tiled(one.hint, one) == (float("inf"), 0)  # the hint itself lacks all detail
-    assert tiled(other.image, one)[0] < near - 5
+    near, sharpness = tiled(one.image, one).values()
+    assert near == float("inf") and sharpness == pytest.approx(1)
+    moved = np.roll(one.image, 4, axis=(0, 1))
+    copied, none = tiled(one.hint, one).values()  # whose colours are right, but not where they are
+    assert none == 0 and tiled(moved, one)[PSNR] < 30 and tiled(other.image, one)[PSNR] < copied < 30
+    flat = np.full((64, 64, 3), 90, np.uint8)
+    assert tiled(flat, replace(one, image=flat, hint=flat)).keys() == {PSNR}  # nothing was to be sharp
 
 
 def test_inpainting_keeps_what_is_around_and_goes_on_in_the_hole():
     for sample in samples("shapes", "inpaint"):
         hole = (sample.hint < 0).all(axis=2)
-        assert inpainted(sample.image, sample)[:2] == (0, 0) and inpainted(sample.image, sample)[2] > 0.8
+        outside, inside, figure = inpainted(sample.image, sample).values()
+        assert outside == inside == 0 and figure > 0.8
         negative = np.where(hole[..., None], 255 - sample.image, sample.image)
-        outside, inside, _ = inpainted(negative, sample)
+        outside, inside, _ = inpainted(negative, sample).values()
         assert outside == 0 < inside
-        outside, inside, _ = inpainted(np.where(hole[..., None], sample.image, 255 - sample.image), sample)
+        outside, inside, _ = inpainted(np.where(hole[..., None], sample.image, 255 - sample.image), sample).values()
         assert inside == 0 < outside
     ground = sample.image[np.unravel_index(np.argmax(~sample.mask), sample.mask.shape)]
     without = np.broadcast_to(ground, sample.image.shape)  # no figure anywhere
-    assert inpainted(without, replace(sample, mask=hole))[2] == 0
-    assert len(inpainted(*[(s.image, s) for s in samples("scenes", "inpaint", 1)][0])) == 2  # no plain ground
+    assert inpainted(without, replace(sample, mask=hole))[IOU] == 0
+    assert IOU not in inpainted(without, replace(sample, mask=sample.mask & ~hole))  # none was to be in the hole
+    assert IOU not in inpainted(*[(s.image, s) for s in samples("scenes", "inpaint", 1)][0])  # no plain ground
 
 
 def test_a_shuffled_picture_has_its_hints_palette():
     one, other = samples("scenes", "shuffle:cell=32", 2)
-    assert shuffled(one.hint, one) == (0,) and shuffled(one.image, one)[0] < shuffled(other.image, one)[0]
+    (own,), (picture,), (another,) = (shuffled(image, one).values() for image in (one.hint, one.image, other.image))
+    assert own == 0 and picture < another
 
 
 def test_an_edit_changes_what_it_was_told_to_and_nothing_else():
     for sample in (Edits(64)[i] for i in range(6)):
-        told, change, elsewhere = edited(sample.image, sample)
+        told, change, elsewhere = edited(sample.image, sample).values()
         assert told == change == 1 and elsewhere < 2  # levels that a slight change of the light makes
-        assert edited(sample.hint, sample) == (0, 0, 0)  # nothing done
+        assert set(edited(sample.hint, sample).values()) == {0}  # nothing done
         half = ((sample.image.astype(int) + sample.hint) / 2).astype(np.uint8)
-        assert edited(half, sample)[1] == pytest.approx(0.5, abs=0.02)
-        assert edited(255 - sample.image, sample)[2] > 20
+        assert edited(half, sample)["share of the change"] == pytest.approx(0.5, abs=0.02)
+        assert edited(255 - sample.image, sample)["error elsewhere"] > 20
+    same = replace(sample, image=sample.hint)
+    assert edited(sample.hint, same) == {"error elsewhere": 0}  # nothing was to change
 
 
-def test_a_run_of_a_recipe_is_measured_on_its_own_validation_pairs(tmp_path, monkeypatch, capsys):
-    sd = small_sd(SMALLEST)
-    base, out = tmp_path / "base.safetensors", tmp_path / "run"
-    sd.save(base)
-    small_control(sd).save(tmp_path / "other.safetensors")
-    settings = TrainSettings(recipe="shuffle", data="fill50k", size="96", detect="shuffle:cell=48")
-    out.mkdir()
-    RunFolder(out).begin(0, settings, {})
-    small_control(sd).save(out / "control.safetensors")
-    sizes, made = [], evaluate_recipes.image_for
-    monkeypatch.setattr(evaluate_recipes, "image_for", lambda *a, **s: sizes.append(a[2].hint.shape) or made(*a, **s))
-    words = ["--base", str(base), "--count", "2", "--steps", "1", "--device", "cpu"]
-    assert evaluate.main([*words, "--recipe", "shuffle", str(out)]) == 0
-    assert evaluate.main([*words, "--recipe", "inpaint", str(tmp_path / "other.safetensors")]) == 0
-    *_, run, file = capsys.readouterr().out.splitlines()
-    assert run.startswith("recipe shuffle, 2 samples, distance of the palette to the hint's without a prompt ")
-    assert run.count("(mismatched ") == 1 and file.count("(mismatched ") == 3 and "IoU with the figure" in file
-    assert sizes == 2 * [(96, 96, 3)] + 2 * [(64, 64, 3)]
-    assert evaluate.main([*words, "--recipe", "tile", str(out)]) == 2
+def test_figures_are_of_the_samples_that_tell_them():
+    two = samples("shapes", "inpaint", 2)
+    asked = [two[0], replace(two[1], mask=np.zeros(SIZE, bool))]
+    values = measured(inpainted, [255 - sample.image for sample in asked], asked)
+    assert [len(one) for one in values.values()] == [2, 2, 1]
+    assert values[IOU] == [inpainted(255 - two[0].image, two[0])[IOU]]
+
+
+def test_another_instruction_is_never_the_own_one():
+    night, rain = Edits(64)[0], replace(Edits(64)[1], caption="make it rain")
+    night = replace(night, caption="make it night")
+    asked = told_another([night, night, rain])
+    assert [sample.caption for sample in asked] == ["make it rain", "make it rain", "make it night"]
+    assert asked[1].hint is night.hint and asked[2].hint is rain.hint
+    assert [sample.caption for sample in told_another([night, night])] == ["", ""]
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_sd(SMALLEST)
+
+
+@pytest.fixture(scope="module")
+def files(sd, tmp_path_factory):
+    """A base, a ControlNet, and a run of the recipe shuffle."""
+    folder = tmp_path_factory.mktemp("files")
+    run = folder / "run"
+    run.mkdir()
+    RunFolder(run).begin(0, TrainSettings(recipe="shuffle", data="fill50k", size="96", detect="shuffle:cell=48"), {})
+    sd.save(folder / "base.safetensors")
+    for file in (run / "control.safetensors", folder / "other.safetensors"):
+        small_control(sd).save(file)
+    return folder
+
+
+def evaluated(files, recipe, file, *words):
+    settings = ["--base", str(files / "base.safetensors"), "--count", "2", "--steps", "1", "--device", "cpu"]
+    return evaluate.main([*settings, "--recipe", recipe, str(files / file), *words])
+
+
+def test_a_run_of_a_recipe_is_measured_on_its_own_validation_pairs(files, monkeypatch, capsys):
+    asked, made = [], evaluate_recipes.image_for
+    monkeypatch.setattr(evaluate_recipes, "image_for", lambda *a, **s: asked.append(a[2]) or made(*a, **s))
+    assert evaluated(files, "shuffle", "run", "--recipe", "inpaint", str(files / "other.safetensors")) == 0
+    run, *of_a_file = capsys.readouterr().out.splitlines()
+    assert run.startswith("recipe shuffle, 2 samples, distance of the palette to the hint's, without a prompt: ")
+    assert len(of_a_file) == 3 and all("mismatched" in line and "true pictures" in line for line in [run, *of_a_file])
+    assert [sample.hint.shape for sample in asked] == 2 * [(96, 96, 3)] + 2 * [(64, 64, 3)]
+    assert [bool(sample.caption) for sample in asked] == [False, False, True, True]
+    assert evaluated(files, "tile", "run") == 2
     assert "no run of train.py --recipe tile" in capsys.readouterr().err
+
+
+def lines_of(recipe, sd, files, capsys):
+    """Of each line its own figure, then those beside it."""
+    evaluate_recipes.report_recipe(sd, recipe, str(files / "other.safetensors"), 2, {})
+    lines = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    return [[float(number) for number in re.findall(r"-?[\d.]+|inf", line)] for line in lines]
+
+
+def test_edits_are_beside_what_another_instruction_makes_and_the_picture_to_change(sd, files, monkeypatch, capsys):
+    asked = []
+
+    def paint(sd, control, sample, seed):
+        asked.append(sample)
+        return sample.image if len(asked) <= 2 else 255 - sample.hint
+
+    monkeypatch.setattr(evaluate_recipes, "image_for", paint)
+    pixels, change, elsewhere = lines_of("ip2p", sd, files, capsys)
+    own, others = asked[:2], asked[2:]
+    assert [one.caption for one in others] == [one.caption for one in own[::-1]]
+    assert all(a.hint is b.hint for a, b in zip(own, others, strict=True))
+    for painted, another, before, true in (pixels, change):
+        assert painted == 1 > max(another, before, true)  # the last two went through the autoencoder
+    painted, *beside = elsewhere
+    assert painted < 2 < min(beside) and len(set(beside)) == 3
+
+
+def test_sharpness_has_no_floor_and_the_ceiling_is_the_autoencoders(sd, files, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_recipes, "image_for", lambda sd, control, sample, seed: sample.image)
+    (near, mismatched, true), (sharpness, true_sharpness) = lines_of("tile", sd, files, capsys)
+    assert near == np.inf > max(mismatched, true) and sharpness == 1 != true_sharpness
 
 
 def test_what_cannot_be_measured_is_said_before_anything_is_loaded(capsys):

@@ -44,7 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     add_device(parser)
     add_debug(parser)
     args = parser.parse_args(argv)
-    return run("judge", lambda: train(args), args.debug)
+    return run("judge", lambda: write_judge(args), args.debug)
+
+
+def write_judge(args: argparse.Namespace) -> None:
+    train(args.out, args.size, args.steps, args.batch, use_device(args.device))
+    print(f"wrote {args.out}")
 
 
 class Judge(nn.Module):
@@ -90,18 +95,18 @@ def load_judge(file: Path = JUDGE) -> Judge:
     return judge.float().eval()
 
 
-def train(args: argparse.Namespace) -> None:
+def train(out: Path, size: int, steps: int, batch: int, device: torch.device) -> None:
+    """Writes a judge to `out` that has learned from as many batches of scenes of size x size pixels."""
     torch.manual_seed(0)
-    judge = Judge().to(use_device(args.device)).to(memory_format=torch.channels_last)
+    judge = Judge().to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(100, args.steps))
-    world = Scenes(args.size, seed=1)
-    for step in (bar := tqdm(range(args.steps), "judge", mininterval=10)):
-        pictures = [world.draw(step * args.batch + i) for i in range(args.batch)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(100, steps))
+    world = Scenes(size, seed=1)
+    for step in (bar := tqdm(range(steps), "judge", mininterval=10)):
+        pictures = [world.draw(step * batch + i) for i in range(batch)]
         images = worn(to_images(picture.image for picture in pictures), seeded(0, step))
         classes = torch.stack([torch.from_numpy(picture.truth.classes) for picture in pictures]).long()
         colours = torch.stack([torch.from_numpy(colours_of(picture.truth)) for picture in pictures])
-        device = judge.out.weight.device
         seen_classes, seen_colours = judge(images.to(device, memory_format=torch.channels_last))
         classes, colours = classes.to(device), colours.to(device)
         of_things = classes.masked_fill(colours < 0, -1)  # a tenth of the pixels: they count once more by themselves
@@ -113,9 +118,8 @@ def train(args: argparse.Namespace) -> None:
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     weights = {name: weight.contiguous() for name, weight in judge.half().cpu().state_dict().items()}
-    with new_file(args.out) as temporary:
+    with new_file(out) as temporary:
         save_file(weights, temporary)
-    print(f"wrote {args.out}")
 
 
 def colours_of(truth: Truth) -> np.ndarray:

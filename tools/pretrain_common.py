@@ -1,6 +1,5 @@
 """What both parts of pretraining use: the loop, with its optimizer, saves and log, and grids."""
 
-import argparse
 import copy
 import os
 import time
@@ -39,22 +38,24 @@ def train_part(
     inputs: Dataset,
     lr: float,
     report: Callable[[nn.Module, int], str],
-    args: argparse.Namespace,
+    out: Path,
+    device: torch.device,
+    precision: str,
 ) -> nn.Module:
     """-> the EMA of `trained`, whose `loss` is minimised: one step with each of `inputs`, which are `loss`'s.
 
     With Muon: its step takes a third longer than AdamW's, but it needs a fifth of the steps. At every save `report`
-    gets the EMA and the steps that are done, and what it returns is logged.
+    gets the EMA and the steps that are done, and what it returns is logged. All is kept in the folder `out`.
     """
     steps = len(inputs)
     average = copy.deepcopy(trained)
     averages, weights = list(average.parameters()), list(trained.parameters())
     named, schedule = trained.named_parameters(), cosine_schedule(100, steps)
-    optimisation = Optimisation(named, lr, schedule, args.device, args.precision, clip=1.0, optimizer="muon")
-    state, parts = args.out / f"{name}.pt", dict(trained=trained, average=average, optimisation=optimisation)
+    optimisation = Optimisation(named, lr, schedule, device, precision, clip=1.0, optimizer="muon")
+    state, parts = out / f"{name}.pt", dict(trained=trained, average=average, optimisation=optimisation)
     start = load_state(state, **parts) if state.exists() else 0
 
-    bar = tqdm(prepared(inputs, start, args.device), name, steps, initial=start, mininterval=10)
+    bar = tqdm(prepared(inputs, start, device), name, steps, initial=start, mininterval=10)
 
     def compute(*drawn: Tensor) -> Tensor:
         with optimisation.autocast():
@@ -66,15 +67,15 @@ def train_part(
         return torch.stack([step_loss.detach(), norm])
 
     optimisation.record_lr()
-    step, saves, mean = recorded(compute, args.device), Interval(SAVE_EVERY), None
+    step, saves, mean = recorded(compute, device), Interval(SAVE_EVERY), None
     for done, drawn in enumerate(bar, start + 1):
         optimisation.look_back()
-        step_loss, norm = step(*(sent(tensor, args.device) for tensor in drawn))
+        step_loss, norm = step(*(sent(tensor, device) for tensor in drawn))
         optimisation.finish(norm)
         mean = step_loss.clone() if mean is None else mean.lerp_(step_loss, 0.01)
         if saves.over(done) or done == steps:
             save_state(state, done, **parts)
-            log(args.out, f"{name} step {done} loss {mean.item():.4f} {report(average, done)}")
+            log(out, f"{name} step {done} loss {mean.item():.4f} {report(average, done)}")
     return average
 
 

@@ -64,7 +64,8 @@ def train_unet(sd: StableDiffusion, pictures: Pictures, args: argparse.Namespace
         save_samples(sd.with_parts(**average), args.out / f"unet-{done:06d}.png")
         return ""
 
-    return sd.with_parts(**train_part("unet", trained, BaseLoss(sd), batches, args.unet_lr, report, args))
+    where = args.out, args.device, args.precision
+    return sd.with_parts(**train_part("unet", trained, BaseLoss(sd), batches, args.unet_lr, report, *where))
 
 
 class BaseLoss(nn.Module):

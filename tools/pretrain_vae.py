@@ -30,7 +30,8 @@ def train_vae(config: Config, pictures: Pictures, args: argparse.Namespace) -> A
     def report(average: AutoencoderKL, done: int) -> str:
         return vae_report(average, config.resolution, args.out / f"vae-{done:06d}.png")
 
-    return train_part("vae", vae, VAELoss(vae), inputs, args.vae_lr, report, args)
+    where = args.out, args.device, args.precision
+    return train_part("vae", vae, VAELoss(vae), inputs, args.vae_lr, report, *where)
 
 
 class VAELoss(nn.Module):

@@ -1,7 +1,5 @@
 """How well scenes follow their segmentation maps, by what a judge sees in them."""
 
-from argparse import Namespace
-
 import numpy as np
 import torch
 
@@ -24,8 +22,7 @@ def judge_of(lab: Lab) -> Judge:
     file = lab.out / "runs" / f"judge-{lab.scale.steps}.safetensors"
     if not JUDGE.exists() and not file.exists():
         file.parent.mkdir(exist_ok=True)
-        steps = 3 * lab.scale.steps
-        train_judge(Namespace(out=file, size=lab.sd.config.resolution, steps=steps, batch=12, device=str(lab.device)))
+        train_judge(file, lab.sd.config.resolution, 3 * lab.scale.steps, batch=12, device=lab.device)
     return load_judge(JUDGE if JUDGE.exists() else file)
 
 

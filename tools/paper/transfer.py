@@ -1,6 +1,5 @@
 """A ControlNet on another base: one that was fine-tuned from its own, on a recoloured world."""
 
-from argparse import Namespace
 from statistics import fmean
 
 import numpy as np
@@ -36,9 +35,9 @@ def recoloured(lab: Lab) -> StableDiffusion:
         latents = latents_of(pictures, sd, folder / "latents.npy")
         batches = Batches(latents, pictures.captions, sd, BATCH, lab.scale.steps, seed=0)
         trained = nn.ModuleDict({"unet": sd.unet}).requires_grad_(True)
-        args = Namespace(out=folder, device=lab.device, precision=lab.precision)
+        where = folder, lab.device, lab.precision
         # Not the EMA that it returns, which needs more steps to forget where they began.
-        train_part("unet", trained, BaseLoss(sd), batches, LR, lambda average, done: "", args)
+        train_part("unet", trained, BaseLoss(sd), batches, LR, lambda average, done: "", *where)
         sd.save(file)
     return StableDiffusion.load(file, lab.device)
 

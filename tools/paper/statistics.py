@@ -8,8 +8,10 @@ from typing import NamedTuple
 # Row of a table -> measure -> its values, one for each seed.
 Numbers = dict[str, dict[str, list[float]]]
 
-LEAST = 0.02  # of single values: a smaller difference of IoUs counts for none
+LEAST = 0.02  # a smaller difference, of an IoU or a share, counts for none
 LEARNED = 0.5  # the IoU from which on a full ControlNet follows its hints: below there is nothing to compare with
+IS = {True: "is", False: "is not", None: "may be"}  # an answer in words
+LOST = 0.1  # of an IoU: who loses more has lost the hint
 
 
 class Verdict(NamedTuple):
@@ -19,10 +21,13 @@ class Verdict(NamedTuple):
     why: str
 
 
-def judged(full: Sequence[float], agrees: bool, why: str) -> Verdict:
-    """What the numbers say, if the full ControlNet, whose IoUs these are, has learned to follow its hints."""
+def judged(full: Sequence[float], agrees: bool | None, why: str) -> Verdict:
+    """What the numbers say, if the full ControlNet, whose IoUs these are, has learned to follow its hints. One training
+    alone says nothing."""
     if fmean(full) < LEARNED:
         return Verdict(None, f"the full ControlNet does not follow its hints yet (IoU {shown(full)}): too few steps")
+    if len(full) == 1:
+        return Verdict(None, f"of one training: {why}")
     return Verdict(agrees, why)
 
 
@@ -32,11 +37,29 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
     return f"{fmean(values):.{digits}f}{deviation}"
 
 
-def above(high: Sequence[float], low: Sequence[float]) -> bool:
-    """Whether one mean is above the other by more than chance explains: by the standard deviation of their difference,
-    for single values by `LEAST`."""
+def above(high: Sequence[float], low: Sequence[float]) -> bool | None:
+    """Whether one mean is above the other by more than one standard deviation of their difference, and by `LEAST`.
+
+    False if the difference and its deviation together stay below `LEAST`: then it is not, or by nothing that counts.
+    Otherwise that cannot be told: None, as always if each is of one training. A single value beside several is one that
+    depends on no training.
+    """
+    if len(high) == len(low) == 1:
+        return None
     spread = hypot(*(stdev(values) for values in (high, low) if len(values) > 1))
-    return fmean(high) - fmean(low) > max(spread, LEAST)
+    difference = fmean(high) - fmean(low)
+    if difference > max(spread, LEAST):
+        return True
+    return False if difference + spread < LEAST else None
+
+
+def lost(before: Sequence[float], after: Sequence[float]) -> bool:
+    return fmean(before) - fmean(after) > LOST
+
+
+def all_of(*answers: bool | None) -> bool | None:
+    """No if one of them is no, otherwise None if one of them is."""
+    return next((answer for answer in (False, None) if answer in answers), True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

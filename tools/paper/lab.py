@@ -5,7 +5,7 @@ Images are uint8 (H, W, 3).
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from .statistics import Numbers
 
 BATCH, VALIDATION = 16, 16  # images
 WATCHED = 8  # of the validation images, sampled all along
+OPTIMIZER, LR, WARMUP = "muon", 1e-3, 50
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ class Lab:
             images=self.scale.images,
             steps=steps,
             batch_size=BATCH,
-            optimizer="muon",
-            lr=1e-3,
-            lr_schedule="constant",  # as the authors': when control sets in must not depend on when a run ends
-            warmup=max(steps // 6, 1),
+            optimizer=OPTIMIZER,
+            lr=LR,
+            # As the authors': when control sets in must not depend on when a run ends, nor may the warm-up.
+            lr_schedule="constant",
+            warmup=WARMUP,
             validation=VALIDATION,
             validate_every=every,
             precision=self.precision,
@@ -109,10 +111,13 @@ class Lab:
         return ControlNet.load(run.control, self.sd)
 
     @cached_property
+    def world(self) -> Fill50k:
+        """Circles that no training has seen, in colours that everybody can tell apart."""
+        return Fill50k(self.sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
+
+    @cached_property
     def circles(self) -> list[Sample]:
-        """The first that no training has seen, in colours that everybody can tell apart."""
-        world = Fill50k(self.sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
-        return [world[i] for i in range(self.scale.samples)]
+        return [self.world[i] for i in range(self.scale.samples)]
 
     def draw(
         self,
@@ -137,9 +142,7 @@ def open_lab(args: argparse.Namespace) -> Lab:
     scale = QUICK if args.quick else FULL
     device = use_device(args.device)
     use_precision("fp32", device)
-    return Lab(
-        args.out, Scale(**{**vars(scale), "seeds": args.seeds or scale.seeds}), args.base, args.precision, device
-    )
+    return Lab(args.out, replace(scale, seeds=args.seeds or scale.seeds), args.base, args.precision, device)
 
 
 # ------------------------------------------------------------------------------------------------- pictures of circles

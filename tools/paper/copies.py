@@ -2,18 +2,18 @@
 
 from functools import partial
 
-from .architectures import measure, of, tables
+from .architectures import below_full, ious_of, measure, tables
 from .experiment import Experiment
-from .statistics import Verdict, above, judged
+from .statistics import IS, Verdict, all_of, judged
 
 OTHERS = ("random", "frozen", "concat")
 
 
 def verdict(numbers: dict) -> Verdict:
-    below = {name: above(of(numbers, "full", "no prompt"), of(numbers, name, "no prompt")) for name in OTHERS}
-    words = ", ".join(f"{name} is {'below' if low else 'not below'} it" for name, low in below.items())
+    below = {name: below_full(numbers, name, "no prompt") for name in OTHERS}
+    words = ", ".join(f"{name} {IS[low]} below it" for name, low in below.items())
     words = f"without prompts, beside the trained copy of the base's weights: {words}"
-    return judged(of(numbers, "full", "no prompt"), all(below.values()), words)
+    return judged(ious_of(numbers, "full", "no prompt"), all_of(*below.values()), words)
 
 
 EXPERIMENT = Experiment(

@@ -1,23 +1,23 @@
 """What classifier-free guidance does to a hint without a prompt."""
 
-from statistics import fmean
-
 import numpy as np
+
+from controlnet.guidance import layer_weights
 
 from .experiment import Experiment
 from .lab import Lab, follows
 from .sheets import save_sheet
-from .statistics import Verdict, above, judged, numbers_table
+from .statistics import IS, Numbers, Verdict, above, all_of, judged, lost, numbers_table
 
 WITHOUT, BOTH, ALONE = "no guidance", "guidance, hint in both branches", "guidance, hint in the prompt's branch alone"
-WEIGHTED = "the same with resolution weighting"
+LITERAL, WEIGHTED = "the same, weighted by resolution", "the same, these weights divided by the largest"
 # The mode of a control (controlnet/guidance.py), and the scale of the guidance: None is the base's own.
 WAYS = {
     WITHOUT: ("balanced", 1.0),
     BOTH: ("balanced", None),
     ALONE: ("prompt", None),
+    LITERAL: ("resolution-literal", None),
     WEIGHTED: ("resolution", None),
-    "the same, read literally": ("resolution-literal", None),
     "guess mode": ("guess", None),
 }
 
@@ -31,7 +31,11 @@ def measure(lab: Lab) -> dict:
             save_sheet(lab, "guidance", sheet)
         return {name: {"iou": follows(sheet[name], lab.circles), "contrast": contrast(sheet[name])} for name in WAYS}
 
-    return {"ways": lab.over_seeds(of_seed), "true": contrast([sample.image for sample in lab.circles])}
+    return {
+        "ways": lab.over_seeds(of_seed),
+        "true": contrast([sample.image for sample in lab.circles]),
+        "weights": layer_weights("resolution-literal", (), lab.sd.config.unet),
+    }
 
 
 def contrast(images: list[np.ndarray]) -> float:
@@ -40,29 +44,37 @@ def contrast(images: list[np.ndarray]) -> float:
 
 
 def tables(numbers: dict) -> list[str]:
-    columns = {"iou": "IoU with the hint", "contrast": "contrast"}
-    return [numbers_table(numbers["ways"], columns), f"The true pictures have a contrast of {numbers['true']:.2f}."]
+    columns, weights = {"iou": "IoU with the hint", "contrast": "contrast"}, numbers["weights"]
+    words = f"True pictures have a contrast of {numbers['true']:.2f}; weights are {min(weights):g} to {max(weights):g}."
+    return [numbers_table(numbers["ways"], columns), words]
 
 
 def verdict(numbers: dict) -> Verdict:
-    of = {name: row["contrast"] for name, row in numbers["ways"].items()}
-    removed = abs(fmean(of[BOTH]) - fmean(of[WITHOUT])) < 0.01
-    strong, milder = above(of[ALONE], of[BOTH]), above(of[ALONE], of[WEIGHTED])
+    ways = numbers["ways"]
+    strong = above(ways[ALONE]["contrast"], ways[BOTH]["contrast"])
+    cures = {name: cured(ways, name) for name in (LITERAL, WEIGHTED)}
     words = [
-        f"with the hint in both branches guidance {'has no effect' if removed else 'has an effect'}",
-        f"with the hint in one it {'is stronger' if strong else 'is not stronger'}",
-        f"and resolution weighting {'makes it milder' if milder else 'does not make it milder'}",
+        f"with the hint in the prompt's branch alone guidance {IS[strong]} stronger",
+        f"weighting by resolution as it is written {IS[cures[LITERAL]]} a remedy",
+        f"divided by the largest weight it {IS[cures[WEIGHTED]]} one",
     ]
-    followed = numbers["ways"][BOTH]["iou"]
-    return judged(followed, removed and strong and milder, ", ".join(words))
+    return judged(ways[BOTH]["iou"], all_of(strong, cures[LITERAL]), "; ".join(words))
+
+
+def cured(ways: Numbers, name: str) -> bool | None:
+    """Whether guidance is milder in this way, and the hint still followed: no control at all would be the mildest."""
+    milder = above(ways[ALONE]["contrast"], ways[name]["contrast"])
+    return all_of(milder, not lost(ways[BOTH]["iou"], ways[name]["iou"]))
 
 
 EXPERIMENT = Experiment(
     title="Guidance without a prompt (Figure 5, section 3.4)",
     claim="Added to both branches the hint removes classifier-free guidance altogether, added to the prompt's branch "
     "alone it makes it very strong, and weighting by resolution is the remedy.",
-    how="Circles, no prompts, no negative prompts. Contrast stands for the strength of guidance. The weights of the "
-    "paper are 64 / side of a block, 1 to 8, read literally, and that divided by the largest as it works here.",
+    how="Circles, no prompts, no negative prompts. Contrast stands for the strength of guidance. With the hint in both "
+    "branches these are one and the same here, so guidance is removed by construction: that is not judged. The weights "
+    "are 64 / side of a block, as the paper writes them, judged, and the same divided by the largest, this project's "
+    "`resolution`.",
     measure=measure,
     tables=tables,
     verdict=verdict,

@@ -2,7 +2,7 @@
 
     python -m tools.paper --out runs/paper                       # all of them: hours
     python -m tools.paper convergence cost --out runs/paper      # some
-    python -m tools.paper --out runs/paper --quick               # a look, in ten minutes: too few steps for results
+    python -m tools.paper --quick                                # a look, in ten minutes: too few steps for results
 
 Trains what is missing, measures, and writes OUT/README.md with tables and pictures. Each experiment's numbers are kept
 in OUT/NAME.json: those that are there, for the same options, are only drawn again. Everything that is trained lies in
@@ -14,27 +14,9 @@ import signal
 import sys
 from pathlib import Path
 
-from controlnet.common.program import (
-    PRECISION_HELP,
-    PRECISION_NAMES,
-    new_parser,
-    positive,
-    run,
-    share_cores,
-)
+from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, positive, run, share_cores
 from tools.cli import add_debug, add_device, make_folder
-
-NAMES = (
-    "convergence",
-    "architectures",
-    "copies",
-    "data_size",
-    "guidance",
-    "composition",
-    "cost",
-    "transfer",
-    "segmentation",
-)
+from tools.paper import NAMES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="EXPERIMENT",
         help=f"{', '.join(NAMES)} (default: all)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="the page's folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, help="the page's folder (default: runs/paper, with --quick runs/paper-quick)", metavar="DIR"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, a tenth of the steps: no results, but a page")
     parser.add_argument("--seeds", type=positive, help="trainings of each kind (default: 3, with --quick 1)")
     parser.add_argument("--base", default="tiny", help="the locked base, a file or a preset (default: %(default)s)")
@@ -66,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_page(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    args.out = args.out or Path("runs/paper-quick" if args.quick else "runs/paper")
     make_folder(args.out, "--out")
     from tools.paper.lab import open_lab
     from tools.paper.page import draw_page, measured

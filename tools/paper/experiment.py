@@ -10,7 +10,7 @@ from .lab import Lab
 from .statistics import Verdict
 
 
-def no_charts(numbers: dict) -> dict[str, dict[str, Points]]:
+def none(_: Any) -> dict:
     return {}
 
 
@@ -25,4 +25,5 @@ class Experiment:
     measure: Callable[[Lab], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[str]]  # as Markdown
     verdict: Callable[[dict[str, Any]], Verdict]
-    charts: Callable[[dict[str, Any]], dict[str, dict[str, Points]]] = no_charts  # title -> curves by their names
+    charts: Callable[[dict[str, Any]], dict[str, dict[str, Points]]] = none  # title -> curves by their names
+    settings: Callable[[Lab], dict[str, Any]] = none  # by which its numbers are known, beside the lab's

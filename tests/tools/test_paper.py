@@ -45,8 +45,9 @@ def toy(tmp_path_factory):
 
 def test_an_experiment_is_trained_once_and_drawn_from_its_numbers(toy, monkeypatch):
     measure, out = toy
-    seeds = [argv[argv.index("--seed") + 1] for argv in measure("guidance")]
-    assert seeds == ["0", "1"]
+    begun = measure("guidance")
+    assert [argv[argv.index("--seed") + 1] for argv in begun] == ["0", "1"]
+    assert begun[0][begun[0].index("--warmup") + 1] == "50", "however many steps there are"
     file = json.loads((out / "guidance.json").read_text())
     assert all(len(row["iou"]) == 2 for row in file["numbers"]["ways"].values())
     with Image.open(out / "guidance.jpg") as sheet:
@@ -84,7 +85,8 @@ def test_numbers_of_other_options_are_measured_again(toy):
 
 def test_a_training_that_fails_or_is_stopped_ends_the_work(toy, tmp_path, monkeypatch, capsys):
     _, out = toy
-    arguments = ["guidance", "--base", str(out.parent / "base.safetensors"), "--out", str(tmp_path), "--device", "cpu"]
+    arguments = ["guidance", "--base", str(out.parent / "base.safetensors"), "--quick", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "launch", lambda argv: 2)
     assert paper.main(arguments) == 2
     assert "train.py ended with status 2" in capsys.readouterr().err
@@ -94,7 +96,7 @@ def test_a_training_that_fails_or_is_stopped_ends_the_work(toy, tmp_path, monkey
 
     monkeypatch.setattr(runs, "launch", stopped)
     assert paper.main(arguments) == 130
-    assert not list(tmp_path.glob("*.json"))
+    assert (tmp_path / "runs" / "paper-quick").exists() and not list(tmp_path.rglob("*.json"))
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
@@ -26,8 +26,8 @@ from controlnet.training.lr_schedules import cosine_schedule
 from controlnet.worlds import Scenes, Truth
 from controlnet.worlds.classes import CLASSES
 from controlnet.worlds.scenes.paint import PAINTS
-from ldm.checkpoints.files import new_file
 from ldm.checkpoints.published import WEIGHTS
+from ldm.checkpoints.save import save_checkpoint
 from tools.cli import add_debug, add_device
 
 COLOUR_NAMES = tuple(PAINTS)
@@ -117,9 +117,7 @@ def train(out: Path, size: int, steps: int, batch: int, device: torch.device) ->
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    weights = {name: weight.contiguous() for name, weight in judge.half().cpu().state_dict().items()}
-    with new_file(out) as temporary:
-        save_file(weights, temporary)
+    save_checkpoint(out, judge.half().state_dict(), {})
 
 
 def colours_of(truth: Truth) -> np.ndarray:

@@ -21,7 +21,7 @@ from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from tools.cli import add_debug
 
-CAPTION = 40  # pixels below each pair
+CAPTION = 54  # pixels below each pair
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,7 +34,8 @@ def scribble(picture: Picture, rng: np.random.Generator) -> np.ndarray:
     lines[1:] |= parts[1:] != parts[:-1]
     lines[:, 1:] |= parts[:, 1:] != parts[:, :-1]
     lines &= smooth_noise(rng, side, side, cell=side // 10) > gaps
-    brush = 2 * round(side * rng.uniform(0.007, 0.012)) + 1  # odd, 2 to 4 of 128 pixels
+    # Odd, 2 to 4 of 128 pixels; of one pixel it would end Python in Pillow 12.
+    brush = 2 * max(1, round(side * rng.uniform(0.007, 0.012))) + 1
     strokes = Image.fromarray(lines.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(brush))
     return as_rgb(np.asarray(strokes.reduce(FINER)))
 

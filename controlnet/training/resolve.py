@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from controlnet.ablations import BASELINES
 from controlnet.common.devices import optional
 from controlnet.common.program import from_json, note
 from controlnet.config import ControlConfig
@@ -123,7 +124,7 @@ def open_base_of(settings: TrainSettings) -> BaseFile | None:
 
 def control_config(settings: TrainSettings) -> ControlConfig:
     """Of a fresh ControlNet: all others are full copies that start otherwise."""
-    built_otherwise = settings.architecture in ("lite", "concat")
+    built_otherwise = settings.architecture in BASELINES
     return ControlConfig(
         settings.hint_channels,
         global_average_pooling=settings.global_average_pooling,

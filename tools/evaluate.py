@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from controlnet import ControlNet
 from controlnet.common.devices import use_device, use_precision
-from controlnet.common.images import to_hints, to_images
+from controlnet.common.images import to_images
 from controlnet.common.program import new_parser, note, run
 from controlnet.inference.generate import generate
-from controlnet.training.previews import control_with, images_of
 from controlnet.training.recipes import RECIPES
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Picture, Sample, Scenes, Seg, Shapes, World
 from controlnet.worlds.colours import BASIC_COLOURS, COLOURS
@@ -39,8 +38,9 @@ from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from tools.cli import add_debug, add_device
 from tools.evaluate_recipes import report_recipe
-from tools.evaluate_scenes import Paint, report_prompts, report_scene_control
+from tools.evaluate_scenes import report_prompts, report_scene_control
 from tools.judge import JUDGE, load_judge
+from tools.paint import Paint, painter
 
 
 class PoseAndScribble(People):
@@ -57,7 +57,6 @@ class SegAndCanny(Seg):
         return np.dstack([super().hint(index, picture), edges(picture)])  # (H, W, 6)
 
 
-BATCH = 8  # images that are sampled at once, by two cores in three quarters of the time
 # Two controls at once, by the datasets that they are tried on alone.
 TOGETHER = {("people", "scribble"): PoseAndScribble, ("seg", "canny"): SegAndCanny}
 
@@ -144,21 +143,6 @@ def has_scenes(world: type[World]) -> bool:
     return any(issubclass(kind, Scenes) for kind in getattr(world, "kinds", (world,)))
 
 
-def painter(sd: StableDiffusion, controls: Sequence[ControlNet], settings: dict) -> Paint:
-    """-> samples -> images, some of them at once. A sample has a hint for each of `controls`: its hint's channels."""
-
-    def paint(samples: Sequence[Sample]) -> list[np.ndarray]:
-        images = []
-        for start in tqdm(range(0, len(samples), BATCH), leave=False):
-            some = samples[start : start + BATCH]
-            hints = np.split(np.stack([sample.hint for sample in some]), len(controls), axis=3)  # each (B, H, W, 3)
-            acting = [control_with(net, to_hints(hint)) for net, hint in zip(controls, hints, strict=True)]
-            images += images_of(sd, [sample.caption for sample in some], acting, seed=start, **settings)
-        return images
-
-    return paint
-
-
 @torch.no_grad()
 def report_vae(sd: StableDiffusion, world: World, count: int) -> None:
     """PSNR of encode -> decode, beside 8x8 average pooling with bilinear upsampling."""
@@ -173,7 +157,8 @@ def report_colours(sd: StableDiffusion, label: str, colours: tuple[str, ...], co
     """How often the base alone paints the colours in the prompt, judged by the nearest of `colours`."""
     world = Fill50k(sd.config.resolution, colours=colours, held_out=True)
     samples = [world[i] for i in range(count)]
-    images = [np.asarray(generate(sd, s.caption, seed=i, **settings)[0]) for i, s in enumerate(bar(samples))]
+    bar = tqdm(samples, leave=False, mininterval=2)
+    images = [np.asarray(generate(sd, s.caption, seed=i, **settings)[0]) for i, s in enumerate(bar)]
     right = np.array([colours_right(image, s, colours) for image, s in zip(images, samples, strict=True)])
     disc, ground = right.mean(axis=0)
     both = right.all(axis=1).mean()
@@ -222,10 +207,6 @@ def figures_iou(masks: list[np.ndarray], samples: list[Sample]) -> float:
 
 def mean_distance(masks: list[np.ndarray], people: list[Sample]) -> float:
     return float(np.mean([keypoint_distance(mask, s.keypoints) for mask, s in zip(masks, people, strict=True)]))
-
-
-def bar(samples: list[Sample]) -> tqdm:
-    return tqdm(samples, leave=False, mininterval=2)
 
 
 if __name__ == "__main__":

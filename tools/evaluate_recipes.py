@@ -13,24 +13,22 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.common.images import to_images, to_pil
+from controlnet.common.images import to_images
 from controlnet.common.program import from_json
 from controlnet.training.data import image_size
 from controlnet.training.opening import open_sources
 from controlnet.training.options import TrainSettings
-from controlnet.training.previews import image_for
 from controlnet.training.recipes import settings_of
 from controlnet.training.run_state import RunFolder
 from controlnet.training.sources import good_samples
 from controlnet.worlds import WORLDS, Sample
 from controlnet.worlds.measures import foreground, iou, palette_distance, psnr
 from ldm import StableDiffusion
+from tools.paint import after_autoencoder, painter
 
 TOLD = 8  # levels by which before and after differ where something is to change
 SHARPNESS = "sharpness (0 the hint's, 1 the picture's; noise raises it, too)"
@@ -41,12 +39,7 @@ Measure = Callable[[np.ndarray, Sample], dict[str, float]]
 def report_recipe(sd: StableDiffusion, recipe: str, file: str, count: int, settings: dict) -> None:
     """Raises ValueError for a run of another recipe."""
     measure, samples = MEASURES[recipe], held_out(sd, recipe, Path(file), count)
-    control = ControlNet.load(file, sd)
-
-    def paint(asked: list[Sample]) -> list[np.ndarray]:
-        bar = tqdm(asked, leave=False, mininterval=2)
-        return [image_for(sd, control, sample, i, **settings) for i, sample in enumerate(bar)]
-
+    paint = painter(sd, [ControlNet.load(file, sd)], settings)
     # Captions of the synthetic datasets name colours, which are to be the hint's.
     images = paint([replace(sample, caption="") for sample in samples] if recipe == "shuffle" else samples)
     if recipe == "ip2p":
@@ -80,12 +73,6 @@ def told_another(samples: list[Sample]) -> list[Sample]:
         following = [one.caption for one in samples[i + 1 :] + samples[:i] if one.caption != sample.caption]
         asked.append(replace(sample, caption=(following or [""])[0]))
     return asked
-
-
-@torch.no_grad()
-def after_autoencoder(sd: StableDiffusion, images: list[np.ndarray]) -> list[np.ndarray]:
-    """One by one, as large ones need."""
-    return [np.asarray(to_pil(sd.decode(sd.encode(to_images([one]), sample=False))[0])) for one in images]
 
 
 def held_out(sd: StableDiffusion, recipe: str, file: Path, count: int) -> list[Sample]:

@@ -18,10 +18,10 @@ from controlnet.worlds.scenes.layout import place_at
 from controlnet.worlds.world import Thing
 from ldm import StableDiffusion
 from tools.judge import COLOUR_NAMES, Judge
+from tools.paint import Paint
 
 LEAST = 0.002  # of a picture's pixels: a thing of 6x6 of 128x128 is there
 
-Paint = Callable[[Sequence[Sample]], list[np.ndarray]]  # -> images, uint8 (H, W, 3)
 Seen = tuple[np.ndarray, np.ndarray]  # classes and colours, as Judge.see gives them
 
 

@@ -115,8 +115,13 @@ def evaluated(files, recipe, file, *words):
 
 
 def test_a_run_of_a_recipe_is_measured_on_its_own_validation_pairs(files, monkeypatch, capsys):
-    asked, made = [], evaluate_recipes.image_for
-    monkeypatch.setattr(evaluate_recipes, "image_for", lambda *a, **s: asked.append(a[2]) or made(*a, **s))
+    asked, painter = [], evaluate_recipes.painter
+
+    def watched(*arguments):
+        paint = painter(*arguments)
+        return lambda samples: asked.extend(samples) or paint(samples)
+
+    monkeypatch.setattr(evaluate_recipes, "painter", watched)
     assert evaluated(files, "shuffle", "run", "--recipe", "inpaint", str(files / "other.safetensors")) == 0
     run, *of_a_file = capsys.readouterr().out.splitlines()
     assert run.startswith("recipe shuffle, 2 samples, distance of the palette to the hint's, without a prompt: ")
@@ -137,11 +142,11 @@ def lines_of(recipe, sd, files, capsys):
 def test_edits_are_beside_what_another_instruction_makes_and_the_picture_to_change(sd, files, monkeypatch, capsys):
     asked = []
 
-    def paint(sd, control, sample, seed):
-        asked.append(sample)
-        return sample.image if len(asked) <= 2 else 255 - sample.hint
+    def paint(samples):
+        asked.extend(samples)
+        return [sample.image if len(asked) <= 2 else 255 - sample.hint for sample in samples]
 
-    monkeypatch.setattr(evaluate_recipes, "image_for", paint)
+    monkeypatch.setattr(evaluate_recipes, "painter", lambda *_: paint)
     pixels, change, elsewhere = lines_of("ip2p", sd, files, capsys)
     own, others = asked[:2], asked[2:]
     assert [one.caption for one in others] == [one.caption for one in own[::-1]]
@@ -153,7 +158,7 @@ def test_edits_are_beside_what_another_instruction_makes_and_the_picture_to_chan
 
 
 def test_sharpness_has_no_floor_and_the_ceiling_is_the_autoencoders(sd, files, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_recipes, "image_for", lambda sd, control, sample, seed: sample.image)
+    monkeypatch.setattr(evaluate_recipes, "painter", lambda *_: lambda samples: [sample.image for sample in samples])
     (near, mismatched, true), (sharpness, true_sharpness) = lines_of("tile", sd, files, capsys)
     assert near == np.inf > max(mismatched, true) and sharpness == 1 != true_sharpness
 

@@ -3,13 +3,12 @@
 import hashlib
 
 import numpy as np
-import torch
 
-from controlnet.common.images import to_images, to_pil
 from controlnet.worlds import Seg
 from tools.evaluate_scenes import classes_iou, scenes_of
 from tools.judge import JUDGE, Judge, load_judge
 from tools.judge import train as train_judge
+from tools.paint import after_autoencoder
 
 from .experiment import Experiment
 from .lab import Lab
@@ -52,17 +51,11 @@ def measure(lab: Lab) -> dict:
 
     found = lab.over_seeds(of_seed)
     once = {
-        REAL: fidelity(decoded(lab, images)),
+        REAL: fidelity(after_autoencoder(lab.sd, images)),
         "true pictures": fidelity(images),
         FLOOR: fidelity(images, truths[1:] + truths[:1]),
     }
     return {"fidelity": found | {name: {"iou": [value["iou"]]} for name, value in once.items()}}
-
-
-@torch.no_grad()
-def decoded(lab: Lab, images: list[np.ndarray]) -> list[np.ndarray]:
-    latents = lab.sd.encode(to_images(images).to(lab.device), sample=False)
-    return [np.asarray(to_pil(image)) for image in lab.sd.decode(latents).cpu()]
 
 
 def tables(numbers: dict) -> list[str]:

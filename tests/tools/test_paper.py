@@ -11,6 +11,8 @@ from PIL import Image
 from small import SMALLEST, small_sd
 
 import train
+from controlnet.common.images import save_png
+from controlnet.training.run_state import RunFolder
 from tools.page.charts import chart
 from tools.paper import __main__ as paper
 from tools.paper import composition, convergence, cost, guidance, lab, runs, segmentation
@@ -163,8 +165,15 @@ def test_a_timed_step_moves_what_is_trained(monkeypatch):
         assert any(not torch.equal(moved, was) for moved, was in pairs) == (name == cost.BASE)
 
 
-def test_convergence_is_read_from_the_logs_of_trainings(monkeypatch):
+def test_convergence_is_read_from_the_logs_and_the_grids_of_trainings(monkeypatch, tmp_path):
     """Whose control sets in at step 20, at the rate 3e-3 at step 10."""
+    for step in (9, 10, 20):  # hint, sample, truth, words: samples are as red as there are steps
+        columns = (0, 10 * step, 255, 255)
+        save_png(
+            Image.fromarray(np.hstack([np.full((8, 8, 3), v, np.uint8) for v in columns])),
+            tmp_path / f"samples/{step:06}.png",
+            {},
+        )
 
     def log(sets_in):
         return [
@@ -180,15 +189,20 @@ def test_convergence_is_read_from_the_logs_of_trainings(monkeypatch):
         ]
 
     stub = SimpleNamespace(
+        out=tmp_path,
         scale=replace(TOY, steps=40),
         circles=[],
-        train=lambda seed, **given: SimpleNamespace(log=lambda: log(10 if given.get("lr") == 3e-3 else 20)),
+        train=lambda seed, **given: SimpleNamespace(
+            log=lambda: log(10 if given.get("lr") == 3e-3 else 20), folder=RunFolder(tmp_path)
+        ),
         load=lambda run: None,
         draw_circles=lambda net: [],
     )
     monkeypatch.setattr(convergence, "circles_measured", lambda images, circles: {"iou": 0.9})
     monkeypatch.setattr(convergence, "untrained", lambda lab: 0.1)
     numbers = json.loads(json.dumps(convergence.measure(stub)))
+    with Image.open(tmp_path / "convergence.jpg") as sheet:  # hints, then the grids
+        assert [sheet.getpixel((150, y))[0] for y in (40, 120, 200, 280)] == pytest.approx([0, 90, 100, 200], abs=3)
     assert [one["set_in"] for one in numbers["kinds"]["default"]] == [20, 20]
     assert [one["set_in"] for one in numbers["kinds"]["learning rate 3e-3"]] == [10]
     assert numbers["zero_convs"][0][0] == [10, 2.0]

@@ -2,14 +2,19 @@
 
 from statistics import fmean
 
+import numpy as np
+
 from controlnet import ControlNet
 from controlnet.training.convergence import Convergence
 from controlnet.worlds import Fill50k
+from tools.convergence import images_of
 from tools.page.charts import Points
+from tools.page.trainings import grids
 
 from .experiment import Experiment
 from .lab import WATCHED, Lab, circles_measured, follows
 from .runs import Run
+from .sheets import SHOWN, save_sheet
 from .statistics import Verdict, all_of, judged, shown, table
 
 # One seed each: they are there to show how the step depends on the settings.
@@ -30,6 +35,7 @@ def measure(lab: Lab) -> dict:
     runs = [lab.train(seed) for seed in range(lab.scale.seeds)]
     kinds = {"default": runs} | {name: [lab.train(0, **settings)] for name, settings in VARIANTS.items()}
     start = (0, untrained(lab))
+    save_sheet(lab, "convergence", along_the_steps(runs[0]))
     return {
         "iou": [[start, *watched(run.log(), "iou")] for run in runs],
         "validation_loss": [watched(run.log(), "validation_loss") for run in runs],
@@ -37,6 +43,13 @@ def measure(lab: Lab) -> dict:
         "measures": {name: watched(trained[0].log(), "control_measure") for name, trained in kinds.items()},
         "kinds": {name: [outcome(lab, run) for run in trained] for name, trained in kinds.items()},
     }
+
+
+def along_the_steps(run: Run) -> dict[str, list[np.ndarray]]:
+    """The first samples of each of its grids, as in the paper's figure."""
+    files = grids(run.folder)
+    hints = images_of(files[0], SHOWN)[0]
+    return {"hints": hints} | {f"step {int(file.stem)}": images_of(file, SHOWN)[1] for file in files}
 
 
 def untrained(lab: Lab) -> float:

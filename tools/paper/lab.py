@@ -81,7 +81,9 @@ class Lab:
         """
         steps = settings.get("steps", self.scale.steps)
         every = max(steps // 15, 5)
-        watched = dict(sample_every=every, sample_count=WATCHED) if not settings else dict(sample_count=0)
+        watched = dict(sample_count=0)
+        if not settings:  # twice as often: how sudden control sets in is told no finer than it is looked at
+            watched = dict(sample_count=WATCHED, sample_every=every // 2, validate_every=every // 2)
         defaults = dict(
             data="fill50k",
             images=self.scale.images,

@@ -90,7 +90,7 @@ class ControlCheckpoint:
         key_map = found.key_map(config)
         if found.low_rank:
             own = dict(control.encoder.named_parameters(prefix="encoder"))
-            theirs = dict(unet.encoder.named_parameters(prefix="encoder"))
+            theirs = unet.encoder.state_dict(prefix="encoder.")  # also of a packed base
             encoder = {name: part(theirs[name], like) for name, like in own.items()}
             checkpoint = with_encoder(checkpoint, key_map, encoder)
         return checkpoint, [(control, key_map)]
@@ -141,8 +141,9 @@ class ControlCheckpoint:
         made exact). Raises CheckpointError if this is no copy of such an encoder.
         """
         self.check_copied_from(unet)
-        for own, other in zip(self.encoder.parameters(), unet.encoder.parameters(), strict=True):
-            own.data = (own.float() + factor * part(other, own).to(own.device).float()).to(own.dtype)
+        theirs = unet.encoder.state_dict()  # also of a packed base, which has no parameters
+        for name, own in self.encoder.named_parameters():
+            own.data = (own.float() + factor * part(theirs[name], own).to(own.device).float()).to(own.dtype)
 
     @torch.no_grad()
     def transfer(self, source: UNet, target: UNet) -> None:

@@ -1,5 +1,6 @@
 """A ControlNet's files: what is loaded is what was saved, from every layout, by path or by name."""
 
+import copy
 import json
 import warnings
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ldm import StableDiffusion
 from ldm.checkpoints.load import without_weights
 from ldm.checkpoints.open import open_checkpoint
 from ldm.config import SD15, SD21, SD21_BASE, TINY
+from ldm.fast.packed import pack
 from ldm.unet import UNet
 from tools.checkpoints import contents, find_model
 
@@ -172,6 +174,9 @@ def test_difference_files_are_added_to_the_base(sd, control, tmp_path):
     own, theirs = control.encoder.blocks[0].conv.bias, sd.unet.encoder.blocks[0].conv.bias
     assert torch.equal(tensors["control_model.input_blocks.0.0.bias"], own - theirs)
     assert torch.equal(tensors["control_model.zero_convs.0.0.bias"], control.zero_convs[0].bias)
+    packed = copy.deepcopy(sd.unet)
+    pack(packed)  # has no parameters there
+    assert torch.equal(ControlNet.load(path, packed).encoder.blocks[0].conv.bias, own)
     again = ControlNet.load(path, sd.unet)
     for name, value in control.state_dict().items():
         assert torch.allclose(again.state_dict()[name], value, atol=1e-6)

@@ -1,5 +1,7 @@
 """Control-LoRA: the encoder of the base with changes of low rank is the ControlNet that was meant."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,6 +10,7 @@ from small import SMALL, assert_same, error_of, for_inpainting, small_control, s
 from controlnet.layouts import control_map
 from controlnet.model import ControlNet
 from ldm.checkpoints.save import gather
+from ldm.fast.packed import pack
 from tools import convert, describe, transfer
 
 RANK = 3
@@ -54,6 +57,9 @@ def test_it_is_the_control_that_was_meant(sd, made):
 def test_it_goes_with_any_base_of_the_family(sd, made):
     file, meant = made
     assert_same(ControlNet.load(file, for_inpainting(sd)), meant)  # whose first convolution reads more
+    packed = copy.deepcopy(sd)
+    pack(packed.unet)  # whose weights are no parameters any more
+    assert_same(ControlNet.load(file, packed), meant)
     other = strengthened(small_sd())
     weight = "encoder.middle.res1.conv1.weight"
     moved = meant.get_parameter(weight) + other.unet.get_parameter(weight) - sd.unet.get_parameter(weight)

@@ -62,7 +62,9 @@ class Reusing:
         return output
 
     def is_key_step(self, timestep: float, controls: list[PreparedControl]) -> bool:
-        new_image = timestep >= self.timestep  # sampling goes from high to low timesteps
+        new_image = (
+            timestep > self.timestep
+        )  # sampling goes from high to low timesteps; some samplers look twice at one
         if new_image or controls != self.controls:
             self.kept, self.since_key = [], 0
         else:

@@ -15,6 +15,7 @@ from controlnet.guidance import Control, PreparedControl, guided
 from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
 from controlnet.reuse import Reusing, reusing
+from ldm.samplers import timesteps_for
 
 TIMESTEPS = [901, 701, 501, 301, 101]
 SD = small_sd()
@@ -94,6 +95,14 @@ def test_half_precision_reuses_too(dtype):
         output = predict(x.to(dtype), t, int(t[0]), CONTEXT.to(dtype), [], "prompt")
         assert output.dtype == dtype
         assert relative(output.float(), full(x, t, int(t[0]), CONTEXT, [], "prompt")) < 0.05
+
+
+@pytest.mark.parametrize("every, full", [(2, 7), (3, 5), (4, 4)])
+def test_a_sampler_that_looks_twice_at_a_timestep_is_still_at_the_same_image(every, full):
+    timesteps = timesteps_for("heun", SD.schedule, 8)
+    twice = [timestep for timestep in timesteps for _ in range(2)][1:-1]
+    predict = Reusing(UNET, every)
+    assert sum(predict.is_key_step(timestep, []) for timestep in twice) == full
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance

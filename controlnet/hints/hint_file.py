@@ -37,11 +37,9 @@ def open_hint(path: str | Path) -> Image.Image | np.ndarray:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
         raise ValueError(f'"{path}" is {array.dtype} {array.shape}, expected uint8 or floats (H, W) or (H, W, C)')
     array = array.reshape(*array.shape[:2], -1)
-    return Image.fromarray(array.squeeze(axis=2) if array.shape[2] == 1 else array) if is_image(array) else array
-
-
-def is_image(array: np.ndarray) -> bool:
-    return array.shape[2] in IMAGE_MODES
+    if array.shape[2] not in IMAGE_MODES:
+        return array
+    return Image.fromarray(array.squeeze(axis=2) if array.shape[2] == 1 else array)
 
 
 def with_channels(stored: Image.Image | np.ndarray, channels: int, name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from controlnet.common.images import Size, fitted, margins, size_text, size_with
 from controlnet.common.program import FITS
 
 from . import DETECTORS, detect, detect_file, find_detector, inpaint, parse_detector
+from .detectors import OF_STROKES
 from .hint_file import IMAGE_MODES, open_hint
 from .maps import read_map
 
@@ -32,7 +33,7 @@ class HintImage:
     options: dict[str, Any] = field(default_factory=dict)  # of the detector
     mask: Image.Image | None = None  # for "inpaint": mode L, white is made anew
     fit: str = "stretch"
-    layers: tuple[Image.Image, ...] = ()  # of a hint that is not RGB all its channels, mode L: `image` shows it then
+    layers: tuple[Image.Image, ...] = ()  # mode L: all channels of a hint that is not RGB; `image` then shows some
     made: dict[Size, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # detectors are slow
 
     def __post_init__(self):
@@ -64,7 +65,7 @@ class HintImage:
             return cls(as_rgb(image), name, mask=mask, fit=fit)
         name, options = parse_detector(detect)
         if find_detector(name).works_on_photographs:
-            return cls(as_rgb(image), name, options, fit=fit)
+            return cls(as_rgb(image, of_strokes=name in OF_STROKES), name, options, fit=fit)
         return cls(Image.fromarray(detected_from_map(name, image, options)), fit=fit)
 
     def at(self, size: Size, channels: int = 3) -> Tensor:
@@ -82,7 +83,7 @@ class HintImage:
 
     def check_channels(self, channels: int) -> None:
         """Raises ValueError if the ControlNet's hints have others than this one."""
-        if self.detector is not None and channels not in (1, 3):
+        if self.detector is not None and channels not in ((3,) if self.detector == "inpaint" else (1, 3)):
             raise ValueError(
                 f"the ControlNet takes hints of {channels} channels, and the detector {self.detector} makes 3: "
                 "give the hint itself"
@@ -123,12 +124,13 @@ def to_gray(hint: Tensor) -> Tensor:
     return to_hints([np.array(Image.fromarray(to_uint8(hint[0])).convert("L"))[..., None]])
 
 
-def as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """What `as_stored` takes, but for files of arrays, as RGB of 8 bits with `to_rgb`'s ground of hints behind what is
-    transparent."""
+def as_rgb(image: str | Path | Image.Image | np.ndarray, of_strokes: bool = False) -> Image.Image:
+    """What `as_stored` takes, but for files of arrays, as RGB of 8 bits. White is behind what is transparent, as in
+    training, or for a drawing of strokes `to_rgb`'s ground of hints."""
     if isinstance(image, str | Path):
         check_is_image(image)
-    return shown(as_stored(image))
+    stored = as_stored(image)
+    return to_rgb(stored, hint=of_strokes) if isinstance(stored, Image.Image) else shown(stored)
 
 
 def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.ndarray:

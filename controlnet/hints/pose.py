@@ -94,7 +94,8 @@ def is_found(keypoints: np.ndarray) -> np.ndarray:
 
 
 def scaled(length: float, canvas: np.ndarray) -> float:
-    """From pixels at a short side of 512; one at 512 is 4 pixels to each side of the middle one if it is 4.5."""
+    """A length on this canvas, given for a short side of 512: there a radius of 4.5 is the middle pixel and four around
+    it."""
     return length * min(canvas.shape[:2]) / 512
 
 

@@ -300,7 +300,7 @@ def test_an_image_of_a_batch_is_made_again_alone_or_with_its_batch(capsys):
     options = ["--hint", "circle.png", "--sampler", "ddpm"]
     assert run("--count", "2", "--batch-size", "2", "--seed", "3", *options) == 0
     capsys.readouterr()
-    said = '"out/0001.png" was made in a batch of 2: the image will be the same to rounding'
+    said = '"out/0001.png" is made alone, not in a batch of 2: it is the same to rounding'
     assert infer.main(["--again", "out/0001.png", "--out", "alone.png"]) == 0
     assert said in notes(capsys.readouterr()) and settings_of("alone.png")["batch_size"] == 1
     assert np.abs(pixels_of("alone.png").astype(int) - pixels_of("out/0001.png")).max() <= 1
@@ -668,6 +668,29 @@ def test_a_strange_image_opens_nothing(everything, place, capsys, monkeypatch, o
     assert not [file for file in opened if "secret" in file or "passwd" in file]
 
 
+@pytest.mark.parametrize("option, name", [("hint", "secr*"), ("hint", "secrets"), ("control", "secrets")])
+def test_a_strange_image_opens_no_folder_and_no_pattern(everything, place, capsys, option, name):
+    """Of the current folder, where it does not lie itself: a folder of hints, or a training run."""
+    move(place, "first-2.png", "photo.png", "left.png")
+    (place / "secrets").mkdir()
+    for file in ("secret.png", "secrets/secret.png"):
+        photograph((64, 64)).save(file)
+    (place / "secrets/settings.json").write_text("{}")
+    settings = settings_of("elsewhere/first-2.png")
+    settings[option] = [name, name]
+    save_png(photograph((8, 8)), "elsewhere/first-2.png", {"controlnet": json.dumps(settings)})
+    assert infer.main(["--again", "elsewhere/first-2.png"]) == 2
+    assert f"give --{option} yourself" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["hint", "detect", "control_start", "control_scale", "lora", "embedding"])
+def test_an_image_with_nothing_where_each_has_a_value_is_refused(everything, capsys, option):
+    settings = {**settings_of("first-2.png"), option: [None]}
+    save_png(photograph((8, 8)), "first-2.png", {"controlnet": json.dumps(settings)})
+    assert again() == 2
+    assert f'has nothing for one "{option}", expected a value for each' in capsys.readouterr().err
+
+
 def test_too_many_hints_in_an_image_are_refused(everything, capsys):
     settings = settings_of("first-2.png")
     settings |= {name: settings[name][:1] * 1000 for name, value in settings.items() if isinstance(value, list)}
@@ -936,7 +959,7 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--compile --reuse 2", "--compile and --reuse exclude each other: leave one of them out"),
         ("--compile --low-memory", "--compile and --low-memory exclude each other: leave one of them out"),
         ("--eta 2", "eta is 2.0, expected 0 (deterministic) to 1"),
-        ("--upscale 0.9", "images are to become 0.9 times as large, expected 1 (as they are) or more"),
+        ("--upscale 0.9", "images are to become 0.9 times as large, expected 1 (as they are) to 8192"),
         ("--upscale 200", "the image's size is 12800x12800 (width x height), expected multiples of 32 up to 8192"),
         ("--upscale-strength 0.3", "there is an --upscale-strength without --upscale"),
         ("--eta 1 --sampler dpm++", 'eta is 1.0, but sampler "dpm++" has no eta: '),
@@ -976,7 +999,7 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--hint circle.png --control folder", '"folder" '),
         (
             "--hint left.png",
-            '"left.png" does not tell which of the small ControlNets it is for: say --control with one',
+            '"left.png" looks like a gray image, which does not tell the small ControlNet that it is for: say ',
         ),
         ("--hint circle.png --control-layers 1,2", "a control has 2 layer weights, expected 7 for this base"),
         ("--hint circle.png --control-start 0.6 --control-end 0.5", "a control acts from 0.6 to 0.5 of the steps"),
@@ -988,6 +1011,8 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--device cuda:99", 'PyTorch finds no device "cuda:99" here, only cpu'),
         ("--out a.jpg", '--out is "a.jpg", expected a folder or the name of a file ending in .png'),
         ("--out a.TIFF", '--out is "a.TIFF", expected a folder or'),
+        ("--hint *.png --out a.png", 'there are 5 hints, and --out "a.png" is one file: give a folder'),
+        (f"--size 1{400 * '0'}", "a number is too large ("),
         ("--out text.png/a", '--out is "text.png/a", but "text.png" is a file, not a folder: give another'),
         (
             "--base {weights}/broken.safetensors",

@@ -99,6 +99,8 @@ def as_typed(item: Field, value: Any, source: str) -> Any:
             if not all(isinstance(words, list) and len(words) == count for words in value):
                 raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected lists of {count}')
             return [[str(word) for word in words] for words in value]
+        if None in value and not item.metadata.get("lacking"):
+            raise ValueError(f'{source} has nothing for one "{item.name}", expected a value for each')
         return [one if one is None else typed(argument, item.name, one, source) for one in value]
     if item.default is False and not isinstance(value, bool):
         raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected true or false')
@@ -276,6 +278,8 @@ def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str) ->
         return f"{error}: install what is needed with `pip install -r requirements.txt`"
     if isinstance(error, OSError) and disk_advice:
         return f"{error}: {disk_advice}"
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({error}): give a smaller one"
     return str(error) if isinstance(error, ValueError | OSError | FloatingPointError) else None
 
 

@@ -3,6 +3,7 @@
 Anyone may have made the image. It is not trusted with other files than those in weights/ and assets/ and beside itself.
 """
 
+import glob
 import os
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
             note(f'its model "{model}" is not in {published.WEIGHTS}: taking the base "{Options.base}" (see --base)')
     values["sampler"] = sampler_name(values.get("sampler", ""))
     if values["sampler"] not in A1111_SAMPLERS and "sampler" not in given:
-        note(f'there is no sampler "{values.pop("sampler", "")}" here: taking "{Options.sampler}" (see --sampler)')
+        found = values.pop("sampler")
+        what = f'there is no sampler "{found}" here' if found else "its sampler is not told"
+        note(f'{what}: taking "{Options.sampler}" (see --sampler)')
     for name, needed in {"strength": "init", "mask_blur": "mask", "only_masked": "mask"}.items():
         if name in values and needed not in given:
             others[name] = values.pop(name)
@@ -122,7 +125,8 @@ def located(path: str, option: str, name: str, trust: bool) -> str:
         normal = Path(os.path.normpath(place))
         if any(normal.is_relative_to(root) for root in roots) and is_there(normal):
             return name if normal == Path(os.path.normpath(Path(name).absolute())) else str(normal)
-    if not trust and (Path(name).name != name or is_there(Path(name))):
+    several = option == "hint" and (glob.has_magic(name) or Path(name).is_dir())  # infer.py records single files
+    if not trust and (Path(name).name != name or is_there(Path(name)) or several):
         raise ValueError(
             f'"{path}" names "{name}" for {flag_of(option)}, which is neither in weights/ or assets/ nor beside it: '
             f"give {flag_of(option)} yourself, or add --trust if you know the file"
@@ -131,5 +135,5 @@ def located(path: str, option: str, name: str, trust: bool) -> str:
 
 
 def is_there(path: Path) -> bool:
-    """A file, or a folder that is a model."""
-    return any(os.path.isfile(path / name) for name in (".", "config.json", "model_index.json"))
+    """A file, or a folder that is a model or a training run."""
+    return any(os.path.isfile(path / name) for name in (".", "config.json", "model_index.json", "settings.json"))

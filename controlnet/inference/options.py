@@ -23,8 +23,9 @@ from .sampler_names import sampler_name
 
 MAX_HINTS = 32  # for one image
 
-# The groups of --help; `passing` options belong to a call, all others are recorded in the images that it makes: those
-# that are `later` were not always, and by default do what was done before.
+# The groups of --help. A `passing` option belongs to one call. All others are recorded in the images made. A `later`
+# one came after the first release: images without it were made with its default. Where it may be `lacking`, not every
+# hint has a value.
 HINTS = "hints and controls: once for all hints, or once for each"
 in_image = partial(option, "what to make")
 in_init = partial(option, "from an image")
@@ -152,8 +153,10 @@ class Options:
     )
     control: list[str] = in_hints(
         "a ControlNet, one for each hint: a file, or a name in weights/, also a short one (pose, canny); for tiny the "
-        "hint tells it: limb colours are a pose, one thin white circle is a circle, other white lines are canny",
+        "hint tells it: limb colours are a pose, one thin white circle is a circle, other thin white lines are canny, "
+        "white strokes scribble, ADE20K's colours seg, smooth gray depth",
         metavar="FILE",
+        lacking=True,
     )
     control_scale: list[float] = in_hints(
         "how strongly it steers; 0 is not at all (default: 1)", type=number, metavar="X"
@@ -162,10 +165,13 @@ class Options:
         "and how strongly in each layer, 13 numbers for SD: encoder from fine to coarse, middle (default: all 1)",
         type=numbers,
         metavar="X,X,...",
+        lacking=True,
     )
     control_start: list[float] = in_hints("from this part of the steps (default: 0)", type=share, metavar="X")
     control_end: list[float] = in_hints("to this part of the steps (default: 1)", type=share, metavar="X")
-    control_mask: list[str] = in_hints("where: white steers, black does not (default: everywhere)", metavar="FILE")
+    control_mask: list[str] = in_hints(
+        "where: white steers, black does not (default: everywhere)", metavar="FILE", lacking=True
+    )
     control_mode: list[str] = in_hints(
         "balanced; prompt: not for the negative prompt, as all that follow but middle; guess: the earlier a layer, the "
         "weaker; resolution: the paper's weights 64/h, divided by 8; resolution-literal: not divided; shuffle: for "

@@ -39,14 +39,12 @@ def sample(
     noise: Noise | None = None,
     before_step: BeforeStep | None = None,
     on_step: OnStep | None = None,
-    skip: int = 0,
 ) -> Tensor:
     """x of unit noise (B, C, h, w) -> latents, with the sampler called `name` at the timesteps of `timesteps_for`.
 
-    Image-to-image leaves the first `skip` of them out: x is then as noisy as the next one says.
     Raises ValueError for an unknown name, steps outside 1..T, missing noise, or an eta that the sampler cannot use.
     """
-    timesteps = timesteps_for(name, schedule, steps)[skip:]
+    timesteps = timesteps_for(name, schedule, steps)
     return sample_loop(name, denoise, x, timesteps, schedule, eta, noise, before_step, on_step)
 
 
@@ -71,7 +69,10 @@ def sample_loop(
     before_step: BeforeStep | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """`sample` at any timesteps, strictly falling numbers in [0, T), all of them whole (int) or none (float)."""
+    """`sample` at any timesteps, strictly falling numbers in [0, T), all of them whole (int) or none (float).
+
+    Image-to-image leaves the first ones out: x is then as noisy as the first that is left says.
+    """
     check_eta(name, eta)
     sampler, past = SAMPLERS[name], ()
     if noise is None and (sampler.draws or eta > 0):

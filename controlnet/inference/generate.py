@@ -20,7 +20,7 @@ from controlnet.common.images import Size
 from controlnet.guidance import Control, Predict, exact, guided
 from controlnet.hints.hint_image import HintImage
 from controlnet.reuse import reusing
-from ldm.samplers import Denoise, sample, timesteps_for
+from ldm.samplers import Denoise, sample_loop, timesteps_for
 from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 
@@ -104,8 +104,8 @@ def generate(
     fastest = exact if tiles else fastest_exact(sd.device)  # each tile would be a CUDA graph of its own
     make_predictor = compiling() if compile else reusing(reuse) if reuse != 1 else fastest
     timesteps = timesteps_for(sampler, sd.schedule, steps)
-    skip = len(timesteps) - steps_done(init.strength, len(timesteps)) if init else 0
-    timesteps = timesteps[skip:]
+    if init:
+        timesteps = timesteps[len(timesteps) - steps_done(init.strength, len(timesteps)) :]
     if count < 1:
         return []
     if init and not timesteps:  # nothing is changed, not even by the autoencoder
@@ -138,12 +138,11 @@ def generate(
             x, noise, keep = noises[batch].to(sd.device), noise_from(generators[batch]), None
             prompts = [context.expand(len(x), -1, -1) for context in contexts]
             part = None if seen is None else seen[batch].to(x)
-            how = cpu_offload is None, make_predictor
-            denoise = make_denoise(sd, *prompts, cfg, controls, timesteps, *how, part, tiles)
+            denoise = make_denoise(sd, *prompts, cfg, controls, timesteps, not tiled, make_predictor, part, tiles)
             if init:
                 x, keep = begin(start, known[batch].to(x), x, noise, sd.schedule, timesteps, blend=seen is None)
             on_step = reporter(bar, callback, first, len(timesteps), partial(preview, denoise))
-            latents.append(sample(sampler, denoise, x, sd.schedule, steps, eta, noise, keep, on_step, skip))
+            latents.append(sample_loop(sampler, denoise, x, timesteps, sd.schedule, eta, noise, keep, on_step))
             denoise.check(latents[-1])
 
     with on_device(cpu_offload, sd.vae):
@@ -164,7 +163,7 @@ def check_controls(controls: Sequence[Control]) -> None:
             )
 
 
-def at_size(control: Control, size: Size, init: Init | None = None) -> Control:
+def at_size(control: Control, size: Size, init: Init | None) -> Control:
     """With a hint that is a tensor, of the part that is made of `init`."""
     if isinstance(control.hint, Tensor):
         return control

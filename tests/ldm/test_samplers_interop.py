@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ldm.config import ScheduleConfig
-from ldm.samplers import SAMPLERS, sample, timesteps_for
+from ldm.samplers import SAMPLERS, sample_loop, timesteps_for
 from ldm.schedule import Schedule
 
 pytest.importorskip("diffusers", reason="tests/requirements-interop.txt is not installed")
@@ -138,6 +138,6 @@ def compare(name, schedule, steps, skip, monkeypatch, tolerance):
     else:
         torch.testing.assert_close(scheduler.timesteps.float(), torch.tensor(timesteps).round().float())
     scheduler.noise_sampler = brownian(scheduler.sigmas, draws()) if name.startswith("dpm++-sde") else None
-    ours = sample(name, lambda x, t, _: network(x, t), randn(0), schedule, steps, noise=draws(), skip=skip)
+    ours = sample_loop(name, lambda x, t, _: network(x, t), randn(0), timesteps[skip:], schedule, noise=draws())
     theirs = run_theirs(scheduler, name, randn(0), skip)
     assert (ours - theirs).norm() / theirs.norm() < tolerance

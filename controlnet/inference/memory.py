@@ -27,11 +27,14 @@ def check_memory(
     low_memory: bool,
     controls: int,
     tile_diffusion: bool = False,
+    held: int = 0,
 ) -> None:
     """Raises ValueError for images that do not fit with their networks, which are not loaded yet; a note for those that
-    take long on a CPU. `controls` is the number of ControlNets."""
+    take long on a CPU. `controls` is the number of ControlNets, `held` what is in use now and will serve, or give way:
+    bytes of a base in memory."""
     needed = partial(needed_memory, config, size, dtype, device, controls=controls)
     free, now = free_memory(device), needed(low_memory=low_memory, tile_diffusion=tile_diffusion)
+    free = None if free is None else free + held
     if free is not None and now > free:
         ways = {"--low-memory": (True, tile_diffusion), "--tile-diffusion": (low_memory, True)}
         ways |= {"--low-memory --tile-diffusion": (True, True)}
@@ -127,6 +130,11 @@ def decoding_memory(config: Config, size: Size, dtype: torch.dtype, tiled: bool)
     as large as the image, with a tiled VAE two. (Half a map of that are the kernels' workspaces.)"""
     width = config.vae.channels * config.vae.multipliers[min(1, len(config.vae.multipliers) - 1)]
     return (2 if tiled else 3) * width * dtype.itemsize * size[0] * size[1]
+
+
+def bytes_held(sd: StableDiffusion) -> int:
+    """Of a base in memory, for `check_memory`."""
+    return sd.dtype.itemsize * parameters(sd.config, controls=0)
 
 
 @cache

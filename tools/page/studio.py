@@ -18,6 +18,7 @@ from controlnet.common.images import save_png
 from controlnet.common.program import from_json, in_a_sentence
 from controlnet.inference import run
 from controlnet.inference.again import FILES
+from controlnet.inference.memory import bytes_held
 from controlnet.inference.options import Options
 from controlnet.inference.png_text import png_texts
 from controlnet.inference.progress import Progress
@@ -100,7 +101,8 @@ class Studio:
         try:
             with self.turn(stop), redirect_stderr(Notes(told)):
                 typed = from_json(Options, given, "the form")
-                jobs = run.prepare(*run.with_recorded({**typed, "out": self.folder}))
+                held = bytes_held(self.base[1]) if self.base else 0
+                jobs = run.prepare(*run.with_recorded({**typed, "out": self.folder}), held)
                 jobs = run.load_jobs(jobs, self.loaded(jobs[0]))
                 for job, i, image in run.make_images(jobs, self.base[1], watch):
                     path = save_image(image, self.folder, i, job.options.count, png_texts(job.settings(i)))

@@ -1,5 +1,7 @@
 """What an image takes and what is free: the rules against what the networks really allocate, and containers' limits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -58,6 +60,15 @@ def test_networks_count_and_on_a_cpu_what_sampling_leaves():
     assert memory.needed_memory(TINY, large, FP32, CPU, False, 1) == weights + decoding
     two = memory.needed_memory(TINY, large, FP32, CPU, False, 2)
     assert two - weights - decoding == 4 * (memory.parameters(TINY, 2) - memory.parameters(TINY, 1)) > 0
+
+
+def test_a_base_in_memory_is_not_counted_twice(monkeypatch):
+    sd = SimpleNamespace(config=TINY, dtype=FP32)
+    needed = memory.needed_memory(TINY, SIZE, FP32, CUDA, False, 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 4 * memory.parameters(TINY, 0))
+    memory.check_memory(TINY, SIZE, FP32, CUDA, False, 1, held=memory.bytes_held(sd))
+    with pytest.raises(ValueError, match="GB are free"):
+        memory.check_memory(TINY, SIZE, FP32, CUDA, False, 1, held=memory.bytes_held(sd) - 1)
 
 
 def test_as_many_images_as_fit_are_made_at_once(monkeypatch):

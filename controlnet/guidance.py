@@ -45,9 +45,9 @@ def guided(
     """-> denoise(x, t): the UNet's raw output, eps or v, extrapolated from the negative prompt's by the scale `cfg`.
 
     At cfg 1 the negative prompt has no effect and is not computed. Otherwise both branches are one batch of twice the
-    size, or two evaluations if not `batched`: the same result in less memory. `timesteps` are those
-    that will be sampled: only controls that act in a part of the steps need them. `make_predictor` gives what computes
-    the UNet with its controls: `exact` by default, or reuse.py's faster, approximate one.
+    size, or two evaluations if not `batched`: the same result in less memory. `timesteps` are those that will be
+    sampled: only controls that act in a part of the steps need them. `make_predictor` gives what computes the UNet with
+    its controls: `exact` by default, or reuse.py's faster, approximate one.
 
     Raises ValueError if `timesteps` are needed and missing.
     """
@@ -141,23 +141,35 @@ class Control:
         image: str | Path | Image.Image | np.ndarray | HintImage,
         *,
         detect: str | None = None,
-        mode: str = "balanced",
-        layers: Sequence[float] = (),
         **settings: Any,
     ) -> "Control":
         """A control whose hint is made from an image, at the size of the image that is generated.
 
         `image` is a path, a PIL image or an array, uint8 or floats in [0, 1]; `detect` is a detector with its options,
-        as in "canny:low=50,high=150", and None if the image is the hint itself (controlnet/hints/hint_image.py). The
-        weights of `mode`, one of `MODES`, are multiplied by those of `layers`. `settings` are keyword
-        arguments for the other fields.
+        as in "canny:low=50,high=150", and None if the image is the hint itself (controlnet/hints/hint_image.py).
+        `settings` are those of `in_mode`.
 
-        Raises ValueError for an unknown mode or detector, an image that cannot be read and as `Control` does.
+        Raises ValueError for an unknown detector, an image that cannot be read and as `in_mode` does.
         """
-        if MODES.get(mode, Mode()).averaged and not net.config.global_average_pooling:
-            raise ValueError(f'the mode is "{mode}": load its ControlNet with global_average_pooling=True')
         hint = image if isinstance(image, HintImage) else HintImage.of(image, detect)
+        return cls.in_mode(net, hint, **settings)
+
+    @classmethod
+    def in_mode(
+        cls,
+        net: ControlNet,
+        hint: Tensor | HintImage,
+        mode: str = "balanced",
+        layers: Sequence[float] = (),
+        **settings: Any,
+    ) -> "Control":
+        """A control with the weights of `mode`, one of `MODES`, times `layers`. `settings` are the other fields.
+
+        Raises ValueError for an unknown mode and as `Control` does.
+        """
         weights = layer_weights(mode, layers, net.encoder.config)
+        if MODES[mode].averaged and not net.config.global_average_pooling:
+            raise ValueError(f'the mode is "{mode}": load its ControlNet with global_average_pooling=True')
         prompt_only = MODES[mode].prompt_only or net.config.global_average_pooling
         return cls(net, hint, **{"layers": weights, "prompt_only": prompt_only, **settings})
 

@@ -48,7 +48,7 @@ class CheckedHint:
 
     options: HintOptions  # with the control's name, also where it was not given
     file: Path
-    image: HintImage
+    made: dict[Size, Tensor]  # (1, C, H, W) in [0, 1], for each size of images. What it is made of may be large.
     control_file: Path
     mask: Tensor | None
 
@@ -58,11 +58,11 @@ class CheckedHint:
         files = {self.options.hint: self.file, self.options.control: self.control_file}
         return files | ({mask: Path(mask)} if mask else {})
 
-    def control(self, net: ControlNet) -> Control:
+    def control(self, net: ControlNet, size: Size) -> Control:
         given = self.options
         settings = dict(scale=given.control_scale, start=given.control_start, end=given.control_end, mask=self.mask)
         layers = given.control_layers or ()
-        return Control.from_image(net, self.image, mode=given.control_mode, layers=layers, **settings)
+        return Control.in_mode(net, self.made[size], given.control_mode, layers, **settings)
 
 
 def hint_runs(options: Options) -> list[Options]:
@@ -101,11 +101,21 @@ def files_of(name: str, detect: str) -> list[str] | None:
     return files
 
 
-def read_inputs(options: Options, config: Config, device: torch.device) -> tuple[Size, Init | None, list[CheckedHint]]:
-    """Raises ValueError for what is missing, cannot be read or does not fit the base."""
+def read_start(options: Options, config: Config) -> tuple[Image.Image | None, Init | None]:
+    """The mask as it is stored, and the image to begin with. Raises ValueError for what cannot be read."""
     mask = read_mask(options.mask) if options.mask is not None else None
     init = read_init(options, mask) if options.init is not None else None
     check_inpainting(config, init)
+    return mask, init
+
+
+def read_inputs(
+    options: Options, config: Config, device: torch.device, mask: Image.Image | None, init: Init | None, held: int = 0
+) -> tuple[Size, list[CheckedHint]]:
+    """The size of the images, and their hints. `mask` and `init` are of `read_start`, `held` is for `check_memory`.
+
+    Raises ValueError for what is missing, cannot be read or does not fit the base.
+    """
     hints = options_for_each_hint(options)
     files = [find_hint(hint.hint) for hint in hints]
     images = [read_hint(hint, file, mask, options) for hint, file in zip(hints, files, strict=True)]
@@ -114,7 +124,7 @@ def read_inputs(options: Options, config: Config, device: torch.device) -> tuple
     check_size(config, size)
     largest = larger_size(config, size, options.upscale)
     dtype, low_memory = PRECISIONS[options.precision], options.low_memory
-    check_memory(config, largest, dtype, device, low_memory, len(hints), options.tile_diffusion)
+    check_memory(config, largest, dtype, device, low_memory, len(hints), options.tile_diffusion, held)
     if init and init.mask and options.upscale != 1:
         raise ValueError("--upscale makes all of the image anew, also what a mask keeps: leave one of them out")
     if init:
@@ -122,8 +132,8 @@ def read_inputs(options: Options, config: Config, device: torch.device) -> tuple
     parts = [hint_part(image, size, init) for image in images]
     for hint, part in zip(hints, parts, strict=True):
         note_stretch(hint.hint, part.image, size, options.fit)
-    checked = [check_hint(*each, size, config, init) for each in zip(hints, files, images, parts, strict=True)]
-    return size, init, checked
+    given = zip(hints, files, images, parts, strict=True)
+    return size, [check_hint(*each, size, largest, config, init) for each in given]
 
 
 def read_init(options: Options, mask: Image.Image | None) -> Init:
@@ -157,10 +167,17 @@ def read_hint(hint: HintOptions, file: Path, mask: Image.Image | None, options: 
 
 
 def check_hint(
-    options: HintOptions, file: Path, image: HintImage, part: HintImage, size: Size, config: Config, init: Init | None
+    options: HintOptions,
+    file: Path,
+    image: HintImage,
+    part: HintImage,
+    size: Size,
+    largest: Size,
+    config: Config,
+    init: Init | None,
 ) -> CheckedHint:
-    """`part` is what is made of the image. Raises ValueError for what is missing or does not fit the base,
-    CheckpointError for a file without ControlNet."""
+    """`part` is what is made of the image, at `size`; all of it at `largest`, the second pass's. Raises ValueError for
+    what is missing or does not fit the base, CheckpointError for a file without ControlNet."""
     layer_weights(options.control_mode, options.control_layers or (), config.unet)
     mask = read_control_mask(options.control_mask, size, image.fit, init) if options.control_mask else None
     # A detector's errors come before the weights are read. A hint that was not detected is looked at as it came: thin
@@ -172,12 +189,16 @@ def check_hint(
     checkpoint = open_checkpoint(control_file)
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)
-    image.check_channels(found.config.hint_channels)
+    channels = found.config.hint_channels
+    image.check_channels(channels)
     if image.detector != "inpaint":
         source = None if image.detector is None else np.asarray(image.image)
         if sentence := doubt(options.hint, options.control, pixels, options.detect, source):
             note(sentence)
-    return CheckedHint(options, file, image, control_file, mask)
+    made = {size: part.at(size, channels)}
+    if largest != size:
+        made[largest] = image.at(largest, channels)
+    return CheckedHint(options, file, made, control_file, mask)
 
 
 def read_control_mask(name: str, size: Size, fit: str, init: Init | None) -> Tensor:
@@ -189,12 +210,12 @@ def read_control_mask(name: str, size: Size, fit: str, init: Init | None) -> Ten
     return to_mask(fitted(mask, size, fit))
 
 
-def load_controls(hints: Sequence[CheckedHint], sd: StableDiffusion) -> list[Control]:
-    """Hints with the same ControlNet share it. Raises CheckpointError if one does not fit."""
+def load_controls(hints: Sequence[CheckedHint], sd: StableDiffusion) -> list[ControlNet]:
+    """One for each hint: those with the same file share it. Raises CheckpointError if one does not fit."""
     load = cache(lambda file, pooling: ControlNet.load(file, sd, global_average_pooling=pooling))
     # Files of shuffle models do not say that their residuals are averaged: the mode does.
     pooling = [True if MODES[hint.options.control_mode].averaged else None for hint in hints]
-    return [hint.control(load(hint.control_file, pooled)) for hint, pooled in zip(hints, pooling, strict=True)]
+    return [load(hint.control_file, pooled) for hint, pooled in zip(hints, pooling, strict=True)]
 
 
 def find_hint(name: str) -> Path:
@@ -235,10 +256,10 @@ def choose_control(name: str, pixels: np.ndarray, config: Config) -> str:
     kind = kind_of(pixels)
     if kind is None:
         found = looks_like(pixels)
-        detect = {INVERTED: "--detect invert", PHOTOGRAPH: "--detect canny"}.get(found, "--detect")
+        detect = {INVERTED: "--detect invert", PHOTOGRAPH: "--detect canny"}.get(found)
         raise ValueError(
-            f'"{name}" does not tell which of the small ControlNets it is for: say --control with one of '
-            f"{', '.join(TINY_CONTROLS)}, or make a hint of it with {detect}, as it looks like {found}"
+            f'"{name}" looks like {found}, which does not tell the small ControlNet that it is for: say --control with '
+            f"one of {', '.join(TINY_CONTROLS)}{f', or make a hint of it with {detect}' if detect else ''}"
         )
     note(f'"{name}" is a hint of the kind "{kind}": taking --control {TINY_CONTROLS[kind]}')
     return TINY_CONTROLS[kind]

@@ -65,13 +65,11 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprints(used: dict[str, Path], recorded: dict[str, str]) -> dict[str, str]:
-    """Of each file, by the name given. Raises ValueError if one that was recorded has changed."""
-    found = {name: fingerprint(path) for name, path in used.items()}
+def check_unchanged(found: dict[str, str], recorded: dict[str, str]) -> None:
+    """Of the fingerprints of files by the names given. Raises ValueError if one that was recorded is another."""
     for name, value in found.items():
         if recorded.get(name, value) != value:
             raise ValueError(
                 f'"{name}" is no longer the file that the image was made with: give that one by its option, or leave '
                 "--again out"
             )
-    return found

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, us
 from controlnet.common.images import Size, save_png, to_uint8
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_steps
+from controlnet.model import ControlNet
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import open_base
 from ldm.embeddings import with_embeddings
@@ -29,14 +31,14 @@ from ldm.tokenizer import Tokenizer
 from .again import with_recorded
 from .compiled import check_compile
 from .extras import Extras, find_extras
-from .generate import at_size, default_batch_size, generate
+from .generate import default_batch_size, generate
 from .image_to_image import Init, steps_done
-from .inputs import CheckedHint, hint_runs, load_controls, read_inputs
+from .inputs import CheckedHint, hint_runs, load_controls, read_inputs, read_start
 from .options import RECORDED, HintOptions, Options, check_pairs
-from .png_text import fingerprints, png_texts
+from .png_text import check_unchanged, fingerprint, png_texts
 from .progress import Progress
 from .prompts import chunks_of, cut_texts
-from .saving import check_out, save_image
+from .saving import check_out, is_file_name, save_image, saving
 from .sizes import check_cfg, check_seeds, default_cfg
 from .upscale import larger_size, upscaled
 
@@ -79,8 +81,11 @@ class Job:
         return {**settings, "files": self.files}
 
 
-def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
-    """Raises ValueError for all that can be wrong and is quick to see, CheckpointError for files that do not fit."""
+def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> list[Job]:
+    """`held` are the bytes of a base in memory, which will serve or give way.
+
+    Raises ValueError for all that can be wrong and is quick to see, CheckpointError for files that do not fit.
+    """
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
         note(f"the seed is {options.seed}")
@@ -101,10 +106,16 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
     if options.compile:
         check_compile(options.reuse, options.low_memory)
     if options.again and (options.batch_size or 1) > options.count:
-        note(f'"{options.again}" was made in a batch of {options.batch_size}: the image will be the same to rounding')
+        note(f'"{options.again}" is made alone, not in a batch of {options.batch_size}: it is the same to rounding')
+
+    runs = hint_runs(options)
+    if len(runs) > 1 and is_file_name(options.out):
+        raise ValueError(f'there are {len(runs)} hints, and --out "{options.out}" is one file: give a folder')
+    mask, init = read_start(options, config)
+    fingerprint_of = cache(fingerprint)
 
     def job(options: Options) -> Job:
-        size, init, hints = read_inputs(options, config, device)
+        size, hints = read_inputs(options, config, device, mask, init, held)
         steps = steps_done(init.strength, len(timesteps)) if init else len(timesteps)
         note_idle_hints(hints, steps)
         used = {options.base: base.checkpoint.path}
@@ -114,11 +125,12 @@ def prepare(options: Options, recorded_files: dict[str, str]) -> list[Job]:
             used[options.vae] = find(options.vae)[0]
         for hint in hints:
             used |= hint.files()
-        found = fingerprints(used, recorded_files)
+        found = {name: fingerprint_of(path) for name, path in used.items()}
+        check_unchanged(found, recorded_files)
         second_pass_steps = steps_done(options.upscale_strength, len(timesteps)) if options.upscale != 1 else 0
         return Job(options, size, cfg, device, init, hints, steps, found, extras, second_pass_steps)
 
-    return [job(one) for one in hint_runs(options)]
+    return [job(one) for one in runs]
 
 
 def default_precision(device: torch.device) -> str:
@@ -151,8 +163,8 @@ def load_base(job: Job) -> StableDiffusion:
 def load_jobs(jobs: list[Job], sd: StableDiffusion) -> list[Job]:
     """With their controls. `sd` is packed or laid out, too; it may have been before."""
     options = jobs[0].options
-    controls = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
-    jobs = [with_controls(job, [next(controls) for _ in job.hints], sd) for job in jobs]
+    nets = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
+    jobs = [with_controls(job, [next(nets) for _ in job.hints], sd) for job in jobs]
     jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
     networks = [sd.unet, *{control.net for job in jobs for control in job.controls}]
     lay_out(networks, jobs[0].device, options.precision)
@@ -161,13 +173,14 @@ def load_jobs(jobs: list[Job], sd: StableDiffusion) -> list[Job]:
     return jobs
 
 
-def with_controls(job: Job, controls: list[Control], sd: StableDiffusion) -> Job:
-    """With their hints made."""
-    job = replace(job, controls=tuple(at_size(control, job.size, job.init) for control in controls))
+def with_controls(job: Job, nets: list[ControlNet], sd: StableDiffusion) -> Job:
+    def of(size: Size) -> tuple[Control, ...]:
+        return tuple(hint.control(net, size) for hint, net in zip(job.hints, nets, strict=True))
+
+    job = replace(job, controls=of(job.size))
     if job.options.upscale == 1:
         return job
-    size = larger_size(sd.config, job.size, job.options.upscale)
-    return replace(job, large_controls=tuple(at_size(control, size) for control in controls))
+    return replace(job, large_controls=of(larger_size(sd.config, job.size, job.options.upscale)))
 
 
 def batch_size_of(job: Job, sd: StableDiffusion) -> int:
@@ -223,13 +236,14 @@ def make_batch(job: Job, batch: range, sd: StableDiffusion, callback: Callable) 
 def save(job: Job, i: int, image: Image.Image) -> None:
     """Image i, with all that makes it again; its path is printed. Beside the first are the hints, if asked for.
 
-    Raises ValueError if it cannot be written.
+    Raises ValueError if they cannot be written.
     """
     options = job.options
     path = save_image(image, options.out, i, options.count, png_texts(job.settings(i)))
     tqdm.write(str(path))
     if i == 0 and options.save_hint:
-        save_hints(job.controls, path)
+        with saving(options.out):
+            save_hints(job.controls, path)
 
 
 def save_hints(controls: tuple[Control, ...], image: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -33,7 +35,7 @@ def save_image(image: Image.Image, out: Path, i: int, count: int, texts: dict[st
 
     Raises ValueError if it cannot be written.
     """
-    try:
+    with saving(out):
         if not is_file_name(out):
             return save_numbered(image, out, texts)
         path = out if count == 1 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
@@ -41,6 +43,13 @@ def save_image(image: Image.Image, out: Path, i: int, count: int, texts: dict[st
             tqdm.write(f"{path} is replaced", file=sys.stderr)
         save_png(image, path, texts)
         return path
+
+
+@contextmanager
+def saving(out: Path) -> Iterator[None]:
+    """Raises ValueError for what cannot be written inside."""
+    try:
+        yield
     except OSError as error:
         found = error.strerror or error
         raise ValueError(

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from controlnet import Control, ControlNet
 from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_hints
-from controlnet.guidance import MODES, layer_weights
 from controlnet.training.latent_cache import ends_of_weights
 from controlnet.training.previews import images_of
 from controlnet.worlds import Fill50k, Sample
@@ -130,7 +128,7 @@ class Lab:
         cfg: float | None = None,
     ) -> list[np.ndarray]:
         """An image for each prompt, from as many hints for each ControlNet; always with the same seeds."""
-        acting = [control_of(net, to_hints(hints).to(self.device), mode) for net, hints in controls]
+        acting = [Control.in_mode(net, to_hints(hints).to(self.device), mode) for net, hints in controls]
         return images_of(sd or self.sd, prompts, acting, seed=0, steps=self.scale.sampling_steps, cfg=cfg)
 
     def draw_circles(self, net: ControlNet, prompts: Sequence[str] | None = None, **how) -> list[np.ndarray]:
@@ -148,12 +146,6 @@ def open_lab(args: argparse.Namespace) -> Lab:
 
 
 # ------------------------------------------------------------------------------------------------- pictures of circles
-
-
-def control_of(net: ControlNet, hints: Tensor, mode: str) -> Control:
-    """hints (B, 3, H, W)"""
-    weights = layer_weights(mode, (), net.encoder.config)
-    return Control(net, hints, layers=weights, prompt_only=MODES[mode].prompt_only)
 
 
 def circles_measured(images: Sequence[np.ndarray], circles: Sequence[Sample]) -> dict[str, float]:

@@ -12,10 +12,10 @@ from small import SMALL, small_control, small_sd
 
 from controlnet.common.image_files import read_image, read_mask
 from controlnet.common.images import fitted, resized, to_hints
-from controlnet.hints import detect
+from controlnet.hints import detect, hint_image
 from controlnet.hints.hint_image import HintImage
 from controlnet.hints.pose import draw_pose
-from controlnet.inference.inputs import hint_runs, read_inputs
+from controlnet.inference.inputs import hint_runs, read_inputs, read_start
 from controlnet.inference.options import Options
 
 ROOT = Path(__file__).parents[3]
@@ -48,8 +48,12 @@ def left_half(size=(64, 64)):
     return image
 
 
-def inputs(**options):
-    return read_inputs(Options(precision="fp32", **options), SMALL, torch.device("cpu"))
+def inputs(config=SMALL, **options):
+    """-> size, init and hints."""
+    options = Options(precision="fp32", **options)
+    mask, init = read_start(options, config)
+    size, hints = read_inputs(options, config, torch.device("cpu"), mask, init)
+    return size, init, hints
 
 
 # --------------------------------------------------------------------------------------------------------------- masks
@@ -174,7 +178,7 @@ def test_a_mask_of_another_size_is_resized_and_that_is_said(size, capsys, contro
     assert f'the mask "mask.png" is {size[0]}x{size[1]} (width x height): it is resized' in capsys.readouterr().err
     inpaint = dict(hint=["init.png"], detect=["inpaint"], control=[control], mask="mask.png")
     (hint,) = inputs(**inpaint)[2]
-    assert hint.image.at((64, 64))[..., :31].max() == -1 and hint.image.at((64, 64))[..., 34:].min() >= 0
+    assert hint.made[64, 64][..., :31].max() == -1 and hint.made[64, 64][..., 34:].min() >= 0
     assert "it is resized" in capsys.readouterr().err
 
 
@@ -265,23 +269,23 @@ def test_hint_control_mask_and_mask_are_fitted_alike(control):
     left_half((128, 64)).save("mask.png")
     options = dict(hint=["hint.png"], control=[control], control_mask=["mask.png"], size="64")
     (padded,) = inputs(fit="pad", **options)[2]
-    hint = padded.image.at((64, 64))
+    hint = padded.made[64, 64]
     assert not hint[:, :, :16].any() and not hint[:, :, 48:].any()
     assert torch.equal(hint[:, :, 16:48], to_hints([np.array(resized(noise((128, 64)), (32, 64)))]))
     assert padded.mask[0, 0, 16:48, :32].min() == 1 and padded.mask.sum() == 32 * 32
     (cropped,) = inputs(fit="crop", **options)[2]
-    assert torch.equal(cropped.image.at((64, 64)), to_hints([np.asarray(noise((128, 64)))[:, 32:96].copy()]))
+    assert torch.equal(cropped.made[64, 64], to_hints([np.asarray(noise((128, 64)))[:, 32:96].copy()]))
     assert cropped.mask[..., :32].min() == 1 and cropped.mask[..., 32:].max() == 0
     inpaint = dict(hint=["hint.png"], detect=["inpaint"], control=[control], mask="mask.png", size="64")
     (padded,) = inputs(fit="pad", **inpaint)[2]
-    hole = padded.image.at((64, 64))[0, 0] == -1  # what is padded is made anew
+    hole = padded.made[64, 64][0, 0] == -1  # what is padded is made anew
     assert hole[:16].all() and hole[48:].all() and hole[16:48, :32].all() and not hole[16:48, 32:].any()
 
 
 def test_the_padding_has_no_edges_to_detect(control):
     Image.new("RGB", (128, 64), "white").save("white.png")
     (hint,) = inputs(hint=["white.png"], detect=["canny"], control=[control], size="64", fit="pad")[2]
-    assert not hint.image.at((64, 64)).any()
+    assert not hint.made[64, 64].any()
 
 
 def test_an_init_is_padded_in_its_mean_colour_which_is_made_anew():
@@ -379,16 +383,42 @@ def test_a_hint_that_is_not_what_its_control_reads_is_said(control, capsys, plac
 @pytest.mark.parametrize(
     "name, advice",
     [
-        ("inverted.png", "make a hint of it with --detect invert, as it looks like dark lines on white"),
-        (CAT, "make a hint of it with --detect canny, as it looks like a photograph"),
-        ("black.png", "make a hint of it with --detect, as it looks like one colour"),
+        ("inverted.png", "looks like dark lines on white, .*, or make a hint of it with --detect invert$"),
+        (CAT, "looks like a photograph, .*, or make a hint of it with --detect canny$"),
+        ("black.png", "looks like one colour, .* say --control with one of .*depth$"),
+        ("flat.png", "looks like one colour, "),
     ],
 )
 def test_a_hint_that_does_not_tell_its_control_says_what_it_looks_like(name, advice):
     Image.fromarray(255 - detect("canny", np.asarray(read_image(CAT)))).save("inverted.png")
     Image.new("L", (64, 64)).save("black.png")
-    with pytest.raises(ValueError, match=f"does not tell which of the small ControlNets .* {advice}"):
-        read_inputs(Options(hint=[name], precision="fp32"), replace(SMALL, name="tiny"), torch.device("cpu"))
+    Image.new("L", (300, 2), 90).save("flat.png")
+    with pytest.raises(ValueError, match=advice):
+        inputs(replace(SMALL, name="tiny"), hint=[name], size="64")
+
+
+def test_a_detector_runs_once_for_each_size_of_images(control, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hint_image, "detect", lambda name, image, **_: seen.append(image.shape[:2]) or image)
+    noise((128, 128)).save("init.png")
+    left_half((128, 128)).save("mask.png")
+    given = dict(hint=["init.png"], detect=["canny"], control=[control], size="64", init="init.png")
+    _, _, (hint,) = inputs(**given, mask="mask.png", only_masked=8)
+    assert seen == [(64, 64)] and hint.made[64, 64].shape == (1, 3, 64, 64)
+    seen.clear()
+    _, _, (hint,) = inputs(**given, upscale=2.0)
+    assert seen == [(64, 64), (128, 128)] and list(hint.made) == seen
+
+
+def test_photographs_are_laid_on_white_as_in_training_and_strokes_on_black():
+    drawing = Image.new("RGBA", (64, 64))
+    drawing.paste((200, 200, 200, 255), (16, 16, 48, 48))
+    for detector, ground in {"gray": 1, "tile": 1, "invert": 1, "none": 0}.items():
+        assert HintImage.of(drawing, detector).at((64, 64))[0, 0, 0, 0] == ground, detector
+    hole = HintImage.of(drawing, "inpaint", mask=left_half())
+    assert hole.at((64, 64))[0, 0, 0, -1] == 1
+    with pytest.raises(ValueError, match="takes hints of 1 channels, and the detector inpaint makes 3"):
+        hole.at((64, 64), channels=1)  # in gray a hole would be black
 
 
 @pytest.mark.parametrize("option", ["hint", "init", "control_mask"])

@@ -86,7 +86,7 @@ def margins(inner: Size, size: Size) -> Size:
 
 def to_images(arrays: Iterable[np.ndarray]) -> Tensor:
     """uint8 RGB images (H, W, 3) -> (B, 3, H, W) in [-1, 1], the range inside the model."""
-    return 2 * to_unit_range(arrays) - 1
+    return 2 * to_unit_range(np.stack(list(arrays))) - 1
 
 
 def to_hints(arrays: Iterable[np.ndarray]) -> Tensor:
@@ -98,8 +98,8 @@ def to_hints(arrays: Iterable[np.ndarray]) -> Tensor:
     return to_unit_range(hints) if hints.dtype == np.uint8 else torch.from_numpy(hints).permute(0, 3, 1, 2)
 
 
-def to_unit_range(arrays: Iterable[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(list(arrays))).permute(0, 3, 1, 2) / 255
+def to_unit_range(stacked: np.ndarray) -> Tensor:
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 255
 
 
 def to_uint8(hint: Tensor) -> np.ndarray:

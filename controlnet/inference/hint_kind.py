@@ -62,7 +62,7 @@ def is_lit(strongest: np.ndarray) -> np.ndarray:
 
 
 def is_thin(lit: np.ndarray, part: int) -> bool:
-    """Less than a fifth is left when what is next to the dark is taken away, as deep as one `part` of the side."""
+    """Whether an erosion as deep as 1/`part` of the short side leaves less than a fifth of what is lit."""
     kept = lit
     for _ in range(max(1, min(lit.shape) // part)):
         padded = np.pad(kept, 1)
@@ -144,6 +144,8 @@ def is_normal(pixels: np.ndarray) -> bool:
 def is_smooth_gray(pixels: np.ndarray) -> bool:
     """As maps of depth are: planes, on which three neighbours lie on one line, and edges. Photographs have few planes,
     drawings little gray."""
+    if len(pixels) < 3:
+        return False
     strongest, weakest = channels(pixels)
     planes = (np.abs(np.diff(strongest, n=2, axis=0)) <= 2).mean()
     gray = ((strongest > 16) & (strongest < 240)).mean()

@@ -74,12 +74,14 @@ class Init:
     def part(self, image: Image.Image, size: Size | None = None) -> Image.Image:
         """What is made, from any image of the same view: a hint may be larger or smaller."""
         x, y = image.width / self.image.width, image.height / self.image.height
-        left, top, right, bottom = self.box(size)
-        return image.crop((round(left * x), round(top * y), round(right * x), round(bottom * y)))
+        box = self.box(size)
+        left, top, right, bottom = (round(side * scale) for side, scale in zip(box, (x, y, x, y), strict=True))
+        return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
     def resized(self, size: Size) -> "Init":
         """What is made of image and mask, exactly `size`."""
-        image = fitted(self.part(self.image, size), size, self.fit, ground=mean_colour(self.image))
+        ground = mean_colour(self.image) if self.fit == "pad" else 0
+        image = fitted(self.part(self.image, size), size, self.fit, ground)
         mask = self.mask and fitted(self.part(self.soft_mask, size), size, self.fit, ground=255)
         return Init(image, self.strength, mask)
 
@@ -112,13 +114,11 @@ def begin(
     """-> the x to begin with, and what keeps the known part at each step, if there is a mask and `blend` is set.
 
     z0 (B, 4, h, w) are the image's latents, samples of the encoder's posterior as in the released code; x is unit noise
-    of their shape. The result is as noisy as the first of `timesteps`, those that are done; at strength 1 it is
-    x, and only what is black in the mask counts.
+    of their shape. The result is as noisy as the first of `timesteps`, those that are done, of which there is one at
+    least; at strength 1 it is x, and only what is black in the mask counts.
     """
     schedule = schedule.to(x.device)
-    if not timesteps:
-        x = z0
-    elif init.strength < 1:
+    if init.strength < 1:
         x = schedule.q_sample(z0, torch.full((1,), timesteps[0], device=x.device), x)
     if init.mask is None or not blend:
         return x, None

@@ -16,7 +16,7 @@ from ldm.samplers import OnStep
 class Progress:
     """What the callback of `generate` is told after each step of each image."""
 
-    image: int  # which of `count`, from 0
+    image: int  # which of this call's `count`, from 0
     step: int  # how many of `steps` are done
     steps: int
     x: Tensor  # the latents (1, 4, h, w), fp32

@@ -48,7 +48,7 @@ def larger_size(config: Config, size: Size, factor: float) -> Size:
     """`factor` times as large, to the nearest size that the base can make. Raises ValueError for a factor below 1 and
     for a size beyond what can be made."""
     if not 1 <= factor <= LARGEST_SIDE:
-        raise ValueError(f"images are to become {factor} times as large, expected 1 (as they are) or more")
+        raise ValueError(f"images are to become {factor} times as large, expected 1 (as they are) to {LARGEST_SIDE}")
     multiple = size_multiple(config)
     size = tuple(multiple * round(factor * side / multiple) for side in size)
     check_size(config, size)

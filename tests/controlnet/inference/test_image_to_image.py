@@ -148,6 +148,13 @@ def spot(size, box):
     return image
 
 
+def test_a_part_of_a_much_smaller_hint_is_a_pixel_at_least():
+    mask = Image.new("L", (2048, 2048))
+    mask.paste(255, (0, 0, 8, 8))
+    part = Init(photo((2048, 2048)), mask=mask, only_masked=0).part(photo((128, 128)), (64, 64))
+    assert part.size == (1, 1)
+
+
 @pytest.mark.parametrize(
     "box", [(40, 30, 60, 50), (0, 0, 10, 10), (140, 90, 150, 99), (10, 10, 140, 20), (5, 0, 9, 99)]
 )

@@ -25,7 +25,7 @@ TEXT_WEIGHTS_NAME = "model.safetensors"
 
 
 def config_from_diffusers(configs: dict[str, dict], prediction: str | None) -> Config:
-    """The configurations of a folder by component -> ours. `prediction` is used where there is no scheduler's.
+    """The configurations of a folder by component -> ours. `prediction`, if given, comes before the scheduler's.
 
     Raises KeyError, TypeError, ValueError or AttributeError for values that make no sense.
     """
@@ -43,7 +43,7 @@ def config_from_diffusers(configs: dict[str, dict], prediction: str | None) -> C
 
 
 def sample_size(values: dict) -> int:
-    size = values.get("sample_size") or 64  # diffusers allows null
+    size = values.get("sample_size", 64)
     if type(size) is not int:
         raise TypeError(f"sample_size is {size!r:.80}")
     return size
@@ -51,7 +51,7 @@ def sample_size(values: dict) -> int:
 
 def unet_from_diffusers(values: dict) -> UNetConfig:
     channels, multipliers = widths_from_diffusers(values, [320, 640, 1280, 1280])
-    heads = values.get("num_attention_heads") or values.get("attention_head_dim", 8)
+    heads = values.get("num_attention_heads", values.get("attention_head_dim", 8))
     attention = values.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     linear = values.get("use_linear_projection", False)
     return UNetConfig(

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from .read import read_json, read_tensors
+from .read import read_config, read_json, read_tensors
 from .spellings import respelled
 from .stored import CheckpointError, StoredTensor, first_few
 
@@ -14,7 +14,8 @@ WEIGHTS = re.compile(
     r"(?P<index>\.index(\.(?P<of_index>[\w-]+))?\.json)?"
 )
 SHARD = re.compile(r"-\d{5}-of-\d{5}")  # named in an index
-VARIANTS = ("", "fp32", "non_ema", "bf16", "fp16")  # the widest types first; of both, the moving average
+# The widest types first, and the moving average before the plain weights of the same type.
+VARIANTS = ("", "fp32", "non_ema", "bf16", "fp16")
 DEEPSPEED = ("mp_rank_00_model_states.pt", "pytorch_model/mp_rank_00_model_states.pt")
 
 
@@ -27,7 +28,7 @@ def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], di
     folders = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
     if not folders and weight_files(path):
         folders = {"": path}
-    tensors, metadata, configs = {}, {}, {}
+    tensors, metadata = {}, {}
     for name, folder in folders.items():
         found, described = read_component(folder)
         tensors |= respelled(found, f"{name}." if name else "", path)
@@ -40,11 +41,9 @@ def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], di
         raise CheckpointError(
             f'"{path}" is a folder without unet/, vae/ and text_encoder/ in diffusers\' layout: {advice}'
         )
-    described = {name: folder / "config.json" for name, folder in folders.items()}
-    described |= {"scheduler": path / "scheduler" / "scheduler_config.json", "pipeline": path / "model_index.json"}
-    for name, file in described.items():
-        if file.is_file():
-            configs[name] = read_json(file)
+    files = {name: folder / "config.json" for name, folder in folders.items()}
+    files |= {"scheduler": path / "scheduler" / "scheduler_config.json", "pipeline": path / "model_index.json"}
+    configs = {name: read_config(file) for name, file in files.items() if file.is_file()}
     return tensors, metadata, configs
 
 

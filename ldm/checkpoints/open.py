@@ -12,7 +12,7 @@ from torch import Tensor
 from .folders import read_folder
 from .key_maps import Source
 from .paths import as_path
-from .read import read_json, read_tensors
+from .read import read_config, read_tensors
 from .spellings import respelled
 from .stored import CheckpointError, StoredTensor
 
@@ -74,7 +74,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         tensors = respelled(tensors, "", path)
         config = path.parent / "config.json"
         alone = any(key.startswith(COMPONENT_ALONE) for key in tensors)
-        configs = {"": read_json(config)} if alone and config.is_file() else {}
+        configs = {"": read_config(config)} if alone and config.is_file() else {}
         return Checkpoint(path, tensors, metadata, configs)
     except OSError as error:
         raise CheckpointError(f'"{path}" cannot be read ({error.strerror}): give a file that you may read') from error

@@ -55,14 +55,14 @@ SHORT_TEXT = 5_000  # bytes of a server's answer in place of a file
 
 def reason_unreadable(path: Path, start: bytes, error: Damaged) -> str:
     """What a file is by its first bytes. Those of safetensors are a length (8 bytes) and a JSON object."""
-    size, is_zip = path.stat().st_size, start.startswith((ZIP_MAGIC, LEGACY_MAGIC))
-    if not is_zip and start[8:9] != b"{":
+    size, of_pytorch = path.stat().st_size, start.startswith((ZIP_MAGIC, LEGACY_MAGIC))
+    if not of_pytorch and start[8:9] != b"{":
         for pattern, what in FORMATS:
             if re.match(pattern, start, re.DOTALL):
                 return f"it is {what}"
-    if not is_zip and 0 < size < SHORT_TEXT and (text := text_of(path)):
+    if not of_pytorch and 0 < size < SHORT_TEXT and (text := text_of(path)):
         return f'it is a text ("{text:.200}"), such as a failed download leaves: repeat it'
-    if not is_zip and size > 8 and start[8:9] != b"{":
+    if not of_pytorch and size > 8 and start[8:9] != b"{":
         return "it is another kind of file, expected a .safetensors, .ckpt, .pth or .bin checkpoint"
     return f"the file of {size} bytes is incomplete or damaged, download or copy it again ({error})"
 
@@ -84,3 +84,8 @@ def read_json(path: Path) -> dict:
         return parse_json(path.read_bytes())
     except Damaged as error:
         raise CheckpointError(f'"{path}": {error}, download it again') from error
+
+
+def read_config(path: Path) -> dict:
+    """`read_json` of diffusers, which may write null for what it leaves at its default."""
+    return {name: value for name, value in read_json(path).items() if value is not None}

@@ -122,10 +122,16 @@ def test_a_whole_folder_says_why_it_is_not_usable(tmp_path, capsys, file, values
     assert str(loading.value) == found["not_usable"]
 
 
-def test_sample_size_may_be_null(tmp_path, capsys):
+def test_what_a_folder_says_may_be_null(tmp_path, capsys):
+    """As diffusers writes what it leaves at its default: "upcast_attention", say."""
     path = other_programs_folder(tmp_path)
-    config = path / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    nulls = {
+        "unet/config.json": ("sample_size", "upcast_attention", "num_attention_heads", "dual_cross_attention"),
+        "scheduler/scheduler_config.json": ("rescale_betas_zero_snr", "trained_betas"),
+    }
+    for file, names in nulls.items():
+        values = json.loads((path / file).read_text()) | dict.fromkeys(names)
+        (path / file).write_text(json.dumps(values))
     (found,) = facts(capsys, path)
     assert found["kind"] == "base" and "not_usable" not in found and found["resolution"] == 512
 

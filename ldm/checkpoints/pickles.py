@@ -12,7 +12,6 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,8 +25,6 @@ from .stored import CheckpointError, Damaged, StoredTensor
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of a file from before PyTorch 1.6
 LARGEST_PROGRAM = 10_000_000  # bytes of instructions, the weights apart: a whole base with its optimiser has 1 MB
-
-MOST_INNER = 10_000  # tensors that are deeper than expected
 
 # Names that trainers leave in checkpoints, beside those that PyTorch knows.
 LEFTOVER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
@@ -150,14 +147,14 @@ def stand_in(name: str) -> type:
 
 
 def tensors_by_name(values: object, file_size: int) -> dict[str, Tensor]:
-    """Those of the outermost dictionary or of its "state_dict", and those within its values, their names joined:
-    "module.control_model..." by which the model in it, or what else it is, can be recognised.
+    """The tensors of the outermost dictionary, or of its "state_dict", and those inside its values under joined names
+    ("module.control_model. ..."), by which the file can be recognised.
     """
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         values = values["state_dict"]
     if not isinstance(values, dict):
         raise Damaged("it holds no tensors by name: save a model's state_dict")
-    tensors = plain_tensors(values.items()) | plain_tensors(islice(inner_items(values), MOST_INNER))
+    tensors = plain_tensors(values.items()) | plain_tensors(inner_items(values, "", 3, set()))
     for name, tensor in tensors.items():
         size = tensor.untyped_storage().nbytes()
         # Strides of 0 make much of little.
@@ -170,14 +167,14 @@ def plain_tensors(items: Iterable[tuple[object, object]]) -> dict[str, Tensor]:
     return {str(name): value.detach() for name, value in items if is_plain(value)}
 
 
-def inner_items(values: object, name: str = "", depth: int = 3) -> Iterator[tuple[str, object]]:
-    if isinstance(values, list | tuple):
-        values = dict(enumerate(values))
-    if not isinstance(values, dict) or not values or not depth:
+def inner_items(values: object, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, object]]:
+    """What lists and dictionaries hold. Each is looked into once: a short pickle can make them hold each other."""
+    if not isinstance(values, list | tuple | dict):
         yield name.removeprefix("."), values
-        return
-    for key, value in values.items():
-        yield from inner_items(value, f"{name}.{key}", depth - 1)
+    elif depth and id(values) not in seen:
+        seen.add(id(values))
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from inner_items(value, f"{name}.{key}", depth - 1, seen)
 
 
 def is_plain(value: object) -> bool:

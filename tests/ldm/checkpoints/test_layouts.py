@@ -99,6 +99,11 @@ def test_what_trainers_leave_beside_the_weights_is_dropped(tmp_path, name):
     assert torch.equal(open_checkpoint(tmp_path / "file.ckpt").tensors["a"].view(), torch.ones(2))
 
 
+def test_a_long_list_hides_no_tensors(tmp_path):
+    torch.save({"losses": [0.5] * 20_000, "model": {"a": torch.ones(2)}}, tmp_path / "file.ckpt")
+    assert open_checkpoint(tmp_path / "file.ckpt").keys == {"model.a"}
+
+
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 def test_plain_python_and_numpy_beside_the_weights_are_dropped(tmp_path, new):
     values = {

@@ -127,6 +127,8 @@ class Config:
     def __post_init__(self):
         if not isinstance(self.name, str) or not fits_in(self.resolution, int, "resolution"):
             raise ValueError(f"the name is {self.name!r:.80} and the resolution {self.resolution!r:.80}")
+        if (self.text.width, self.vae.latent_channels) != (self.unet.context_width, self.unet.latent_channels):
+            raise ValueError("text encoder, UNet and autoencoder are not of one model: their widths differ")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -198,9 +200,9 @@ SD15_INPAINTING = replace(SD15, name="sd15-inpainting", unet=replace(SD15.unet, 
 SD20_INPAINTING = replace(SD20_BASE, name="sd20-inpainting", unet=replace(_SD2_UNET, inpainting=True))
 
 # The family at the size of a laptop: 128x128 images, 16x16 latents. Its few groups keep a flat image's colour
-# readable through the norms: with 32 groups of one channel each, GroupNorm would take every channel's mean away. In
-# bf16 the rest of it trains twice as fast on CPUs with matrix units; attention's backward pass there is slower than in
-# fp32.
+# readable through the norms: with 32 groups of one channel each, GroupNorm would take every channel's mean away.
+# Attention has fp32_logits, because on CPUs its backward pass is slower in bf16 than in fp32; all else trains twice as
+# fast in bf16 where there are matrix units.
 TINY = Config(
     "tiny",
     unet=UNetConfig(

@@ -26,6 +26,8 @@ def test_presets_survive_their_description(config):
         (TextConfig, {"vocabulary": 100}, "hold no prompt"),
         (ScheduleConfig, {"beta_end": 1.5}, "are no schedule"),
         (Config, {"name": "x", "resolution": "512"}, "the resolution '512'"),
+        (Config, {"name": "x", "text": TextConfig(width=1024, heads=16)}, "are not of one model"),
+        (Config, {"name": "x", "vae": VAEConfig(latent_channels=16)}, "are not of one model"),
     ],
 )
 def test_numbers_that_no_model_has(kind, values, sentence):

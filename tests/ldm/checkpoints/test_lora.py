@@ -299,12 +299,13 @@ def test_by_name_in_weights_and_its_folder(tmp_path, monkeypatch):
     written(tmp_path / "loras" / "ink.safetensors", random_factors(nets, TEXT))
     (lora,) = read_loras(["ink:-0.5"], *nets)
     assert (lora.path, lora.strength) == (tmp_path / "loras" / "ink.safetensors", -0.5)
+    assert read_loras(["ink.safetensors"], *nets)[0].path == lora.path
     for name in ("oil", "../loras/ink", "ink\0"):
         assert f'there is no LoRA "{name}"' in error_of(read_loras, [name], *nets)
     check_loras(["ink"], SMALL)
-    assert "does not fit its weight" in error_of(
-        check_loras, ["ink"], replace(SMALL, text=TextConfig(width=20, heads=2))
-    )
+    unet, text = replace(SMALL.unet, context_width=20), TextConfig(width=20, heads=2)
+    narrower = replace(SMALL, unet=unet, text=text)
+    assert "does not fit its weight" in error_of(check_loras, ["ink"], narrower)
     with pytest.raises(ValueError, match='"ink" has the strength nan'):
         read_loras(["ink:nan"], *nets)
     written(tmp_path / "a:0.5", random_factors(nets, TEXT))  # a name that ends like a strength

@@ -82,26 +82,27 @@ def identify(
     checkpoint: Checkpoint, prediction: str | None = None, zero_snr: bool = False, preset: Config | None = None
 ) -> BaseFile:
     """`open_base` for what is open. `preset` is known by the file's name, and counts where the file does not tell."""
+    if prediction is not None and prediction not in SPELLED:
+        raise CheckpointError(f'the prediction is "{prediction}", expected eps or v')
+    prediction = SPELLED.get(prediction)
     layout = base_layout(checkpoint)
     described = described_base(checkpoint)
     with description_errors(checkpoint):
         if described is not None:
             config = Config.from_dict(described)
         elif layout == "diffusers" and {"unet", "text_encoder"} <= checkpoint.configs.keys():
-            config = config_from_diffusers(checkpoint.configs, prediction)
+            config = config_from_diffusers(checkpoint.configs, None if prediction == "eps" else prediction)
         else:
             config = config_by_shape(checkpoint, layout)
         found, source = prediction_of(checkpoint, config, prediction, preset)
-        schedule = replace(config.schedule, prediction=found)
-        if "ztsnr" in checkpoint.tensors and found != "eps":
-            schedule = replace(schedule, zero_terminal_snr=True)
-    if zero_snr and found == "eps":
+    zero = zero_snr or config.schedule.zero_terminal_snr or ("ztsnr" in checkpoint.tensors and found != "eps")
+    if zero and found == "eps":
+        option = "--zero-snr, or say --prediction v if it does" if zero_snr else "--prediction eps"
         raise CheckpointError(
-            f'"{checkpoint.path}" predicts eps, and zero terminal SNR is for models that predict v: leave out '
-            "--zero-snr, or say --prediction v if it does"
+            f'"{checkpoint.path}" with prediction eps cannot have zero terminal SNR, which is for models that predict '
+            f"v: leave out {option}"
         )
-    schedule = replace(schedule, zero_terminal_snr=schedule.zero_terminal_snr or zero_snr)
-    config = replace(config, schedule=schedule)
+    config = replace(config, schedule=replace(config.schedule, prediction=found, zero_terminal_snr=zero))
     if config == replace(SD21, schedule=SD21_BASE.schedule):
         config = SD21_BASE
     return BaseFile(checkpoint, config, layout, source)
@@ -129,7 +130,7 @@ def base_layout(checkpoint: Checkpoint) -> Layout:
 
 def maps_in(checkpoint: Checkpoint, config: Config) -> tuple[KeyMap, KeyMap, KeyMap]:
     """Where the UNet, the autoencoder and the text encoder stand in it: one layout, but for what other programs mix."""
-    unet, _, text = base_maps(config, base_layout(checkpoint))
+    unet, _, text = base_maps(config, "ldm" if checkpoint.any_key("model.diffusion_model.") else "diffusers")
     vae = base_maps(config, vae_layout(checkpoint))[1]
     if checkpoint.any_key(SGM_TEXT):
         text = replace(text, prefix=text.prefix.replace("cond_stage_model.", SGM_TEXT))
@@ -165,7 +166,15 @@ def not_a_base(checkpoint: Checkpoint) -> CheckpointError:
 
 # ---------------------------------------------------------------------------------------------------------- prediction
 
-SPELLED = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "sample": "x0"}
+SPELLED = {
+    "epsilon": "eps",
+    "eps": "eps",
+    "v": "v",
+    "v_prediction": "v",
+    "v-prediction": "v",
+    "sample": "x0",
+    "x0": "x0",
+}
 MARKS = ("v_pred", "ztsnr")
 
 

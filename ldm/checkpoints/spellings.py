@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from .stored import CheckpointError, StoredTensor
 
 # Modules that wrap others, at any depth of a key: DistributedDataParallel, torch.compile, FSDP, checkpointing.
-WRAPPERS = re.compile(r"(^|\.)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 
 # How keys of a base, a ControlNet or an autoencoder begin. What stands before them in all of a model's keys is the
 # program's that wrote the file: "model.", "params.", "state_dict.net." ...

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from reference import load_manifest
-from small import error_of
+from safetensors.torch import load_file, save_file
+from small import error_of, small_sd
 
 from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
+from ldm.checkpoints.diffusers import WEIGHTS_NAME
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
 from ldm.checkpoints.lora import changes_of, modules_by_name
 from ldm.checkpoints.open import Checkpoint
-from ldm.checkpoints.recognise import identify
+from ldm.checkpoints.recognise import identify, open_base
 from ldm.checkpoints.spellings import respelled
 from ldm.checkpoints.stored import CheckpointError, StoredTensor
 from ldm.config import SD15, SD15_INPAINTING, SD20_INPAINTING, SD21, SD21_BASE, TINY
@@ -154,6 +156,8 @@ WRAPPED = {
         CONTROL1,
         lambda key: "module." + key.replace("model.", "model._orig_mod."),
     ),
+    "compiled in DistributedDataParallel": (CONTROL1, lambda key: f"_orig_mod.module.{key}"),
+    "and inside": (CONTROL1, lambda key: key.replace("model.", "model._orig_mod.module.")),
     "a trainer's attribute": (CONTROL1, lambda key: key.replace("control_model.", "model.")),
     "a trainer's attribute twice": (CONTROL1, lambda key: f"model.net.{key}"),
     "an attribute called controlnet": (CONTROL1, lambda key: key.replace("control_model.", "controlnet.")),
@@ -248,7 +252,18 @@ def test_what_a_base_predicts(keys, metadata, preset, prediction, zero_snr, sour
 def test_zero_snr_by_the_caller():
     assert identify(stand_in(SD2_KEYS), "v", zero_snr=True).config.schedule.zero_terminal_snr
     sentence = error_of(identify, stand_in(SD1_KEYS), zero_snr=True)
-    assert "predicts eps" in sentence and "leave out --zero-snr, or say --prediction v" in sentence
+    assert "with prediction eps cannot" in sentence and "leave out --zero-snr, or say --prediction v" in sentence
+
+
+def test_eps_by_the_caller_for_a_base_with_zero_snr(tmp_path):
+    small_sd().save(tmp_path / "own.safetensors")  # predicts v, with zero terminal SNR
+    small_sd().save(tmp_path / "folder", layout="diffusers")
+    weights = tmp_path / "folder/unet" / WEIGHTS_NAME
+    save_file(load_file(weights), weights)  # without our metadata: the scheduler tells
+    for path in (tmp_path / "own.safetensors", tmp_path / "folder"):
+        assert error_of(open_base, path, "eps").endswith("for models that predict v: leave out --prediction eps")
+    assert 'the prediction is "noise", expected eps or v' in error_of(open_base, tmp_path / "folder", "noise")
+    assert open_base(tmp_path / "folder", "v_prediction").config.schedule.prediction == "v"
 
 
 # ------------------------------------------------------------------------------------ files of other kinds and families

@@ -40,7 +40,10 @@ class EmbeddingTokenizer(Tokenizer):
         """What stands between the names is read without them."""
         ids, end = [], 0
         for found in self.names.finditer(text):
-            ids += super().encode(text[end : found.start()]) + self.ids_of[found[1].lower()]
+            own = self.ids_of.get(found[1].lower())
+            if own is None:  # some letters match others, like the Turkish dotless i
+                continue
+            ids += super().encode(text[end : found.start()]) + own
             end = found.end()
         return ids + super().encode(text[end:])
 

@@ -106,7 +106,10 @@ def texts_of(options: Options) -> list[str]:
 
 def find_names(names: Collection[str], options: Options) -> set[str]:
     """Those that the prompts have as words, in lower case."""
-    return {name.lower() for text in texts_of(options) for name in names_in(names).findall(text)} if names else set()
+    if not names:
+        return set()
+    found = {name.lower() for text in texts_of(options) for name in names_in(names).findall(text)}
+    return found & {name.lower() for name in names}  # some letters match others, like the Turkish dotless i
 
 
 def embedding_files() -> Iterator[Path]:

@@ -24,6 +24,7 @@ def test_a_name_has_its_ids_where_it_is_a_word(config):
         ("easynegative2", plain("easynegative2")),
         ("myeasynegative", plain("myeasynegative")),
         ("easy negative", plain("easy negative")),
+        ("ea\u017fynegative", plain("ea\u017fynegative")),  # the long s matches s, and is none
         ("", []),
     ]:
         assert tokenizer.encode(text) == want, text

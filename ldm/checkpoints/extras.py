@@ -14,7 +14,7 @@ LORAS, EMBEDDINGS = "loras", "embeddings"  # the folders in weights/
 
 
 def find_extra(name: str, folder: str) -> Path | None:
-    """The file called `name`, without its suffix, in weights/ or in `folder` there. Never one of another folder."""
+    """The file called `name`, with its suffix or without, in weights/ or in `folder` there, never one of another."""
     if os.path.basename(name) != name or "\0" in name:
         return None
     return next((path for path in places(name, folder) if os.path.isfile(path)), None)
@@ -22,7 +22,7 @@ def find_extra(name: str, folder: str) -> Path | None:
 
 def places(name: str, folder: str) -> Iterator[Path]:
     for place in (published.WEIGHTS, published.WEIGHTS / folder):
-        yield from (place / f"{name}{suffix}" for suffix in SUFFIXES)
+        yield from (place / f"{name}{suffix}" for suffix in ("", *SUFFIXES))
 
 
 def given_extra(name: str, folder: str, what: str) -> Path:
@@ -36,8 +36,8 @@ def given_extra(name: str, folder: str, what: str) -> Path:
 
 def no_extra(name: str, folder: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f'there is no {what} "{name}", neither as a file nor as {name}.safetensors in weights/ or weights/{folder}/: '
-        "put it there, or give its path"
+        f'there is no {what} "{name}", neither as a file nor in weights/ or weights/{folder}/: put it there, or give '
+        "its path"
     )
 
 

@@ -59,7 +59,7 @@ def find(path_or_preset: str | Path) -> tuple[Path, Config | None]:
     path, name = as_path(path_or_preset), str(path_or_preset)
     if name not in PRESETS:
         if not path.exists():
-            files = (WEIGHTS / f"{name}{suffix}" for suffix in ("", ".safetensors", ".ckpt"))
+            files = (WEIGHTS / f"{name}{suffix}" for suffix in ("", ".safetensors", ".ckpt", ".pth"))
             path = next((file for file in files if file.exists()), path)
         return path, next((PRESETS[preset] for preset in PUBLISHED if path.name in file_names(preset)), None)
     for file in file_names(name):

@@ -61,6 +61,13 @@ def test_embeddings_are_found_by_their_words(capsys):
     assert 'the prompts do not name the embedding "mine": it has no effect' in capsys.readouterr().err
 
 
+def test_letters_that_match_others_are_no_names():
+    """Without regard to case the dotless i of Turkish matches i, and the long s matches s."""
+    for name in ("sinif", "sinif2"):
+        save_file({"emb_params": torch.ones(2, WIDTH)}, f"embeddings/{name}.safetensors")
+    assert sizes(found(prompt="a s\u0131n\u0131f, sinif2")) == {"sinif2": 2}
+
+
 def test_a_name_of_a_lora_is_no_word_of_the_prompt():
     save_file({"emb_params": torch.ones(2, WIDTH)}, "embeddings/ink.safetensors")
     assert sizes(found(prompt="a bird <lora:ink:0.5>")) == {}
@@ -71,7 +78,7 @@ def test_a_name_of_a_lora_is_no_word_of_the_prompt():
     [
         (
             dict(prompt="<lora:chalk:0.8>"),
-            'there is no LoRA "chalk", neither as a file nor as chalk.safetensors in weig',
+            'there is no LoRA "chalk", neither as a file nor in weights/ or weights/loras/: ',
         ),
         (dict(prompt="<lora:../other/pen:1>"), 'there is no LoRA "../other/pen"'),
         (dict(prompt="<lora:ink:strong>"), '"<lora:ink:strong>" in the prompt has no finite strength'),
@@ -82,7 +89,7 @@ def test_a_name_of_a_lora_is_no_word_of_the_prompt():
         (dict(lora=["chalk:1"]), 'there is no LoRA "chalk"'),
         (
             dict(prompt="embedding:chalk"),
-            'there is no embedding "chalk", neither as a file nor as chalk.safetensors in',
+            'there is no embedding "chalk", neither as a file nor in weights/ or weights/embedd',
         ),
         (dict(negative="easynegative, (embedding:ea:1.2)"), 'there is no embedding "ea"'),
         (dict(embedding=["chalk.pt"]), 'there is no embedding "chalk.pt"'),

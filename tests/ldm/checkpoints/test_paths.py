@@ -54,7 +54,12 @@ ADVICE = {
     "stable-diffusion-v1-5/stable-diffusion-inpainting": "`python -m tools.download sd15-inpainting`",
     "stabilityai/stable-diffusion-2-1-base": "`python -m tools.download sd21-base`",
     "stabilityai/stable-diffusion-2-1": "`python -m tools.download sd21`",
+    "stabilityai/stable-diffusion-2-1-unclip": "`hf download stabilityai/stable-diffusion-2-1-unclip --local-dir",
     "https://huggingface.co/x/y/resolve/main/control_v11f1p_sd15_depth.pth": "`python -m tools.download depth`",
+    "https://huggingface.co/x/y/resolve/main/control_v11p_sd15_canny_fp16.safetensors": "tools.download canny`",
+    "https://huggingface.co/x/y/resolve/main/control_v11p_sd15s2_lineart_anime.pth": "tools.download lineart_anime`",
+    "~nobody-by-this-name/sd15.ckpt": "give the path of a checkpoint",
+    f"{'x' * 300}.ckpt": 'xxx..." is longer than paths can be: give the path of a checkpoint',
     "https://civitai.com/api/download/models/1": "it is a URL, so download the file and give its path",
     "owner/some.model": "`hf download owner/some.model --local-dir FOLDER` and give FOLDER",
     "nowhere.safetensors": "give the path of a checkpoint",
@@ -73,6 +78,7 @@ def test_names_in_weights(weights):
     (weights / "tiny-canny.safetensors").touch()
     assert find_model("canny")[0] == weights / "tiny-canny.safetensors"
     (weights / "control_v11p_sd15_canny.pth").touch()
+    assert find_model("control_v11p_sd15_canny")[0] == weights / "control_v11p_sd15_canny.pth"
     sentence = error_of(find_model, "canny")
     assert "short for several ControlNets" in sentence and "control_v11p_sd15_canny.pth or tiny-canny" in sentence
     (weights / "control_v11p_sd15_openpose.pth").touch()

@@ -17,8 +17,8 @@ from ldm.checkpoints.key_maps import (
     encoder_length,
     encoder_rows,
 )
-from ldm.checkpoints.kinds import kind, pretender, use_as_base
-from ldm.checkpoints.load import BASE_PARTS, FAMILIES
+from ldm.checkpoints.kinds import kind, pretender
+from ldm.checkpoints.load import BASE_PARTS, FAMILIES, input_channels, other_use
 from ldm.checkpoints.open import Checkpoint
 from ldm.checkpoints.recognise import described_config, description_errors, identify
 from ldm.checkpoints.stored import CheckpointError
@@ -168,7 +168,7 @@ def what_else(checkpoint: Checkpoint) -> str:
         return kind(checkpoint)
     if base.config.unet.inpainting:
         return "a base model for inpainting, without one: pass it as --base, with --init and --mask"
-    return use_as_base(checkpoint) or "a base model without one: pass it as --base"
+    return other_use(input_channels(checkpoint) or 4) or "a base model without one: pass it as --base"
 
 
 def check_family(checkpoint: Checkpoint, found: ControlFile, unet: UNetConfig) -> None:

@@ -79,16 +79,13 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.positions, width)
         self.blocks = nn.ModuleList(TextBlock(width, config.heads, quick) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(width)
-        if config.family == "open_clip":
-            self.text_projection = nn.Parameter(torch.empty(width, width))
-            self.logit_scale = nn.Parameter(torch.empty(()))
 
         # CLIP's initialisation, for training from scratch: the default, std 1, would drown what the blocks add.
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
         if config.family == "open_clip":
-            nn.init.normal_(self.text_projection, std=width**-0.5)
-            nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+            self.text_projection = nn.Parameter(torch.empty(width, width).normal_(std=width**-0.5))
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
         """Ids (B, M) with M <= `positions` -> (B, M, D): the output of a late layer, through the final norm.

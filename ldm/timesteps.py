@@ -2,7 +2,7 @@
 
 Whole numbers are those that the UNet was trained at. A sampler that needs noise levels in between gets fractional
 timesteps, floats throughout (schedule.py says what they mean); how it ends after the last is the sampler's matter.
-All functions raise ValueError for steps outside 1..T.
+Those that take a schedule raise ValueError for steps outside 1..T.
 """
 
 import numpy as np
@@ -64,8 +64,11 @@ def lcm_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """Those of the 50 at which consistency models are distilled (Luo et al., arXiv 2310.04378) that lie evenly from
     T - 1 down, as in the released code."""
     T = _check_steps(schedule, steps)
-    if steps > LCM_TRAINED:
-        raise ValueError(f"the number of steps is {steps}, expected 1..{LCM_TRAINED} for lcm: 4 to 8 are enough")
+    if not steps <= LCM_TRAINED <= T:
+        raise ValueError(
+            f"the number of steps is {steps} of {T}, expected 1..{LCM_TRAINED} of at least {LCM_TRAINED} for lcm: 4 to "
+            "8 are enough"
+        )
     apart = T // LCM_TRAINED
     return [(LCM_TRAINED - i * LCM_TRAINED // steps) * apart - 1 for i in range(steps)]
 

@@ -269,9 +269,9 @@ DIFFUSERS_RES_BLOCK = [
 ]
 
 
-def diffusers_unet_map(config: UNetConfig, prefix: str = "unet.") -> KeyMap:
+def diffusers_unet_map(config: UNetConfig) -> KeyMap:
     out = [("decoder.norm_out", "conv_norm_out"), ("decoder.conv_out", "conv_out")]
-    return KeyMap(prefix, [*diffusers_encoder_rows(config), *diffusers_decoder_rows(config), *out])
+    return KeyMap("unet.", [*diffusers_encoder_rows(config), *diffusers_decoder_rows(config), *out])
 
 
 def diffusers_encoder_rows(config: UNetConfig) -> Rows:
@@ -319,7 +319,7 @@ DIFFUSERS_VAE_MIDDLE = [
 ]
 
 
-def diffusers_vae_map(config: VAEConfig, prefix: str = "vae.") -> KeyMap:
+def diffusers_vae_map(config: VAEConfig) -> KeyMap:
     modules = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
     last = len(config.multipliers) - 1
     for half, level_name, resample in VAE_HALVES:
@@ -334,10 +334,10 @@ def diffusers_vae_map(config: VAEConfig, prefix: str = "vae.") -> KeyMap:
             for j in range(config.blocks + 1):  # the encoder has one less
                 modules += under(f"{ours}.blocks.{j}", f"{theirs}.resnets.{j}", DIFFUSERS_VAE_RES_BLOCK)
     matrices = frozenset(f"{half}.middle.attention.{name}" for half, _, _ in VAE_HALVES for name, _ in ATTENTION)
-    return KeyMap(prefix, modules, matrices=matrices)
+    return KeyMap("vae.", modules, matrices=matrices)
 
 
-def diffusers_text_map(config: TextConfig, prefix: str = "text_encoder.") -> KeyMap:
+def diffusers_text_map(config: TextConfig) -> KeyMap:
     """Both families in the layout of transformers' CLIPTextModel; of SD 2.x only the layers that are used."""
     layers = config.layers if config.family == "clip" else config.layers - 1
-    return KeyMap(f"{prefix}text_model.", clip_rows(layers), unused=unused_parameters(config))
+    return KeyMap("text_encoder.text_model.", clip_rows(layers), unused=unused_parameters(config))

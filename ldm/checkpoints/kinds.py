@@ -5,7 +5,6 @@ A row fits if each of its patterns fits some key; the first row that fits counts
 
 import re
 
-from .load import input_channels, other_use
 from .open import Checkpoint
 from .stored import counted, first_few
 
@@ -151,12 +150,6 @@ def other_pipeline(checkpoint: Checkpoint) -> str | None:
         if name.startswith(start):
             return of_family(family)
     return None if name.startswith("StableDiffusion") else f"a pipeline of the class {name:.80}, and {ONLY}"
-
-
-def use_as_base(checkpoint: Checkpoint) -> str | None:
-    """What a base is for that is made for more than text: by the channels that its UNet reads. None for all others."""
-    channels = input_channels(checkpoint)
-    return None if channels is None else other_use(channels)
 
 
 def matching(checkpoint: Checkpoint, rows: Rows) -> str | None:

@@ -49,9 +49,9 @@ IGNORED_BESIDE_BASE = ("model_ema.", "control_model.", "controlnet.")  # in one 
 
 BASE_PARTS = ("model.", "first_stage_model.", "cond_stage_model.", SGM_TEXT, "unet.", "vae.", "text_encoder.")
 
-# What a key's beginning says.
-TOKENS = "token_embedding.weight"
+TOKENS = "token_embedding.weight"  # at the end of a key: the table of the text encoder's tokens
 VAE = ("first_stage_model.", "vae.")
+# What a key's beginning says.
 PARTS = {
     "model.diffusion_model.": "UNet",
     "unet.": "UNet",
@@ -232,7 +232,7 @@ OTHER_USES = {
 
 def input_channels(checkpoint: Checkpoint) -> int | None:
     """Of a base's UNet; None without a first convolution."""
-    keys = (f"{prefix}{last}" for prefix in ("model.diffusion_model.", "") for last in FIRST_CONVOLUTIONS)
+    keys = ("model.diffusion_model.input_blocks.0.0.weight", "unet.conv_in.weight")
     shapes = (checkpoint.shape(key) for key in keys if key in checkpoint.tensors)
     return next((shape[1] for shape in shapes if len(shape) == 4), None)
 

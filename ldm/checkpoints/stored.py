@@ -101,7 +101,8 @@ def _stored(path: Path, name: str, entry: dict, data: int) -> StoredTensor:
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
     if dtype not in DTYPES:
         raise Damaged(f"{name!r:.200} is of the type {dtype!r:.40}, expected {', '.join(DTYPES)}")
-    if len(shape) > 8 or math.prod(max(side, 1) for side in shape) >= 2**60:  # zero times a number beyond all strides
+    # A side of 0 must not hide others whose strides overflow.
+    if len(shape) > 8 or math.prod(max(side, 1) for side in shape) >= 2**60:
         raise Damaged(f"{name!r:.200} has the shape {list(shape)!s:.80}")
     start = data + entry["data_offsets"][0]
     return StoredTensor(path, DTYPES[dtype], shape, partial(_map, path, DTYPES[dtype], shape, start))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.blocks import Upsample
+from ldm.blocks import Upsample, norm_silu
 from ldm.vae import AutoencoderKL, Downsample, Posterior, ResBlock
 
 ROWS = 32  # of a layer's output, per tile
@@ -43,7 +43,7 @@ def posterior_tiled(vae: AutoencoderKL, images: Tensor, rows: int = ROWS) -> Pos
         if isinstance(level.resample, Downsample):
             x = downsample(level.resample.conv, x, rows)
     x = encoder.middle(x)
-    return Posterior.of(vae.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(x)))))
+    return Posterior.of(vae.quant_conv(encoder.conv_out(norm_silu(encoder.norm_out, x))))
 
 
 def res_block(block: ResBlock, x: Tensor, rows: int) -> Tensor:

@@ -451,8 +451,10 @@ def test_errors_are_one_clear_sentence():
             sample("ddim", denoise, x, PLAIN, 10, eta=eta, noise=noise_source())
     with pytest.raises(ValueError, match='sampler "ddpm" with eta 0.0 draws noise: pass the argument noise'):
         sample_loop("ddpm", denoise, x, [1], PLAIN)
-    with pytest.raises(ValueError, match="the number of steps is 51, expected 1..50 for lcm"):
+    with pytest.raises(ValueError, match="the number of steps is 51 of 1000, expected 1..50 of at least 50 for lcm"):
         sample("lcm", denoise, x, PLAIN, 51, noise=noise_source())
+    with pytest.raises(ValueError, match="the number of steps is 4 of 40"):
+        lcm_timesteps(Schedule(ScheduleConfig(timesteps=40)), 4)
     for name in ("ddpm", "dpm++", "euler-a"):
         with pytest.raises(ValueError, match='eta is 1.0, but sampler .* has no eta: leave it at 0 or use "ddim"'):
             sample(name, denoise, x, PLAIN, 10, eta=1.0, noise=noise_source())

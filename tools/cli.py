@@ -53,11 +53,17 @@ def check_output(out: Path, force: bool) -> None:
             raise ValueError(f'"{out}" exists: give another name, or --force to replace it')
         if out.is_dir() != (layout == "diffusers"):
             raise ValueError(f'"{out}" is a {"folder" if out.is_dir() else "file"}: give another name')
-        if out.is_dir() and not any((out / file).is_file() for file in ("model_index.json", "config.json")):
+        if out.is_dir() and not holds_model(out):
             raise ValueError(f'"{out}" is a folder that holds no model, so it is not replaced: give another name')
     place = free_place(out.absolute().parent)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f'"{out}" cannot be written: "{place}" is no folder that you may write to, give another')
+
+
+def holds_model(folder: Path) -> bool:
+    """By diffusers' configuration, which names a class: other programs, too, have a config.json."""
+    files = (folder / name for name in ("model_index.json", "config.json"))
+    return any(file.is_file() and '"_class_name"' in file.read_text(errors="replace") for file in files)
 
 
 def make_folder(path: Path, argument: str) -> None:

@@ -185,6 +185,7 @@ def test_nothing_is_replaced_without_force(folder, tmp_path, capsys):
 def test_a_folder_of_something_else_is_never_replaced(folder, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/me.jpg").write_text("precious")
+    (tmp_path / "photos/config.json").write_text('{"columns": 4}')
     assert "not replaced" in error(capsys, folder / "base.safetensors", "--out", tmp_path / "photos", "--force")
     assert (tmp_path / "photos/me.jpg").read_text() == "precious"
 
@@ -218,7 +219,8 @@ def test_a_stop_leaves_nothing(folder, tmp_path, monkeypatch, capsys, out):
 
 def test_a_failed_swap_brings_the_old_folder_back(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("old")
+    old = '{"_class_name": "ControlNetModel"}'
+    (tmp_path / "model/config.json").write_text(old)
     replace_file = cli.os.replace
 
     def fail(source, target):
@@ -229,7 +231,7 @@ def test_a_failed_swap_brings_the_old_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(cli.os, "replace", fail)
     with pytest.raises(KeyboardInterrupt), cli.written(tmp_path / "model", force=True) as new:
         new.mkdir()
-    assert (tmp_path / "model/config.json").read_text() == "old"
+    assert (tmp_path / "model/config.json").read_text() == old
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

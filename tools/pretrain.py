@@ -9,16 +9,20 @@ stays, so its ControlNets still fit.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from controlnet.common.devices import use_device, use_precision
-from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, run
+from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, count, new_parser, positive, positive_number, run
+from controlnet.inference.sizes import check_seeds
+from controlnet.training.identity import differences
+from controlnet.training.run_state import write_text
 from ldm.config import TINY
 from ldm.stable_diffusion import StableDiffusion
-from tools.cli import add_debug, add_device
+from tools.cli import add_debug, add_device, make_folder
 from tools.pretrain_common import log
 from tools.pretrain_pictures import open_pictures
 from tools.pretrain_unet import fresh_base, train_unet
@@ -28,10 +32,10 @@ from tools.pretrain_vae import train_vae
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.pretrain", __doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="the run's folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=count, default=0, help="(default: %(default)s)")
     parser.add_argument("--start", type=Path, help="a base to train further (default: from scratch)")
     parser.add_argument(
-        "--pictures", type=int, default=80000, help="images to draw and train on (default: %(default)s)"
+        "--pictures", type=positive, default=80000, help="images to draw and train on (default: %(default)s)"
     )
     parser.add_argument(
         "--precision",
@@ -42,30 +46,42 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_device(parser)
     vae = parser.add_argument_group("autoencoder")
-    vae.add_argument("--vae-batch", type=int, default=4, help="(default: %(default)s)")
-    vae.add_argument("--vae-steps", type=int, default=16000, help="(default: %(default)s)")
-    vae.add_argument("--vae-lr", type=float, default=2e-3, help="(default: %(default)s)")
+    vae.add_argument("--vae-batch", type=positive, default=4, help="(default: %(default)s)")
+    vae.add_argument("--vae-steps", type=positive, default=16000, help="(default: %(default)s)")
+    vae.add_argument("--vae-lr", type=positive_number, default=2e-3, help="(default: %(default)s)")
     unet = parser.add_argument_group("UNet and text encoder")
-    unet.add_argument("--unet-steps", type=int, default=30000, help="(default: %(default)s)")
-    unet.add_argument("--unet-batch", type=int, default=64, help="(default: %(default)s)")
-    unet.add_argument("--unet-lr", type=float, default=1.5e-3, help="(default: %(default)s)")
+    unet.add_argument("--unet-steps", type=positive, default=30000, help="(default: %(default)s)")
+    unet.add_argument("--unet-batch", type=positive, default=64, help="(default: %(default)s)")
+    unet.add_argument("--unet-lr", type=positive_number, default=1.5e-3, help="(default: %(default)s)")
     add_debug(parser)
     args = parser.parse_args(argv)
     return run("pretrain", lambda: pretrain(args), args.debug, stopped="the same command continues from the last save")
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_seeds(args.seed, 1)
+    make_folder(args.out, "--out")
     args.device = use_device(args.device)
     args.precision = use_precision(args.precision, args.device)
-    pictures = open_pictures(args.out, TINY.resolution, args.pictures, args.seed)
-    torch.manual_seed(args.seed)  # after the drawing, whose workers draw a number: a run that goes on has none
     start = StableDiffusion.load(args.start) if args.start else None
+    pictures = open_pictures(args.out, TINY.resolution, args.pictures, args.seed)
+    check_begun(args)
+    torch.manual_seed(args.seed)  # after the drawing, whose workers draw a number: a run that goes on has none
     sd = start or fresh_base(TINY, train_vae(TINY, pictures, args), pictures)
     sd = train_unet(sd.to(args.device), pictures, args)
     file = args.out / "tiny.safetensors"
     sd.save(file, torch.float16)
     log(args.out, f"wrote {file}")
+
+
+def check_begun(args: argparse.Namespace) -> None:
+    """Notes in OUT what it is begun with. Raises ValueError if it was begun with anything else: what is kept there
+    would go on as it was."""
+    file, asked = args.out / "begun.json", {"seed": args.seed, "start": str(args.start or "scratch")}
+    if not file.exists():
+        write_text(file, json.dumps(asked))
+    if found := differences(json.loads(file.read_text()), asked):
+        raise ValueError(f"{args.out} holds another run ({found}): give another --out")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,23 @@ def test_a_finished_base_goes_on_learning_with_the_same_latents(tmp_path, shrunk
     assert not any(key.startswith("first_stage_model.") for key in changed)
 
 
+def test_a_folder_goes_on_with_what_it_was_begun_with_alone(tmp_path, shrunk, capsys):
+    """Anything else would be mixed with the pictures, latents and states that are kept there."""
+    base, out = tmp_path / "base.safetensors", ["--out", str(tmp_path / "run"), *STEPS, "--unet-steps", "1"]
+    small_sd(SMALLEST).save(base)
+    assert pretrain.main(["--start", str(tmp_path / "no base"), *out]) == 2  # which begins nothing
+    assert pretrain.main(["--start", str(base), *out]) == 0
+    capsys.readouterr()
+    for others, words in (
+        (["--start", str(base), "--seed", "1"], "(seed: 1 where 0 was)"),
+        ([], f"(start: scratch where {base} was)"),
+        (["--start", str(base), "--pictures", "3"], "holds 4 images, expected 3"),
+    ):
+        assert pretrain.main([*out, *others]) == 2
+        assert words in capsys.readouterr().err
+    assert pretrain.main(["--start", str(base), *out]) == 0
+
+
 def batches_of(pictures, sd, folder, batch):
     return Batches(latents_of(pictures, sd, folder / "latents.npy"), pictures.captions, sd, batch, steps=4, seed=0)
 

@@ -46,9 +46,8 @@ def write_report(run: RunFolder, curves: Curves, steps: int, set_in: int | None)
     step = max((curve.steps[-1] for curve in curves.values() if curve.steps), default=0)
     status = f"step {step} of {steps}; " + (f"control set in at step {set_in}" if set_in else "control has not set in")
     sections = [section(panel, curves, set_in) for panel in PANELS]
-    grids = sorted((run.path / "samples").glob("*.png"), key=lambda grid: (len(grid.stem), grid.stem), reverse=True)
     pictures = [
-        f'<h2>{escape(grid.stem)}</h2>\n<img loading="lazy" src="samples/{escape(grid.name)}"/>' for grid in grids
+        f'<h2>{grid.stem}</h2>\n<img loading="lazy" src="samples/{grid.name}"/>' for grid in reversed(run.grids())
     ]
     reload = "" if step >= steps else f'<meta http-equiv="refresh" content="{RELOADED}"/>'
     body = "\n".join(filter(None, [*sections, *pictures]))

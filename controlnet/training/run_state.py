@@ -129,6 +129,11 @@ class RunFolder:
     def grid(self, step: int) -> Path:
         return self.path / "samples" / f"{step:06d}.png"
 
+    def grids(self) -> list[Path]:
+        """By step. Files of any other name are let alone."""
+        paths = (path for path in (self.path / "samples").glob("*.png") if path.stem.isdecimal())
+        return sorted(paths, key=lambda path: int(path.stem))
+
     @contextmanager
     def taken(self, resume: bool) -> Iterator[None]:
         """Nobody else writes to it within `with`. Raises ValueError if another process does, and as `check_new`."""
@@ -214,13 +219,13 @@ class RunFolder:
             write_text(self.log_file, "".join(line.decode(errors="replace") + "\n" for line in lines))
 
     def logged(self) -> Iterator[dict]:
-        """The lines of the log, but for those that a user has put there."""
+        """The lines of the log; one that is still being written, or was put there by a user, is left out."""
         if self.log_file.exists():
             with open(self.log_file, errors="replace") as file:
                 for line in file:
                     with suppress(ValueError, RecursionError):
                         values = json.loads(line)
-                        if isinstance(values, dict) and type(values.get("step")) is int and "loss" in values:
+                        if isinstance(values, dict) and type(values.get("step")) is int:
                             yield values
 
     def save(self, state: dict, keep: int, best: bool) -> None:

@@ -1,5 +1,7 @@
 """The programs in tools/ run, on models small enough for a test."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -60,19 +62,24 @@ def test_the_strip_shows_hints_beside_images_in_a_row_for_each_control(models, t
         assert np.array_equal(pixels[i * row : i * row + side, :side], hint)
 
 
-def test_the_convergence_strip_has_a_column_for_each_step_between_hints_and_truths(tmp_path):
-    side, run, out = 32, tmp_path / "run", tmp_path / "strip.png"
+@pytest.mark.parametrize("size", [(32, 32), (32, 64), (64, 32)], ids=str)
+def test_the_convergence_strip_has_a_column_for_each_step_between_hints_and_truths(tmp_path, size):
+    run, out = tmp_path / "run", tmp_path / "strip.png"
     (run / "samples").mkdir(parents=True)
     for step in (5, 10, 100, 15):  # a row of a grid: hint, sample, truth, text; the value tells which
-        rows = [
-            np.hstack([np.full((side, side, 3), 10 * row + x + step, np.uint8) for x in range(4)]) for row in (1, 2)
-        ]
+        rows = [np.hstack([np.full((*size, 3), 10 * row + x + step, np.uint8) for x in range(4)]) for row in (1, 2)]
         Image.fromarray(np.vstack(rows)).save(run / "samples" / f"{step:06d}.png")
-    (run / "log.jsonl").write_text('{"step": 5, "iou": 0.25}\n{"step": 6}\n')
+    (run / "samples" / "5a.png").write_text("a user's")
+    if size != (32, 32):
+        settings = {"settings": {}, "data": {"size": [2 * side for side in size]}}  # the grid has been made smaller
+        (run / "settings.json").write_text(json.dumps(settings))
+    (run / "log.jsonl").write_text('{"step": 5, "iou": 0.25}\n{"step": 6}\n{"step": 7, "io')  # which is being written
     assert convergence.main([str(run), "--rows", "2", "--columns", "3", "--out", str(out)]) == 0
-    pixels = np.asarray(Image.open(out))[convergence.CAPTION :: side, ::side, 0]
+    pixels = np.asarray(Image.open(out))[convergence.CAPTION :: size[0], :: size[1], 0]
     # three of the steps 5, 10, 15 and 100, the samples' value being 10 row + 1 + step, between step 5's 0 and 2
     assert pixels.tolist() == [[15, 16, 26, 111, 17], [25, 26, 36, 121, 27]]
+    (run / "log.jsonl").unlink()
+    assert convergence.main([str(run), "--out", str(out)]) == 0
 
 
 def test_a_folder_without_grids_is_no_run(tmp_path, capsys):

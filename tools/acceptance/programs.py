@@ -1,7 +1,6 @@
 """The stages that run train.py and infer.py as their users do, in this process where that saves a start of PyTorch."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
 
+from controlnet.training.run_state import RunFolder
 from tools.bench_ours import PROMPT, ROOT
 
 from .device import little_memory, peaks
@@ -147,21 +147,13 @@ def signal_after(log: Path) -> Iterator[None]:
 def fill50k(job: Job, report: Report) -> None:
     """The README's first training, in a process of its own, as its user starts it."""
     with folder(job) as runs:
-        command = [
-            sys.executable,
-            "train.py",
-            "--data",
-            "fill50k",
-            "--out",
-            str(runs / "run"),
-            "--device",
-            str(job.device),
-        ]
+        command = [sys.executable, "train.py", "--data", "fill50k", "--out", str(runs / "run")]
+        command += ["--device", str(job.device)]
         start = time.monotonic()
         done = subprocess.run([*command, *job.size.whole_training], cwd=ROOT, capture_output=True, text=True)
         report.aim("train.py --data fill50k, seconds in all", time.monotonic() - start, most=60)
         ended(report, "train.py --data fill50k", Done(done.returncode, done.stdout + done.stderr))
-        last = json.loads((runs / "run" / "log.jsonl").read_text().splitlines()[-1])
+        *_, last = RunFolder(runs / "run").logged()
         for name in ("validation_loss", "iou", "images_per_second", "memory_gb"):
             report.note(f"at its end: {name}", last.get(name, ""))
 

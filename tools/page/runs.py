@@ -7,7 +7,7 @@ from controlnet.common.program import PRECISION_NAMES
 from .charts import chart
 from .models import bases
 from .results import in_sentences
-from .trainings import Trainings, curves, datasets, grids, log_of, shown
+from .trainings import Trainings, curves, datasets, log_of, shown
 
 SECONDS = 2  # between two looks at a run
 CURVES = {  # what the log calls them, and what they are called here
@@ -42,7 +42,7 @@ def runs_tab(trainings: Trainings) -> None:
         names = gr.Dropdown(trainings.names())
         if run not in trainings.names():
             return [names, *[gr.skip()] * 5, before]
-        lines, found = log_of(trainings.run(run)), grids(trainings.run(run))
+        lines, found = log_of(trainings.run(run)), trainings.run(run).grids()
         if before is None or before[0] != run or which >= before[2]:
             which = len(found)  # who looks at the newest goes on doing so
         told = [names, trainings.status(run), trainings.output(run)]

@@ -1,6 +1,5 @@
 """The trainings in a folder: how they stand, read from what they write; started and stopped as on a command line."""
 
-import json
 import math
 import os
 import shlex
@@ -119,17 +118,9 @@ def log_of(run: RunFolder) -> list[dict]:
     return read_log(run.log_file, found.st_size, found.st_mtime)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def read_log(file: Path, size: int, changed: float) -> list[dict]:
-    lines = []
-    for text in file.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # it is being written
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    return list(RunFolder(file.parent).logged())
 
 
 def curves(lines: list[dict], names: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
@@ -151,9 +142,3 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     count = math.ceil(len(points) / POINTS)
     parts = (points[i : i + count] for i in range(0, len(points), count))
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
-
-
-def grids(run: RunFolder) -> list[Path]:
-    """By step."""
-    found = (path for path in (run.path / "samples").glob("*.png") if path.stem.isdecimal())
-    return sorted(found, key=lambda path: int(path.stem))

@@ -9,7 +9,6 @@ from controlnet.training.convergence import Convergence
 from controlnet.worlds import Fill50k
 from tools.convergence import images_of
 from tools.page.charts import Points
-from tools.page.trainings import grids
 
 from .experiment import Experiment
 from .lab import WATCHED, Lab, circles_measured, follows
@@ -47,9 +46,9 @@ def measure(lab: Lab) -> dict:
 
 def along_the_steps(run: Run) -> dict[str, list[np.ndarray]]:
     """The first samples of each of its grids, as in the paper's figure."""
-    files = grids(run.folder)
-    hints = images_of(files[0], SHOWN)[0]
-    return {"hints": hints} | {f"step {int(file.stem)}": images_of(file, SHOWN)[1] for file in files}
+    files = run.folder.grids()
+    hints, _, _ = images_of(run.folder, files[0], SHOWN)
+    return {"hints": hints} | {f"step {int(file.stem)}": images_of(run.folder, file, SHOWN)[1] for file in files}
 
 
 def untrained(lab: Lab) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from tools.page import trainings as module
 from tools.page.charts import chart
-from tools.page.trainings import POINTS, Trainings, curves, grids, log_of, shown
+from tools.page.trainings import POINTS, Trainings, curves, log_of, shown
 
 # In place of train.py: it says how it was called, holds the run's lock and ends as that does.
 TRAINING = """
@@ -75,7 +75,7 @@ def test_grids_are_in_order(trainings):
     (trainings.folder / "one" / "samples").mkdir()
     for name in ("000050.png", "1000000.png", "000100.png", "mine.png"):
         (trainings.folder / "one" / "samples" / name).touch()
-    assert [int(path.stem) for path in grids(trainings.run("one"))] == [50, 100, 1000000]
+    assert [int(path.stem) for path in trainings.run("one").grids()] == [50, 100, 1000000]
 
 
 @pytest.mark.parametrize("name", ["", "..", "../other", "/tmp", ".hidden", "-rf", "a/b"])

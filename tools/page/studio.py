@@ -58,7 +58,8 @@ class Studio:
 
     def keep(self, image: Image.Image) -> str:
         """The file of an image that a picture is made from: the same image has the same file."""
-        path = self.folder / "inputs" / f"{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
+        content = f"{image.mode} {image.size} ".encode() + image.tobytes()
+        path = self.folder / "inputs" / f"{hashlib.sha256(content).hexdigest()[:16]}.png"
         if not path.exists():
             save_png(image, path, {})
         return str(path)

@@ -33,6 +33,12 @@ def pictures(told):
     return [one.picture for one in told if one.picture]
 
 
+def test_the_same_image_has_the_same_file_and_no_other(studio):
+    images = [Image.new(*of) for of in (("L", (2, 6)), ("L", (6, 2)), ("L", (3, 4)), ("RGB", (2, 2)))]
+    assert len({studio.keep(image) for image in [*images, *images]}) == 4
+    assert [Image.open(studio.keep(image)).size for image in images] == [image.size for image in images]
+
+
 def test_each_step_is_told_with_a_look_now_and_then(told):
     steps = [one for one in told if one.steps]
     assert [(one.step, one.steps) for one in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 import forked
@@ -61,6 +62,16 @@ def test_both_sides_give_the_same(setup, peers, row):
     ours, theirs = (getattr(side, row.task)(Setup(**setup), **row.arguments) for side in (bench_ours, peers))
     for _ in range(2):
         assert bench.difference(outputs(ours), outputs(theirs)) < bench.ROUNDING["fp32"]
+
+
+def test_models_whose_writing_was_stopped_are_written_to_the_end(tmp_path, monkeypatch):
+    sd = small_sd(SMALLEST)
+    control = small_control(sd)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(control, "save", lambda *_, layout="ldm": layout == "ldm" or signal.raise_signal(signal.SIGINT))
+        bench_ours.write_models(tmp_path, sd, control)
+    bench_ours.write_models(tmp_path, sd, control)
+    assert all((tmp_path / name).exists() for name in ("control", "control.safetensors", "base", "base.safetensors"))
 
 
 def test_the_cached_step_does_less_and_training_trains(setup):

@@ -86,6 +86,8 @@ def stage_names(text: str) -> tuple[str, ...]:
 
 def accept(args: argparse.Namespace) -> int:
     """-> the exit status."""
+    if args.out.suffix == ".md":
+        raise ValueError(f"--out is {args.out}, where the table would replace the results: let it end in .json")
     end = time.monotonic() + 60 * args.minutes
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before PyTorch: --deterministic needs it
     os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")

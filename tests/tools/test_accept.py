@@ -109,6 +109,21 @@ def test_the_whole_program(run, tmp_path):
     assert "| **out_of_memory** | only a GPU's memory can be limited |" in table
 
 
+def test_what_was_computed_behind_is_not_computed_again(tmp_path, monkeypatch):
+    started = []
+
+    def process(target, args, daemon):
+        return SimpleNamespace(start=lambda: started.append(args[1]))
+
+    monkeypatch.setattr(job.multiprocessing, "get_context", lambda how: SimpleNamespace(Process=process))
+    (tmp_path / "control").mkdir()  # the models are there
+    for files in ([], ["predictions.json"], ["reference.safetensors"]):
+        for file in files:
+            (tmp_path / file).touch()
+        job.Job(CPU, job.SIZES["tiny"], tmp_path).begin_behind()
+    assert started == ["write_reference", "write_predictions", "write_reference"]
+
+
 def test_options_of_the_programs_are_theirs():
     for how in TRAININGS.values():
         assert parse_args("", how)
@@ -165,6 +180,12 @@ def test_later_calls_add_to_the_file(run, capsys, tmp_path):
 def test_mistakes_are_sentences(tmp_path, capsys):
     assert accept.main(["--device", "cuda:99", "--out", str(tmp_path / "a.json")]) == 2
     assert accept.main(["--device", "cpu", "--out", str(tmp_path / "no folder" / "a.json")]) == 2
+    for name, content in (("a.md", "# mine"), ("a.json", "# mine")):
+        (tmp_path / name).write_text(content)
+        assert accept.main(["--device", "cpu", "--out", str(tmp_path / name)]) == 2
+        assert (tmp_path / name).read_text() == content
+    said = capsys.readouterr().err
+    assert "let it end in .json" in said and "holds no results of this program" in said
     with pytest.raises(SystemExit) as stop:
         accept.main(["--only", "forwards", "--out", "a.json"])
     assert stop.value.code == 2 and 'there is no stage "forwards"' in capsys.readouterr().err

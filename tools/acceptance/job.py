@@ -149,13 +149,18 @@ class Job:
     # ---------------------------------------------------------------------------------------------- the reference
 
     def begin_behind(self) -> None:
-        """What the CPU computes while the device does something else, each in a process of its own."""
+        """What the CPU computes while the device does something else, each in a process of its own, but for what is
+        kept in the folder."""
         self.need_weights()
-        spawn = multiprocessing.get_context("spawn")
-        if not self.behind:
-            for function, *more in (["write_reference"], ["write_predictions", self.device.type]):
+        if self.behind:
+            return
+        for file, function, *more in (
+            ("reference.safetensors", "write_reference"),
+            ("predictions.json", "write_predictions", self.device.type),
+        ):
+            if not (self.folder / file).exists():
                 arguments = ("acceptance.behind", function, self.size, self.folder, *more)
-                process = spawn.Process(target=bench.call, args=arguments, daemon=True)
+                process = multiprocessing.get_context("spawn").Process(target=bench.call, args=arguments, daemon=True)
                 process.start()
                 self.behind.append(process)
 

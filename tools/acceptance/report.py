@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ class Report:
         self.write()
 
     def earlier(self, of: dict[str, str]) -> dict:
-        values = read_json(self.path)
+        values = None
+        with suppress(ValueError):  # of what is no JSON
+            values = read_json(self.path)
         if not isinstance(values, dict) or not isinstance(values.get("stages"), dict):
             raise ValueError(f'"{self.path}" holds no results of this program: give another --out')
         if found := {name: values.get(name) for name in of if values.get(name) != of[name]}:

@@ -28,6 +28,7 @@ from typing import Any
 
 from controlnet.common.program import new_parser, note, positive_number, run
 from tools.acceptance.report import Report
+from tools.cli import add_debug, add_device
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     stages = "; ".join(f"{name}: {stage.what}" for name, stage in STAGES.items())
     add("--out", type=Path, required=True, metavar="FILE", help="results, as JSON; stages that it holds are kept")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
+    add_device(parser)
     add("--minutes", type=positive_number, default=9, metavar="N", help="in all (default: %(default)s)")
     add("--only", type=stage_names, default=tuple(STAGES), metavar="STAGE,...", help=f"(default: all). {stages}")
     add("--size", choices=("full", "tiny"), default="full", help="of the models and images (default: %(default)s)")
     add("--folder", type=Path, metavar="DIR", help="keep models and reference here, 9 GB (default: do not keep them)")
-    add("--debug", action="store_true", help="show where an error comes from")
+    add_debug(parser)
     return parser.parse_args(argv)
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, note, positive, run
+from tools.cli import add_debug, add_device
 
 CASES = {
     "tiny": {"size": 128, "steps": 20, "cfg": 2.5, "batch_size": 8, "checkpointing": False},
@@ -89,10 +90,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure (default: all)")
     add("--rounds", type=positive, default=5, metavar="N", help="processes of each side (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="of a CPU (default: PyTorch's own choice)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
+    add_device(parser)
     add("--precision", choices=PRECISION_NAMES, default="fp32", help=f"{PRECISION_HELP} (default: %(default)s)")
-    add("--folder", type=Path, metavar="DIR", help="keep the models here, 11 GB for SD 1.5 (default: do not keep them)")
-    add("--debug", action="store_true", help="show where an error comes from")
+    add("--folder", type=Path, metavar="DIR", help="keep SD 1.5's models here, 11 GB (default: do not keep them)")
+    add_debug(parser)
     return parser.parse_args(argv)
 
 

@@ -14,13 +14,12 @@ import signal
 import sys
 from pathlib import Path
 
-from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, positive, run, share_cores
+from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, positive, run
 from tools.cli import add_debug, add_device, make_folder
 from tools.paper import NAMES
 
 
 def main(argv: list[str] | None = None) -> int:
-    share_cores()
     parser = new_parser("python -m tools.paper", __doc__)
     parser.add_argument(
         "experiments",

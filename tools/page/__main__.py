@@ -14,16 +14,15 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from controlnet.common.program import new_parser, run, share_cores
+from controlnet.common.program import new_parser, positive, run
 from tools.cli import add_debug, make_folder
 
 
 def main(argv: list[str] | None = None) -> int:
-    share_cores()
     parser = new_parser("python -m tools.page", __doc__)
     parser.add_argument("--out", type=Path, default=Path("out"), help="where pictures go (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trainings are (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument("--port", type=positive, default=7860, help="(default: %(default)s)")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     add_debug(parser)
     args = parser.parse_args(argv)
@@ -32,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace) -> None:
     """Until it is stopped. What browsers send and get lies in a folder of this page's own, which ends with it."""
+    if args.port >= 2**16:
+        raise ValueError(f"--port is {args.port}, expected one up to {2**16 - 1}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for folder, option in ((args.out, "--out"), (args.runs, "--runs")):
         make_folder(folder, option)
@@ -43,20 +44,26 @@ def serve(args: argparse.Namespace) -> None:
         optional("gradio", "the page")
         from .layout import CSS, THEME, page
 
+        blocks = page(args.out, args.runs)
+        try:
+            blocks.launch(
+                server_name="127.0.0.1",
+                server_port=args.port,
+                prevent_thread_lock=True,
+                share=False,
+                quiet=True,
+                ssr_mode=False,
+                run_history=False,
+                inbrowser=args.open,
+                theme=THEME,
+                css=CSS,
+                footer_links=[],
+                allowed_paths=[str(args.out.resolve()), str(args.runs.resolve())],
+            )
+        except OSError as error:
+            raise ValueError(f"port {args.port} is taken, or not yours to use: give another --port") from error
         print(f"http://127.0.0.1:{args.port}", flush=True)
-        page(args.out, args.runs).launch(
-            server_name="127.0.0.1",
-            server_port=args.port,
-            share=False,
-            quiet=True,
-            ssr_mode=False,
-            run_history=False,
-            inbrowser=args.open,
-            theme=THEME,
-            css=CSS,
-            footer_links=[],
-            allowed_paths=[str(args.out.resolve()), str(args.runs.resolve())],
-        )
+        blocks.block_thread()
 
 
 if __name__ == "__main__":

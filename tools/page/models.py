@@ -1,4 +1,4 @@
-"""What lies in weights/ and in the runs' folders, recognised by what is in it."""
+"""What lies in weights/, recognised by what is in it."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,7 +22,8 @@ def controls() -> list[str]:
 
 def named(wanted: Callable[[str], bool]) -> list[str]:
     """By which infer.py finds them."""
-    return [path.stem for path in checkpoints() if wanted(kind_of(path, path.stat().st_mtime))]
+    found = (path for path in checkpoints() if wanted(kind_of(path, path.stat().st_mtime)))
+    return [path.stem if path.suffix in SUFFIXES else path.name for path in found]
 
 
 def checkpoints() -> list[Path]:

@@ -25,10 +25,11 @@ class Trainings:
     def __init__(self, folder: Path):
         self.folder = folder
         self.watched: dict[str, tuple[int, float]] = {}  # at which step a run was seen first, and when
+        self.started: dict[str, subprocess.Popen] = {}
 
     def names(self) -> list[str]:
         """The run that has changed last comes first."""
-        found = {path.parent for name in ("settings.json", OUTPUT) for path in self.folder.glob(f"*/{name}")}
+        found = {path.parent for name in ("settings.json", OUTPUT) for path in self.folder.glob(f"[!.-]*/{name}")}
         return [path.name for path in sorted(found, key=lambda path: -newest(path))]
 
     def run(self, name: str) -> RunFolder:
@@ -39,7 +40,7 @@ class Trainings:
 
     def status(self, name: str) -> str:
         run, lines = self.run(name), log_of(self.run(name))
-        step, process = lines[-1]["step"] if lines else 0, holder(run.path)
+        step, process = lines[-1]["step"] if lines else 0, self.process(name)
         steps = settings_of(run).get("steps", "?")
         if process is None:
             self.watched.pop(name, None)
@@ -52,9 +53,16 @@ class Trainings:
             return f"step {step} of {steps}, about {left / 60:.1f} minutes left; process {process}"
         return f"step {step} of {steps}; process {process}"
 
+    def process(self, name: str) -> int | None:
+        """That trains it on this machine; also one that was started here and has not come to its lock yet."""
+        started = self.started.get(name)
+        if started and started.poll() is None:
+            return started.pid
+        return holder(self.run(name).path)
+
     def stop(self, name: str) -> None:
         """As Ctrl-C: it saves and ends. Raises ValueError if it does not run on this machine."""
-        process = holder(self.run(name).path)
+        process = self.process(name)
         if process is None:
             raise ValueError(f'no process of this machine trains "{name}": it has ended, or runs elsewhere')
         os.kill(process, signal.SIGTERM)
@@ -62,7 +70,7 @@ class Trainings:
     def start(self, name: str, given: dict) -> None:
         """As on a command line, in a session of its own: it goes on when the page ends."""
         folder, arguments = self.run(name).path, self.arguments(name, given)
-        if holder(folder):
+        if self.process(name):
             raise ValueError(f'"{name}" is being trained: stop it first, or give another name')
         folder.mkdir(exist_ok=True)
         with open(folder / OUTPUT, "wb") as output:
@@ -70,7 +78,7 @@ class Trainings:
             output.write(f"{shown(arguments)}\n\n".encode())
             output.flush()
             said = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-            subprocess.Popen(command, **said, start_new_session=True)
+            self.started[name] = subprocess.Popen(command, **said, start_new_session=True)
 
     def arguments(self, name: str, given: dict) -> list[str]:
         """Of train.py, for those of its settings that are given."""
@@ -86,7 +94,9 @@ class Trainings:
         path = self.run(name).path / OUTPUT
         if not path.is_file():
             return ""
-        lines = path.read_bytes()[-LAST:].decode(errors="replace").split("\n")
+        with open(path, "rb") as output:
+            output.seek(max(0, path.stat().st_size - LAST))
+            lines = output.read().decode(errors="replace").split("\n")
         return "\n".join(printable(line.rstrip("\r").split("\r")[-1]) for line in lines[-12:]).strip()
 
 

@@ -53,6 +53,7 @@ def test_a_run_is_read_while_it_is_written(trainings):
     with open(run.log_file, "a") as file:
         file.write('{"step": 3, "lo')  # it is being written
     assert [line["step"] for line in log_of(run)] == [1, 2]
+    write_run(trainings.folder / ".hidden", [])
     assert trainings.names() == ["one"] and trainings.status("one") == "ended after step 2 of 10"
     with open(run.log_file, "a") as file:
         file.write('ss": NaN}\n')
@@ -94,6 +95,8 @@ def test_the_command_is_that_of_train_py(trainings):
 
 def test_a_training_is_started_and_stopped(trainings):
     trainings.start("one", {"data": "fill50k"})
+    with pytest.raises(ValueError, match='"one" is being trained'):  # although it holds no lock yet
+        trainings.start("one", {})
     wait_for(lambda: trainings.output("one").endswith("latents: 100%"))
     assert trainings.status("one").startswith("preparing its data; process ")
     process = int(trainings.status("one").split()[-1])

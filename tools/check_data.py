@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlnet.common.program import height_and_width, new_parser, positive, run, size_argument
+from controlnet.common.program import new_parser, positive, run, size_argument
 from tools.cli import add_debug
 
 if TYPE_CHECKING:
@@ -46,14 +46,18 @@ def check(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from controlnet.common.images import save_png
+    from controlnet.training.data import image_size
     from controlnet.training.findings import look_at_folder, look_at_pairs
     from controlnet.training.framing import framing
     from controlnet.training.pairs import list_folder
     from controlnet.training.sheet import contact_sheet, few_of
     from controlnet.training.sources import FolderSource
     from controlnet.training.transform import Transform, bucket_sizes
+    from ldm.config import TINY
 
-    size = height_and_width(args.size)
+    if args.sheet and args.sheet.is_dir():
+        raise ValueError(f"--sheet is {args.sheet}, a folder: give the name of a file")
+    size = image_size(args.size, TINY)  # which makes all sizes that the others make
     multiple = 32 if min(size) < 256 else 64  # of buckets' sides: as the small base has them, and SD
     transform = Transform(size, buckets=bucket_sizes(size, multiple) if args.buckets else ())
     listing = list_folder(args.folder, need_hints=args.detect is None)
@@ -67,12 +71,13 @@ def check(args: argparse.Namespace) -> int:
     findings = [one for one in (*odd, *look_at_folder(args.folder, listing.entries)) if one.files]
     for line in (*problems, *(line for finding in findings for line in lines_of(finding)), *framing(source, multiple)):
         print(line)
-    print(f"{len(source) - len(unusable)} pairs are good, {len(problems)} are bad")
+    good = len(source) - len(unusable)
+    print(f"{good} pairs are good, {len(problems)} are bad")
     samples = few_of(source, PAIRS_OF_SHEET) if args.sheet else []
     if samples:
         save_png(contact_sheet(samples), args.sheet, {})
         print(f"{len(samples)} pairs as training sees them: {args.sheet}")
-    return 1 if problems or findings else 0
+    return 2 if not good else 1 if problems or findings else 0
 
 
 def lines_of(finding: "Finding") -> Iterator[str]:

@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from controlnet.common.program import new_parser, run
-from tools.cli import add_debug
+from controlnet.common.program import count, new_parser, positive, run
+from tools.cli import add_debug, make_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,14 +18,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "world", metavar="DATASET", help="fill50k, people, shapes, scenes, canny, scribble, seg, depth, edits"
     )
-    parser.add_argument("--count", type=int, default=1000, help="how many (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=1000, help="how many (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new folder")
-    parser.add_argument("--size", type=int, default=512, help="of a side, in pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=512, help="of a side, in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=count, default=0, help="(default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="validation samples, which no seed trains on")
     add_debug(parser)
     args = parser.parse_args(argv)
-    return run("make_data", lambda: make(args), args.debug, stopped="without its prompt.json, OUT is no dataset yet")
+    return run("make_data", lambda: make(args), args.debug, stopped="OUT is not complete: remove it and start again")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -38,9 +38,10 @@ def make(args: argparse.Namespace) -> None:
 
     if args.world not in WORLDS:
         raise ValueError(f'there is no dataset "{args.world}": take one of {", ".join(WORLDS)}')
-    if args.count < 1 or args.size < 8:
-        raise ValueError(f"--count is {args.count} and --size {args.size}, expected at least 1 and 8")
-    if args.out.exists() and any(args.out.iterdir()):
+    if args.size < 8:
+        raise ValueError(f"--size is {args.size}, expected at least 8 pixels")
+    make_folder(args.out, "--out")
+    if any(args.out.iterdir()):
         raise ValueError(f"{args.out} is not empty: give a new folder as --out")
     world, lines = WORLDS[args.world](args.size, args.seed, held_out=args.held_out), []
     for i in tqdm(range(args.count), args.world, unit="pair"):

@@ -34,6 +34,8 @@ def test_nothing_is_written_over(tmp_path, capsys):
     (tmp_path / "mine.txt").touch()
     assert make_data.main(["fill50k", "--count", "1", "--out", str(tmp_path)]) == 2
     assert "not empty" in capsys.readouterr().err
+    assert make_data.main(["fill50k", "--count", "1", "--out", str(tmp_path / "mine.txt")]) == 2
+    assert "cannot be a folder" in capsys.readouterr().err
     assert make_data.main(["nowhere", "--out", str(tmp_path / "new")]) == 2
     assert "people" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
@@ -180,6 +182,25 @@ def test_hints_of_a_detector_are_looked_at_as_well(tmp_path, capsys):
     (tmp_path / "prompt.json").write_text("\n".join(lines))
     assert check_data.main([str(tmp_path), "--size", "64", "--detect", "canny"]) == 1
     assert "black hints (3): nothing was found" in capsys.readouterr().out
+
+
+def test_pairs_of_which_none_can_be_used_are_nothing_to_train_on(tmp_path, capsys):
+    for path in pairs(tmp_path, 2).glob("images/*.png"):
+        path.write_bytes(b"no image")
+    assert check_data.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().out.endswith("0 pairs are good, 2 are bad\n")
+
+
+@pytest.mark.parametrize("size", ["0", "0x512", "100"])
+def test_a_size_that_no_base_makes_is_a_sentence(tmp_path, capsys, size):
+    assert check_data.main([str(pairs(tmp_path, 2)), "--size", size]) == 2
+    assert "expected multiples of 32" in capsys.readouterr().err
+
+
+def test_a_place_without_a_sheet_is_seen_before_the_pairs_are(tmp_path, capsys):
+    assert check_data.main([str(pairs(tmp_path, 2)), "--size", "64", "--sheet", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "a folder: give the name of a file" in said.err and said.out == ""
 
 
 def test_a_folder_of_nothing_is_one_sentence(tmp_path, capsys):

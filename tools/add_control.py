@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("base", metavar="BASE", help="a file, a folder in diffusers' layout, or a preset (sd15, sd21)")
     group = parser.add_argument_group("base")
     group.add_argument("--prediction", choices=("eps", "v", "x0"), help="what it predicts (default: as detected)")
+    group.add_argument("--vae", metavar="FILE", help="in place of its autoencoder, or where it has none")
+    group.add_argument("--zero-snr", action="store_true", help="it was trained with zero terminal SNR")
     group.add_argument("--ema", action="store_true", help="take the EMA of the UNet's weights")
     group = parser.add_argument_group("ControlNet")
     group.add_argument("--hint-channels", type=int, default=3, metavar="N", help="of its hints (default: %(default)s)")
@@ -45,9 +47,12 @@ def add_control(args: argparse.Namespace) -> None:
     from controlnet import ControlNet
     from controlnet.common.devices import PRECISIONS
     from controlnet.config import ControlConfig
+    from controlnet.inference.sizes import check_seeds
     from tools.checkpoints import load_base, save_whole
 
-    sd = load_base(args.base, PRECISIONS.get(args.dtype), args.ema, prediction=args.prediction)
+    check_seeds(args.seed, 1)
+    described = dict(prediction=args.prediction, zero_snr=args.zero_snr, vae=args.vae)
+    sd = load_base(args.base, PRECISIONS.get(args.dtype), args.ema, **described)
     torch.manual_seed(args.seed)
     control = ControlNet.from_unet(sd.unet, ControlConfig(hint_channels=args.hint_channels))
     with written(args.out, args.force) as path:

@@ -93,7 +93,8 @@ def merge_into_base(args: argparse.Namespace) -> None:
 def check_weights(weights: list[float] | None, count: int) -> list[float]:
     """Raises ValueError unless there are at least two ControlNets and as many finite weights."""
     if count < 2:
-        raise ValueError("there is one ControlNet, expected two or more: convert it with tools.convert")
+        given = "one ControlNet is given" if count else "no ControlNet is given"
+        raise ValueError(f"{given}, expected two or more: one alone is converted with tools.convert")
     if weights is None:
         return [1 / count] * count
     if len(weights) != count or not all(math.isfinite(weight) for weight in weights):

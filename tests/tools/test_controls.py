@@ -140,11 +140,24 @@ def test_the_seed_decides_over_the_hint_encoder_alone(folder, tmp_path):
     assert a["control_model.input_hint_block.0.weight"].shape[1] == 1
 
 
+def test_a_base_without_its_autoencoder_gets_one_and_what_it_does_not_say(folder, tmp_path):
+    tensors, out = load_file(folder / "old.safetensors"), tmp_path / "ini.safetensors"
+    without = {key: value for key, value in tensors.items() if not key.startswith("first_stage_model.")}
+    config = replace(SMALLEST, schedule=replace(SMALLEST.schedule, prediction="v"))
+    save_file(without, tmp_path / "base.safetensors", {"config": json.dumps(config.to_dict())})
+    options = ("--vae", folder / "new.safetensors", "--zero-snr")
+    assert run(add_control, tmp_path / "base.safetensors", *options, "--out", out) == 0
+    got, vae = load_file(out), load_file(folder / "new.safetensors")
+    assert all(torch.equal(got[key], vae[key]) for key in vae if key.startswith("first_stage_model."))
+    assert StableDiffusion.load(out).config.schedule.zero_terminal_snr
+
+
 def test_a_fresh_control_has_no_place_in_a_folder(folder, tmp_path, capsys):
     old = folder / "old.safetensors"
     assert "one file" in error(capsys, add_control, old, "--out", tmp_path / "folder")
     out = tmp_path / "out.safetensors"
     assert "--hint-channels is 0" in error(capsys, add_control, old, "--hint-channels", 0, "--out", out)
+    assert "the seed is" in error(capsys, add_control, old, "--seed", 2**70, "--out", out)
     assert "not a base" in error(capsys, add_control, folder / "a.safetensors", "--out", out)
 
 
@@ -174,7 +187,8 @@ def test_merge_of_differences_and_of_halves(folder, tmp_path):
 
 def test_what_cannot_be_merged(folder, tmp_path, capsys):
     a, gray, out = folder / "a.safetensors", folder / "gray.safetensors", ("--out", tmp_path / "out.safetensors")
-    assert "two or more" in error(capsys, merge, a, *out)
+    assert "one ControlNet is given, expected two or more" in error(capsys, merge, a, *out)
+    assert "no ControlNet is given" in error(capsys, merge, *out)
     assert "--weights has 1" in error(capsys, merge, a, a, "--weights", 1, *out)
     assert "--weights has 2" in error(capsys, merge, a, a, "--weights", "nan", 1, *out)
     assert "another architecture" in error(capsys, merge, a, gray, *out)

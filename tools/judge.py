@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from controlnet.common.devices import use_device
 from controlnet.common.images import to_images
-from controlnet.common.program import new_parser, run
+from controlnet.common.program import new_parser, positive, run
 from controlnet.objective import seeded
 from controlnet.training.lr_schedules import cosine_schedule
 from controlnet.worlds import Scenes, Truth
@@ -28,7 +29,7 @@ from controlnet.worlds.classes import CLASSES
 from controlnet.worlds.scenes.paint import PAINTS
 from ldm.checkpoints.published import WEIGHTS
 from ldm.checkpoints.save import save_checkpoint
-from tools.cli import add_debug, add_device
+from tools.cli import add_debug, add_device, check_output
 
 COLOUR_NAMES = tuple(PAINTS)
 JUDGE = WEIGHTS / "judge.safetensors"
@@ -38,9 +39,9 @@ WIDTHS = (24, 48, 96, 192)  # channels at half the size, a quarter, an eighth, a
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.judge", __doc__)
     parser.add_argument("--out", type=Path, default=JUDGE, metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="of the pictures (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2500, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=12, help="(default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=128, help="of the pictures (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=2500, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=12, help="(default: %(default)s)")
     add_device(parser)
     add_debug(parser)
     args = parser.parse_args(argv)
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_judge(args: argparse.Namespace) -> None:
+    check_output(args.out, force=True)
+    if args.size % 32:
+        raise ValueError(f"--size is {args.size}, expected a multiple of 32")
     train(args.out, args.size, args.steps, args.batch, use_device(args.device))
     print(f"wrote {args.out}")
 
@@ -87,11 +91,14 @@ def block(inside: int, outside: int) -> nn.Sequential:
 
 
 def load_judge(file: Path = JUDGE) -> Judge:
-    """Raises ValueError where the file is missing."""
+    """Raises ValueError for a file that is missing or holds something else."""
     if not file.exists():
         raise ValueError(f"{file} is missing: train it with python -m tools.judge")
     judge = Judge()
-    judge.load_state_dict(load_file(file))
+    try:
+        judge.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{file} is no judge of this version: train it with python -m tools.judge") from error
     return judge.float().eval()
 
 

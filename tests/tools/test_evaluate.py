@@ -1,10 +1,12 @@
 """How pictures of scenes are judged: by a perfect judge first, which sees exactly what is there."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 from small import SMALL, small_control, small_sd, strengthened
 
 from controlnet import Control, generate
@@ -72,8 +74,19 @@ def test_a_judge_is_what_was_trained(judge_file, samples, tmp_path):
     classes, colours = one.see(samples[0].image)
     assert classes.shape == colours.shape == (64, 64) and classes.max() < 31 and colours.max() < 12
     assert not one.training and not torch.equal(one.out.weight, Judge().out.weight)
-    with pytest.raises(ValueError, match="train it with python -m tools.judge"):
-        load_judge(tmp_path / "none.safetensors")
+    for name, content in (("none", None), ("damaged", judge_file.read_bytes()[:-9]), ("older", save({"x": classes}))):
+        if content:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is .*: train it with python -m tools.judge"):
+            load_judge(tmp_path / name)
+
+
+@pytest.mark.parametrize("option", ["--steps=0", "--batch=0", "--size=0", "--size=100"])
+def test_a_judge_that_would_learn_nothing_replaces_none(tmp_path, option):
+    (tmp_path / "judge.safetensors").write_text("a judge")
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(judge.main(["--out", str(tmp_path / "judge.safetensors"), "--size", "32", "--steps", "1", option]))
+    assert stop.value.code == 2 and (tmp_path / "judge.safetensors").read_text() == "a judge"
 
 
 def test_scenes_are_measured_with_and_without_a_control(judge_file, tmp_path, monkeypatch, capsys):

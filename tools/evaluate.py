@@ -17,7 +17,7 @@ from tqdm import tqdm
 from controlnet import ControlNet
 from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_images
-from controlnet.common.program import new_parser, note, run
+from controlnet.common.program import new_parser, not_negative, note, positive, run
 from controlnet.inference.generate import generate
 from controlnet.training.recipes import RECIPES
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Picture, Sample, Scenes, Seg, Shapes, World
@@ -80,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar=("RECIPE", "FILE"),
         help="a ControlNet of a recipe of train.py, on the validation pairs of its run, and nothing else; repeatable",
     )
-    parser.add_argument("--count", type=int, default=64, help="samples of each kind (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
-    parser.add_argument("--cfg", type=float, default=2.5, help="classifier-free guidance (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=64, help="samples of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="of sampling (default: %(default)s)")
+    parser.add_argument("--cfg", type=not_negative, default=2.5, help="classifier-free guidance (default: %(default)s)")
     add_device(parser)
     add_debug(parser)
     args = parser.parse_args(argv)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from controlnet import ControlNet
 from controlnet.common.images import save_png
-from controlnet.common.program import new_parser, run
+from controlnet.common.program import new_parser, positive, run
 from controlnet.training.previews import image_for, text_image
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Sample
 from controlnet.worlds.colours import BASIC_COLOURS
@@ -27,7 +27,7 @@ CAPTION = 54  # pixels below each pair
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.strip", __doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the folder of the models (default: weights/)")
-    parser.add_argument("--columns", type=int, default=3, help="samples a row (default: %(default)s)")
+    parser.add_argument("--columns", type=positive, default=3, help="samples a row (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("assets/strip.png"), help="(default: %(default)s)")
     add_debug(parser)
     args = parser.parse_args(argv)

@@ -9,7 +9,7 @@ from small import SMALL, small_control, small_sd
 
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
-from tools import convergence, evaluate, pretrain, strip
+from tools import convergence, evaluate, make_data, pretrain, strip
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,30 @@ def test_a_device_that_is_not_there_is_a_sentence(tool, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert tool.main(["--device", "cuda:99"]) == 2
     assert 'PyTorch finds no device "cuda:99" here' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tool, option",
+    [
+        (convergence, "--rows=0"),
+        (convergence, "--columns=-1"),
+        (evaluate, "--count=0"),
+        (evaluate, "--steps=0"),
+        (evaluate, "--cfg=nan"),
+        (make_data, "--seed=-1"),
+        (make_data, "--count=0"),
+        (pretrain, "--pictures=0"),
+        (pretrain, "--vae-lr=-1"),
+        (strip, "--columns=0"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_numbers_have_limits(tool, option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tool.main([option])
+    assert stop.value.code == 2 and f'argument {option.split("=")[0]}: it is "{option.split("=")[1]}", expected' in (
+        capsys.readouterr().err
+    )
 
 
 def test_evaluate_knows_its_worlds(capsys):

@@ -5,7 +5,6 @@ python -m tools.evaluate --recipe tile runs/tile          # a run of train.py --
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -38,7 +37,7 @@ from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from tools.cli import add_debug, add_device
 from tools.evaluate_recipes import report_recipe
-from tools.evaluate_scenes import report_prompts, report_scene_control
+from tools.evaluate_scenes import report_prompts, report_scene_control, samples_of
 from tools.judge import JUDGE, load_judge
 from tools.paint import Paint, painter
 
@@ -146,7 +145,7 @@ def has_scenes(world: type[World]) -> bool:
 @torch.no_grad()
 def report_vae(sd: StableDiffusion, world: World, count: int) -> None:
     """PSNR of encode -> decode, beside 8x8 average pooling with bilinear upsampling."""
-    images = to_images(world[i].image for i in range(count))
+    images = to_images(world.draw(i).image for i in range(count))
     decoded = sd.decode(sd.encode(images, sample=False)).clamp(-1, 1).cpu()
     print(
         f"autoencoder, {world.name}: {psnr(decoded, images):.2f} dB (8x8 average pooling: {pooled_psnr(images):.2f} dB)"
@@ -178,7 +177,7 @@ def colours_right(image: np.ndarray, sample: Sample, colours: tuple[str, ...]) -
 def report_control(world: World, paint: Paint, count: int) -> None:
     """How well images follow their hints: the figures' IoU with the true ones and, for people, how far the key points
     are from the figure. In parentheses is the floor: the same against the next sample's figure."""
-    samples = plain_samples(world, count)
+    samples = samples_of(world, count, scenes=False)
     others = samples[1:] + samples[:1]
     for prompts, prompted in (("with prompt", True), ("without", False)):
         shown = samples if prompted else [replace(sample, caption="") for sample in samples]
@@ -193,12 +192,6 @@ def report_control(world: World, paint: Paint, count: int) -> None:
             agreement = [colour_agreement(i, s.image, s.mask) for i, s in zip(images, samples, strict=True)]
             line += f", colours right on {np.mean(agreement):.0%} of the figure"
         print(line)
-
-
-def plain_samples(world: World, count: int) -> list[Sample]:
-    """The first with a plain ground, from which `foreground` tells figures."""
-    samples = (world[i] for i in itertools.count())
-    return list(itertools.islice((sample for sample in samples if sample.truth is None), count))
 
 
 def figures_iou(masks: list[np.ndarray], samples: list[Sample]) -> float:

@@ -2,6 +2,7 @@
 classes and outlines that a hint gave. Each beside a floor, the same against the next sample, and a ceiling, what the
 judge sees in the true pictures."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,7 @@ Seen = tuple[np.ndarray, np.ndarray]  # classes and colours, as Judge.see gives 
 
 def report_prompts(sd: StableDiffusion, judge: Judge, count: int, settings: dict) -> None:
     """The base alone, from prompts that name all things of a scene, each with its colour and place."""
-    samples = scenes_of(Scenes(sd.config.resolution, held_out=True), count)
+    samples = samples_of(Scenes(sd.config.resolution, held_out=True), count, scenes=True)
     prompts = [inventory(sample.truth.things) for sample in samples]
     pictures = [
         np.asarray(generate(sd, prompt, seed=i, **settings)[0]) for i, prompt in enumerate(tqdm(prompts, leave=False))
@@ -40,7 +41,7 @@ def report_prompts(sd: StableDiffusion, judge: Judge, count: int, settings: dict
 
 
 def report_scene_control(judge: Judge, world: World, paint: Paint, count: int) -> None:
-    samples = scenes_of(world, count)
+    samples = samples_of(world, count, scenes=True)
     truths, real = [sample.truth for sample in samples], judged(judge, samples)
     for label, prompts in (
         ("prompts that name all", [inventory(truth.things) for truth in truths]),
@@ -56,14 +57,10 @@ def report_scene_control(judge: Judge, world: World, paint: Paint, count: int) -
         print(line)
 
 
-def scenes_of(world: World, count: int) -> list[Sample]:
-    """The first `count` samples that are scenes with a thing."""
-    samples, index = [], 0
-    while len(samples) < count:
-        sample, index = world[index], index + 1
-        if sample.truth is not None and sample.truth.things:
-            samples.append(sample)
-    return samples
+def samples_of(world: World, count: int, scenes: bool) -> list[Sample]:
+    """The first that are scenes, or that have a plain ground, from which `foreground` tells figures."""
+    samples = (world[i] for i in itertools.count())
+    return list(itertools.islice((sample for sample in samples if (sample.truth is not None) == scenes), count))
 
 
 def judged(judge: Judge, samples: Sequence[Sample]) -> list[Seen]:

@@ -44,7 +44,7 @@ def random_change(
     rng: np.random.Generator, setting: Setting, things: list[Placed]
 ) -> tuple[str, Setting, list[Placed]]:
     """-> instruction, setting and things, which can still be told from what is behind them."""
-    skies = [] if things and rng.random() < 0.5 else other_skies(rng, setting, things)
+    skies = [] if rng.random() < 0.5 else other_skies(rng, setting, things)
     if skies:
         changed = skies[rng.integers(len(skies))]
         return f"make it {SKY_WORDS[changed.sky]}", changed, things

@@ -15,13 +15,13 @@ from controlnet.worlds import Canny, Scenes, Seg
 from controlnet.worlds.scenes.captions import inventory
 from controlnet.worlds.world import Thing
 from tools import evaluate, judge
-from tools.evaluate_scenes import classes_iou, compared, found, scenes_of, things_found, things_iou
+from tools.evaluate_scenes import classes_iou, compared, found, samples_of, things_found, things_iou
 from tools.judge import COLOUR_NAMES, Judge, colours_of, load_judge
 
 
 @pytest.fixture(scope="module")
 def samples():
-    return scenes_of(Scenes(64, held_out=True), 6)
+    return samples_of(Scenes(64, held_out=True), 6, scenes=True)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,10 @@ def test_prompts_name_all_things():
     assert inventory(things) == "a red house on the left and a person in orange in the middle"
 
 
-def test_only_scenes_are_judged():
-    assert all(sample.truth.things for sample in scenes_of(Canny(32, held_out=True), 3))
+def test_only_scenes_are_judged_and_only_figures_measured():
+    scenes, figures = (samples_of(Canny(32, held_out=True), 3, scenes) for scenes in (True, False))
+    assert len(scenes) == len(figures) == 3
+    assert all(sample.truth.things for sample in scenes) and not any(sample.truth for sample in figures)
 
 
 def test_a_judge_is_what_was_trained(judge_file, samples, tmp_path):

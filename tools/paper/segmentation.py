@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from controlnet.worlds import Seg
-from tools.evaluate_scenes import classes_iou, scenes_of
+from tools.evaluate_scenes import classes_iou, samples_of
 from tools.judge import JUDGE, Judge, load_judge
 from tools.judge import train as train_judge
 from tools.paint import after_autoencoder
@@ -32,7 +32,8 @@ def which_judge(lab: Lab) -> dict[str, str]:
 
 
 def measure(lab: Lab) -> dict:
-    judge, samples = judge_of(lab), scenes_of(Seg(lab.sd.config.resolution, held_out=True), lab.scale.samples)
+    judge, world = judge_of(lab), Seg(lab.sd.config.resolution, held_out=True)
+    samples = samples_of(world, lab.scale.samples, scenes=True)
     truths, hints, images = ([getattr(s, name) for s in samples] for name in ("truth", "hint", "image"))
 
     def fidelity(pictures: list[np.ndarray], wanted: list = truths) -> dict[str, float]:

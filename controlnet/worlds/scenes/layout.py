@@ -40,7 +40,7 @@ def random_things(rng: np.random.Generator, setting: Setting) -> list[Placed]:
         for _ in range(20):
             size = "large" if rng.random() < (0.8 if count == 1 else 0.5) else "small"
             thing = placed(rng, setting, KINDS[name], str(colours[-1]), size)
-            if thing and all(apart(thing, other) for other in things):
+            if all(apart(thing, other) for other in things):
                 things.append(thing)
                 colours.pop()
                 break
@@ -66,14 +66,12 @@ def contrasting(setting: Setting) -> list[str]:
     return [name for name, paint in PAINTS.items() if np.linalg.norm(behind - paint, axis=1).min() >= 72]
 
 
-def placed(rng: np.random.Generator, setting: Setting, kind: Kind, colour: str, size: str) -> Placed | None:
-    """A thing somewhere; None if it would leave the image."""
+def placed(rng: np.random.Generator, setting: Setting, kind: Kind, colour: str, size: str) -> Placed:
+    """A thing somewhere: the largest of SCALES fits beside the edge, at every place."""
     place = str(rng.choice(list(PLACES)))
     scale = float(rng.uniform(*SCALES[size]) / max(kind.width, kind.height))
     half, high = kind.width * scale / 2, kind.height * scale
     low, top = max(PLACES[place][0], half + 0.02), min(PLACES[place][1], 0.98 - half)
-    if low > top:
-        return None
     x = float(rng.uniform(low, top))
     if kind.home == "sky":
         y = float(rng.uniform(high + 0.03, max(high + 0.04, setting.horizon - 0.03)))

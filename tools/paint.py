@@ -17,7 +17,8 @@ BATCH = 8  # images that are sampled at once, by two cores in three quarters of 
 
 
 def painter(sd: StableDiffusion, controls: Sequence[ControlNet], settings: dict) -> Paint:
-    """-> samples -> images, some of them at once. A sample has a hint for each of `controls`: its hint's channels."""
+    """-> samples -> images, some of them at once. With several `controls` a sample's hint holds theirs one after the
+    other, three channels each."""
 
     def paint(samples: Sequence[Sample]) -> list[np.ndarray]:
         images = []

@@ -68,7 +68,7 @@ class Picture:
 class World:
     """A synthetic dataset of square images, `size` pixels a side, in some `colours`.
 
-    Who needs no hints calls `draw`, which is faster than what indexing does.
+    Who needs no hints calls `draw`, which makes none where they cost anything.
     """
 
     name: str
@@ -114,7 +114,7 @@ def joined(parts: Sequence[str]) -> str:
 
 
 def distinct_colours(rng: np.random.Generator, names: tuple[str, ...], count: int) -> list[str]:
-    """`count` colours that the eye can tell apart and, 30 levels of gray apart, an edge detector too."""
+    """`count` colours, 80 apart in RGB, for the eye, and 30 levels of gray, for an edge detector."""
     while True:
         chosen = [str(name) for name in rng.choice(names, size=count, replace=False)]
         pairs = [(COLOURS[a], COLOURS[b]) for a, b in combinations(chosen, 2)]

@@ -36,9 +36,9 @@ def fresh_base(config: Config, vae: AutoencoderKL, pictures: Pictures) -> Stable
 
 
 @torch.no_grad()
-def unit_scale(vae: AutoencoderKL, pictures: Pictures, count: int = 256) -> float:
+def unit_scale(vae: AutoencoderKL, pictures: Pictures) -> float:
     """The factor that gives latents unit standard deviation, as SD's 0.18215 was found."""
-    images = to_images(np.array(pictures.images[:count])).to(vae.quant_conv.bias)
+    images = to_images(np.array(pictures.images[:256])).to(vae.quant_conv.bias)
     return round(1 / vae.posterior(images).mean.std().item(), 5)
 
 

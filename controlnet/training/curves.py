@@ -3,7 +3,8 @@
 from array import array
 from collections import defaultdict
 
-KEPT = ("control_measure", "validation_loss", "loss", "iou", "zero_convs", "lr")  # two of them of every step
+# Two of them at every step.
+KEPT = ("control_measure", "validation_loss", "loss", "iou", "keypoint_distance", "zero_convs", "lr")
 
 
 def scalars(values: dict) -> dict[str, float]:

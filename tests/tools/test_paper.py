@@ -12,8 +12,8 @@ from small import SMALLEST, small_sd
 
 import train
 from controlnet.common.images import save_png
+from controlnet.training.charts import chart
 from controlnet.training.run_state import RunFolder
-from tools.page.charts import chart
 from tools.paper import __main__ as paper
 from tools.paper import composition, convergence, cost, guidance, lab, runs, segmentation
 from tools.paper.page import EXPERIMENTS, anchor

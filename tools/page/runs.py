@@ -3,19 +3,14 @@
 import gradio as gr
 
 from controlnet.common.program import PRECISION_NAMES
+from controlnet.training.curves import Curves
+from controlnet.training.report import PANELS, section
 
-from .charts import chart
 from .models import bases
 from .results import in_sentences
-from .trainings import Trainings, curves, datasets, log_of, shown
+from .trainings import Trainings, datasets, log_of, shown
 
 SECONDS = 2  # between two looks at a run
-CURVES = {  # what the log calls them, and what they are called here
-    "loss": {"loss": "training", "validation_loss": "validation"},
-    "how the images follow their hints": {"iou": "IoU", "keypoint_distance": "distance of joints"},
-    "learning rate": {"lr": "learning rate"},
-    "norms of the zero convolutions": {"zero_convs": "layer"},
-}
 NUMBERS = {"steps": "steps", "batch size": "batch_size", "images": "images", "learning rate": "lr"}  # of train.py
 
 
@@ -48,7 +43,10 @@ def runs_tab(trainings: Trainings) -> None:
         told = [names, trainings.status(run), trainings.output(run)]
         if before == (now := (run, len(lines), len(found), which)):
             return [*told, *[gr.skip()] * 3, before]
-        drawn = "".join(chart(title, curves(lines, names)) for title, names in CURVES.items())
+        curves = Curves()
+        for line in lines:
+            curves.add(line)
+        drawn = "".join(section(panel, curves) for panel in PANELS)
         image = gr.Image(str(found[which - 1]), label=f"step {int(found[which - 1].stem)}") if found else gr.Image(None)
         slider = gr.Slider(maximum=max(2, len(found)), value=max(1, which), visible=len(found) > 1)
         return [*told, drawn, image, slider, now]

@@ -1,6 +1,5 @@
 """The trainings in a folder: how they stand, read from what they write; started and stopped as on a command line."""
 
-import math
 import os
 import shlex
 import signal
@@ -16,7 +15,6 @@ from controlnet.training.run_state import RunFolder
 from controlnet.worlds import WORLDS
 
 ROOT = Path(__file__).resolve().parents[2]
-POINTS = 300  # of a curve
 OUTPUT = "output.txt"  # in a run's folder: what a training says that was started here
 LAST = 3000  # bytes of it
 
@@ -131,24 +129,3 @@ def log_of(run: RunFolder) -> list[dict]:
 @lru_cache(maxsize=1)
 def read_log(file: Path, size: int, changed: float) -> list[dict]:
     return list(RunFolder(file.parent).logged())
-
-
-def curves(lines: list[dict], names: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of what the log calls by these names, under those that are shown. Of a list of numbers each has
-    a curve."""
-    found = {}
-    for name, label in names.items():
-        for line in lines:
-            values = line.get(name, [])
-            several = isinstance(values, list)
-            for i, value in enumerate(values if several else [values]):
-                if math.isfinite(value):
-                    found.setdefault(f"{label} {i + 1}" if several else label, []).append((line["step"], value))
-    return {label: thinned(points) for label, points in found.items()}
-
-
-def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `POINTS`, each with the last step of some and their mean."""
-    count = math.ceil(len(points) / POINTS)
-    parts = (points[i : i + count] for i in range(0, len(points), count))
-    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]

@@ -5,10 +5,10 @@ from statistics import fmean
 import numpy as np
 
 from controlnet import ControlNet
+from controlnet.training.charts import Points
 from controlnet.training.convergence import Convergence
 from controlnet.worlds import Fill50k
 from tools.convergence import images_of
-from tools.page.charts import Points
 
 from .experiment import Experiment
 from .lab import WATCHED, Lab, circles_measured, follows

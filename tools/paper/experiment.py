@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tools.page.charts import Points
+from controlnet.training.charts import Points
 
 from .lab import Lab
 from .statistics import Verdict

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from controlnet.common.files import read_json
 from controlnet.common.program import note
+from controlnet.training.charts import chart
 from controlnet.training.run_state import write_text
-from tools.page.charts import chart
 
 from . import NAMES
 from .experiment import Experiment

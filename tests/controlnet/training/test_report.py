@@ -4,10 +4,10 @@ import math
 from xml.etree import ElementTree
 
 import numpy as np
-import pytest
 
+from controlnet.training.charts import BOTTOM, LEFT, MOST_POINTS, RIGHT, TOP, chart, points_of
 from controlnet.training.curves import KEPT, Curve, Curves, scalars
-from controlnet.training.report import HEIGHT, MOST_POINTS, PANELS, WIDTH, points_of, write_report
+from controlnet.training.report import PANELS, section, write_report
 from controlnet.training.run_state import RunFolder
 
 
@@ -32,17 +32,27 @@ def test_a_page_has_every_curve_and_every_grid(tmp_path):
     assert len([*page.iter("svg")]) == 5 and len([*page.iter("polyline")]) == 6  # no iou, two zero convolutions
     assert "control set in at step 50" in run.report.read_text() and "step 100 of 200" in run.report.read_text()
     points = [pair.split(",") for pair in next(page.iter("polyline")).get("points").split()]
-    np.testing.assert_allclose(np.array(points, float), [[WIDTH / 2, HEIGHT], [WIDTH, 0]])  # the measure: 5 and 10
+    np.testing.assert_allclose(np.array(points, float), [[LEFT, BOTTOM], [RIGHT, TOP]])  # the measure: 5 and 10
+    assert [panel.name for panel in PANELS if section(panel, curves)] == [*KEPT[:3], "zero_convs", "lr"]
+    assert "step 100" in section(PANELS[0], curves) and "layer 1" in section(PANELS[5], curves)
+    assert run.report.read_text().count("<title>control sets in</title>") == 5
     write_report(run, curves, 100, set_in=None)
     assert "http-equiv" not in run.report.read_text() and "has not set in" in run.report.read_text()
 
 
 def test_a_long_curve_is_drawn_by_means():
-    steps, values = points_of(curve([float(i % 2) for i in range(10 * MOST_POINTS)]))
-    assert len(steps) == MOST_POINTS and set(values) == {0.5}
-    assert steps[0] == pytest.approx(5.5) and steps[-1] == 10 * MOST_POINTS - 4.5
-    steps, values = points_of(curve([math.nan, 2.0, math.inf, 4.0]))
-    assert (steps.tolist(), values.tolist()) == ([2, 4], [2, 4])
+    points = points_of(curve([float(i % 2) for i in range(10 * MOST_POINTS)]))
+    assert len(points) == MOST_POINTS and points[0] == (10, 0.5) and points[-1] == (10 * MOST_POINTS, 0.5)
+    assert points_of(curve([math.nan, 2.0, math.inf, 4.0])) == [(2, 2), (4, 4)] and points_of(curve([math.nan])) == []
+
+
+def test_a_chart_spans_its_field_and_shows_names_as_they_are():
+    drawn = chart("loss", {"<b>": [(0, 1.0), (10, 3.0)], "flat": [(5, 2.0)], "absent": []}, set_in=5)
+    assert 'points="48.0,148.0 392.0,26.0"' in drawn and 'points="220.0,87.0 220.0,87.0"' in drawn
+    assert 'd="M220.0 26V148"' in drawn and "control sets in" in drawn
+    assert "&lt;b&gt; 3" in drawn and "<b>" not in drawn and "absent" not in drawn
+    assert "nothing yet" in chart("loss", {})
+    assert "nan" not in (one := chart("one", {"a": [(3, 0.5)]})) and "control sets in" not in one
 
 
 def test_numbers_of_a_log_line_have_names():

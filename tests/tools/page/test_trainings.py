@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.page import trainings as module
-from tools.page.charts import chart
-from tools.page.trainings import POINTS, Trainings, curves, log_of, shown
+from tools.page.trainings import Trainings, log_of, shown
 
 # In place of train.py: it says how it was called, holds the run's lock and ends as that does.
 TRAINING = """
@@ -58,17 +57,6 @@ def test_a_run_is_read_while_it_is_written(trainings):
     with open(run.log_file, "a") as file:
         file.write('ss": NaN}\n')
     assert [line["step"] for line in log_of(run)] == [1, 2, 3]
-    assert curves(log_of(run), {"loss": "training", "zero_convs": "layer", "iou": "IoU"}) == {
-        "training": [(1, 2.0), (2, 1.0)],
-        "layer 1": [(2, 0.5)],
-        "layer 2": [(2, 0.25)],
-    }
-
-
-def test_a_long_log_becomes_means():
-    lines = [{"step": step, "loss": float(step % 2)} for step in range(1, 10 * POINTS + 1)]
-    found = curves(lines, {"loss": "loss"})["loss"]
-    assert len(found) == POINTS and found[0] == (10, 0.5) and found[-1] == (10 * POINTS, 0.5)
 
 
 def test_grids_are_in_order(trainings):
@@ -113,11 +101,3 @@ def test_a_training_is_started_and_stopped(trainings):
     assert trainings.output("one").endswith("saved after step 7")
     with pytest.raises(ValueError, match='no process of this machine trains "one"'):
         trainings.stop("one")
-
-
-def test_a_chart_spans_its_field_and_shows_names_as_they_are():
-    drawn = chart("loss", {"<b>": [(0, 1.0), (10, 3.0)], "flat": [(5, 2.0)], "absent": []})
-    assert 'points="48.0,148.0 392.0,26.0"' in drawn and 'points="220.0,87.0 220.0,87.0"' in drawn
-    assert "&lt;b&gt; 3" in drawn and "<b>" not in drawn and "absent" not in drawn
-    assert "nothing yet" in chart("loss", {})
-    assert "nan" not in chart("one", {"a": [(3, 0.5)]})

@@ -225,7 +225,7 @@ class RunFolder:
                 for line in file:
                     with suppress(ValueError, RecursionError):
                         values = json.loads(line)
-                        if isinstance(values, dict) and type(values.get("step")) is int:
+                        if isinstance(values, dict) and type(values.get("step")) is int and "loss" in values:
                             yield values
 
     def save(self, state: dict, keep: int, best: bool) -> None:

@@ -61,7 +61,7 @@ def train_in_no_time(command, **_):
     assert command[1] == "train.py"
     given = parse_args("", command[2:])
     given["out"].mkdir()
-    (given["out"] / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "validation_loss": 0.2}\n')
+    (given["out"] / "log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 1, "validation_loss": 0.2}\n')
     return subprocess.CompletedProcess(command, 0, "", "")
 
 

@@ -97,7 +97,8 @@ def test_the_convergence_strip_has_a_column_for_each_step_between_hints_and_trut
     if size != (32, 32):
         settings = {"settings": {}, "data": {"size": [2 * side for side in size]}}  # the grid has been made smaller
         (run / "settings.json").write_text(json.dumps(settings))
-    (run / "log.jsonl").write_text('{"step": 5, "iou": 0.25}\n{"step": 6}\n{"step": 7, "io')  # which is being written
+    being_written = '{"step": 5, "loss": 1, "iou": 0.25}\n{"step": 6, "loss": 1}\n{"step": 7, "lo'
+    (run / "log.jsonl").write_text(being_written)
     assert convergence.main([str(run), "--rows", "2", "--columns", "3", "--out", str(out)]) == 0
     pixels = np.asarray(Image.open(out))[convergence.CAPTION :: size[0], :: size[1], 0]
     # three of the steps 5, 10, 15 and 100, the samples' value being 10 row + 1 + step, between step 5's 0 and 2

@@ -91,9 +91,9 @@ def test_a_training_is_started_and_stopped(trainings):
     assert os.getsid(process) == process != os.getsid(0)  # what ends the page does not end it
     with pytest.raises(ValueError, match='"one" is being trained'):
         trainings.start("one", {})
-    write_run(trainings.folder / "one", [{"step": 1}])
+    write_run(trainings.folder / "one", [{"step": 1, "loss": 2.0}])
     assert trainings.status("one") == f"step 1 of 10; process {process}"
-    write_run(trainings.folder / "one", [{"step": 1}, {"step": 2}])
+    write_run(trainings.folder / "one", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
     assert "step 2 of 10, about 0.0 minutes left" in trainings.status("one")
     trainings.stop("one")
     wait_for(lambda: "ended after step 2" in trainings.status("one"))

@@ -26,7 +26,8 @@ def size_of(path: Path) -> tuple[int, int]:
     """(height, width) of an image, upright, from its header alone. Raises BadSample."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            exif = Image.Image.getexif(image)  # a PNG's own would decode all pixels to look behind them
+            turned = image.format != "TIFF" and exif.get(ExifTags.Base.Orientation, 1) > 4  # a TIFF's size is upright
             return image.size if turned else image.size[::-1]
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise BadSample(f'"{path}" is not readable as an image ({error})') from error

@@ -130,7 +130,8 @@ class FolderSource:
         if self.make_hint is not None:
             return self.sample(index).hint
         entry = self.entries[index]
-        return self.transform.of(size_of(entry.image))(read_hint(entry.hint, self.hint_channels))
+        image_size = self.image_size(index) or size_of(entry.image)
+        return self.transform.of(image_size)(read_hint(entry.hint, self.hint_channels))
 
     def size(self, index: int) -> Size:
         """Of an image that cannot be read the size that all have without buckets."""

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from controlnet.objective import seeded
 from controlnet.training.opening import open_sources, split
 from controlnet.training.options import TrainSettings
-from controlnet.training.pair_files import read_hint
+from controlnet.training.pair_files import read_hint, size_of
 from controlnet.training.pairs import BadSample, Entry, list_folder
 from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform
@@ -93,6 +93,19 @@ def test_a_hint_lies_on_its_image_whether_it_is_read_with_it_or_alone(tmp_path):
         entries = [Entry(tmp_path / image, tmp_path / hint, "c")]
         source = FolderSource("x", entries, Transform((64, 64)))
         assert np.array_equal(source.hint(0), source.sample(0).hint)
+
+
+def test_the_size_of_an_image_takes_its_header_alone(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("its pixels are decoded"))
+    for name in ("a.png", "a.jpg", "a.webp", "a.tiff"):
+        for how, size in (({}, (60, 100)), ({"exif": exif}, (100, 60))):
+            Image.fromarray(marked()).save(tmp_path / name, **how)
+            assert size_of(tmp_path / name) == size
+    source = FolderSource("x", [Entry(tmp_path / "a.png", tmp_path / "hint.npy", "c")], Transform((60, 100)))
+    np.save(tmp_path / "hint.npy", marked(100, 60))
+    assert source.size(0) == (60, 100) and source.hint(0).shape == (60, 100, 3)
 
 
 def test_bad_pairs_say_what_is_wrong_with_them(tmp_path):

@@ -1,6 +1,7 @@
 """Files are known by their contents."""
 
 import os
+import tracemalloc
 
 import pytest
 
@@ -15,6 +16,7 @@ LARGE = bytes(range(256)) * (ENDS // 64)  # four times as much as one end
         ("a.png", 0, True),
         ("a.png", -1, True),
         ("a.png", 2 * ENDS + 5, False),  # in the middle of what is compressed: its end would differ, too
+        ("a.tar", 2 * ENDS + 5, False),  # gigabytes: an archive is written once
         ("a.bmp", 2 * ENDS + 5, True),
         ("a.npy", 2 * ENDS + 5, True),
     ],
@@ -28,6 +30,18 @@ def test_an_edit_is_noticed_where_a_format_shows_it(tmp_path, name, at, noticed)
     assert (digest_of_file(path) != before) == noticed
     path.write_bytes(LARGE[:ENDS] + LARGE)
     assert digest_of_file(path) != before
+
+
+def test_a_large_file_takes_little_memory(tmp_path):
+    """Many are read at once."""
+    for name in ("a.npy", "a.tar"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(10_000_000)
+        tracemalloc.start()
+        digest_of_file(tmp_path / name)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1_000_000
 
 
 def test_neither_name_nor_time_counts_and_what_is_not_there_is_empty(tmp_path):

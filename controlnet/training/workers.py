@@ -2,6 +2,7 @@
 end."""
 
 import os
+import re
 from collections.abc import Iterator
 
 import torch
@@ -21,11 +22,12 @@ def reading(loader: DataLoader) -> Iterator:
     """Its batches. Errors of its workers lose their traceback, and their sudden end is a ValueError."""
     try:
         yield from loader
-    except ValueError as error:
-        *_, last = str(error).strip().splitlines()
-        raise ValueError(last.split(": ", 1)[1] if str(error).startswith("Caught ") else str(error)) from error
-    except (OSError, EOFError) as error:
-        if loader.num_workers:
+    except (ValueError, OSError, EOFError) as error:
+        text = str(error)
+        if text.startswith("Caught "):  # in a worker: PyTorch's words, a traceback, and last what was raised
+            *_, said = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", text, flags=re.MULTILINE)
+            raise (OSError if isinstance(error, OSError) else ValueError)(said.strip()) from error
+        if loader.num_workers and not isinstance(error, ValueError):
             raise ValueError(worker_ended(error)) from error
         raise
 

@@ -69,11 +69,21 @@ class Failing(Dataset):
         raise self.error
 
 
-@pytest.mark.parametrize("workers, error", [(0, ValueError("a: b, see: c")), (1, BadSample("a: b, see: c"))])
-def test_an_error_while_reading_is_one_sentence_whoever_reads(workers, error):
-    with pytest.raises(ValueError) as caught:
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BadSample("a: b, see: c"),
+        ValueError("one line\nand another, without more"),
+        ValueError("not that ValueError: but this"),
+        OSError(28, "No space left on device", "hints/a.png"),
+    ],
+)
+def test_an_error_while_reading_is_the_same_whoever_reads(workers, error):
+    """A full disk is not a lack of memory."""
+    with pytest.raises(OSError if isinstance(error, OSError) else ValueError) as caught:
         next(reading(DataLoader(Failing(error), num_workers=workers)))
-    assert str(caught.value) == "a: b, see: c"
+    assert str(caught.value) == str(error)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError(), BrokenPipeError()])

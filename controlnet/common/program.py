@@ -252,8 +252,11 @@ def run(
 ) -> int:
     """The exit status of `work`. What a user can put right is one sentence and 2, a stop from the keyboard 130.
 
-    Errors of our own keep their traceback, and with `debug` all do. Warnings are sentences, too.
+    Errors of our own keep their traceback, and with `debug` all do. Warnings are sentences, too. What stdout cannot
+    encode, as in names of files and captions, is printed as stderr does it, with backslashes.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)

@@ -42,7 +42,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "safetensors")
 
 def write_text(path: Path, text: str) -> None:
     with new_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 class DamagedState(ValueError):

@@ -1,5 +1,6 @@
 """What people and tools call images, hints and captions: as folders, columns, and ends of names."""
 
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -60,10 +61,13 @@ class Finder:
 
     def __call__(self, name: str) -> Path:
         """Where nothing is found, the path as it is named. Raises BadSample for what no file can be called."""
-        parts = re.split(r"[\\/]+", name)
-        if "\0" in name or max(len(part.encode(errors="replace")) for part in parts) > 255:
+        parts, path = re.split(r"[\\/]+", name), self.folder / name
+        try:
+            impossible = "\0" in name or len(os.fsencode(path)) > 4000 or max(map(len, map(os.fsencode, parts))) > 255
+        except UnicodeEncodeError:  # half of an emoji
+            impossible = True
+        if impossible:
             raise BadSample(f'names "{name[:40]} ...", which no file can be called')
-        path = self.folder / name
         if path.exists():
             return path
         moved = re.match(r"[A-Za-z]:|[\\/]", name)  # from the root of another disk: the data may lie elsewhere by now

@@ -1,5 +1,6 @@
 """What the programs share: threads that sleep, options as fields, settings read back from files."""
 
+import io
 import os
 import subprocess
 import sys
@@ -61,3 +62,11 @@ def test_what_cuda_says_when_memory_is_out(message, capsys):
 
     assert run("infer.py", work, memory_advice="take less") == 2
     assert capsys.readouterr().err == "infer.py: out of memory: take less\n"
+
+
+def test_names_that_no_encoding_has_are_printed_all_the_same(monkeypatch):
+    """A caption cut within an emoji, and a name in Latin-1 as Python reads it from a disk."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", errors="strict", write_through=True))
+    assert run("train.py", lambda: print("a \ud83d cat", os.fsdecode(b"caf\xe9.png"))) == 0
+    assert out.getvalue() == rb"a \ud83d cat caf\udce9.png" + b"\n"

@@ -105,6 +105,7 @@ class Training:
         described = dict(prediction=settings.prediction, zero_snr=settings.zero_snr, vae=settings.vae)
         self.sd = StableDiffusion.load(settings.base, **described, loras=settings.lora)
         self.unet_fingerprint = ends_of_weights(self.sd.unet)
+        self.base = self.sd.state_dict() if settings.sd_unlocked else {}  # to be saved as it is, not as it is locked
         self.control = new_control(self.sd.unet, settings, self.run).to(process.device)
 
         # Lock the base, in the dtype of the computation. Its decoder is trained only if --sd-unlocked says so.
@@ -218,7 +219,7 @@ class Training:
         shown.save(self.run.control_at(state["step"]), dtype)
         if self.settings.sd_unlocked:
             decoder = {f"unet.decoder.{name}": weight for name, weight in state["decoder"].items()}
-            with_weights(self.sd, decoder).save(self.run.base, dtype)
+            with_weights(self.sd, self.base | decoder).save(self.run.base, dtype)
         self.run.save(state, self.settings.keep, best)
 
 

@@ -89,9 +89,10 @@ class Bucketed:
         return int(members[sample_at(own, len(members), self.seed, bucket + 1)])
 
     def instead(self, index: int) -> list[int]:
-        members = self.members[self.bucket_of[index]]
-        place = int(np.searchsorted(members, index))
-        return [int(members[(place + step) % len(members)]) for step in range(1, min(len(members), 100))]
+        """Those of its size; after these the others, by size, so that a batch of nothing else has one size again."""
+        bucket = self.bucket_of[index]
+        own, *others = self.members[bucket:] + self.members[:bucket]
+        return np.concatenate([own[own > index], own[own < index], *others])[:99].tolist()
 
 
 @lru_cache(maxsize=4)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from controlnet.training.data import Pairs
 from controlnet.training.framing import framing
 from controlnet.training.order import Bucketed, Shuffled
-from controlnet.training.pairs import Entry
+from controlnet.training.pairs import BadSample, Entry
 from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform, bucket_sizes, cropped_share
 
@@ -60,12 +61,25 @@ def test_what_stands_where_follows_from_seed_and_position_alone():
 
 
 @pytest.mark.parametrize("order", [Bucketed(SIZES, 0, 4), Shuffled(len(SIZES), 0)])
-def test_a_bad_sample_is_replaced_by_any_other_of_its_batches_size(order):
+def test_a_bad_sample_is_replaced_by_any_other_at_first_of_its_batches_size(order):
     for index, size in enumerate(SIZES):
-        possible = SIZES if isinstance(order, Shuffled) else [one for one in SIZES if one == size]
         instead = order.instead(index)
-        assert len(set(instead)) == len(instead) == len(possible) - 1 and index not in instead
-        assert isinstance(order, Shuffled) or all(SIZES[i] == size for i in instead)
+        assert len(set(instead)) == len(instead) == len(SIZES) - 1 and index not in instead
+        first = [SIZES[i] for i in instead[: SIZES.count(size) - 1]]
+        assert isinstance(order, Shuffled) or first == [size] * len(first)
+
+
+@pytest.mark.parametrize("bad", [{8}, {0, 1, 2, 3, 4}, {5, 6, 7, 8, 0}])
+def test_a_batch_has_one_size_though_all_of_its_own_are_bad(bad):
+    def read(index, position):
+        if index in bad:
+            raise BadSample("it is bad")
+        return index, None
+
+    pairs = Pairs(read, Bucketed(SIZES, seed=3, batch_size=4))
+    seen = [pairs[position].content for position in range(4 * len(SIZES))]
+    assert not bad & {*seen} and {pairs[p].bad.item() for p in range(4 * len(SIZES))} == {*bad, -1}
+    assert all(len({SIZES[i] for i in seen[4 * batch : 4 * batch + 4]}) == 1 for batch in range(len(SIZES)))
 
 
 def source_of(folder, sizes, **how):

@@ -152,8 +152,8 @@ class Optimisation:
             self.skipped_in_a_row = 0
             return
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= MOST_SKIPPED:
-            raise FloatingPointError(not_finite(self.names, self.parameters))
+        if self.skipped_in_a_row >= MOST_SKIPPED and (problem := not_finite(self.names, self.parameters)):
+            raise FloatingPointError(problem)
 
     def gather(self) -> None:
         """Before the main process's `state_dict`, by all processes: collects what is sharded."""
@@ -188,11 +188,13 @@ def restore_channels_last(parameters: list[nn.Parameter]) -> Callable[..., None]
     return hook
 
 
-def not_finite(names: list[str], parameters: list[nn.Parameter]) -> str:
-    """What to say of their gradients: bad values spread from the end of the network to its beginning, so the last layer
-    that has any is the cause."""
+def not_finite(names: list[str], parameters: list[nn.Parameter]) -> str | None:
+    """What to say of the gradients that the next step has: bad values spread from the end of the network to its
+    beginning, so the last layer that has any is the cause. None if there are none: then the run is not lost."""
     known = [(name, p.grad) for name, p in zip(names, parameters, strict=True) if p.grad is not None]
-    bad = [name for name, gradient in known if not gradient.isfinite().all()]
+    bad = [name for name, gradient in known if not gradient.norm().isfinite()]
+    if not bad:
+        return None
     where = "those of all layers, so the loss is not" if len(bad) == len(known) else f"the last layer is {bad[-1]}"
     return (
         f"the gradients of {MOST_SKIPPED} steps in a row are not finite numbers ({where}): "

@@ -376,6 +376,15 @@ def test_many_skipped_steps_stop_the_run_with_the_layers_name():
     assert torch.equal(parameters_of(model), before) and optimisation.skipped == 20
 
 
+def test_a_run_that_recovers_in_time_goes_on():
+    model, x, y = regression()
+    optimisation, before = optimise(model), parameters_of(model)
+    for factor in [math.inf] * 20 + [1] * 2:
+        optimisation.backward(squared_error(model, x, y) * factor)
+        optimisation.step()
+    assert optimisation.skipped_in_a_row == 0 and not torch.equal(parameters_of(model), before)
+
+
 def test_a_loss_that_is_not_finite_is_called_that():
     model, x, y = regression()
     optimisation = Optimisation(model.named_parameters(), 1e-2, constant_schedule(0), CPU)

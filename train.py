@@ -193,8 +193,7 @@ class Training:
         # By the clock on the wall: what has held up the step counts, the waiting for data as well as grids and saves.
         before, self.clock = self.clock, time.perf_counter()
         values["images_per_second"] = self.data.samples_per_step / (self.clock - before)
-        values |= {"skipped": self.optimisation.skipped, "bad": len(self.data.bad)}
-        return values | peak_memory(self.process.device), numbers
+        return values | {"bad": len(self.data.bad)} | peak_memory(self.process.device), numbers
 
     def validate(self, done: int, saving: bool, last: bool) -> dict:
         """Now and then the loss on validation pairs and a grid of images -> what is logged after `done` steps."""

@@ -84,7 +84,7 @@ class Optimisation:
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
         self.last_norm: Later | None = None
 
     @classmethod
@@ -115,9 +115,8 @@ class Optimisation:
     def step(self) -> Tensor:
         """Updates the parameters and returns the gradients' norm before clipping, a scalar on the device.
 
-        Where that norm is not finite the parameters stay as they are and the next step counts this one in `skipped`; in
-        fp16 the scale of the loss is halved. Raises FloatingPointError, with the layer's name, after MOST_SKIPPED in a
-        row.
+        Where that norm is not finite the step is skipped: the parameters stay as they are, and in fp16 the scale of the
+        loss is halved. Raises FloatingPointError, with the layer's name, after MOST_SKIPPED in a row.
         """
         self.look_back()
         return self.finish(self.update())
@@ -151,7 +150,7 @@ class Optimisation:
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             return
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MOST_SKIPPED and (problem := not_finite(self.names, self.parameters)):
             raise FloatingPointError(problem)
 

@@ -55,8 +55,7 @@ class Progress:
         if self.unwritten is not None:
             (values, numbers), self.unwritten = self.unwritten, None
             loss, gradient = numbers.read()
-            skipped = values["skipped"] + (not math.isfinite(gradient))
-            self.write(values | {"loss": loss, "gradient": gradient, "skipped": skipped})
+            self.write(values | {"loss": loss, "gradient": gradient, "skipped": int(not math.isfinite(gradient))})
 
     def write(self, values: dict) -> None:
         step = values["step"]

@@ -14,7 +14,7 @@ from controlnet.training.options import TrainSettings
 from controlnet.training.progress import Progress
 from controlnet.training.run_state import RunFolder
 
-VALUES = {"step": 5, "lr": 0.1, "images_per_second": 2.0, "skipped": 0, "memory_gb": 1.0, "zero_convs": [1.0, 2.0]}
+VALUES = {"step": 5, "lr": 0.1, "images_per_second": 2.0, "memory_gb": 1.0, "zero_convs": [1.0, 2.0]}
 
 
 @pytest.fixture

@@ -232,8 +232,10 @@ class BadSamples:
             self.check(min(new))
 
     def check(self, example: str) -> None:
-        if len(self) > self.share * self.total:
+        none_left = len(self) == self.total > 0
+        if none_left or len(self) > self.share * self.total:
+            too_many = "so none is left" if none_left else f"more than --bad-share {self.share:g} allows"
             raise ValueError(
-                f"{len(self)} of {self.total} samples are bad (for example {example}), more than the share of "
-                f"{self.share:g} that --bad-share allows: see `python -m tools.check_data`"
+                f"{len(self)} of {self.total} samples are bad (for example {example}), {too_many}: see "
+                "`python -m tools.check_data`"
             )

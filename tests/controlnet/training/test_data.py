@@ -50,6 +50,14 @@ def test_a_bad_sample_is_replaced_by_the_next_and_counted():
         BadSamples(4, ["a line"], share=0.3).add([2, -1])
 
 
+def test_where_all_samples_are_bad_no_share_allows_it():
+    bad = BadSamples(2, ["a line"], share=1.0)
+    bad.add([0])
+    with pytest.raises(ValueError, match="3 of 3 samples are bad .*number 1.*, so none is left: see"):
+        bad.add([1])
+    assert len(BadSamples(0, [], share=0.0)) == 0
+
+
 def test_nothing_but_bad_samples_is_one_sentence():
     def read(index, position):
         raise BadSample(f"number {index} is bad")

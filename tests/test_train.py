@@ -404,6 +404,16 @@ def test_nohup_is_not_overruled():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_is_noted_while_stderr_is_blocked(monkeypatch):
+    def write(text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    with monkeypatch.context() as patch, Signals() as signals, signals.waiting():
+        patch.setattr(sys.stderr, "write", write)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_same_command_goes_on_with_the_latents(base, tmp_path, capsys, monkeypatch, number):
     with monkeypatch.context() as patch:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import IO
 
 from controlnet.common.program import note
@@ -37,7 +37,8 @@ class Signals:
         self.received = signal.Signals(number)
         if at_once:
             raise KeyboardInterrupt
-        note("\nstopping after this step (Ctrl-C again: at once, without saving)")
+        with suppress(RuntimeError):  # while a write to stderr waits for its reader, Python allows no other
+            note("\nstopping after this step (Ctrl-C again: at once, without saving)")
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

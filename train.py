@@ -76,7 +76,7 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
             values, numbers = training.step()
             # All agree, by the main process's clock.
             saving = signals.take_save_asked() or (process.is_main and training.saves.over(done))
-            stopping, saving = process.any(signals.received is not None, saving)
+            stopping, saving = process.any(signals.received is not None and not last, saving)
             if process.is_main:
                 progress.log({"step": done, **values, **training.validate(done, saving, last)}, numbers)
             if saving or last or stopping:

@@ -388,6 +388,13 @@ def send(monkeypatch, number, call, module=ControlLoss, name="forward"):
     monkeypatch.setattr(module, name, function)
 
 
+def test_a_signal_in_the_last_step_comes_too_late(base, tmp_path, cache, capsys, monkeypatch):
+    send(monkeypatch, signal.SIGTERM, call=1)
+    assert run(base, tmp_path, "--steps", "1", "--validation", "0", *cache) == 0
+    said = capsys.readouterr()
+    assert "--resume" not in said.err and said.out.splitlines()[-1].startswith("python infer.py")
+
+
 def test_a_signal_may_ask_for_a_save_alone(base, tmp_path, cache, monkeypatch):
     send(monkeypatch, signal.SIGUSR1, call=3)
     assert run(base, tmp_path, "--steps", "4", "--save-every", "100", *cache) == 0

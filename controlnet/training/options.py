@@ -254,7 +254,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> dict:
     add_options(parser, TrainSettings)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        sentence = right_names(unknown, [flag_of(item.name) for item in fields(TrainSettings)])
+        sentence = right_names(unknown, [flag_of(item.name) for item in fields(TrainSettings)], "resume" in given)
         if sentence is None:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         parser.exit(2, f"train.py: {sentence}\n")

@@ -87,16 +87,19 @@ NOT_NEEDED = {
 }
 
 
-def right_names(unknown: list[str], flags: list[str]) -> str | None:
+def right_names(unknown: list[str], flags: list[str], resume: bool) -> str | None:
     """What to type in place of words that no option takes, one sentence; None if a word is like none that is known.
 
-    `flags` are those that there are.
+    `flags` are those that there are, `resume` whether --resume is given, to which others add a state's name.
     """
     said, is_value = [], False
     for word in unknown:
         if not word.startswith("--"):
-            if not is_value:  # it follows an option that takes none, as only --resume is given one
-                said.append(f'--resume takes no value, found "{word}": it goes on with the newest state in --out')
+            if is_value:
+                continue
+            if not resume or word.startswith("-"):
+                return None
+            said.append(f'--resume takes no value, found "{word}": it goes on with the newest state in --out')
             continue
         is_value = "=" not in word
         flag, name = word.split("=")[0], word[2:].split("=")[0].replace("-", "_")

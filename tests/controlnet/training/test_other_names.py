@@ -36,11 +36,12 @@ def test_another_trainers_name_is_answered_with_ours(capsys, words, sentence):
     assert stopped.value.code == 2 and capsys.readouterr().err == f"train.py: {sentence}\n"
 
 
-def test_what_is_like_nothing_that_is_known_is_said_as_it_came(capsys):
+@pytest.mark.parametrize("words", ["--learning_rate 1 --hypernetwork", "my/pairs", "-b 4", "--resume -b"])
+def test_what_is_like_nothing_that_is_known_is_said_as_it_came(capsys, words):
     with pytest.raises(SystemExit) as stopped:
-        parse_args("", ["--learning_rate", "1", "--hypernetwork"])
+        parse_args("", words.split())
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "unrecognized arguments: --learning_rate 1 --hypernetwork" in error
+    assert stopped.value.code == 2 and f"unrecognized arguments: {words.removeprefix('--resume ')}" in error
 
 
 def test_a_hint_comes_with_its_prompt():

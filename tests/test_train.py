@@ -1130,13 +1130,14 @@ def test_a_dry_run_opens_the_base_and_the_control(base, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsys):
-    """Without the base's weights, and with an endless world's default of pictures."""
+def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    """Without the base's weights, with an endless world's default of pictures, and by two processes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     plan = ["--steps", "10", "--batch-size", "32", "--accumulate", "5", "--out", str(tmp_path / "out"), "--dry-run"]
     assert train.main(["--base", "tiny", *plan]) == 0
     out = capsys.readouterr().out
     assert (
-        "2000 pairs of 128x128 pixels, 1600 samples seen (0.8 epochs)" in out and "10 optimizer steps of 5 x 32" in out
+        "2000 pairs of 128x128 pixels, 3200 samples seen (1.6 epochs)" in out and "10 optimizer steps of 5 x 32" in out
     )
     assert "activations" in out and "at most, all together" in out
     assert not (tmp_path / "out").exists()

@@ -53,7 +53,8 @@ def plan(settings: TrainSettings) -> str:
     if not settings.no_cache:
         card_of(settings.cache or settings.out / "cache")
     prediction = predict(config, settings, size, control, len(sources.validation))
-    memory, samples = prediction(settings.batch_size), settings.steps * settings.batch_size * settings.accumulate
+    memory = prediction(settings.batch_size)
+    samples = settings.steps * settings.accumulate * settings.batch_size * launched_processes()
     epochs = samples / max(pairs, 1)
     fitting = fitting_batches(config, settings, size, control, len(sources.validation)) if settings.fit else []
     return "\n".join(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from controlnet.common.images import Size
-from controlnet.common.program import printable
+from controlnet.common.program import flag_of, printable
 from controlnet.hints.hint_file import is_label_map
 from controlnet.objective import seeded
 from controlnet.worlds import WORLDS
@@ -25,6 +25,7 @@ PUBLISHED_FILL50K = Path("data/fill50k")
 WORLD_IMAGES = 2000  # of a synthetic dataset, which is endless, when nobody says how many
 VALIDATION_SHARE, VALIDATION_MOST = 20, 32  # one in twenty of a folder, at most 32
 LOOKED_AT = 16  # hints, before a training
+OF_FOLDERS = ("buckets", "flip", "hint_channels", "label_maps", "prompt", "random_crop")  # settings that no world has
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ def open_sources(settings: TrainSettings, size: Size, multiple: int = 64) -> Sou
     Raises ValueError if this is not a dataset or too small to split, and for settings that contradict each other.
     """
     data, detect, channels = settings.data, settings.detect, settings.hint_channels
+    folder = PUBLISHED_FILL50K if data == "fill50k" and (PUBLISHED_FILL50K / "prompt.json").exists() else Path(data)
+    if data in WORLDS and folder == Path(data) and not folder.is_dir():
+        return open_world(settings, size)
     if (settings.random_crop or settings.flip) and not settings.no_cache:
         raise ValueError(
             "latents are computed once, and --random-crop and --flip change the image each time: add --no-cache"
         )
-    folder = PUBLISHED_FILL50K if data == "fill50k" and (PUBLISHED_FILL50K / "prompt.json").exists() else Path(data)
-    if data in WORLDS and folder == Path(data) and not folder.is_dir():
-        return open_world(settings, size)
     if not folder.exists() and "/" not in data:
         raise ValueError(
             f'there is no folder "{data}", and the synthetic datasets are {", ".join(WORLDS)}: give one of them'
@@ -100,13 +101,12 @@ def check_no_label_maps(source: FolderSource) -> None:
 
 def open_world(settings: TrainSettings, size: Size) -> Sources:
     data = settings.data
-    if settings.hint_channels != 3 or settings.prompt is not None:
+    found = [flag_of(name) for name in OF_FOLDERS if getattr(settings, name) != getattr(TrainSettings, name)]
+    if found:
         raise ValueError(
-            f"the synthetic dataset {data} has hints of 3 channels and tells what it draws: leave out --hint-channels, "
-            "--prompt"
+            f"the synthetic dataset {data} draws square images with hints of 3 channels, and their captions: leave out "
+            f"{', '.join(found)}"
         )
-    if settings.buckets:
-        raise ValueError(f"the images of {data} are all square: leave out --buckets")
     count = VALIDATION_MOST if settings.validation is None else settings.validation
     train = WorldSource(data, size, settings.images or WORLD_IMAGES, settings.seed, detect=settings.detect)
     held_out = WorldSource(data, size, count, held_out=True, detect=settings.detect)

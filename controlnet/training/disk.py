@@ -13,7 +13,7 @@ from ldm.config import Config
 from .memory import Prediction, optimizer_size
 from .options import TrainSettings
 from .simulation import size_of
-from .sources import Source, good_samples
+from .sources import FolderSource, Source, good_samples
 from .stored_latents import hint_as_image
 
 LOOKED_AT = 4  # samples, whose hints tell what a file of a computed one takes
@@ -68,7 +68,9 @@ def latents_size(config: Config, settings: TrainSettings, source: Source, size: 
     """Bytes of mean, logvar and text states, and of hints that are computed, by a few of them."""
     number, latents = PRECISIONS[settings.precision].itemsize, size[0] * size[1] // config.vae.downscale**2
     encoded = 2 * config.vae.latent_channels * latents + config.text.positions * config.text.width
-    return len(source) * (number * encoded + hint_size(source))
+    # What sd-scripts' folders repeat is stored once.
+    count = len(set(source.entries)) if isinstance(source, FolderSource) else len(source)
+    return count * (number * encoded + hint_size(source))
 
 
 def hint_size(source: Source) -> int:
@@ -87,4 +89,4 @@ def size_of_folder(folder: Path) -> int:
 
 
 def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2g} MB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"

@@ -23,6 +23,8 @@ from controlnet.objective import EncodedPairs
 from .identity import Key
 from .sources import Source
 
+SHARDS = "[0-9a-f]" * 16 + ".safetensors"  # their names are digests
+
 
 def hint_path(folder: Path, hint: str) -> Path:
     return folder / "hints" / f"{hint}.png"
@@ -48,21 +50,20 @@ class Place(NamedTuple):
 
 class Stored:
     """What a folder holds of the samples with these keys. With `check` damaged files are removed: to be made again by
-    the one process whose samples they hold."""
+    the one process, or the one run, whose samples they hold."""
 
     def __init__(self, folder: Path, keys: Sequence[Key], check: bool):
         self.folder, wanted = folder, {key.latents for key in keys}
         self.places: dict[str, Place] = {}
         self.bad: set[Key] = set()
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob(SHARDS)):  # no file of the user's own
             held = names_in(path)
-            if wanted.isdisjoint(held["keys"] + [latents for latents, _ in held["bad"]]):
-                if check and not any(held.values()):
-                    say_damaged(path)
-                continue
-            if check and not is_whole(path):
-                say_damaged(path)
+            others = wanted.isdisjoint(held["keys"] + [latents for latents, _ in held["bad"]])
+            damaged = check and not (any(held.values()) if others else is_whole(path))
+            if damaged:
+                tqdm.write(f'"{path}" is damaged: it is computed again')
                 path.unlink(missing_ok=True)
+            if damaged or others:
                 continue
             for row, name in enumerate(held["keys"]):
                 self.places.setdefault(name, Place(path, row))
@@ -77,7 +78,8 @@ class Stored:
 
 
 def names_in(path: Path) -> dict:
-    """The samples that a shard names: `keys` by row, and those found to be `bad`. None if it cannot be read."""
+    """The samples that a shard names: `keys` by row, and those found to be `bad`. Of a file that cannot be read both
+    are empty."""
     try:
         with safe_open(path, "pt") as file:
             held = json.loads(file.metadata()["samples"])
@@ -152,10 +154,6 @@ def is_whole(path: Path) -> bool:
             return metadata["crc32"] == checksum(tensors, metadata["samples"])
     except (OSError, SafetensorError, KeyError, TypeError):
         return False
-
-
-def say_damaged(path: Path) -> None:
-    tqdm.write(f'"{path}" is damaged: it is computed again')
 
 
 def checksum(tensors: dict[str, Tensor], samples: str) -> str:

@@ -291,6 +291,17 @@ def test_a_damaged_shard_is_computed_again(sd, tmp_path, damage, capsys):
     assert len(said) <= 1 and all(line == f'"{path}" is damaged: it is computed again' for line in said)
 
 
+def test_a_damaged_shard_of_another_runs_data_is_removed_and_said_once(sd, tmp_path, capsys):
+    source, path, mine = WorldSource("fill50k", SIZE, 2), tmp_path / "0123456789abcdef.safetensors", "lora.safetensors"
+    built(tmp_path, source, sd)
+    path.write_bytes(b"cut")
+    (tmp_path / mine).touch()
+    for said in (f'"{path}" is damaged: it is computed again\n', ""):
+        built(tmp_path, source, sd)
+        assert capsys.readouterr().out == said and not path.exists()
+    assert (tmp_path / mine).exists() and len(shards(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("damage", ["lost", "gray", "small", "palette", "foreign"])
 def test_a_cached_hint_that_is_none_is_computed_again(sd, tmp_path, damage):
     source = WorldSource("fill50k", SIZE, 3)

@@ -86,12 +86,14 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """In GB: on a GPU what PyTorch has allocated at most and what it has reserved for that, on a CPU the peak of the
-    whole process."""
+    whole process; nothing on Windows, which does not tell."""
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return {"memory_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
-    import resource  # Windows has none
-
+    try:
+        import resource
+    except ImportError:
+        return {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 

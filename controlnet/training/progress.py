@@ -87,7 +87,8 @@ class Progress:
             if "control_measure" in values:
                 self.shown["control"] = f"{values['control_measure']:+.2%}"
         shown = {"loss": f"{self.loss:.4f}", "lr": f"{values['lr']:.1e}", "img/s": f"{1 / self.pace:.1f}"}
-        self.bar.set_postfix(shown | self.shown | {"GB": f"{values['memory_gb']:.1f}"}, refresh=False)
+        memory = {"GB": f"{values['memory_gb']:.1f}"} if "memory_gb" in values else {}
+        self.bar.set_postfix(shown | self.shown | memory, refresh=False)
         if measures := [text.format(values[name]) for name, text in PRINTED.items() if name in values]:
             tqdm.write(f"step {values['step']}: loss {self.loss:.4f}, {', '.join(measures)}")
 

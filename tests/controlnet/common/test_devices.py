@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from controlnet.common.devices import PRECISIONS, pick_device, temporarily_on, use_device, use_precision
+from controlnet.common.devices import PRECISIONS, peak_memory, pick_device, temporarily_on, use_device, use_precision
 from controlnet.common.program import PRECISION_NAMES
 
 # ------------------------------------------------------------------------------------------------- device and precision
@@ -100,3 +100,10 @@ def test_weights_that_were_on_a_device_for_a_while_are_not_copied_back():
         raise KeyError
     assert [p.data_ptr() for p in network.parameters()] == places
     assert all(torch.equal(p, before) for p, before in zip(network.parameters(), weights, strict=True))
+
+
+def test_the_peak_of_memory_is_told_where_the_system_does(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 0.01 < peak_memory(cpu)["memory_gb"] < 1000
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert peak_memory(cpu) == {}

@@ -21,7 +21,7 @@ def run(tmp_path):
 def report(run, steps):
     with Progress(run, TrainSettings(steps=6, out=run.path), min(steps) - 1) as progress:
         for step in steps:
-            values = {"step": step, "lr": 0.1, "images_per_second": 2.0, "memory_gb": 1.0}
+            values = {"step": step, "lr": 0.1, "images_per_second": 2.0}
             values |= {"validation_loss": 1 / step, "control_measure": MEASURES[step - 1]}
             progress.log(values, Later(torch.tensor(0.5), torch.tensor(float("inf") if step == 2 else 1.0)))
         progress.flush()

@@ -60,7 +60,7 @@ def resolve(given: dict) -> TrainSettings:
         settings = replace(settings, steps=steps_of_epochs(with_defaults(settings, config), config))
     settings = with_defaults(settings, config)
     if settings.resume:
-        note_rising_rate(run, TrainSettings(**before), settings)
+        note_rising_rate(run, with_defaults(TrainSettings(**before), config), settings)
     if settings.shard and settings.optimizer != "adamw":
         raise ValueError(
             f"--shard is for adamw, and the optimizer is {settings.optimizer}: say --optimizer adamw, or leave out "

@@ -176,9 +176,11 @@ class RunFolder:
         for item in fields(TrainSettings):
             name = item.name
             if item.metadata["fixed"] and name in given and given[name] != before.get(name, given[name]):
+                flag, had = flag_of(name), before[name]
+                lacking = had is None or had is False or had == []
+                how = f"without {flag}" if lacking else f"with {flag} {had}, not {given[name]}"
                 raise ValueError(
-                    f"the run in {self.path} was started with {flag_of(name)} {before[name]}, not {given[name]}: "
-                    "leave it out, or start another run in another folder"
+                    f"the run in {self.path} was started {how}: leave it out, or start another run in another folder"
                 )
 
     def begin(self, step: int, settings: TrainSettings, data: dict) -> None:

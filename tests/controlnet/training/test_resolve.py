@@ -1,5 +1,7 @@
 """From a command line to a run's settings: how long it trains, and what it says of its learning rate."""
 
+from dataclasses import replace
+
 import pytest
 from small import SMALLEST, small_sd
 
@@ -43,3 +45,24 @@ def test_a_run_goes_on_for_as_long_as_was_said_last(base, tmp_path):
     for words, length in (("", (8, 2)), ("--epochs 3", (12, 3)), ("--steps 5", (5, None))):
         settings = settings_of(base, tmp_path, f"--resume {words}")
         assert (settings.steps, settings.epochs) == length
+
+
+def test_what_settings_json_leaves_open_is_the_default_of_the_base(base, tmp_path):
+    first = settings_of(base, tmp_path, "--steps 8")
+    RunFolder(tmp_path).begin(0, replace(first, lr_schedule=None, batch_size=None), {})
+    (tmp_path / "state" / "000003.pt").touch()
+    assert settings_of(base, tmp_path, "--resume --steps 20") == replace(first, steps=20, resume=True)
+
+
+@pytest.mark.parametrize(
+    "name, before, now, words",
+    [
+        ("seed", 0, 3, "with --seed 0, not 3"),
+        ("size", None, "64x64", "without --size"),
+        ("sd_unlocked", False, True, "without --sd-unlocked"),
+        ("lora", [], ["a"], "without --lora"),
+    ],
+)
+def test_a_run_says_what_it_was_started_with(tmp_path, name, before, now, words):
+    with pytest.raises(ValueError, match=f"was started {words}: leave it out"):
+        RunFolder(tmp_path).check_fixed({name: now}, {name: before})

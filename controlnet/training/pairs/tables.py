@@ -66,7 +66,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def unreadable(path: Path, error: Exception) -> ValueError:
-    first, *_ = str(error).splitlines()
+    first = next(iter(str(error).splitlines()), type(error).__name__)
     return ValueError(f'"{path}" is not readable as {path.suffix[1:].upper()} ({first}): write it again')
 
 

@@ -3,6 +3,8 @@
 import json
 import sys
 import unicodedata
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -124,6 +126,15 @@ def test_a_table_may_be_parquet(tmp_path):
     lay(tmp_path, PAIR)
     parquet.write_table(pyarrow.Table.from_pylist([IMAGEFOLDER]), tmp_path / "metadata.parquet")
     assert pairs_of(tmp_path) == [ZERO]
+
+
+@pytest.mark.parametrize("words, said", [("", "OSError"), ("first\nand more", "first")])
+def test_a_damaged_parquet_is_one_sentence_whatever_its_reader_says(tmp_path, monkeypatch, words, said):
+    reader = SimpleNamespace(read_table=Mock(side_effect=OSError(words)))
+    monkeypatch.setitem(sys.modules, "pyarrow", Mock())
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", reader)
+    with pytest.raises(ValueError, match=rf"is not readable as PARQUET \({said}\): write it again"):
+        recognise(lay(tmp_path, {"metadata.parquet": "PAR1"}), Wanted())
 
 
 def test_parquet_without_its_package_is_one_sentence(tmp_path, monkeypatch):

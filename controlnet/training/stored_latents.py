@@ -98,16 +98,17 @@ class LatentCache:
         number = {path: n for n, path in enumerate(sorted({place.shard for place in places}))}
         # (rows, 3): the sample's index, its shard's number and the row in it
         table = [(i, number[place.shard], place.row) for i, place in zip(good, places, strict=True)]
-        hints = [] if source.hints_are_files else [keys[i].hint for i in good]
-        self.open(folder, source, list(number), np.array(table, dtype=np.int64).reshape(-1, 3), hints)
+        self.table = np.array(table, dtype=np.int64).reshape(-1, 3)
+        self.hints = [] if source.hints_are_files else [keys[i].hint for i in good]
+        self.folder, self.source, self.paths = folder, source, list(number)
+        self.shards = [load_file(path) for path in self.paths]
 
-    def open(self, folder: Path, source: Source, paths: list[Path], table: np.ndarray, hints: list[str]) -> None:
-        self.folder, self.source, self.paths, self.table, self.hints = folder, source, paths, table, hints
-        self.shards = [load_file(path) for path in paths]
+    def __getstate__(self) -> dict:
+        """Without the latents: spawned workers open the files themselves."""
+        return {**self.__dict__, "shards": None}
 
-    def __reduce__(self):
-        """Spawned workers open the files themselves, in place of getting all latents."""
-        return reopened, (self.folder, self.source, self.paths, self.table, self.hints)
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, shards=[load_file(path) for path in state["paths"]])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -137,12 +138,6 @@ class LatentCache:
     def missing(self) -> list[int]:
         """The indices of the bad samples, which have no row."""
         return sorted(set(range(len(self.source))) - set(self.table[:, 0].tolist()))
-
-
-def reopened(*arguments) -> LatentCache:
-    cache = LatentCache.__new__(LatentCache)
-    cache.open(*arguments)
-    return cache
 
 
 def is_whole(path: Path) -> bool:

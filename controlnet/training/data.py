@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from controlnet.common.images import Size, to_hints, to_images
 from controlnet.common.program import height_and_width
-from controlnet.inference.sizes import check_size, size_multiple
+from controlnet.inference.sizes import check_size, latent_shape, size_multiple
 from controlnet.objective import EncodedPairs, seeded
 from controlnet.worlds import Sample
 from ldm.checkpoints.files import remove_leftovers
@@ -98,7 +98,7 @@ class TrainingData:
     def __init__(self, settings: TrainSettings, sd: StableDiffusion, process: Process):
         self.settings, self.process = settings, process
         self.size = image_size(settings.size, sd.config)
-        self.latent_shape = (sd.config.vae.latent_channels, *(side // sd.config.vae.downscale for side in self.size))
+        self.latent_shape = latent_shape(sd.config, self.size)
         self.sources = open_sources(settings, self.size, size_multiple(sd.config))
         train = self.sources.train
         self.bad = BadSamples(len(train), self.sources.problems, settings.bad_share, train.name_of)
@@ -133,7 +133,7 @@ class TrainingData:
 
     def compute_latents(self) -> None:
         """All images and captions are encoded here and now, as far as the cache lacks them."""
-        train, process, folder = self.sources.train, self.process, self.settings.cache or self.settings.out / "cache"
+        train, process, folder = self.sources.train, self.process, self.settings.cache_folder
         check_folder(folder, self.fingerprint)
         builders = process.sharing(folder)
         first = process.rank == builders[0]

@@ -21,7 +21,7 @@ LOOKED_AT = 4  # samples, whose hints tell what a file of a computed one takes
 
 def disk_plan(config: Config, settings: TrainSettings, source: Source, prediction: Prediction) -> str:
     """A line with what the run's files will take and what is free. Raises ValueError if that is too little."""
-    cache, needed = settings.cache or settings.out / "cache", files_of_run(settings, prediction)
+    cache, needed = settings.cache_folder, files_of_run(settings, prediction)
     parts = {settings.out: max(sum(needed.values()) - size_of_folder(settings.out / "state"), 0)}
     if not settings.no_cache:
         needed = {"latents": latents_size(config, settings, source, prediction.size), **needed}

@@ -51,7 +51,7 @@ def plan(settings: TrainSettings) -> str:
     if not settings.resume:
         RunFolder(settings.out).check_new()
     if not settings.no_cache:
-        card_of(settings.cache or settings.out / "cache")
+        card_of(settings.cache_folder)
     prediction = predict(config, settings, size, control, len(sources.validation))
     memory = prediction(settings.batch_size)
     samples = settings.steps * settings.accumulate * settings.batch_size * launched_processes()

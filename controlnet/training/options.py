@@ -247,6 +247,10 @@ class TrainSettings:
         each=True,
     )
 
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or self.out / "cache"
+
 
 def parse_args(description: str, argv: list[str] | None = None) -> dict:
     """What the command line gives, by the settings' names. Ends the program after --help and for a mistake."""

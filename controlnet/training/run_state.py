@@ -187,8 +187,7 @@ class RunFolder:
         """Writes settings.json, or finds the same `data` (a fingerprint) in that of the run that goes on at `step`."""
         before = self.written()["data"] if step else data
         if before != data:
-            cache = settings.cache or self.path / "cache"
-            latents = "" if settings.no_cache else f", and --cache {cache} for its latents"
+            latents = "" if settings.no_cache else f", and --cache {settings.cache_folder} for its latents"
             raise ValueError(
                 f"the run in {self.path} was started with other data or another base ({differences(before, data)}): "
                 f"give the same as --data and --base, or start another run, with --control {self.control} to go on "

@@ -84,7 +84,7 @@ def hint_of(source: FolderSource, i: int) -> np.ndarray:
     """As it is stored, where lines are not thinned by resizing. Raises BadSample if image or hint cannot be used."""
     entry = source.entries[i]
     if entry.hint is None:
-        return read_pixels(entry.image) if source.make_hint is None else as_rgb(source.sample(i).hint)
+        return as_rgb(source.sample(i).hint)
     hint = read_hint(entry.hint, source.hint_channels)
     check_same_shape(read_pixels(entry.image), hint, entry)
     return hint

@@ -154,7 +154,7 @@ def split(entries: list[Entry], validation: int | None, others: str = "") -> tup
     return [e for i, e in enumerate(entries) if i not in chosen], [entries[i] for i in sorted(chosen)]
 
 
-def validation_count(pairs: int, wanted: int | None, others: str = "") -> int:
+def validation_count(pairs: int, wanted: int | None, others: str) -> int:
     """Raises ValueError if nothing is left to train on."""
     count = min(max(1, pairs // VALIDATION_SHARE), VALIDATION_MOST) if wanted is None else wanted
     if count >= pairs:

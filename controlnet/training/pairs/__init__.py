@@ -35,12 +35,12 @@ def recognise(folder: Path, wanted: Wanted) -> Listing:
     return listing
 
 
-def list_folder(folder: str | Path, need_hints: bool = True, need_captions: bool = True) -> Listing:
+def list_folder(folder: str | Path, need_hints: bool = True) -> Listing:
     """The pairs that lie in files of their own; without `need_hints` hints are left out, whether there are any or not.
 
     Raises ValueError as `recognise` does, and for tar shards.
     """
-    listing = recognise(Path(folder), Wanted(need_hints, need_captions))
+    listing = recognise(Path(folder), Wanted(need_hints))
     if listing.shards:
         raise ValueError(f'"{folder}" holds tar shards, expected files: unpack one of them to look into it')
     return listing

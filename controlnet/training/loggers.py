@@ -50,7 +50,7 @@ class Tracker:
         id_file = run.path / "tracker-id"
         if not id_file.exists():
             write_text(id_file, f"{run.path.resolve().name}-{uuid4().hex[:8]}")
-        name, config = id_file.read_text(), {key: str(value) for key, value in asdict(settings).items()}
+        name, config = id_file.read_text(encoding="utf-8"), {key: str(value) for key, value in asdict(settings).items()}
         # wandb knows a run by its id, trackio by its name.
         own = {"id": name, "dir": str(run.path)} if package == "wandb" else {}
         try:

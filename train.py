@@ -240,7 +240,7 @@ def new_control(unet: UNet, settings: TrainSettings, run: RunFolder) -> ControlN
 
 
 def supervised(given: dict) -> int:
-    """`train`, the only process in the run's folder, which a closed pipe does not stop -> the exit status."""
+    """Runs `train` with the run's folder to itself; whoever reads its output may go away -> the exit status."""
     process = join_processes(given.get("device"))
     settings = process.from_main(lambda: resolve(given))
     run = RunFolder(settings.out)

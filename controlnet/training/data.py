@@ -59,8 +59,8 @@ class Batch(NamedTuple):
 class Pairs(Dataset):
     """Position -> the pair that stands there (a `Batch` without its first axis); a bad one is replaced by the next.
 
-    `read(index, position)` gives content and hint, or raises BadSample. `number` is what an index stands for in the
-    source: a row of a cache for a sample.
+    `read(index, position)` gives content and hint, or raises BadSample. `number(index)` is the sample's number in the
+    source, which for a cache is not its row.
     """
 
     def __init__(self, read: Callable[[int, int], tuple], order: Order, number: Callable[[int], int] = int):

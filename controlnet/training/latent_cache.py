@@ -102,7 +102,7 @@ def made_with(fingerprint: dict) -> dict:
 
 
 def prepare_folder(folder: Path, fingerprint: dict) -> None:
-    """Makes the folder, unless it is one of the same. Raises ValueError as `check_folder` does."""
+    """Makes an empty cache, unless there is one of the same base. Raises ValueError as `check_folder` does."""
     if not check_folder(folder, fingerprint):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "cache.json", json.dumps(made_with(fingerprint), indent=2) + "\n")

@@ -42,7 +42,7 @@ class Optimisation:
         optimisation.step()
 
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`. No
-    method waits for a GPU to finish a step.
+    method waits for a GPU, but for `step` with adamw8bit.
     `named` are as from `named_parameters()`: errors name the layer. `optimizer` is "adamw", "adamw8bit", which keeps
     the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon". With
     `shard` each of several processes keeps AdamW's moments of some parameters, updates these and sends them to the

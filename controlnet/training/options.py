@@ -87,7 +87,9 @@ class TrainSettings:
     random_crop: bool = in_data("crop at random, not in the centre (needs --no-cache)", False)
     flip: bool = in_data("mirror half of the pairs (needs --no-cache)", False)
     validation: int | None = in_data(
-        "validation pairs, not trained on (default: 1 in 20, at most 32)", type=count, metavar="N"
+        "validation pairs, not trained on (default: 1 in 20, at most 32; of a synthetic dataset 32)",
+        type=count,
+        metavar="N",
     )
     prompt: str | None = in_data("one prompt for all pairs, in place of captions; it may be empty", metavar="TEXT")
     prompt_dropout: float = in_data(

@@ -66,9 +66,9 @@ class Shuffled:
 class Bucketed:
     """Batches of one size each, from samples of the sizes given.
 
-    The k-th batch is of the size that the sample has which would stand at position k, so all sizes come as often as
-    samples have them. It is filled with that size's own samples, which are shuffled anew whenever all have been seen:
-    no batch is short, and none is left out, however few have its size.
+    The k-th batch has the size of the sample that would stand at position k, so all sizes come as often as samples have
+    them. It is filled with that size's own samples, which are shuffled anew whenever all have been seen: no batch is
+    short, and none is left out, however few have its size.
     """
 
     def __init__(self, sizes: Sequence[Size], seed: int, batch_size: int):

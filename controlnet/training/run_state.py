@@ -6,8 +6,12 @@ OUT/report.html            the log as curves, with all grids
 OUT/samples/000250.png     grids of validation hints
 OUT/control.safetensors    the ControlNet, as other programs read it: as of the last save
 OUT/control-000250.safetensors, control-best.safetensors: of each state, and of the save with the lowest validation loss
+OUT/base.safetensors       with --sd-unlocked: the base with the decoder as of the last save
 OUT/state/000250.pt        everything that a step depends on, the newest few of them
-OUT/example.png            a hint to try it on, or with --detect an image, to inpaint with its example-mask.png
+OUT/cache/                 latents (latent_cache.py), unless --cache names another folder
+OUT/example.png            a hint to try it on (.npy of channels that no image has), or with --detect an image, to
+                           inpaint with its example-mask.png
+OUT/tensorboard/           with --log tensorboard
 OUT/tracker-id             by which wandb or trackio know the run
 OUT/.lock                  which process writes there (lock.py)
 

@@ -41,7 +41,8 @@ class Validation:
         self.losses, self.grids = Interval(settings.validate_every), Interval(settings.sample_every)
 
     def __call__(self, done: int, loss: ControlLoss, saving: bool, last: bool) -> dict:
-        """What is logged after `done` steps of the ControlNet in `loss`: also before one is saved, to know the best."""
+        """What is logged after `done` steps of the ControlNet in `loss`: also before a save, to know the best, but for
+        that of a run that is being stopped."""
         values = {}
         if self.loss and (self.losses.over(done) or saving or last):
             values |= {**self.loss(loss), "zero_convs": zero_conv_norms(loss.control)}

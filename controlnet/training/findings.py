@@ -86,7 +86,7 @@ def hint_of(source: FolderSource, i: int) -> np.ndarray:
     if entry.hint is None:
         return as_rgb(source.sample(i).hint)
     hint = read_hint(entry.hint, source.hint_channels)
-    check_same_shape(read_pixels(entry.image), hint, entry)
+    check_same_shape(read_pixels(entry.image).shape[:2], hint, entry)
     return hint
 
 

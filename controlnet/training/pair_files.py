@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from controlnet.common.image_files import FORMATS, read_image
+from controlnet.common.images import Size
 from controlnet.hints import hint_file
 
 from .pairs import BadSample, Entry
@@ -22,8 +23,9 @@ def read_pixels(path: Path) -> np.ndarray:
         raise BadSample(str(error)) from error
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """(height, width) of an image, upright, from its header alone. Raises BadSample."""
+def size_of(path: Path) -> Size:
+    """Of an image, upright, from its header alone: that a PNG says behind its pixels to be turned is not seen. Raises
+    BadSample."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             exif = Image.Image.getexif(image)  # a PNG's own would decode all pixels to look behind them
@@ -49,9 +51,9 @@ def read_hint(path: Path, channels: int) -> np.ndarray:
         raise BadSample(str(error)) from error
 
 
-def check_same_shape(image: np.ndarray, hint: np.ndarray, entry: Entry) -> None:
+def check_same_shape(image_size: Size, hint: np.ndarray, entry: Entry) -> None:
     """A hint may be smaller or larger than its image, but not of another shape: it would lie askew on it."""
-    (height, width), (hint_height, hint_width) = image.shape[:2], hint.shape[:2]
+    (height, width), (hint_height, hint_width) = image_size, hint.shape[:2]
     if abs(hint_width * height - hint_height * width) > 0.02 * hint_height * width:
         raise BadSample(
             f'"{entry.hint}" is {hint_width}x{hint_height} and its image "{entry.image}" {width}x{height}, '

@@ -122,7 +122,7 @@ class FolderSource:
             image = place(image)
             return Sample(image, self.make_hint(image), entry.caption)
         hint = read_hint(entry.hint, self.hint_channels)
-        check_same_shape(image, hint, entry)
+        check_same_shape(image.shape[:2], hint, entry)
         return Sample(place(image), place(hint), entry.caption)
 
     def hint(self, index: int) -> np.ndarray:
@@ -130,8 +130,9 @@ class FolderSource:
         if self.make_hint is not None:
             return self.sample(index).hint
         entry = self.entries[index]
-        image_size = self.image_size(index) or size_of(entry.image)
-        return self.transform.of(image_size)(read_hint(entry.hint, self.hint_channels))
+        image_size, hint = self.image_size(index) or size_of(entry.image), read_hint(entry.hint, self.hint_channels)
+        check_same_shape(image_size, hint, entry)
+        return self.transform.of(image_size)(hint)
 
     def size(self, index: int) -> Size:
         """Of an image that cannot be read the size that all have without buckets."""

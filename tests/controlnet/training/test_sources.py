@@ -120,6 +120,9 @@ def test_bad_pairs_say_what_is_wrong_with_them(tmp_path):
         source = FolderSource("x", [Entry(tmp_path / image, tmp_path / hint, "c")], Transform((64, 64)))
         with pytest.raises(BadSample, match=words):
             source.sample(0)
+    source.entries = [Entry(tmp_path / "a.png", tmp_path / "wide.png", "c")]
+    with pytest.raises(BadSample, match="same shape"):  # also where the latents are there, and the hint is another now
+        source.hint(0)
 
 
 def test_hints_have_the_channels_that_are_asked_for(tmp_path):

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from controlnet import ControlNet
+from controlnet import Control, ControlNet
 from controlnet.common.images import to_hints, to_images, to_pil
-from controlnet.training.previews import control_with, images_of
+from controlnet.training.previews import images_of
 from controlnet.worlds import Sample
 from ldm import StableDiffusion
 
@@ -25,7 +25,7 @@ def painter(sd: StableDiffusion, controls: Sequence[ControlNet], settings: dict)
         for start in tqdm(range(0, len(samples), BATCH), leave=False):
             some = samples[start : start + BATCH]
             hints = np.split(np.stack([sample.hint for sample in some]), len(controls), axis=3)  # each (B, H, W, 3)
-            acting = [control_with(net, to_hints(hint)) for net, hint in zip(controls, hints, strict=True)]
+            acting = [Control.in_mode(net, to_hints(hint)) for net, hint in zip(controls, hints, strict=True)]
             images += images_of(sd, [sample.caption for sample in some], acting, seed=start, **settings)
         return images
 

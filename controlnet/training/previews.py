@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from controlnet.common.images import Size, save_png, to_hints, to_uint8
 from controlnet.guidance import Control, exact
@@ -79,7 +78,7 @@ def measure(sample: Sample, image: np.ndarray) -> dict[str, float]:
 
 def image_for(sd: StableDiffusion, control: ControlNet, sample: Sample, seed: int, **settings) -> np.ndarray:
     """One image (H, W, 3), uint8, for a sample's hint and caption; `settings` are `generate`'s."""
-    controls = [control_with(control, to_hints([sample.hint]))]
+    controls = [Control.in_mode(control, to_hints([sample.hint]))]
     (image,) = generate(sd, sample.caption, controls, seed=seed, **settings)
     return np.asarray(image)
 
@@ -90,7 +89,7 @@ def images_for(
     """What `image_for` makes of each, with the seeds `seed`, `seed` + 1 ...: equal to rounding, but sampled as one
     batch."""
     hints = to_hints(sample.hint for sample in samples)  # (B, C, H, W)
-    return images_of(sd, [sample.caption for sample in samples], [control_with(control, hints)], seed, steps)
+    return images_of(sd, [sample.caption for sample in samples], [Control.in_mode(control, hints)], seed, steps)
 
 
 @torch.no_grad()
@@ -115,11 +114,6 @@ def images_of(
     latents = samplers.sample("ddim", denoise, x, sd.schedule, steps)
     denoise.check(latents)
     return [np.asarray(image) for one in latents.split(1) for image in decode(sd, one, tiled=False)]
-
-
-def control_with(control: ControlNet, hints: Tensor) -> Control:
-    """As `infer.py` uses it: one that is pooled spares the negative prompt."""
-    return Control(control, hints, prompt_only=control.config.global_average_pooling)
 
 
 def as_rgb(hint: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ EXPERIMENT = Experiment(
     how="Circles, no prompts, no negative prompts. Contrast stands for the strength of guidance. With the hint in both "
     "branches these are one and the same here, so guidance is removed by construction: that is not judged. The weights "
     "are 64 / side of a block, as the paper writes them, judged, and the same divided by the largest, this project's "
-    "`resolution`.",
+    "`resolution`. Weights above 1 are more than a control was trained with: they leave smudges.",
     measure=measure,
     tables=tables,
     verdict=verdict,

@@ -160,9 +160,21 @@ def test_a_timed_step_moves_what_is_trained(monkeypatch):
     before = small_sd(SMALLEST)
     for name in (cost.BASE, cost.ENCODER):
         sd = small_sd(SMALLEST)
-        cost.step_of(name, SimpleNamespace(device=torch.device("cpu"), sd=sd))()
+        cost.step_of(SimpleNamespace(device=torch.device("cpu"), sd=sd), name)()
         pairs = zip(sd.unet.parameters(), before.unet.parameters(), strict=True)
         assert any(not torch.equal(moved, was) for moved, was in pairs) == (name == cost.BASE)
+
+
+@pytest.mark.parametrize("architecture", ["lite", "concat", "frozen"])
+def test_the_architectures_are_timed_as_they_are_trained(monkeypatch, architecture):
+    monkeypatch.setattr(cost, "BATCH", 1)
+    trained = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda given, **_: trained.extend(given) or SimpleNamespace(step=int))
+    sd = small_sd(SMALLEST)
+    cost.step_of(SimpleNamespace(device=torch.device("cpu"), sd=sd), cost.CONTROL, architecture)()
+    count = sum(parameter.numel() for parameter in trained)
+    assert count == cost.counted(sd.config, 1, architecture=architecture).trained != cost.counted(sd.config, 1).trained
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 def test_convergence_is_read_from_the_logs_and_the_grids_of_trainings(monkeypatch, tmp_path):

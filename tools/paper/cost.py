@@ -57,6 +57,10 @@ class BaseAlone(ControlLoss):
         return denoising_loss(self.schedule, output, z0, noise, t)
 
 
+def fresh(sd: StableDiffusion, architecture: str) -> ControlNet:
+    return ControlNet.from_unet(sd.unet, control_config(TrainSettings(architecture=architecture)))
+
+
 def loss_of(step: str, sd: StableDiffusion, control: ControlNet, architecture: str = "full") -> ControlLoss:
     """With gradients for what they are computed of."""
     control.requires_grad_(step != BASE)
@@ -93,10 +97,9 @@ def counted(
 ) -> Cost:
     """Of fake tensors, which have shapes but no contents. VAE and text encoder are in memory: of all of them the
     weights."""
-    settings = TrainSettings(architecture=architecture)
     with torch.device("meta"):
         sd = StableDiffusion(config).requires_grad_(False)
-        control = ControlNet.from_unet(sd.unet, control_config(settings))
+        control = fresh(sd, architecture)
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # the schedule's tables are real
     with fake:
         make_fake(sd)
@@ -110,20 +113,25 @@ def counted(
     return Cost(sum(parameter.numel() for parameter in trained.values()), memory, operations)
 
 
-def step_of(name: str, lab: Lab) -> Callable[[], None]:
-    """One of a new training, with AdamW."""
+def seconds_of(lab: Lab, step: str = CONTROL, architecture: str = "full") -> float:
+    """The median of some, in fp32 with AdamW."""
+    return median_seconds(step_of(lab, step, architecture), lab.device, TIMED)
+
+
+def step_of(lab: Lab, step: str, architecture: str = "full") -> Callable[[], None]:
+    """One of a new training."""
     sd = copy.deepcopy(lab.sd)
     sd.schedule = sd.schedule.to(lab.device)
-    loss = loss_of(name, sd, ControlNet.from_unet(sd.unet))
+    loss = loss_of(step, sd, fresh(sd, architecture), architecture)
     given = inputs(sd.config, BATCH, lab.device)
-    optimizer = torch.optim.AdamW(trained_in(loss, name).values(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(trained_in(loss, step).values(), lr=1e-5, fused=True)
 
-    def step() -> None:
+    def train() -> None:
         loss.zero_grad()
         loss(*given).backward()
         optimizer.step()
 
-    return step
+    return train
 
 
 def measure(lab: Lab) -> dict:
@@ -135,7 +143,7 @@ def measure(lab: Lab) -> dict:
     costs = {
         place: {step: vars(counted(config, batch, step)) for step in STEPS} for place, (config, batch) in places.items()
     }
-    return {"costs": costs, "seconds": {step: median_seconds(step_of(step, lab), lab.device, TIMED) for step in STEPS}}
+    return {"costs": costs, "seconds": {step: seconds_of(lab, step) for step in STEPS}}
 
 
 def tables(numbers: dict) -> list[str]:

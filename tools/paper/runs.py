@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from controlnet.common.program import flag_of, note
 from controlnet.training.run_state import RunFolder
@@ -34,10 +33,6 @@ class Run:
 
     def log(self) -> list[dict]:
         return list(self.folder.logged())
-
-    def seconds_per_step(self) -> float:
-        """The median: some steps are held up by validations."""
-        return self.settings["batch_size"] / median(line["images_per_second"] for line in self.log())
 
 
 def trained(folder: Path, settings: dict, fingerprint: str, device: str) -> Run:

@@ -15,7 +15,7 @@ from controlnet.common.images import save_png
 from controlnet.training.charts import chart
 from controlnet.training.run_state import RunFolder
 from tools.paper import __main__ as paper
-from tools.paper import composition, convergence, cost, guidance, lab, runs, segmentation
+from tools.paper import architectures, composition, convergence, cost, guidance, lab, runs, segmentation
 from tools.paper.page import EXPERIMENTS, anchor
 
 TOY = lab.Scale(seeds=2, steps=2, images=8, samples=2, sampling_steps=1)
@@ -175,6 +175,20 @@ def test_the_architectures_are_timed_as_they_are_trained(monkeypatch, architectu
     count = sum(parameter.numel() for parameter in trained)
     assert count == cost.counted(sd.config, 1, architecture=architecture).trained != cost.counted(sd.config, 1).trained
     assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_what_the_trainings_logs_tell_is_shown_beside_the_ious():
+    def log(last):
+        values = [(10, 0.6, 0.0), (20, 0.5, 0.2), (30, last, 0.3)]
+        return [dict(zip(("step", "validation_loss", "control_measure"), one, strict=True)) for one in values]
+
+    stub = SimpleNamespace(scale=TOY, train=lambda seed, **_: SimpleNamespace(log=lambda: log(0.25 + seed / 4)))
+    found = architectures.trainings_of(stub, "lite")
+    assert found == {"set_in": [20, 20], "validation_loss": [0.25, 0.5]}
+    cost = dict.fromkeys(("trained", "memory", "operations", "seconds"), 1.0)
+    fidelity = {"lite, perfect": {"iou": [0.5, 0.5], "colours": [1.0, 1.0]}}
+    numbers = {"kinds": ["perfect"], "fidelity": fidelity, "trainings": {"lite": found}, "costs": {"lite": cost}}
+    assert "| lite | 20, 20 | 0.3750 ± 0.1768 |" in architectures.tables(numbers)[2]
 
 
 def test_convergence_is_read_from_the_logs_and_the_grids_of_trainings(monkeypatch, tmp_path):

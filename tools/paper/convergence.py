@@ -6,15 +6,14 @@ import numpy as np
 
 from controlnet import ControlNet
 from controlnet.training.charts import Points
-from controlnet.training.convergence import Convergence
 from controlnet.worlds import Fill50k
 from tools.convergence import images_of
 
 from .experiment import Experiment
 from .lab import WATCHED, Lab, circles_measured, follows
-from .runs import Run
+from .runs import Run, set_in
 from .sheets import SHOWN, save_sheet
-from .statistics import Verdict, all_of, judged, shown, table
+from .statistics import Verdict, all_of, judged, shown, steps_shown, table
 
 # One seed each: they are there to show how the step depends on the settings.
 VARIANTS = {
@@ -64,12 +63,8 @@ def watched(log: list[dict], name: str) -> list[tuple[int, object]]:
 
 
 def outcome(lab: Lab, run: Run) -> dict:
-    convergence = Convergence(lab.scale.steps)
-    for line in run.log():
-        if "control_measure" in line:
-            convergence.news(line["step"], line["validation_loss"], line["control_measure"])
     images = lab.draw_circles(lab.load(run))
-    return {"set_in": convergence.set_in, **circles_measured(images, lab.circles)}
+    return {"set_in": set_in(run.log()), **circles_measured(images, lab.circles)}
 
 
 def jump(points: Points) -> tuple[float, float]:
@@ -105,8 +100,7 @@ def tables(numbers: dict) -> list[str]:
         rows.append([f"seed {i}", f"{start} to {end}", *(f"{share:.1%}" for share in fall(iou, loss))])
     kinds = []
     for name, found in numbers["kinds"].items():
-        steps = ", ".join(str(one["set_in"] or "never") for one in found)
-        kinds.append([name, steps, shown([one["iou"] for one in found])])
+        kinds.append([name, steps_shown(one["set_in"] for one in found), shown([one["iou"] for one in found])])
     head = ["", "IoU's middle half, steps", "validation loss falls by in it", "in all"]
     return [table(head, rows), table(["", "control sets in at step", "IoU without prompt at the end"], kinds)]
 

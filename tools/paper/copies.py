@@ -23,7 +23,8 @@ EXPERIMENT = Experiment(
     how="`random`: the copy starts from random weights. `frozen`: it stays as it is, and only hint encoder and zero "
     "convolutions learn. `concat`: no copy; the hint encoder's features are concatenated to the latents at the input "
     "of the locked encoder, whose first convolution is widened for them (here from the difference of two passes: it "
-    "would cost less). The paper does not report these. All have the same steps on the same images.",
+    "would cost less). The paper does not report these. All have the same steps on the same images. "
+    "The IoU is judged; the validation loss is what still tells apart those that all follow their hints.",
     measure=partial(measure, name="copies", architectures=("full", *OTHERS), kinds=("no prompt", "perfect")),
     tables=tables,
     verdict=verdict,

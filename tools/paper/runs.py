@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from controlnet.common.program import flag_of, note
+from controlnet.training.convergence import Convergence
 from controlnet.training.run_state import RunFolder
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -33,6 +35,15 @@ class Run:
 
     def log(self) -> list[dict]:
         return list(self.folder.logged())
+
+
+def set_in(log: Sequence[dict]) -> int | None:
+    """The step at which control sets in, as train.py says it."""
+    convergence = Convergence(log[-1]["step"])
+    for line in log:
+        if "control_measure" in line:
+            convergence.news(line["step"], line["validation_loss"], line["control_measure"])
+    return convergence.set_in
 
 
 def trained(folder: Path, settings: dict, fingerprint: str, device: str) -> Run:

@@ -1,6 +1,6 @@
 """Numbers over a few seeds: means, standard deviations, and when two differ. Nothing here imports PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import hypot
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -35,6 +35,11 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
     """Mean and standard deviation, or the only value."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{deviation}"
+
+
+def steps_shown(steps: Iterable[int | None]) -> str:
+    """Where something happens, for each training."""
+    return ", ".join(str(step or "never") for step in steps)
 
 
 def above(high: Sequence[float], low: Sequence[float]) -> bool | None:

@@ -157,12 +157,18 @@ def test_controls_compose_if_each_adds_to_the_other(changed, agrees):
 
 
 @pytest.mark.parametrize(
-    "iou, negatives, agrees", [(HIGH, HIGH, True), (MIDDLE, HIGH, False), (HIGH, LOW, None), (HIGH, VAGUE, None)]
+    "iou, colours, negatives, agrees",
+    [
+        (HIGH, LOW, HIGH, True),
+        (MIDDLE, LOW, HIGH, False),
+        (HIGH, [0.0, 0.01, 0.02], LOW, None),  # the other world's are more, but few
+        (HIGH, [0.7, 0.71, 0.72], VAGUE, None),
+    ],
 )
-def test_transfer_is_judged_once_the_other_base_has_its_own_colours(iou, negatives, agrees):
+def test_transfer_is_judged_once_the_other_base_has_its_own_colours(iou, colours, negatives, agrees):
     bases = {
         transfer.OWN: {"iou": HIGH, "colours": HIGH, "negatives": LOW},
-        transfer.UNTOUCHED: {"iou": iou, "colours": [0.7, 0.71, 0.72], "negatives": negatives},
+        transfer.UNTOUCHED: {"iou": iou, "colours": colours, "negatives": negatives},
     }
     assert transfer.verdict({"bases": bases}).agrees is agrees
 

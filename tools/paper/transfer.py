@@ -1,5 +1,7 @@
 """A ControlNet on another base: one that was fine-tuned from its own, on a recoloured world."""
 
+from statistics import fmean
+
 import numpy as np
 from torch import nn
 
@@ -12,7 +14,7 @@ from tools.pretrain_unet import BaseLoss, Batches, latents_of
 from .experiment import Experiment
 from .lab import BATCH, Lab, circles_measured
 from .sheets import save_sheet
-from .statistics import Verdict, above, judged, lost, numbers_table, shown
+from .statistics import LEARNED, Verdict, above, judged, lost, numbers_table, shown
 
 OWN, UNTOUCHED, MOVED = "its own base", "the other base, untouched", "the other base, difference of encoders added"
 LR = 5e-4  # a third of what the base was trained with, with the same optimizer
@@ -69,8 +71,11 @@ def tables(numbers: dict) -> list[str]:
 
 def verdict(numbers: dict) -> Verdict:
     own, untouched = (numbers["bases"][name] for name in (OWN, UNTOUCHED))
-    if not above(untouched["negatives"], untouched["colours"]):
-        return Verdict(None, "that the other base has learned its world is not shown by its colours")
+    learned = untouched["negatives"]
+    if fmean(learned) < LEARNED or not above(learned, untouched["colours"]):
+        return Verdict(
+            None, f"the other base has not learned its world: {shown(learned)} of its images have its colours"
+        )
     words = f"IoU {shown(own['iou'])} on its own base, {shown(untouched['iou'])} on the other, untouched"
     return judged(own["iou"], not lost(own["iou"], untouched["iou"]), words)
 

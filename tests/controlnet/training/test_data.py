@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small import small_sd
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from controlnet.common.images import to_hints, to_images
@@ -77,7 +78,22 @@ class Failing(Dataset):
         raise self.error
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+class InAWorker:
+    """A loader whose worker raises, in PyTorch's words, but without a process to wait for."""
+
+    num_workers = 1
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        try:
+            yield self.dataset[0]
+        except Exception:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+
+@pytest.mark.parametrize("loader", [DataLoader, InAWorker])
 @pytest.mark.parametrize(
     "error",
     [
@@ -87,10 +103,10 @@ class Failing(Dataset):
         OSError(28, "No space left on device", "hints/a.png"),
     ],
 )
-def test_an_error_while_reading_is_the_same_whoever_reads(workers, error):
+def test_an_error_while_reading_is_the_same_whoever_reads(loader, error):
     """A full disk is not a lack of memory."""
     with pytest.raises(OSError if isinstance(error, OSError) else ValueError) as caught:
-        next(reading(DataLoader(Failing(error), num_workers=workers)))
+        next(reading(loader(Failing(error))))
     assert str(caught.value) == str(error)
 
 

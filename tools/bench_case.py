@@ -5,6 +5,8 @@ that is timed. The work returns tensors to compare, by name, or a function that 
 """
 
 import math
+import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,6 +112,15 @@ def reset_peak(device: str) -> None:
 def peak_memory(device: str, before: float) -> float:
     """Bytes: the most allocated on a CUDA device; else the most this process held, beyond `before`."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident("VmHWM") - before
+
+
+def name_of(device: torch.device) -> str:
+    """What the GPU or the processor calls itself."""
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    told = Path("/proc/cpuinfo")  # of Linux
+    names = re.findall(r"^model name\s*: (.+)", told.read_text(), re.MULTILINE) if told.exists() else []
+    return next(filter(None, (*names, platform.processor())), "CPU")
 
 
 def resident(field: str) -> float:

@@ -36,7 +36,7 @@ from ldm.checkpoints.published import WEIGHTS
 from ldm.config import SD15
 from ldm.fast.packed import pack
 from ldm.fast.tiled_vae import decode_tiled, posterior_tiled
-from tools.bench_case import Outputs, Setup, Work
+from tools.bench_case import Outputs, Setup, Work, name_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEGATIVE = "red circle with blue background", "green"
@@ -60,10 +60,9 @@ def prepare(case: str, folder: Path, device: str | None, threads: int | None, pr
         torch.manual_seed(SEED)
         sd = StableDiffusion(SD15)
         write_models(folder, fill(sd), fill(ControlNet.from_unet(sd.unet)))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
     packages = [f"{package} {version(package)}" for package in ("torch", "diffusers") if find_spec(package)]
     machine = {"device": str(device), "threads": threads, "precision": use_precision(precision, device)}
-    return machine, f"{name}, {threads} threads, {', '.join(packages)}"
+    return machine, f"{name_of(device)}, {threads} threads, {', '.join(packages)}"
 
 
 def write_models(folder: Path, sd: StableDiffusion, control: ControlNet, dtype: torch.dtype | None = None) -> None:

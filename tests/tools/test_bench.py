@@ -275,3 +275,15 @@ def test_a_process_that_fails_is_a_sentence(capfd):
         bench.in_a_process("the task", "cli", "nothing")
     assert bench.main(["--device", "cuda:99"]) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith('bench: PyTorch finds no device "cuda:99"')
+
+
+def test_a_processor_is_called_by_its_name(monkeypatch, tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text(
+        "processor\t: 0\nmodel name\t: A Fast One\nflags\t: fpu\nprocessor\t: 1\nmodel name\t: A Fast One\n"
+    )
+    monkeypatch.setattr(bench_case, "Path", lambda _: told)
+    assert bench_case.name_of(torch.device("cpu")) == "A Fast One"
+    told.unlink()  # as outside Linux
+    monkeypatch.setattr(bench_case.platform, "processor", lambda: "")
+    assert bench_case.name_of(torch.device("cpu")) == "CPU" and bench_case.name_of(torch.device("meta")) == "meta"

@@ -188,6 +188,8 @@ def test_what_the_trainings_logs_tell_is_shown_beside_the_ious():
     cost = dict.fromkeys(("trained", "memory", "operations", "seconds"), 1.0)
     fidelity = {"lite, perfect": {"iou": [0.5, 0.5], "colours": [1.0, 1.0]}}
     numbers = {"kinds": ["perfect"], "fidelity": fidelity, "trainings": {"lite": found}, "costs": {"lite": cost}}
+    numbers["device"] = "a processor, 2 threads"
+    assert "| ms in fp32 on a processor, 2 threads |" in architectures.tables(numbers)[3]
     assert "| lite | 20, 20 | 0.3750 ± 0.1768 |" in architectures.tables(numbers)[2]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from controlnet.common.devices import use_precision
-from tools.bench_case import reset_peak, resident
+from tools.bench_case import name_of, reset_peak, resident
 
 WARM_UPS = 3
 
@@ -121,10 +121,10 @@ def waits(work: Callable[[], Any], device: torch.device) -> list[str]:
 def describe(device: torch.device) -> dict[str, Any]:
     """The device, by name and in numbers."""
     if device.type != "cuda":
-        return {"device": str(device), "threads": torch.get_num_threads()}
+        return {"device": name_of(device), "threads": torch.get_num_threads()}
     free, total = torch.cuda.mem_get_info(device)
     return {
-        "device": torch.cuda.get_device_name(device),
+        "device": name_of(device),
         "compute capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         "memory, GB": total / 1e9,
         "memory that is free, GB": free / 1e9,

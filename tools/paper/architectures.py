@@ -6,7 +6,7 @@ from statistics import fmean
 
 from controlnet.worlds import Sample
 
-from .cost import counted, seconds_of
+from .cost import counted, machine, seconds_of
 from .experiment import Experiment
 from .lab import BATCH, OPTIMIZER, Lab, circles_measured
 from .runs import set_in
@@ -44,7 +44,7 @@ def measure(lab: Lab, name: str, architectures: Sequence[str], kinds: Sequence[s
     fidelity = lab.over_seeds(of_seed)
     trainings = {each: trainings_of(lab, each) for each in architectures}
     costs = {each: cost_of(lab, each) for each in architectures}
-    return {"kinds": kinds, "fidelity": fidelity, "trainings": trainings, "costs": costs}
+    return {"kinds": kinds, "fidelity": fidelity, "trainings": trainings, "costs": costs, "device": machine(lab)}
 
 
 def trainings_of(lab: Lab, architecture: str) -> dict[str, list]:
@@ -79,7 +79,10 @@ def tables(numbers: dict) -> list[str]:
         table(["IoU with the hint", *numbers["kinds"]], rows("iou", numbers["kinds"])),
         table(["both colours right", *named], rows("colours", named)),
         table(["a training", looked, "validation loss at the end"], trainings),
-        table(["a step", "million trained parameters", "MB, counted", "GFLOP", "ms in fp32, measured"], costs),
+        table(
+            ["a step", "million trained parameters", "MB, counted", "GFLOP", f"ms in fp32 on {numbers['device']}"],
+            costs,
+        ),
     ]
 
 

@@ -20,7 +20,7 @@ from controlnet.training.simulation import FakeTensorMode, StorageCounter, make_
 from ldm import StableDiffusion
 from ldm.config import SD15, Config
 from tools.acceptance.device import median_seconds
-from tools.bench_case import count_flops
+from tools.bench_case import count_flops, name_of
 
 from .experiment import Experiment
 from .lab import BATCH, Lab
@@ -118,6 +118,10 @@ def seconds_of(lab: Lab, step: str = CONTROL, architecture: str = "full") -> flo
     return median_seconds(step_of(lab, step, architecture), lab.device, TIMED)
 
 
+def machine(lab: Lab) -> str:
+    return f"{name_of(lab.device)}, {torch.get_num_threads()} threads"
+
+
 def step_of(lab: Lab, step: str, architecture: str = "full") -> Callable[[], None]:
     """One of a new training."""
     sd = copy.deepcopy(lab.sd)
@@ -143,7 +147,11 @@ def measure(lab: Lab) -> dict:
     costs = {
         place: {step: vars(counted(config, batch, step)) for step in STEPS} for place, (config, batch) in places.items()
     }
-    return {"costs": costs, "seconds": {step: seconds_of(lab, step) for step in STEPS}}
+    return {
+        "costs": costs,
+        "seconds": {step: seconds_of(lab, step) for step in STEPS},
+        "device": machine(lab),
+    }
 
 
 def tables(numbers: dict) -> list[str]:
@@ -161,7 +169,7 @@ def tables(numbers: dict) -> list[str]:
     ]
     times = numbers["seconds"]
     rows = [[step, f"{1000 * time:.0f} ({time / times[BASE] - 1:+.0%})"] for step, time in times.items()]
-    return [*counts, table([f"a step with {next(iter(numbers['costs']))}", "ms, measured"], rows)]
+    return [*counts, table([f"a step with {next(iter(numbers['costs']))}", f"ms on {numbers['device']}"], rows)]
 
 
 def beside(steps: dict, step: str, what: str) -> float:

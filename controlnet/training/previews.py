@@ -111,7 +111,7 @@ def images_of(
     timesteps = samplers.timesteps_for("ddim", sd.schedule, steps)
     cfg = default_cfg(sd.config) if cfg is None else cfg
     denoise = make_denoise(sd, prompt, negative, cfg, controls, timesteps, batched=True, make_predictor=exact)
-    latents = samplers.sample("ddim", denoise, x, sd.schedule, steps)
+    latents = samplers.sample_loop("ddim", denoise, x, timesteps, sd.schedule)
     denoise.check(latents)
     return [np.asarray(image) for one in latents.split(1) for image in decode(sd, one, tiled=False)]
 

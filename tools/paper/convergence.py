@@ -11,7 +11,7 @@ from tools.convergence import images_of
 
 from .experiment import Experiment
 from .lab import WATCHED, Lab, circles_measured, follows
-from .runs import Run, set_in
+from .runs import Run, set_in, watched
 from .sheets import SHOWN, save_sheet
 from .statistics import Verdict, all_of, judged, shown, steps_shown, table
 
@@ -56,10 +56,6 @@ def untrained(lab: Lab) -> float:
     samples = [world[i] for i in range(WATCHED)]
     control = ControlNet.from_unet(lab.sd.unet), [sample.hint for sample in samples]
     return follows(lab.draw([control], [sample.caption for sample in samples]), samples)
-
-
-def watched(log: list[dict], name: str) -> list[tuple[int, object]]:
-    return [(line["step"], line[name]) for line in log if name in line]
 
 
 def outcome(lab: Lab, run: Run) -> dict:

@@ -37,6 +37,11 @@ class Run:
         return list(self.folder.logged())
 
 
+def watched(log: Sequence[dict], name: str) -> list[tuple[int, object]]:
+    """Steps and values of what is not logged at every step."""
+    return [(line["step"], line[name]) for line in log if name in line]
+
+
 def set_in(log: Sequence[dict]) -> int | None:
     """The step at which control sets in, as train.py says it."""
     convergence = Convergence(log[-1]["step"])

@@ -119,8 +119,8 @@ def name_of(device: torch.device) -> str:
     if device.type != "cpu":
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     told = Path("/proc/cpuinfo")  # of Linux
-    names = re.findall(r"^model name\s*: (.+)", told.read_text(), re.MULTILINE) if told.exists() else []
-    return next(filter(None, (*names, platform.processor())), "CPU")
+    name = re.search(r"^model name\s*: (.+)", told.read_text(), re.MULTILINE) if told.exists() else None
+    return name[1] if name else platform.processor() or "CPU"
 
 
 def resident(field: str) -> float:

@@ -45,7 +45,7 @@ def little(monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda: 0)  # all that the suite holds is gone through
     monkeypatch.setattr(bench, "have_peers", lambda: False)
     monkeypatch.setattr(torch, "compile", compile_by_name)
-    monkeypatch.setattr(programs.subprocess, "run", train_in_no_time)
+    monkeypatch.setattr(programs, "subprocess", SimpleNamespace(run=train_in_no_time))
 
 
 real_compile = torch.compile

@@ -1,9 +1,11 @@
 """What tools.paper says of numbers, on numbers that are made up: each rule with the case that it must not pass."""
 
 from math import exp
+from types import SimpleNamespace
 
 import pytest
 
+from controlnet.worlds.fill50k import draw_circle
 from tools.paper import (
     architectures,
     composition,
@@ -157,18 +159,18 @@ def test_controls_compose_if_each_adds_to_the_other(changed, agrees):
 
 
 @pytest.mark.parametrize(
-    "iou, colours, negatives, agrees",
+    "iou, own, pastel, agrees",
     [
         (HIGH, LOW, HIGH, True),
         (MIDDLE, LOW, HIGH, False),
-        (HIGH, [0.0, 0.01, 0.02], LOW, None),  # the other world's are more, but few
-        (HIGH, [0.7, 0.71, 0.72], VAGUE, None),
+        (HIGH, [0.0, 0.01, 0.02], LOW, None),  # more than by its own base, but few
+        (HIGH, HIGH, VAGUE, None),  # they are in pastel by its own base, too
     ],
 )
-def test_transfer_is_judged_once_the_other_base_has_its_own_colours(iou, colours, negatives, agrees):
+def test_transfer_is_judged_once_the_other_base_has_its_own_style(iou, own, pastel, agrees):
     bases = {
-        transfer.OWN: {"iou": HIGH, "colours": HIGH, "negatives": LOW},
-        transfer.UNTOUCHED: {"iou": iou, "colours": colours, "negatives": negatives},
+        transfer.OWN: {"iou": HIGH, "pastel": own},
+        transfer.UNTOUCHED: {"iou": iou, "pastel": pastel},
     }
     assert transfer.verdict({"bases": bases}).agrees is agrees
 
@@ -194,3 +196,13 @@ def test_cost_is_judged_by_memory_alone(memory, agrees):
     steps = {name: {"memory": 1.0, "operations": 1} for name in cost.STEPS}
     steps[cost.CONTROL] = {"memory": memory, "operations": 1000}
     assert cost.verdict({"costs": {cost.AUTHORS: steps}}).agrees is agrees
+
+
+def test_a_style_is_told_apart_wherever_the_disc_is():
+    circles = [draw_circle(64, 32, 32, 12, "red", "blue")]
+    moved = draw_circle(64, 20, 40, 12, "red", "blue").image
+    lab = SimpleNamespace(circles=circles)
+    assert transfer.measured([moved], lab)["pastel"] == 0
+    found = transfer.measured([transfer.pastel(moved)], lab)
+    assert found["pastel"] == 1 and found["iou"] < 0.5
+    assert transfer.measured([transfer.pastel(circles[0].image)], lab)["iou"] > 0.95

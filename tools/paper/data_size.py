@@ -2,10 +2,13 @@
 
 from .experiment import Experiment
 from .lab import BATCH, Lab, circles_measured
+from .runs import watched
 from .sheets import save_sheet
-from .statistics import Verdict, above, all_of, judged, numbers_table, shown
+from .statistics import Verdict, above, all_of, judged, shown, table
 
 FEW, ENDLESS = "100", "endless"
+MEASURES = "iou", "prompted iou", "prompted colours"
+ARE = {True: "are", False: "are not", None: "may or may not be"}
 
 
 def measure(lab: Lab) -> dict:
@@ -19,12 +22,14 @@ def measure(lab: Lab) -> dict:
     def of_seed(seed: int) -> dict[str, dict[str, float]]:
         rows, sheet = {}, {"hints": [sample.hint for sample in lab.circles]}
         for size, settings in sizes.items():
-            net = lab.load(lab.train(seed, **settings))
+            run = lab.train(seed, **settings)
+            net = lab.load(run)
             sheet[size] = lab.draw_circles(net)
             prompted = lab.draw_circles(net, [sample.caption for sample in lab.circles])
             rows[size] = {
                 "iou": circles_measured(sheet[size], lab.circles)["iou"],
                 **{f"prompted {name}": value for name, value in circles_measured(prompted, lab.circles).items()},
+                "validation loss": watched(run.log(), "validation_loss")[-1][1],
             }
         if seed == 0:
             save_sheet(lab, "data_size", sheet)
@@ -34,23 +39,23 @@ def measure(lab: Lab) -> dict:
 
 
 def tables(numbers: dict) -> list[str]:
-    columns = {
-        "iou": "IoU without prompt",
-        "prompted iou": "IoU with it",
-        "prompted colours": "both colours right with it",
-    }
+    head = ["pictures", "IoU without prompt", "IoU with it", "both colours right with it", "validation loss at the end"]
+    rows = [
+        [size, *(shown(row[name]) for name in MEASURES), shown(row["validation loss"], digits=4)]
+        for size, row in numbers["sizes"].items()
+    ]
     seen = f"Each training looks at {numbers['seen']:,} pictures: of a larger set it sees a part, of a smaller one all "
-    return [f"{seen}again and again.", numbers_table(numbers["sizes"], columns, "pictures")]
+    return [f"{seen}again and again.", table(head, rows)]
 
 
 def verdict(numbers: dict) -> Verdict:
     least, endless = (numbers["sizes"][size]["iou"] for size in (FEW, ENDLESS))
     collapsed, grows = sum(least) < 0.5 * sum(endless), above(endless, least)
-    words = [
-        f"with {FEW} pictures the IoU is {shown(least)}, {'less than' if collapsed else 'not less than'} half of that",
-        f"with endless ones, {shown(endless)}",
-    ]
-    return judged(endless, all_of(not collapsed, grows), " ".join(words))
+    words = (
+        f"training {'collapses' if collapsed else 'does not collapse'} with {FEW} pictures (IoU {shown(least)}), and "
+        f"endless ones {ARE[grows]} better ({shown(endless)})"
+    )
+    return judged(endless, all_of(not collapsed, grows), words)
 
 
 EXPERIMENT = Experiment(
@@ -59,7 +64,8 @@ EXPERIMENT = Experiment(
     how="Circles, at equal steps, measured on hints that no training has seen. Two colours, a place and a radius are "
     "all that a picture of this world can differ in, so few show most of it: a thousand photographs do not. A training "
     "sees 1,000 pictures too rarely to learn them by heart: a collapse, to less than half of the IoU, is looked for "
-    "with 100. Of 10,000, as of endless ones, none would be seen twice.",
+    "with 100. Of 10,000, as of endless ones, none would be seen twice. The validation "
+    "loss is not judged.",
     measure=measure,
     tables=tables,
     verdict=verdict,

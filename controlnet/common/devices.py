@@ -47,7 +47,8 @@ def use_precision(name: str, device: torch.device) -> str:
     """Lets CUDA use TF32 in fp32 matrix products and convolutions for "tf32", and for no other precision: by default
     PyTorch does in convolutions. -> the precision that `device` really has, fp32 in place of tf32 with a note.
     """
-    if name == "tf32" and not has_tf32(device):
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # from Ampere on
+    if name == "tf32" and not has_tf32:
         note(f"{device} has no TF32: computing in fp32")
         name = "fp32"
     # By their older names: torch.compile reads these, and PyTorch refuses that after the newer `fp32_precision` is set.
@@ -61,11 +62,6 @@ def lay_out(networks: Iterable[nn.Module], device: torch.device, precision: str)
     if device.type == "cuda" and precision != "fp32":
         for network in networks:
             network.to(memory_format=torch.channels_last)
-
-
-def has_tf32(device: torch.device) -> bool:
-    """NVIDIA's GPUs have it from Ampere on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def optional(module: str, what: str) -> ModuleType:

@@ -28,15 +28,19 @@ def parse_json(text: str) -> Any:
     Python's stack."""
     try:
         value = json.loads(text)
-        layer, depth = [value], 0
-        while layer and depth <= DEEPEST_JSON:
-            inner = (one.values() if isinstance(one, dict) else one for one in layer if isinstance(one, dict | list))
-            layer, depth = [value for values in inner for value in values], depth + 1
+        too_deep = depth(value) > DEEPEST_JSON
     except RecursionError:
-        depth = DEEPEST_JSON + 1
-    if depth > DEEPEST_JSON:
+        too_deep = True
+    if too_deep:
         raise ValueError(f"it is JSON nested deeper than {DEEPEST_JSON} levels")
     return value
+
+
+def depth(value: Any) -> int:
+    """How many lists and objects lie within each other."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import Field, field, fields
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -62,12 +62,11 @@ def flag_of(name: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """An argument for each field, in its group. What nobody gives is left out of the parsed namespace."""
-    groups = {}
+    groups = {"": parser}
     for item in fields(settings):
-        name = item.metadata["group"]
-        group = groups.setdefault(name, parser) if name == "" else groups.get(name)
-        if group is None:
-            group = groups[name] = parser.add_argument_group(name)
+        group = item.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
         arguments = {key: value for key, value in item.metadata["argument"].items() if value is not None}
         if item.default is False:
             arguments = {"help": arguments["help"], "action": "store_true"}
@@ -75,10 +74,9 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             arguments["action"] = "append"
         elif "const" in arguments:
             arguments["nargs"] = "?"
-        default = None if item.default is MISSING else item.default
-        arguments["help"] = arguments["help"].replace("%(default)s", str(default))
+        arguments["help"] = arguments["help"].replace("%(default)s", str(item.default))
         flags = filter(None, (flag_of(item.name), item.metadata["older"]))
-        group.add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, **arguments)
+        groups[group].add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, **arguments)
 
 
 def from_json(settings: type, values: dict, source: str) -> dict:
@@ -91,25 +89,29 @@ def from_json(settings: type, values: dict, source: str) -> dict:
 
 
 def as_typed(item: Field, value: Any, source: str) -> Any:
-    argument = item.metadata["argument"]
-    if item.metadata["each"]:
-        if not isinstance(value, list):
-            raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected a list')
-        if count := argument["nargs"]:
-            if not all(isinstance(words, list) and len(words) == count for words in value):
-                raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected lists of {count}')
-            return [[str(word) for word in words] for words in value]
-        if None in value and not item.metadata.get("lacking"):
-            raise ValueError(f'{source} has nothing for one "{item.name}", expected a value for each')
-        return [one if one is None else typed(argument, item.name, one, source) for one in value]
-    if item.default is False and not isinstance(value, bool):
-        raise ValueError(f'{source} has {value!r:.80} for "{item.name}", expected true or false')
-    if value is None and item.default is not None:
-        raise ValueError(f'{source} has nothing for "{item.name}", expected a value')
-    return value if value is None or item.default is False else typed(argument, item.name, value, source)
+    argument, found = item.metadata["argument"], f'{source} has {value!r:.80} for "{item.name}"'
+    if item.default is False:
+        if not isinstance(value, bool):
+            raise ValueError(f"{found}, expected true or false")
+        return value
+    if not item.metadata["each"]:
+        if value is None and item.default is not None:
+            raise ValueError(f'{source} has nothing for "{item.name}", expected a value')
+        return typed(argument, item.name, value, source)
+    if not isinstance(value, list):
+        raise ValueError(f"{found}, expected a list")
+    if count := argument["nargs"]:
+        if not all(isinstance(words, list) and len(words) == count for words in value):
+            raise ValueError(f"{found}, expected lists of {count}")
+        return [[str(word) for word in words] for words in value]
+    if None in value and not item.metadata.get("lacking"):
+        raise ValueError(f'{source} has nothing for one "{item.name}", expected a value for each')
+    return [typed(argument, item.name, one, source) for one in value]
 
 
 def typed(argument: dict, name: str, value: Any, source: str) -> Any:
+    if value is None:
+        return None
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
         read = (argument["type"] or str)(text)
@@ -214,8 +216,9 @@ def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
 
 
 def note(text: str) -> None:
-    """To stderr: stdout has the results alone."""
-    print(plain(text), file=sys.stderr)
+    """Printable lines, cut to a length, to stderr: stdout has the results alone."""
+    text = printable(text, kept="\n")
+    print(text if len(text) <= LONGEST_NOTE else f"{text[:LONGEST_NOTE]}...", file=sys.stderr)
 
 
 @contextmanager
@@ -234,12 +237,6 @@ def printable(text: str, kept: str = "") -> str:
     """Without control characters, but for those kept: what comes from a file or a server may hold commands to the
     terminal."""
     return "".join(letter if letter.isprintable() or letter in kept else "?" for letter in text)
-
-
-def plain(text: str) -> str:
-    """Printable lines, cut to a length."""
-    text = printable(text, kept="\n")
-    return text if len(text) <= LONGEST_NOTE else f"{text[:LONGEST_NOTE]}..."
 
 
 def run(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from controlnet.common.program import height_and_width
 from controlnet.hints import options_of, parse_detector
 from ldm.checkpoints.extras import split_strength
 
@@ -49,7 +50,7 @@ def parameters(settings: dict) -> str:
     lines = [settings["prompt"] + "".join(map(lora_tag, settings["lora"]))]
     if settings["negative"]:
         lines.append(f"{NEGATIVE} {settings['negative']}")
-    lines.append(", ".join(f"{name}: {quoted(value)}" for name, value in pairs(settings)))
+    lines.append(", ".join(f"{name}: {quoted(value)}" for name, value in pairs(settings).items() if value is not None))
     return "\n".join(lines)
 
 
@@ -59,36 +60,31 @@ def lora_tag(given: str) -> str:
     return f" <lora:{re.sub('[<>:]', ' ', Path(name).stem)}:{strength:g}>"
 
 
-def pairs(settings: dict) -> Iterator[tuple[str, object]]:
-    yield "Steps", settings["steps"]
+def pairs(settings: dict) -> dict[str, object]:
+    """None is left out."""
     sampler, schedule = A1111_SAMPLERS[settings["sampler"]]
-    yield "Sampler", sampler
-    if schedule:
-        yield "Schedule type", schedule
-    yield "CFG scale", settings["cfg"]
-    yield "Seed", settings["seed"]
-    yield "Size", settings["size"]
-    yield "Model", Path(settings["base"]).stem
-    if settings["init"]:
-        yield "Denoising strength", settings["strength"]
-    elif settings["upscale"] != 1:
-        yield "Denoising strength", settings["upscale_strength"]
-    if settings["upscale"] != 1:
-        yield "Hires upscale", settings["upscale"]
-        yield "Hires upscaler", "Lanczos"
-    if settings["mask_blur"]:
-        yield "Mask blur", settings["mask_blur"]
-    if settings["only_masked"] is not None:
-        yield "Inpaint area", "Only masked"
-        yield "Masked area padding", settings["only_masked"]
-    if settings["clip_skip"] != 1:
-        yield "Clip skip", settings["clip_skip"]
-    yield "Eta", settings["eta"]
-    for i in range(len(settings["hint"])):
-        yield f"ControlNet {i}", ", ".join(f"{name}: {value}" for name, value in unit(settings, i))
+    upscale = None if settings["upscale"] == 1 else settings["upscale"]
+    return {
+        "Steps": settings["steps"],
+        "Sampler": sampler,
+        "Schedule type": schedule,
+        "CFG scale": settings["cfg"],
+        "Seed": settings["seed"],
+        "Size": settings["size"],
+        "Model": Path(settings["base"]).stem,
+        "Denoising strength": settings["strength"] if settings["init"] else upscale and settings["upscale_strength"],
+        "Hires upscale": upscale,
+        "Hires upscaler": upscale and "Lanczos",
+        "Mask blur": settings["mask_blur"] or None,
+        "Inpaint area": None if settings["only_masked"] is None else "Only masked",
+        "Masked area padding": settings["only_masked"],
+        "Clip skip": None if settings["clip_skip"] == 1 else settings["clip_skip"],
+        "Eta": settings["eta"],
+        **{f"ControlNet {i}": unit(settings, i) for i in range(len(settings["hint"]))},
+    }
 
 
-def unit(settings: dict, i: int) -> Iterator[tuple[str, object]]:
+def unit(settings: dict, i: int) -> str:
     """One ControlNet, as the extension writes it. It splits at "," and ": ", knows no other names, modes and ranges,
     and where one thing does not fit drops the whole unit."""
     detector, options = settings["detect"][i].lower(), {}
@@ -96,18 +92,19 @@ def unit(settings: dict, i: int) -> Iterator[tuple[str, object]]:
         detector, given = parse_detector(detector)
         options = options_of(detector) | given
     module, *thresholds = MODULES.get(detector, ("none",))
-    yield "Module", module
-    yield "Model", re.sub("[,:\n]", " ", Path(settings["control"][i]).stem)
-    yield "Weight", min(max(settings["control_scale"][i], 0.0), 2.0)
-    yield "Resize Mode", FITS[settings["fit"]]
-    if module != "none":
-        yield "Processor Res", min(map(int, settings["size"].split("x")))
-    for name, option in zip("AB", thresholds, strict=False):
-        yield f"Threshold {name}", options[option]
-    yield "Guidance Start", settings["control_start"][i]
-    yield "Guidance End", settings["control_end"][i]
-    yield "Pixel Perfect", False
-    yield "Control Mode", MODES.get(settings["control_mode"][i], OTHER_MODES)
+    values = {
+        "Module": module,
+        "Model": re.sub("[,:\n]", " ", Path(settings["control"][i]).stem),
+        "Weight": min(max(settings["control_scale"][i], 0.0), 2.0),
+        "Resize Mode": FITS[settings["fit"]],
+        "Processor Res": None if module == "none" else min(height_and_width(settings["size"])),
+        **{f"Threshold {name}": options[option] for name, option in zip("AB", thresholds, strict=False)},
+        "Guidance Start": settings["control_start"][i],
+        "Guidance End": settings["control_end"][i],
+        "Pixel Perfect": False,
+        "Control Mode": MODES.get(settings["control_mode"][i], OTHER_MODES),
+    }
+    return ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
 
 
 def quoted(value: object) -> str:
@@ -134,9 +131,7 @@ OPTIONS = {
     "Masked area padding": "only_masked",
     "Model": "base",
 }
-
-
-READ_SCHEDULES = ("Automatic", "Uniform", "Karras")
+SCHEDULES = ("Automatic", "Uniform", "Karras")
 
 
 def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -156,7 +151,7 @@ def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
     settings |= {ours: found.pop(theirs) for theirs, ours in OPTIONS.items() if theirs in found}
     if "upscale" in settings and "strength" in settings:  # which is the second pass's then
         settings["upscale_strength"] = settings.pop("strength")
-    if "sampler" in settings and found.get("Schedule type") in READ_SCHEDULES:
+    if "sampler" in settings and found.get("Schedule type") in SCHEDULES:
         settings["sampler"] = with_schedule(settings["sampler"], found.pop("Schedule type"))
     return settings, found
 

@@ -91,26 +91,24 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
 
 def relocated(path: str, values: dict, files: dict[str, str], trust: bool) -> dict:
     """With the names of files as they are found from here; the keys of `files` change with them."""
-    named = {option: names_in(values.get(option)) for option in FILES}
-    if any(named.values()):
-        note(f'"{path}" names these files: {first_few(dict.fromkeys(sum(named.values(), [])), 20)}')
-    found = dict(values)
-    for option, names in named.items():
-        places = {}
-        for name in names:
-            file = split_strength(name)[0] if option == "lora" else name
-            place = located(path, option, file, trust)
-            places[name] = place + name.removeprefix(file)
-            if file in files:
-                files[place] = files[file]
-        if names:
-            value = values[option]
-            found[option] = [places.get(name) for name in value] if isinstance(value, list) else places[value]
-    return found
 
+    def found(option: str, name: str | None) -> str | None:
+        if not name:
+            return name
+        file = split_strength(name)[0] if option == "lora" else name
+        place = located(path, option, file, trust)
+        if file in files:
+            files[place] = files[file]
+        return place + name.removeprefix(file)
 
-def names_in(value: str | list[str | None] | None) -> list[str]:
-    return [name for name in (value if isinstance(value, list) else [value]) if name]
+    values = dict(values)
+    named = {option: values[option] for option in FILES if option in values}
+    names = [name for value in named.values() for name in (value if isinstance(value, list) else [value]) if name]
+    if names:
+        note(f'"{path}" names these files: {first_few(dict.fromkeys(names), 20)}')
+    for option, value in named.items():
+        values[option] = [found(option, name) for name in value] if isinstance(value, list) else found(option, value)
+    return values
 
 
 def located(path: str, option: str, name: str, trust: bool) -> str:

@@ -32,16 +32,14 @@ def read_texts(path: str | Path) -> tuple[dict | None, str | None]:
             texts = {key: image.info[key] for key in (KEY, A1111_KEY) if isinstance(image.info.get(key), str)}
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise ValueError(f'"{path}" is not readable as an image ({error}): give a PNG that infer.py made') from error
-    if max(map(len, texts.values()), default=0) > LARGEST_TEXT:
+    if any(len(text) > LARGEST_TEXT for text in texts.values()):
         raise ValueError(f'"{path}" has a text of more than {LARGEST_TEXT} characters: give a PNG that infer.py made')
-    if KEY not in texts:
-        return None, texts.get(A1111_KEY)
     try:
-        settings = parse_json(texts[KEY])
+        settings = parse_json(texts[KEY]) if KEY in texts else None
+        if KEY in texts and not isinstance(settings, dict):
+            raise ValueError("it is no JSON object")
     except ValueError as error:
         raise ValueError(f'"{path}" does not say how it was made ({error}): give a PNG that infer.py made') from error
-    if not isinstance(settings, dict):
-        raise ValueError(f'"{path}" does not say how it was made: give a PNG that infer.py made')
     return settings, texts.get(A1111_KEY)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -14,8 +13,8 @@ from ldm.unet import UNet
 
 
 @cache
-def compiling(**options: Any) -> Callable[[UNet], Predict]:
-    """A `make_predictor` of `guided` that computes what `exact` does. `options` are torch.compile's.
+def compiling() -> Callable[[UNet], Predict]:
+    """A `make_predictor` of `guided` that computes what `exact` does.
 
     The graph is compiled anew for other shapes and for other controls that act, not for another prompt, hint or step.
     On CUDA the whole of it is replayed as a CUDA graph ("reduce-overhead"): one launch in place of a thousand kernels'.
@@ -23,8 +22,7 @@ def compiling(**options: Any) -> Callable[[UNet], Predict]:
     from torch._dynamo.exc import BackendCompilerFailed  # here: 900 modules that nothing else needs
 
     torch.compiler.allow_in_graph(rearrange)  # as it is: to trace through einops takes most of the time
-    options = {"mode": "reduce-overhead", "dynamic": False, **options}
-    compute = torch.compile(controlled, **{name: value for name, value in options.items() if value is not None})
+    compute = torch.compile(controlled, mode="reduce-overhead", dynamic=False)
 
     def make_predictor(unet: UNet) -> Predict:
         def predict(

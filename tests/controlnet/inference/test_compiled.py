@@ -47,7 +47,12 @@ def make_predictor(graphs):
         graphs.append(graph)
         return graph.forward
 
-    return compiling(backend=backend, mode=None, fullgraph=True)
+    def compile(function, mode, dynamic, plain=torch.compile):
+        return plain(function, backend=backend, dynamic=dynamic, fullgraph=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compile)
+        return compiling.__wrapped__()
 
 
 @pytest.fixture(autouse=True)

@@ -166,7 +166,7 @@ def test_an_image_from_an_image_with_a_mask(cuda, monkeypatch, style, options):
 
 def test_the_tiled_vae(cuda):
     sd = base("sd1", FP16)
-    check(encode(sd, Image.new("RGB", (SIDE, SIDE)), [torch.Generator()], tiled=True), FP16, 1, 4, 8, 8)
+    check(encode(sd, torch.zeros(1, 3, SIDE, SIDE), [torch.Generator()], tiled=True), FP16, 1, 4, 8, 8)
     (image,) = decode(sd, torch.zeros(1, 4, 8, 8, device=CUDA), tiled=True)
     check(image, FP16, 3, SIDE, SIDE)
 

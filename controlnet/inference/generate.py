@@ -29,7 +29,7 @@ from .finite import Watched, finite
 from .graphed import graphed
 from .image_to_image import Init, begin, steps_done
 from .inpainting import check_inpainting, known_part, with_known
-from .memory import fitting_batch
+from .memory import fitting, guided_memory
 from .noise import draw, noise_from
 from .offload import decode, encode, on_device
 from .progress import Progress, reporter
@@ -121,7 +121,7 @@ def generate(
     if init:
         start = init.resized(size)
         with on_device(cpu_offload, sd.vae):
-            known = encode(sd, start.image, generators, tiled)
+            known = encode(sd, start.pixels(), generators, tiled)
             seen = known_part(sd, start, generators, tiled) if sd.config.unet.inpainting else None
     with on_device(cpu_offload, sd.text_encoder):
         contexts = prompt_contexts(sd, prompt, negative, clip_skip, long_prompts)
@@ -225,14 +225,16 @@ def default_batch_size(
     cpu_offload: torch.device | str | None,
     tile_diffusion: bool = False,
 ) -> int:
-    """How many images of `generate` are made at once: on CUDA as many as fit in memory, up to 16, and on a CPU one.
+    """How many images of `generate` are made at once: on CUDA as many as fit in memory, up to 16, and elsewhere one.
+    (What does not fit when it is decoded is decoded in parts.)
 
     At batch 1 a GPU waits for its next kernel most of the time. A CPU has enough to do.
     """
     device = sd.device if cpu_offload is None else torch.device(cpu_offload)
-    count = min(count, LARGEST_BATCH)
-    saving = dict(low_memory=cpu_offload is not None, tile_diffusion=tile_diffusion)
-    return fitting_batch(sd.config, size, sd.dtype, device, count, controls=len(controls), **saving)
+    if device.type != "cuda":
+        return 1
+    each = guided_memory(sd.config, size, sd.dtype, cpu_offload is not None, len(controls), tile_diffusion)
+    return fitting(min(count, LARGEST_BATCH), device, each)
 
 
 def fastest_exact(device: torch.device) -> Callable[[UNet], Predict]:

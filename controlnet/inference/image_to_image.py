@@ -6,12 +6,13 @@ Shapes: H W pixels, h = H/8, w = W/8.
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
-from controlnet.common.images import Size, fitted, mean_colour, resized, to_mask
+from controlnet.common.images import Size, fitted, mean_colour, resized, to_images, to_mask
 from controlnet.common.program import FITS
 from controlnet.hints.hint_image import check_mask
 from ldm.samplers import BeforeStep, Noise
@@ -50,6 +51,10 @@ class Init:
         if (self.only_masked is not None or self.mask_blur) and not (self.mask and self.mask.getbbox()):
             what = "only the masked part is to be made" if self.only_masked is not None else "the mask is to be soft"
             raise ValueError(f"{what}, but nothing is masked: give a mask with white in it")
+
+    def pixels(self) -> Tensor:
+        """(1, 3, H, W) in [-1, 1]"""
+        return to_images([np.array(self.image)])
 
     @cached_property
     def soft_mask(self) -> Image.Image | None:

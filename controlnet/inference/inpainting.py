@@ -5,17 +5,16 @@ blended: as in the released code, x alone is sampled. ControlNets made for other
 Shapes: B batch, H W pixels, h = H/8, w = W/8.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from controlnet.common.images import to_images, to_mask
+from controlnet.common.images import to_mask
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
 from .image_to_image import Init
-from .offload import encode_pixels
+from .offload import encode
 
 
 def check_inpainting(config: Config, init: Init | None) -> None:
@@ -34,7 +33,7 @@ def known_part(sd: StableDiffusion, init: Init, generators: list[Generator], til
     `init` is `resized`; for each generator the latents are a sample of the posterior.
     """
     mask = (to_mask(init.mask) >= 0.5).float()  # (1, 1, H, W)
-    latents = encode_pixels(sd, to_images([np.array(init.image)]) * (1 - mask), generators, tiled)  # (B, 4, h, w)
+    latents = encode(sd, init.pixels() * (1 - mask), generators, tiled)  # (B, 4, h, w)
     mask = F.interpolate(mask, latents.shape[-2:], mode="nearest").to(latents)
     return torch.cat([mask.expand(len(latents), -1, -1, -1), latents], dim=1)
 

@@ -47,32 +47,9 @@ def check_memory(
         note(f"an image of {size_text(size)} takes long on a CPU: try a smaller --size first")
 
 
-def fitting_batch(
-    config: Config,
-    size: Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    count: int,
-    low_memory: bool,
-    controls: int,
-    tile_diffusion: bool = False,
-) -> int:
-    """How many of `count` images fit into the memory that is free on CUDA, sampled at once beside the networks, which
-    are loaded: at least 1. On other devices 1. What does not fit when it is decoded is decoded in parts
-    (`decoding_batch`)."""
-    if device.type != "cuda":
-        return 1
-    return fitting(count, device, guided_memory(config, size, dtype, low_memory, controls, tile_diffusion))
-
-
-def decoding_batch(
-    config: Config, size: Size, dtype: torch.dtype, device: torch.device, count: int, tiled: bool
-) -> int:
-    """How many of `count` images fit into free memory when they are decoded at once: at least 1."""
-    return fitting(count, device, decoding_memory(config, size, dtype, tiled))
-
-
 def fitting(count: int, device: torch.device, each: int) -> int:
+    """How many of `count` images that need `each` so many bytes fit at once, beside the networks, which are loaded: at
+    least 1."""
     free = free_memory(device) if count > 1 else None
     return count if free is None else max(1, min(count, free // each))
 

@@ -4,19 +4,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from controlnet.common.devices import temporarily_on
-from controlnet.common.images import to_images, to_pil
+from controlnet.common.images import to_pil
 from ldm.fast.tiled_vae import decode_tiled, posterior_tiled
 from ldm.stable_diffusion import StableDiffusion
 from ldm.vae import AutoencoderKL
 
 from .finite import finite
-from .memory import decoding_batch
+from .memory import decoding_memory, fitting
 from .noise import draw
 
 
@@ -25,19 +24,15 @@ def on_device(device: torch.device | str | None, *networks: nn.Module) -> Abstra
     return nullcontext() if device is None else temporarily_on(torch.device(device), *networks)
 
 
-def encode(sd: StableDiffusion, image: Image.Image, generators: list[torch.Generator], tiled: bool) -> Tensor:
-    """An RGB image -> scaled latents (B, 4, h, w), as by `sd.encode`: for each generator a sample of the posterior."""
-    return encode_pixels(sd, to_images([np.array(image)]), generators, tiled)
-
-
-def encode_pixels(sd: StableDiffusion, images: Tensor, generators: list[torch.Generator], tiled: bool) -> Tensor:
-    """`encode` for an image (1, 3, H, W) in [-1, 1]."""
-    height, width = (side // sd.config.vae.downscale for side in images.shape[-2:])
+def encode(sd: StableDiffusion, image: Tensor, generators: list[torch.Generator], tiled: bool) -> Tensor:
+    """(1, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w), as by `sd.encode`: for each generator a sample of the
+    posterior."""
+    height, width = (side // sd.config.vae.downscale for side in image.shape[-2:])
     noise = draw(generators, (sd.config.vae.latent_channels, height, width))
 
     def compute() -> Tensor:
         like = sd.vae.quant_conv.bias
-        posterior = posterior_tiled(sd.vae, images.to(like)) if tiled else sd.vae.posterior(images.to(like))
+        posterior = posterior_tiled(sd.vae, image.to(like)) if tiled else sd.vae.posterior(image.to(like))
         return sd.config.vae.scale * posterior.sample(noise.to(posterior.mean))
 
     latents = compute()
@@ -51,8 +46,8 @@ def decode(sd: StableDiffusion, latents: Tensor, tiled: bool) -> list[Image.Imag
         return decode_tiled(sd.vae, latents.to(sd.vae.post_quant_conv.bias)) if tiled else sd.decode(latents)
 
     size = tuple(side * sd.config.vae.downscale for side in latents.shape[-2:])
-    dtype = next(sd.vae.parameters()).dtype
-    at_once = decoding_batch(sd.config, size, dtype, latents.device, len(latents), tiled)
+    each = decoding_memory(sd.config, size, next(sd.vae.parameters()).dtype, tiled)
+    at_once = fitting(len(latents), latents.device, each)
     decoded = [image for part in latents.split(at_once) for image in compute(part)]
     for i, image in enumerate(decoded):
         if not image.isfinite().all():

@@ -72,17 +72,9 @@ def test_a_base_in_memory_is_not_counted_twice(monkeypatch):
 
 
 def test_as_many_images_as_fit_are_made_at_once(monkeypatch):
-    each = memory.guided_memory(TINY, SIZE, FP32, False, 1)
-    monkeypatch.setattr(memory, "free_memory", lambda device: int(3.5 * each))
-    for count, low_memory, expected in ((8, False, 3), (2, False, 2), (8, True, 7)):
-        assert memory.fitting_batch(TINY, SIZE, FP32, CUDA, count, low_memory, 1) == expected
-    assert memory.fitting_batch(TINY, SIZE, FP32, CPU, 8, False, 1) == 1
-    monkeypatch.setattr(memory, "free_memory", lambda device: each // 2)
-    assert memory.fitting_batch(TINY, SIZE, FP32, CUDA, 8, False, 1) == 1
-    monkeypatch.setattr(memory, "free_memory", lambda device: int(2.5 * memory.decoding_memory(TINY, SIZE, FP32, True)))
-    assert memory.decoding_batch(TINY, SIZE, FP32, CPU, 8, tiled=True) == 2
-    monkeypatch.setattr(memory, "free_memory", lambda device: None)
-    assert memory.decoding_batch(TINY, SIZE, FP32, CPU, 8, tiled=True) == 8
+    for free, count, expected in ((350, 8, 3), (350, 2, 2), (50, 8, 1), (None, 8, 8)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert memory.fitting(count, CUDA, each=100) == expected
 
 
 def test_what_pytorch_keeps_on_cuda_is_free(monkeypatch):

@@ -98,11 +98,9 @@ def generate(
     check_batch_size(batch_size)
     cfg = default_cfg(sd.config) if cfg is None else cfg
     check_cfg(cfg)
-    if compile:
-        check_compile(reuse, cpu_offload is not None, sd.unet)
+    tiled = cpu_offload is not None
     tiles = tiles_of(sd.config, size) if tile_diffusion else []
-    fastest = exact if tiles else fastest_exact(sd.device)  # each tile would be a CUDA graph of its own
-    make_predictor = compiling() if compile else reusing(reuse) if reuse != 1 else fastest
+    make_predictor = predictor_for(sd, reuse, compile, tiled, tiles)
     timesteps = timesteps_for(sampler, sd.schedule, steps)
     if init:
         timesteps = timesteps[len(timesteps) - steps_done(init.strength, len(timesteps)) :]
@@ -111,7 +109,6 @@ def generate(
     if init and not timesteps:  # nothing is changed, not even by the autoencoder
         return [init.resized(size).image if init.only_masked is None else init.image] * count
     controls = [at_size(control, size, init) for control in controls]
-    tiled = cpu_offload is not None
     if batch_size is None:
         batch_size = default_batch_size(sd, size, count, controls, cpu_offload, tile_diffusion)
 
@@ -187,6 +184,18 @@ def prompt_contexts(sd: StableDiffusion, prompt: str, negative: str, clip_skip: 
     return finite(lambda: encode_prompts(sd, [prompt, negative], clip_skip, long), networks).split(1)
 
 
+def predictor_for(
+    sd: StableDiffusion, reuse: int, compile: bool, low_memory: bool, tiles: Sequence[Tile]
+) -> Callable[[UNet], Predict]:
+    """What computes the UNet with its controls. Raises ValueError for what cannot be compiled or reused."""
+    if compile:
+        check_compile(reuse, low_memory, sd.unet)
+        return compiling()
+    if reuse != 1:
+        return reusing(reuse)
+    return graphed if sd.device.type == "cuda" and not tiles else exact  # each tile would be a graph of its own
+
+
 def make_denoise(
     sd: StableDiffusion,
     prompt: Tensor,
@@ -235,7 +244,3 @@ def default_batch_size(
         return 1
     each = guided_memory(sd.config, size, sd.dtype, cpu_offload is not None, len(controls), tile_diffusion)
     return fitting(min(count, LARGEST_BATCH), device, each)
-
-
-def fastest_exact(device: torch.device) -> Callable[[UNet], Predict]:
-    return graphed if device.type == "cuda" else exact

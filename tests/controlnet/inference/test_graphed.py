@@ -22,7 +22,7 @@ def sd():
 
 
 def images(sd, monkeypatch, make_predictor, **settings):
-    monkeypatch.setattr("controlnet.inference.generate.fastest_exact", lambda device: make_predictor)
+    monkeypatch.setattr("controlnet.inference.generate.exact", make_predictor)
     hint = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     control = Control(small_control(sd), hint, start=0.5)
     made = generate(sd, "a", [control], negative="b", steps=6, cfg=2.5, **settings)

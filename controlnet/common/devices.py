@@ -47,8 +47,7 @@ def use_precision(name: str, device: torch.device) -> str:
     """Lets CUDA use TF32 in fp32 matrix products and convolutions for "tf32", and for no other precision: by default
     PyTorch does in convolutions. -> the precision that `device` really has, fp32 in place of tf32 with a note.
     """
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # from Ampere on
-    if name == "tf32" and not has_tf32:
+    if name == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):  # Ampere
         note(f"{device} has no TF32: computing in fp32")
         name = "fp32"
     # By their older names: torch.compile reads these, and PyTorch refuses that after the newer `fp32_precision` is set.

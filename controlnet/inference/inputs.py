@@ -5,7 +5,7 @@ Sizes are (height, width) in pixels.
 
 import glob
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -210,12 +210,12 @@ def read_control_mask(name: str, size: Size, fit: str, init: Init | None) -> Ten
     return to_mask(fitted(mask, size, fit))
 
 
-def load_controls(hints: Sequence[CheckedHint], sd: StableDiffusion) -> list[ControlNet]:
-    """One for each hint: those with the same file share it. Raises CheckpointError if one does not fit."""
+def net_loader(sd: StableDiffusion) -> Callable[[CheckedHint], ControlNet]:
+    """-> what loads a hint's ControlNet: hints with the same file share it. It raises CheckpointError for one that does
+    not fit."""
     load = cache(lambda file, pooling: ControlNet.load(file, sd, global_average_pooling=pooling))
     # Files of shuffle models do not say that their residuals are averaged: the mode does.
-    pooling = [True if MODES[hint.options.control_mode].averaged else None for hint in hints]
-    return [load(hint.control_file, pooled) for hint, pooled in zip(hints, pooling, strict=True)]
+    return lambda hint: load(hint.control_file, MODES[hint.options.control_mode].averaged or None)
 
 
 def find_hint(name: str) -> Path:

@@ -20,6 +20,7 @@ from controlnet.guidance import Control, acting_steps
 from controlnet.model import ControlNet
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import open_base
+from ldm.config import Config
 from ldm.embeddings import with_embeddings
 from ldm.fast.packed import pack
 from ldm.samplers import check_eta, timesteps_for
@@ -33,7 +34,7 @@ from .compiled import check_compile
 from .extras import Extras, find_extras
 from .generate import default_batch_size, generate
 from .image_to_image import Init, steps_done
-from .inputs import CheckedHint, hint_runs, load_controls, read_inputs, read_start
+from .inputs import CheckedHint, hint_runs, net_loader, read_inputs, read_start
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import check_unchanged, fingerprint, png_texts
 from .progress import Progress
@@ -57,18 +58,22 @@ class Job:
     device: torch.device
     init: Init | None
     hints: list[CheckedHint]
-    steps: int  # that are done, and not left out by image-to-image
+    steps: int  # that are done for each image, also in the second pass, and not left out by image-to-image
     files: dict[str, str]  # fingerprints, by the names given
     extras: Extras
-    second_pass_steps: int = 0  # of --upscale
     controls: tuple[Control, ...] = ()  # when the weights are loaded
     large_controls: tuple[Control, ...] = ()  # of the second pass, at its size
     batch_size: int = 1
 
     def batches(self) -> Iterator[range]:
         """The numbers of the images that are made at once."""
-        count = self.options.count
-        return (range(first, min(first + self.batch_size, count)) for first in range(0, count, self.batch_size))
+        images = range(self.options.count)
+        return (images[first : first + self.batch_size] for first in images[:: self.batch_size])
+
+    @property
+    def cpu_offload(self) -> torch.device | None:
+        """As `generate` takes it."""
+        return self.device if self.options.low_memory else None
 
     def settings(self, i: int) -> dict:
         """All that makes image i again (png_text.py)."""
@@ -91,12 +96,7 @@ def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> 
         note(f"the seed is {options.seed}")
     base = open_base(options.base, options.prediction, options.zero_snr, options.vae)
     config = base.config
-    cfg = default_cfg(config) if options.cfg is None else options.cfg
-    timesteps = timesteps_for(options.sampler, Schedule(config.schedule), options.steps)
-    check_cfg(cfg)
-    check_eta(options.sampler, options.eta)
-    check_seeds(options.seed, options.count)
-    layers_to_run(config.text, options.clip_skip)
+    cfg, steps = checked_numbers(options, config)
     device = use_device(options.device)
     options = replace(options, precision=use_precision(options.precision or default_precision(device), device))
     check_out(options.out)
@@ -116,21 +116,36 @@ def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> 
 
     def job(options: Options) -> Job:
         size, hints = read_inputs(options, config, device, mask, init, held)
-        steps = steps_done(init.strength, len(timesteps)) if init else len(timesteps)
-        note_idle_hints(hints, steps)
-        used = {options.base: base.checkpoint.path}
-        used |= {name: Path(name) for name in (options.init, options.mask) if name}
-        used |= extras.files
-        if options.vae:
-            used[options.vae] = find(options.vae)[0]
-        for hint in hints:
-            used |= hint.files()
-        found = {name: fingerprint_of(path) for name, path in used.items()}
-        check_unchanged(found, recorded_files)
-        second_pass_steps = steps_done(options.upscale_strength, len(timesteps)) if options.upscale != 1 else 0
-        return Job(options, size, cfg, device, init, hints, steps, found, extras, second_pass_steps)
+        first_pass = steps_done(init.strength, steps) if init else steps
+        second_pass = steps_done(options.upscale_strength, steps) if options.upscale != 1 else 0
+        note_idle_hints(hints, first_pass)
+        used = {options.base: base.checkpoint.path} | used_files(options, hints, extras)
+        files = {name: fingerprint_of(path) for name, path in used.items()}
+        check_unchanged(files, recorded_files)
+        return Job(options, size, cfg, device, init, hints, first_pass + second_pass, files, extras)
 
     return [job(one) for one in runs]
+
+
+def checked_numbers(options: Options, config: Config) -> tuple[float, int]:
+    """-> the guidance, and how many steps there are. Raises ValueError for numbers that make no sense."""
+    steps = len(timesteps_for(options.sampler, Schedule(config.schedule), options.steps))
+    cfg = default_cfg(config) if options.cfg is None else options.cfg
+    check_cfg(cfg)
+    check_eta(options.sampler, options.eta)
+    check_seeds(options.seed, options.count)
+    layers_to_run(config.text, options.clip_skip)
+    return cfg, steps
+
+
+def used_files(options: Options, hints: list[CheckedHint], extras: Extras) -> dict[str, Path]:
+    """All but the base's, by the names given."""
+    used = {name: Path(name) for name in (options.init, options.mask) if name} | extras.files
+    if options.vae:
+        used[options.vae] = find(options.vae)[0]
+    for hint in hints:
+        used |= hint.files()
+    return used
 
 
 def default_precision(device: torch.device) -> str:
@@ -162,9 +177,8 @@ def load_base(job: Job) -> StableDiffusion:
 
 def load_jobs(jobs: list[Job], sd: StableDiffusion) -> list[Job]:
     """With their controls. `sd` is packed or laid out, too; it may have been before."""
-    options = jobs[0].options
-    nets = iter(load_controls([hint for job in jobs for hint in job.hints], sd))
-    jobs = [with_controls(job, [next(nets) for _ in job.hints], sd) for job in jobs]
+    options, load_net = jobs[0].options, net_loader(sd)
+    jobs = [with_controls(job, load_net, sd.config) for job in jobs]
     jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
     networks = [sd.unet, *{control.net for job in jobs for control in job.controls}]
     lay_out(networks, jobs[0].device, options.precision)
@@ -173,21 +187,18 @@ def load_jobs(jobs: list[Job], sd: StableDiffusion) -> list[Job]:
     return jobs
 
 
-def with_controls(job: Job, nets: list[ControlNet], sd: StableDiffusion) -> Job:
+def with_controls(job: Job, load_net: Callable[[CheckedHint], ControlNet], config: Config) -> Job:
     def of(size: Size) -> tuple[Control, ...]:
-        return tuple(hint.control(net, size) for hint, net in zip(job.hints, nets, strict=True))
+        return tuple(hint.control(load_net(hint), size) for hint in job.hints)
 
-    job = replace(job, controls=of(job.size))
-    if job.options.upscale == 1:
-        return job
-    return replace(job, large_controls=of(larger_size(sd.config, job.size, job.options.upscale)))
+    job, upscale = replace(job, controls=of(job.size)), job.options.upscale
+    return job if upscale == 1 else replace(job, large_controls=of(larger_size(config, job.size, upscale)))
 
 
 def batch_size_of(job: Job, sd: StableDiffusion) -> int:
     options = job.options
-    cpu_offload = job.device if options.low_memory else None
     return options.batch_size or default_batch_size(
-        sd, job.size, options.count, job.controls, cpu_offload, options.tile_diffusion
+        sd, job.size, options.count, job.controls, job.cpu_offload, options.tile_diffusion
     )
 
 
@@ -195,7 +206,7 @@ def make_images(
     jobs: list[Job], sd: StableDiffusion, watch: Callable[[Progress], None] | None = None
 ) -> Iterator[tuple[Job, int, Image.Image]]:
     """Each with its job and its number among the images of it. `watch` is called after each step."""
-    with progress(sum(job.options.count * (job.steps + job.second_pass_steps) for job in jobs)) as step:
+    with progress(sum(job.options.count * job.steps for job in jobs)) as step:
 
         def told(done: Progress) -> None:
             step()
@@ -221,7 +232,7 @@ def make_batch(job: Job, batch: range, sd: StableDiffusion, callback: Callable) 
         long_prompts=options.long_prompts,
         reuse=options.reuse,
         compile=options.compile,
-        cpu_offload=job.device if options.low_memory else None,
+        cpu_offload=job.cpu_offload,
         tile_diffusion=options.tile_diffusion,
         callback=callback,
     )

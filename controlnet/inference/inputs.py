@@ -129,10 +129,7 @@ def read_inputs(
         raise ValueError("--upscale makes all of the image anew, also what a mask keeps: leave one of them out")
     if init:
         note_changes(options.init, init, size)
-    parts = [hint_part(image, size, init) for image in images]
-    for hint, part in zip(hints, parts, strict=True):
-        note_stretch(hint.hint, part.image, size, options.fit)
-    given = zip(hints, files, images, parts, strict=True)
+    given = zip(hints, files, images, strict=True)
     return size, [check_hint(*each, size, largest, config, init) for each in given]
 
 
@@ -170,14 +167,15 @@ def check_hint(
     options: HintOptions,
     file: Path,
     image: HintImage,
-    part: HintImage,
     size: Size,
     largest: Size,
     config: Config,
     init: Init | None,
 ) -> CheckedHint:
-    """`part` is what is made of the image, at `size`; all of it at `largest`, the second pass's. Raises ValueError for
+    """Of the image a part may be made at `size`, and all of it at `largest`, the second pass's. Raises ValueError for
     what is missing or does not fit the base, CheckpointError for a file without ControlNet."""
+    part = hint_part(image, size, init)
+    note_stretch(options.hint, part.image, size, image.fit)
     layer_weights(options.control_mode, options.control_layers or (), config.unet)
     mask = read_control_mask(options.control_mask, size, image.fit, init) if options.control_mask else None
     # A detector's errors come before the weights are read. A hint that was not detected is looked at as it came: thin

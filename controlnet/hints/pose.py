@@ -40,10 +40,7 @@ LARGE = 4096  # pixels of a rectangle
 
 
 def draw_pose(
-    keypoints: np.ndarray,
-    size: tuple[int, int],
-    hands: Iterable[np.ndarray] = (),
-    faces: Iterable[np.ndarray] = (),
+    keypoints: np.ndarray, size: tuple[int, int], hands: Iterable[np.ndarray] = (), faces: Iterable[np.ndarray] = ()
 ) -> np.ndarray:
     """Keypoints (18, 2 or 3) of one person, or (P, 18, 2 or 3), and (height, width) -> uint8 (H, W, 3).
 

@@ -164,13 +164,7 @@ def read_hint(hint: HintOptions, file: Path, mask: Image.Image | None, options: 
 
 
 def check_hint(
-    options: HintOptions,
-    file: Path,
-    image: HintImage,
-    size: Size,
-    largest: Size,
-    config: Config,
-    init: Init | None,
+    options: HintOptions, file: Path, image: HintImage, size: Size, largest: Size, config: Config, init: Init | None
 ) -> CheckedHint:
     """Of the image a part may be made at `size`, and all of it at `largest`, the second pass's. Raises ValueError for
     what is missing or does not fit the base, CheckpointError for a file without ControlNet."""

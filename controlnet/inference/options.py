@@ -286,20 +286,14 @@ def options_for_each_hint(options: Options) -> list[HintOptions]:
 def check_pairs(options: Options) -> None:
     """Raises ValueError for an option without the one that it belongs to."""
     if options.control and len(options.control) != len(options.hint):
-        raise ValueError(
-            f"there are {len(options.hint)} --hint and {len(options.control)} --control, expected one --control for "
-            "each --hint"
-        )
+        found = f"{len(options.hint)} --hint and {len(options.control)} --control"
+        raise ValueError(f"there are {found}, expected one --control for each --hint")
     if options.upscale_strength != Options.upscale_strength and options.upscale == 1:
-        raise ValueError(
-            "there is an --upscale-strength without --upscale: say how many times as large the image becomes"
-        )
-    if options.strength is not None and options.init is None:
-        raise ValueError("there is a --strength without --init: give the image to begin with, or leave it out")
-    if options.mask is not None and options.init is None and "inpaint" not in options.detect:
-        raise ValueError("there is a --mask without --init: give the image that it is for")
-    for name in ("mask_blur", "only_masked"):
-        if getattr(options, name) != getattr(Options, name) and options.init is None:
-            raise ValueError(f"there is a {flag_of(name)} without --init: give the image that it is for, and a --mask")
-    if options.mask is None and "inpaint" in options.detect:
+        raise ValueError("there is an --upscale-strength without --upscale: say how many times as large it becomes")
+    inpaint = "inpaint" in options.detect
+    for name in ("strength", "mask", "mask_blur", "only_masked"):
+        flag, given = flag_of(name), getattr(options, name) != getattr(Options, name)
+        if given and options.init is None and not (name == "mask" and inpaint):
+            raise ValueError(f"there is a {flag} without --init: give the image that it is for, or leave it out")
+    if inpaint and options.mask is None:
         raise ValueError("--detect inpaint needs a --mask: white where the image is to be made anew")

@@ -6,7 +6,7 @@ hands, thin lines in all hues with blue joints, and faces, white points.
 Shapes: P people, N hands, F faces of K points, H W pixels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -53,30 +53,24 @@ def draw_pose(
         raise ValueError(f"the keypoints have the shape {keypoints.shape}, expected (18, 2 or 3) or (P, 18, 2 or 3)")
     canvas = np.zeros((*size, 3), dtype=np.float32)
     for person in keypoints.reshape(-1, *keypoints.shape[-2:]):
-        draw_person(canvas, person)
+        draw_limbs(canvas, person, LIMBS, draw_ellipse, 4.5, LIMB_BRIGHTNESS * COLOURS)
+        draw_joints(canvas, person, 4.5, COLOURS)
     for hand in hands:
-        draw_hand(canvas, hand)
+        draw_limbs(canvas, hand, HAND_LIMBS, draw_line, 1.5, HAND_COLOURS)
+        draw_joints(canvas, hand, 4.5, [BLUE] * len(hand))
     for face in faces:
         draw_joints(canvas, face, 3.5, [WHITE] * len(face))
     return np.rint(canvas).astype(np.uint8)
 
 
-def draw_person(canvas: np.ndarray, keypoints: np.ndarray) -> None:
-    """Draws (18, 2 or 3) keypoints onto float (H, W, 3), in place."""
+def draw_limbs(
+    canvas: np.ndarray, keypoints: np.ndarray, limbs: tuple, draw: Callable, half_width: float, colours: np.ndarray
+) -> None:
+    """Draws each limb whose ends both are found onto float (H, W, 3), in place."""
     points, found = keypoints[:, :2], is_found(keypoints)
-    for (start, end), colour in zip(LIMBS, COLOURS, strict=False):  # the last colour is only a joint's
+    for (start, end), colour in zip(limbs, colours, strict=False):  # a body's last colour is only a joint's
         if found[start] and found[end]:
-            draw_ellipse(canvas, points[start], points[end], scaled(4.5, canvas), LIMB_BRIGHTNESS * colour)
-    draw_joints(canvas, keypoints, 4.5, COLOURS)
-
-
-def draw_hand(canvas: np.ndarray, keypoints: np.ndarray) -> None:
-    """Draws (21, 2 or 3) keypoints onto float (H, W, 3), in place."""
-    points, found = keypoints[:, :2], is_found(keypoints)
-    for (start, end), colour in zip(HAND_LIMBS, HAND_COLOURS, strict=True):
-        if found[start] and found[end]:
-            draw_line(canvas, points[start], points[end], scaled(1.5, canvas), colour)
-    draw_joints(canvas, keypoints, 4.5, [BLUE] * len(keypoints))
+            draw(canvas, points[start], points[end], scaled(half_width, canvas), colour)
 
 
 def draw_joints(canvas: np.ndarray, keypoints: np.ndarray, radius: float, colours: Iterable[np.ndarray]) -> None:

@@ -67,24 +67,24 @@ OF_STROKES = {"scribble", "threshold", "invert"}  # of drawings, whose transpare
 LEARNED_NOTE = "* learned, by the optional package controlnet_aux (pip install controlnet_aux)"
 
 # What others call these, in lower case. In place of a network that we lack stands one for the same kind of hint.
-ALIASES = {
-    "canny_edge": "canny",
-    **dict.fromkeys(("softedge", "softedge_hed", "softedge_hedsafe", "softedge_pidinet", "softedge_pidisafe"), "hed"),
-    **dict.fromkeys(("pidinet", "pidinet_safe", "hed_safe", "scribble_hed", "scribble_pidinet"), "hed"),
-    **dict.fromkeys(("depth_midas", "depth_leres", "depth_leres++", "depth_zoe", "depth_anything"), "midas"),
-    **dict.fromkeys(("depth_anything_v2", "leres", "zoe"), "midas"),
-    **dict.fromkeys(("dwpose", "dw_openpose_full", "openpose_full"), "openpose:hands=true,face=true"),
-    **dict.fromkeys(("openpose_face", "openpose_faceonly"), "openpose:face=true"),
-    "openpose_hand": "openpose:hands=true",
-    **dict.fromkeys(("lineart_realistic", "lineart_standard", "lineart_anime", "lineart_anime_denoise"), "lineart"),
-    "lineart_coarse": "lineart:coarse=true",
-    **dict.fromkeys(("seg", "seg_ofade20k", "seg_ufade20k", "oneformer_ade20k"), "segmentation"),
-    **dict.fromkeys(("normalmap", "normal_map", "normal_bae", "normalbae", "normal_midas"), "normal"),
-    "segment_anything": "sam",
-    **dict.fromkeys(("grayscale", "greyscale", "grey"), "gray"),
-    "tile_resample": "tile",
-    "blur_gaussian": "blur",
+OTHER_NAMES = {
+    "canny": "canny_edge",
+    "gray": "grayscale greyscale grey",
+    "blur": "blur_gaussian",
+    "tile": "tile_resample",
+    "normal": "normalmap normal_map normal_bae normalbae normal_midas",
+    "segmentation": "seg seg_ofade20k seg_ufade20k oneformer_ade20k",
+    "hed": "softedge softedge_hed softedge_hedsafe softedge_pidinet softedge_pidisafe pidinet pidinet_safe hed_safe "
+    "scribble_hed scribble_pidinet",
+    "midas": "depth_midas depth_leres depth_leres++ depth_zoe depth_anything depth_anything_v2 leres zoe",
+    "openpose:hands=true": "openpose_hand",
+    "openpose:face=true": "openpose_face openpose_faceonly",
+    "openpose:hands=true,face=true": "openpose_full dw_openpose_full dwpose",
+    "lineart": "lineart_realistic lineart_standard lineart_anime lineart_anime_denoise",
+    "lineart:coarse=true": "lineart_coarse",
+    "sam": "segment_anything",
 }
+ALIASES = {other: ours for ours, others in OTHER_NAMES.items() for other in others.split()}
 
 
 def detect(name: str, source: Any, **options) -> np.ndarray:

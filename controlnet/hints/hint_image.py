@@ -192,13 +192,12 @@ def check_is_image(path: str | Path) -> None:
 
 def stored_hint(path: str | Path) -> Image.Image | np.ndarray:
     """`open_hint`. Raises ValueError, for a pose or a map with the names of the detectors that read it."""
-    is_array = Path(path).suffix.lower() == ".npy"
-    if not is_array:
+    if Path(path).suffix.lower() != ".npy":
         check_is_image(path)
     try:
         return open_hint(path)
     except ValueError:
-        if is_array and Path(path).exists():
+        if Path(path).exists():
             check_is_image(path)
         raise
 

@@ -80,10 +80,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 
 
 def from_json(settings: type, values: dict, source: str) -> dict:
-    """Settings that a file keeps, each read as if it were typed. Raises ValueError for what no command line can have.
-
-    Names that this version does not know are left out.
-    """
+    """Settings that a file keeps, each read as if it were typed; names that this version does not know are left out.
+    Raises ValueError for what no command line can have."""
     known = {item.name: item for item in fields(settings)}
     return {name: as_typed(known[name], value, source) for name, value in values.items() if name in known}
 
@@ -97,7 +95,7 @@ def as_typed(item: Field, value: Any, source: str) -> Any:
     if not item.metadata["each"]:
         if value is None and item.default is not None:
             raise ValueError(f'{source} has nothing for "{item.name}", expected a value')
-        return typed(argument, item.name, value, source)
+        return value if value is None else typed(argument, item.name, value, source)
     if not isinstance(value, list):
         raise ValueError(f"{found}, expected a list")
     if count := argument["nargs"]:
@@ -106,12 +104,10 @@ def as_typed(item: Field, value: Any, source: str) -> Any:
         return [[str(word) for word in words] for words in value]
     if None in value and not item.metadata.get("lacking"):
         raise ValueError(f'{source} has nothing for one "{item.name}", expected a value for each')
-    return [typed(argument, item.name, one, source) for one in value]
+    return [one if one is None else typed(argument, item.name, one, source) for one in value]
 
 
 def typed(argument: dict, name: str, value: Any, source: str) -> Any:
-    if value is None:
-        return None
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
         read = (argument["type"] or str)(text)
@@ -259,7 +255,7 @@ def run(
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: note(f"{name}: {message}")
             return work() or 0
-    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
+    except Exception as error:
         sentence = in_a_sentence(error, memory_advice, disk_advice)
         if debug or sentence is None:
             raise

@@ -97,9 +97,10 @@ def read_pose(path: str | Path) -> Pose:
         people = people_in(frame)
         if len(people) > MAX_PEOPLE:
             raise ValueError(f"it has {len(people)} people, expected at most {MAX_PEOPLE}")
-        bodies = [coco(keypoints_of(person[BODY], (18, 25))) for person in people if has(person, BODY)]
-        hands = [keypoints_of(person[hand], (21,)) for person in people for hand in HANDS if has(person, hand)]
-        faces = [keypoints_of(person[FACE], (70, 68)) for person in people if has(person, FACE)]
+        # Editors write null or an empty list for what is not visible.
+        bodies = [coco(keypoints_of(person[BODY], (18, 25))) for person in people if person.get(BODY)]
+        hands = [keypoints_of(person[hand], (21,)) for person in people for hand in HANDS if person.get(hand)]
+        faces = [keypoints_of(person[FACE], (70, 68)) for person in people if person.get(FACE)]
         height, width = (side_of(frame, name) for name in ("height", "width"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         what = error
@@ -148,11 +149,6 @@ def split_people(keypoints: list) -> list[list]:
     return [keypoints[i : i + length] for i in range(0, len(keypoints), length)]
 
 
-def has(person: dict, part: str) -> bool:
-    """Editors write null or an empty list for what is not visible."""
-    return bool(person.get(part))
-
-
 def keypoints_of(numbers: Sequence, counts: tuple[int, ...]) -> np.ndarray:
     """Numbers or points, null where missing -> (K, 3) with K one of `counts`."""
     try:
@@ -177,5 +173,4 @@ def coco(keypoints: np.ndarray) -> np.ndarray:
 
 def side_of(frame: dict, name: str) -> int:
     """0 if unknown."""
-    side = frame.get(f"canvas_{name}") or frame.get(name) or 0
-    return side if isinstance(side, int) else int(float(side))
+    return int(float(frame.get(f"canvas_{name}") or frame.get(name) or 0))

@@ -40,15 +40,9 @@ class Tile(NamedTuple):
         return replace(control, hint=self.of(hint, scale), mask=mask)
 
 
-def tile_side(config: Config) -> int:
-    """In latents."""
-    return config.resolution // config.vae.downscale
-
-
 def tiles_of(config: Config, size: Size) -> list[Tile]:
     """Those of an image of `size` pixels; none if one would be enough."""
-    side = tile_side(config)
-    height, width = (pixels // config.vae.downscale for pixels in size)
+    side, height, width = (pixels // config.vae.downscale for pixels in (config.resolution, *size))  # in latents
     if max(height, width) <= side:
         return []
     return [Tile(rows, columns) for rows in spans(height, side) for columns in spans(width, side)]

@@ -88,8 +88,8 @@ class HintImage:
                 f"the ControlNet takes hints of {channels} channels, and the detector {self.detector} makes 3: "
                 "give the hint itself"
             )
-        found = len(self.layers) if self.layers else channels if channels in IMAGE_MODES else 3
-        if found != channels and not (found in IMAGE_MODES and channels in IMAGE_MODES):
+        found = len(self.layers) or 3
+        if found != channels and not {found, channels} <= IMAGE_MODES.keys():
             raise ValueError(
                 f"the ControlNet takes hints of {channels} channels, but this one has {found}: an image has 1, 3 or 4; "
                 "save others as a .npy array (H, W, C), or pass a tensor to Control()"
@@ -129,8 +129,7 @@ def as_rgb(image: str | Path | Image.Image | np.ndarray, of_strokes: bool = Fals
     training, or for a drawing of strokes `to_rgb`'s ground of hints."""
     if isinstance(image, str | Path):
         check_is_image(image)
-    stored = as_stored(image)
-    return to_rgb(stored, hint=of_strokes) if isinstance(stored, Image.Image) else shown(stored)
+    return to_rgb(as_stored(image), hint=of_strokes)
 
 
 def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def stopping_at_bad_layers(networks: dict[str, nn.Module]) -> Iterator[None]:
     for network, parent in networks.items():
         for name, layer in parent.named_modules():
             if not list(layer.children()):
-                handles.append(layer.register_forward_hook(check_output(f"{network}.{name}")))
+                handles.append(layer.register_forward_hook(partial(check_output, f"{network}.{name}")))
     try:
         yield
     finally:
@@ -64,12 +65,9 @@ def stopping_at_bad_layers(networks: dict[str, nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def check_output(layer: str) -> Callable:
-    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if not output.isfinite().all():
-            raise FloatingPointError(sentence(layer, output))
-
-    return hook
+def check_output(name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    if not output.isfinite().all():
+        raise FloatingPointError(sentence(name, output))
 
 
 def sentence(layer: str, output: Tensor) -> str:

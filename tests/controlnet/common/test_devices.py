@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from controlnet.common.devices import PRECISIONS, peak_memory, pick_device, temporarily_on, use_device, use_precision
+from controlnet.common.devices import (
+    PRECISIONS,
+    lay_out,
+    peak_memory,
+    pick_device,
+    temporarily_on,
+    use_device,
+    use_precision,
+)
 from controlnet.common.program import PRECISION_NAMES
 
 # ------------------------------------------------------------------------------------------------- device and precision
@@ -61,6 +69,14 @@ def test_devices_without_tf32_compute_in_fp32_and_say_so(gpus, default_settings,
         assert use_precision("tf32", torch.device(device)) == "fp32"
         assert capsys.readouterr().err == f"{device} has no TF32: computing in fp32\n"
         assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+
+
+@pytest.mark.parametrize("device, precision", [("cuda", "tf32"), ("cuda", "bf16"), ("cuda", "fp32"), ("cpu", "bf16")])
+def test_networks_are_laid_out_for_tensor_cores_unless_these_stay_idle(device, precision):
+    network = nn.Conv2d(2, 2, 3)
+    lay_out([network], torch.device(device), precision)
+    channels_last = network.weight.is_contiguous(memory_format=torch.channels_last)
+    assert channels_last == (device == "cuda" and precision != "fp32")
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

@@ -1,5 +1,6 @@
 """What the programs share: threads that sleep, options as fields, settings read back from files."""
 
+import importlib
 import io
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from controlnet.common.program import run
+from controlnet.common.program import REQUIRED, run
 
 ROOT = Path(__file__).parents[3]
 POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -62,6 +63,14 @@ def test_what_cuda_says_when_memory_is_out(message, capsys):
 
     assert run("infer.py", work, memory_advice="take less") == 2
     assert capsys.readouterr().err == "infer.py: out of memory: take less\n"
+
+
+@pytest.mark.parametrize("package", REQUIRED)
+def test_a_package_that_is_not_installed_is_named(package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run("infer.py", lambda: importlib.import_module(package)) == 2
+    said = capsys.readouterr().err
+    assert package in said and said.endswith("install what is needed with `pip install -r requirements.txt`\n")
 
 
 def test_names_that_no_encoding_has_are_printed_all_the_same(monkeypatch):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small import SMALL, SMALLEST, small_control, small_sd
+from small import SMALLEST, small_control, small_sd
 
 import infer
 from controlnet.common.image_files import read_image, read_mask
@@ -53,7 +53,7 @@ ROOT = Path(__file__).parent.parent
 def weights(tmp_path_factory):
     """A folder like weights/, with small random models in place of the trained ones."""
     folder = tmp_path_factory.mktemp("weights")
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     control = small_control(sd)
     sd.config = replace(sd.config, name="tiny")
     sd.save(folder / "tiny.safetensors")
@@ -61,7 +61,7 @@ def weights(tmp_path_factory):
     sd.unet.decoder.conv_out.bias.fill_(1e38)
     sd.unet.decoder.conv_out.weight.fill_(1e38)
     sd.save(folder / "broken.safetensors")
-    small_sd().save(folder / "other.safetensors")
+    small_sd(SMALLEST).save(folder / "other.safetensors")
     return folder
 
 
@@ -83,7 +83,7 @@ def place(weights, loads, tmp_path, monkeypatch):
     for name, load in loads.items():
         monkeypatch.setattr(name, load)
     monkeypatch.setattr("ldm.checkpoints.published.WEIGHTS", weights)
-    monkeypatch.setitem(PRESETS, "tiny", replace(SMALL, name="tiny"))
+    monkeypatch.setitem(PRESETS, "tiny", replace(SMALLEST, name="tiny"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -218,7 +218,7 @@ def test_the_options_decide_over_the_image():
             "--control-start 0.5",
             "--control-end 0.5",
             "--control-mask left.png",
-            "--control-layers 1,1,1,1,1,1,0",
+            "--control-layers 1,1,1,1,0",
             "--init photo.png",
             "--init photo.png --mask left.png",
             "--detect invert",
@@ -466,7 +466,7 @@ def test_the_example_hint_is_a_circle_of_the_training_world():
 
 EVERYTHING = (
     "--prompt|(größer:1.3), a: b|--negative|[blurry]|--hint|photo.png|--detect|canny|--control|fill50k"
-    "|--hint|circle.png|--control|fill50k|--control-scale|0.8|--control-scale|0.5|--control-layers|1,1,1,0.5,1,1,1|--control-end|0.6"
+    "|--hint|circle.png|--control|fill50k|--control-scale|0.8|--control-scale|0.5|--control-layers|1,1,0.5,1,1|--control-end|0.6"
     "|--control-mode|guess|--control-mode|balanced|--control-mask|left.png|--init|photo.png|--strength|0.7|--mask"
     "|left.png|--sampler|ddpm|--steps|5|--reuse|2|--cfg|3|--seed|7|--size|96x64|--long-prompts|--low-memory"
 )
@@ -576,7 +576,7 @@ def test_an_image_from_before_an_option_and_its_name_is_made_again(everything):
 def test_another_autoencoder_is_recorded_and_taken_again(weights, place, capsys):
     tensors = load_file(weights / "tiny.safetensors")
     vae = {key: tensors.pop(key) for key in list(tensors) if key.startswith("first_stage_model.")}
-    save_file(tensors, place / "without.safetensors", {"config": json.dumps(SMALL.to_dict())})
+    save_file(tensors, place / "without.safetensors", {"config": json.dumps(SMALLEST.to_dict())})
     vae["first_stage_model.decoder.conv_out.bias"] += 0.5
     save_file(vae, place / "vae.safetensors")
     assert run("--base", "without.safetensors") == 2
@@ -592,7 +592,8 @@ def test_another_autoencoder_is_recorded_and_taken_again(weights, place, capsys)
 def test_zero_terminal_snr_is_said_for_a_base_that_does_not_tell(place, capsys):
     """As if its file told."""
     sd = small_sd(SMALLEST)
-    for name, schedule in {"mute": ScheduleConfig("v"), "eps": ScheduleConfig("eps"), "tells": SMALL.schedule}.items():
+    tells = SMALLEST.schedule
+    for name, schedule in {"mute": ScheduleConfig("v"), "eps": ScheduleConfig("eps"), "tells": tells}.items():
         sd.config = replace(sd.config, schedule=schedule)
         sd.save(place / f"{name}.safetensors")
     assert run("--base", "mute.safetensors", "--zero-snr", "--out", "first-2.png") == 0
@@ -727,7 +728,7 @@ def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
         ({"DPM++ 2M": "DPM fast"}, 'there is no sampler "DPM fast Karras" here: taking "ddim"'),
         ({"Model: tiny": "Model: ../../x"}, 'its model "../../x" is not in '),
         ({"Steps: 3": "Steps: many"}, "has 'many' for \"steps\""),
-        ({"96x64": "97x64"}, "the image's size is 97x64 (width x height), expected multiples of 32"),
+        ({"96x64": "97x64"}, "the image's size is 97x64 (width x height), expected multiples of 16"),
     ],
 )
 def test_what_an_image_of_a1111_says_of_things_that_are_not_here_is_said(capsys, changes, said):
@@ -748,13 +749,13 @@ def test_the_mode_of_a_control_is_its_layers_and_branch(weights):
     sd = StableDiffusion.load(weights / "tiny.safetensors")
     image = read_image(ROOT / "assets" / "circle.png")
     hint = HintImage(image).at(default_size(sd.config, image))
-    powers = [0.825**i for i in reversed(range(7))]
+    powers = [0.825**i for i in reversed(range(5))]
     for mode, layers, prompt_only in [
         ("guess", powers, True),
-        ("resolution", [0.25, 0.25, 0.5, 0.5, 1, 1, 1], True),
-        ("resolution-literal", [1, 1, 2, 2, 4, 4, 4], True),
-        ("middle", [0, 0, 0, 0, 0, 0, 1], False),
-        ("prompt", [1] * 7, True),
+        ("resolution", [0.5, 0.5, 1, 1, 1], True),
+        ("resolution-literal", [1, 1, 2, 2, 2], True),
+        ("middle", [0, 0, 0, 0, 1], False),
+        ("prompt", [1] * 5, True),
     ]:
         assert run("--hint", "circle.png", "--control-mode", mode, "--out", f"{mode}.png") == 0
         net = ControlNet.load(weights / "tiny-fill50k.safetensors", sd.unet)
@@ -779,7 +780,7 @@ def test_a_hint_is_detected_at_the_images_size_and_saved(capsys):
     photograph((128, 96)).resize((640, 480)).save("photo.png")
     assert run("--hint", "photo.png", "--detect", "canny", "--control", "circles", "--save-hint") == 0
     assert "the hint is saved as out/0001-hint.png" in notes(capsys.readouterr())
-    want = detect("canny", np.asarray(resized(read_image("photo.png"), (64, 96))))
+    want = detect("canny", np.asarray(resized(read_image("photo.png"), (64, 80))))
     assert np.array_equal(pixels_of("out/0001-hint.png"), want) and want.any()
     plain = ["--hint", "out/0001-hint.png", "--control", "circles"]
     assert run(*plain) == 0
@@ -834,7 +835,7 @@ def test_the_inpaint_hint_is_minus_one_where_the_mask_is_white(weights):
 def test_a_hint_has_as_many_channels_as_its_control(weights, channels):
     control = f"control{channels}.safetensors"
     sd = StableDiffusion.load(weights / "tiny.safetensors")
-    net = ControlNet.from_unet(small_sd().unet, ControlConfig(hint_channels=channels)).requires_grad_(False)
+    net = ControlNet.from_unet(small_sd(SMALLEST).unet, ControlConfig(hint_channels=channels)).requires_grad_(False)
     for conv in (*net.zero_convs, net.hint_encoder.convs[-1]):
         conv.weight.fill_(0.1)
     net.save(control)
@@ -950,8 +951,8 @@ def test_strange_images_are_taken_as_a_person_expects():
             "--hint circle.png --control-scale 1 --control-scale 2",
             "there are 2 --control-scale and 1 --hint, expected one for all or for each",
         ),
-        ("--size 100", "the image's size is 100x100 (width x height), expected multiples of 32 up to 8192: take"),
-        ("--hint circle.png --size 0", "the image's size is 0x0 (width x height), expected multiples of 32 up"),
+        ("--size 100", "the image's size is 100x100 (width x height), expected multiples of 16 up to 8192: take"),
+        ("--hint circle.png --size 0", "the image's size is 0x0 (width x height), expected multiples of 16 up"),
         ("--sampler PLMS", 'the sampler is "PLMS", expected one of ddim, ddpm, dpm++'),
         ("--steps 0", "the number of steps is 0, expected 1..1000"),
         ("--steps 1001", "the number of steps is 1001, expected 1..1000"),
@@ -959,7 +960,7 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--compile --low-memory", "--compile and --low-memory exclude each other: leave one of them out"),
         ("--eta 2", "eta is 2.0, expected 0 (deterministic) to 1"),
         ("--upscale 0.9", "images are to become 0.9 times as large, expected 1 (as they are) to 8192"),
-        ("--upscale 200", "the image's size is 12800x12800 (width x height), expected multiples of 32 up to 8192"),
+        ("--upscale 200", "the image's size is 12800x12800 (width x height), expected multiples of 16 up to 8192"),
         ("--upscale-strength 0.3", "there is an --upscale-strength without --upscale"),
         ("--eta 1 --sampler dpm++", 'eta is 1.0, but sampler "dpm++" has no eta: '),
         ("--cfg -3", "the guidance (cfg) is -3.0, expected 0 (the negative prompt alone), 1 (the prompt alone)"),
@@ -970,7 +971,7 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--init left.png --mask-blur 4", "the mask is to be soft, but nothing is masked: give a mask"),
         ("--only-masked 4", "there is a --only-masked without --init: give the image that it is for, or leave it out"),
         ("--mask-blur 4", "there is a --mask-blur without --init: give the image that it is for, or leave it out"),
-        ("--size 16384", "the image's size is 16384x16384 (width x height), expected multiples of 32 up to 8192"),
+        ("--size 16384", "the image's size is 16384x16384 (width x height), expected multiples of 16 up to 8192"),
         (f"--prompt {'(' * 200}", "a prompt has more than 100 brackets inside each other"),
         ("--strength 0.5", "there is a --strength without --init"),
         ("--mask left.png", "there is a --mask without --init"),
@@ -1000,7 +1001,7 @@ def test_strange_images_are_taken_as_a_person_expects():
             "--hint left.png",
             '"left.png" looks like a gray image, which does not tell the small ControlNet that it is for: say ',
         ),
-        ("--hint circle.png --control-layers 1,2", "a control has 2 layer weights, expected 7 for this base"),
+        ("--hint circle.png --control-layers 1,2", "a control has 2 layer weights, expected 5 for this base"),
         ("--hint circle.png --control-start 0.6 --control-end 0.5", "a control acts from 0.6 to 0.5 of the steps"),
         ("--hint circle.png --control-mask black.png", 'the mask "black.png" is black everywhere'),
         ("--hint circle.png --control-mode strong", 'the mode of a control is "strong", expected one of balanced, '),
@@ -1115,11 +1116,11 @@ def test_a_size_that_does_not_fit_into_memory_is_refused_before_it_is_tried(monk
     monkeypatch.setattr(HintImage, "make", lambda *_: pytest.fail("the hint is made"))
     hint, size = ["--hint", "circle.png", "--control", "circles"], ["--size", "4096"]
     for free, options, message in (
-        (0.5, [], "needs about 2.0 GB of memory, but 0.5 GB are free: give a smaller --size"),
-        (1.5, [], "needs about 2.0 GB of memory, but 1.5 GB are free: add --low-memory or give a smaller --size"),
-        (1.0, [], "needs about 2.0 GB of memory, but 1.0 GB are free: add --tile-diffusion or give a"),
-        (1.0, ["--low-memory"], "needs about 1.2 GB of memory, but 1.0 GB are free: add --tile-diffusion or give a"),
-        (0.8, ["--precision", "fp16"], "needs about 1.0 GB of memory, but 0.8 GB are free: add --low-memory or"),
+        (0.5, [], "needs about 1.4 GB of memory, but 0.5 GB are free: give a smaller --size"),
+        (1.0, [], "needs about 1.4 GB of memory, but 1.0 GB are free: add --low-memory or give a smaller --size"),
+        (0.83, [], "needs about 1.4 GB of memory, but 0.8 GB are free: add --tile-diffusion or give a"),
+        (0.7, ["--low-memory"], "needs about 0.8 GB of memory, but 0.7 GB are free: add --tile-diffusion or give a"),
+        (0.5, ["--precision", "fp16"], "needs about 0.7 GB of memory, but 0.5 GB are free: add --low-memory or"),
         (3.0, hint, "needs about 3.2 GB of memory, but 3.0 GB are free: add --tile-diffusion or give a"),
     ):
         gigabytes["free"] = free

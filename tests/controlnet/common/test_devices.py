@@ -1,16 +1,16 @@
 """Devices, what they compute fp32 in, which memory a program keeps, and what moves to a device and back."""
 
 import platform
-import subprocess
 import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import nn
 
 from controlnet.common.devices import (
     PRECISIONS,
+    keep_freed_memory,
     lay_out,
     peak_memory,
     pick_device,
@@ -81,30 +81,30 @@ def test_networks_are_laid_out_for_tensor_cores_unless_these_stay_idle(device, p
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
-FAULTS = """
-import os, resource, torch
-from controlnet.common.devices import keep_freed_memory
-for kept, megabytes in (("not", 64), ("small", 64), ("large", 64), ("small", 24)):
-    if os.fork() == 0:  # what a process keeps is set once and for all
-        if kept != "not":
-            keep_freed_memory(torch.device("cpu"), large=kept == "large")
-        for _ in range(12):  # alignment may want a little more than what was freed
-            torch.ones(2**18 * megabytes)  # which are gone at once
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**18 * megabytes)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
-        os._exit(0)
-    os.wait()
-"""
+
+def count_faults(kept, megabytes):
+    """Of the pages of a tensor: the exit status, at most 100. What a process keeps is set once and for all."""
+    import resource
+
+    if kept != "not":
+        keep_freed_memory(torch.device("cpu"), large=kept == "large")
+    for _ in range(12):  # alignment may want a little more than what was freed
+        torch.ones(2**18 * megabytes)  # which are gone at once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**18 * megabytes)
+    sys.exit(min(100, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
 def test_memory_that_was_freed_serves_the_next_tensor():
     """Without page faults, of which new memory takes dozens, even in large pages: of 64 MB if large tensors are kept,
     else of 24."""
-    command = [sys.executable, "-c", FAULTS]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
-    assert [int(faults) > 16 for faults in result.stdout.split()] == [True, True, False, False]
+    faults = {}
+    for case in (("not", 64), ("small", 64), ("large", 64), ("small", 24)):
+        process = forked.start(count_faults, *case)
+        process.join()
+        faults[case] = process.exitcode
+    assert [count > 16 for count in faults.values()] == [True, True, False, False]
 
 
 def test_weights_that_were_on_a_device_for_a_while_are_not_copied_back():

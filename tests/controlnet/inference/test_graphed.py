@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small import small_control, small_sd
+from small import SMALLEST, small_control, small_sd
 from tape import record_on_tapes
 
 from controlnet.guidance import Control, exact, guided
@@ -18,21 +18,25 @@ def tapes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def sd():
-    return small_sd()
+    return small_sd(SMALLEST)
 
 
-def images(sd, monkeypatch, make_predictor, **settings):
-    monkeypatch.setattr("controlnet.inference.generate.exact", make_predictor)
+@pytest.fixture(scope="module")
+def control(sd):
     hint = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    control = Control(small_control(sd), hint, start=0.5)
+    return Control(small_control(sd), hint, start=0.5)
+
+
+def images(sd, control, monkeypatch, make_predictor, **settings):
+    monkeypatch.setattr("controlnet.inference.generate.exact", make_predictor)
     made = generate(sd, "a", [control], negative="b", steps=6, cfg=2.5, **settings)
     return [np.asarray(image) for image in made]
 
 
-def test_replayed_steps_are_those_that_are_computed(sd, tapes, monkeypatch):
+def test_replayed_steps_are_those_that_are_computed(sd, control, tapes, monkeypatch):
     """With the control and without it: two recordings, each of a first step that two replays follow."""
-    wanted = images(sd, monkeypatch, exact)
-    assert np.array_equal(images(sd, monkeypatch, graphed.graphed), wanted)
+    wanted = images(sd, control, monkeypatch, exact)
+    assert np.array_equal(images(sd, control, monkeypatch, graphed.graphed), wanted)
     assert [tape.replays for tape in tapes] == [2, 2]
 
 
@@ -46,12 +50,12 @@ def test_a_replay_leaves_alone_what_the_one_before_it_gave(sd, tapes):
         assert all(torch.equal(output, plain(one, t, 5)) for output, one in zip(outputs, x, strict=True))
 
 
-def test_batches_that_keep_the_gpu_busy_are_not_recorded(sd, tapes, monkeypatch):
+def test_batches_that_keep_the_gpu_busy_are_not_recorded(sd, control, tapes, monkeypatch):
     positions = (32 // sd.config.vae.downscale) ** 2
     monkeypatch.setattr(graphed, "MOST_POSITIONS", 2 * 2 * positions)
-    wanted = images(sd, monkeypatch, exact, count=3, batch_size=2)
-    assert np.array_equal(images(sd, monkeypatch, graphed.graphed, count=3, batch_size=2), wanted)
+    wanted = images(sd, control, monkeypatch, exact, count=3, batch_size=2)
+    assert np.array_equal(images(sd, control, monkeypatch, graphed.graphed, count=3, batch_size=2), wanted)
     assert len(tapes) == 4  # of a batch of two and one of one
     tapes.clear()
-    images(sd, monkeypatch, graphed.graphed, count=3, batch_size=3)
+    images(sd, control, monkeypatch, graphed.graphed, count=3, batch_size=3)
     assert not tapes

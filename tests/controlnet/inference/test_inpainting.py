@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import SMALL, for_inpainting, small_control, small_sd
+from small import SMALLEST, for_inpainting, small_control, small_sd
 from test_generate import arrays, differ, hint
 from test_image_to_image import left_half, photo
 
@@ -83,9 +83,9 @@ def test_without_a_mask_it_is_said_what_is_missing(sd, init):
 def test_a_control_is_a_copy_of_another_bases_encoder(sd):
     with pytest.raises(ValueError, match="copy the encoder of the base that it was made from"):
         ControlNet.from_unet(sd.unet)
-    wide = replace(SMALL, unet=replace(SMALL.unet, inpainting=True))
-    assert parameters(wide, 2) - parameters(wide, 1) == parameters(SMALL, 2) - parameters(SMALL, 1)
-    assert parameters(wide, 1) - parameters(SMALL, 1) == 5 * 16 * 9
+    wide = replace(SMALLEST, unet=replace(SMALLEST.unet, inpainting=True))
+    assert parameters(wide, 2) - parameters(wide, 1) == parameters(SMALLEST, 2) - parameters(SMALLEST, 1)
+    assert parameters(wide, 1) - parameters(SMALLEST, 1) == 5 * 8 * 9
 
 
 @pytest.mark.filterwarnings("ignore")  # of weights that overflow

@@ -22,9 +22,7 @@ from ldm.schedule import Schedule
 from ldm.stable_diffusion import StableDiffusion
 
 CUDA = torch.device("cuda:0")
-TINY = replace(
-    SMALL, unet=replace(SMALL.unet, channels=8, multipliers=(1, 1), attention=(False, True), heads=(1, 1), groups=2)
-)
+TINY = replace(SMALL, unet=replace(SMALL.unet, channels=8, multipliers=(1,), attention=(True,), heads=(1,), groups=2))
 READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "bincount"}
 
 
@@ -111,7 +109,7 @@ def test_sampling_waits_for_nothing(fake, sampler, eta, controls, inpainting, op
     on_step = lambda i, x, x0: None  # noqa: E731
     with waiting() as record:
         y = sample(sampler, denoise, x, sd.schedule, 3, eta, noise, keep, on_step)
-    assert y.shape == x.shape and y.device == CUDA and record.operations > 500
+    assert y.shape == x.shape and y.device == CUDA and record.operations > 300
     assert bool(record.pinned) == (inpainting or eta > 0 or SAMPLERS[sampler].draws)
     assert record.found == ["_to_copy from cpu to cuda:0"] * 2  # the schedule's two tables, before the first step
 

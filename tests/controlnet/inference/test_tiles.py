@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import SMALL, small_control, small_sd
+from small import SMALL, SMALLEST, small_control, small_sd
 from test_generate import arrays, differ, hint
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -114,15 +114,15 @@ def test_tiles_make_another_image_of_large_sizes_alone(sd, net):
 def test_memory_is_bounded_by_the_tile():
     """Counted: an image of twice the area takes as much, beside its own latents and its hints' features."""
     with torch.device("meta"):
-        sd = StableDiffusion(SMALL).requires_grad_(False)
+        sd = StableDiffusion(SMALLEST).requires_grad_(False)
         net = ControlNet.from_unet(sd.unet).requires_grad_(False)
     most = {}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         make_fake(sd), make_fake(net)
-        context = torch.zeros(1, 77, SMALL.unet.context_width)
+        context = torch.zeros(1, 77, SMALLEST.unet.context_width)
         for side in (64, 128):
             control = Control(net, torch.zeros(1, 3, 64, side))
-            tiles = tiles_of(SMALL, (64, side))
+            tiles = tiles_of(SMALLEST, (64, side))
             denoise = make_denoise(sd, context, context, 2.0, [control], [999], True, exact, tiles=tiles)
             x = torch.zeros(1, 4, 8, side // 8)
             with StorageCounter() as counter:

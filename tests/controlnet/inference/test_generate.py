@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small import SMALL, small_control, small_sd
+from small import SMALL, SMALLEST, small_control, small_sd
 
 from controlnet.common.image_files import read_image
 from controlnet.common.images import fitted_size, resized, save_png, to_pil
@@ -22,7 +22,7 @@ from ldm.config import SD15, SD21, TINY
 
 @pytest.fixture(scope="module")
 def sd():
-    return small_sd()
+    return small_sd(SMALLEST)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_prompt_negative_and_guidance_change_the_image(sd):
     assert differ(arrays(sd, negative="a square"), plain)
     assert differ(arrays(sd, cfg=1.0), plain)
     assert np.array_equal(arrays(sd, cfg=1.0, negative="a square"), arrays(sd, cfg=1.0))
-    assert np.array_equal(arrays(sd, cfg=default_cfg(SMALL)), plain)
+    assert np.array_equal(arrays(sd, cfg=default_cfg(SMALLEST)), plain)
 
 
 def test_the_default_guidance_depends_on_the_base():
@@ -148,7 +148,7 @@ def test_a_callback_may_end_a_batch(sd):
 
 def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(sd, monkeypatch):
     def default(count, images_that_fit, device="cuda"):
-        free = images_that_fit * guided_memory(SMALL, (64, 64), torch.float32, one_by_one=True, controls=0)
+        free = images_that_fit * guided_memory(SMALLEST, (64, 64), torch.float32, one_by_one=True, controls=0)
         monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(free))
         return default_batch_size(sd, (64, 64), count, [], device)
 
@@ -161,7 +161,7 @@ def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(
 
 
 def test_no_gradients_and_no_changed_arguments():
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     net = small_control(sd).requires_grad_(True)
     control, gradients = Control(net, hint()), []
     for part in (net.hint_encoder, sd.vae.decoder):
@@ -223,13 +223,13 @@ def test_the_multiple_of_a_size_is_what_the_networks_halve():
     [
         (
             {"size": (64, 100)},
-            "the image's size is 100x64 (width x height), expected multiples of 32 up to 8192: take 96x64",
+            "the image's size is 100x64 (width x height), expected multiples of 16 up to 8192: take 96x64",
         ),
         (
             {"size": (0, 64)},
-            "the image's size is 64x0 (width x height), expected multiples of 32 up to 8192: take 64x32",
+            "the image's size is 64x0 (width x height), expected multiples of 16 up to 8192: take 64x16",
         ),
-        ({"size": (64, 10**40)}, f"the image's size is {10**40}x64 (width x height), expected multiples of 32 up to"),
+        ({"size": (64, 10**40)}, f"the image's size is {10**40}x64 (width x height), expected multiples of 16 up to"),
         ({"cfg": -1.0}, "the guidance (cfg) is -1.0, expected 0 (the negative prompt alone), 1 "),
         ({"cfg": float("nan")}, "the guidance (cfg) is nan, "),
         ({"count": 2**64}, f"the number of images is {2**64}, more than there are seeds"),
@@ -253,7 +253,7 @@ def test_a_hint_of_another_size_is_refused(sd, net):
 
 
 def test_an_image_that_is_not_finite_is_refused():
-    broken = small_sd()
+    broken = small_sd(SMALLEST)
     broken.unet.decoder.conv_out.bias.fill_(torch.nan)
     with pytest.raises(
         FloatingPointError,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import SMALL, small_control, small_sd
+from small import SMALLEST, small_control, small_sd
 from test_generate import arrays, differ, hint
 
 from controlnet.common.images import resized, to_images, to_pil
@@ -20,7 +20,7 @@ from ldm.samplers import timesteps_for
 
 @pytest.fixture(scope="module")
 def sd():
-    return small_sd()
+    return small_sd(SMALLEST)
 
 
 def photo(size=(64, 64), seed=3):
@@ -277,7 +277,7 @@ def test_of_a_batch_only_what_overflows_is_decoded_again(monkeypatch):
 def test_a_batch_is_decoded_in_parts_where_memory_is_short(sd, monkeypatch):
     latents, calls, plain = torch.cat(draws(0, 5)), [], sd.decode
     monkeypatch.setattr(sd, "decode", lambda z: calls.append(len(z)) or plain(z))
-    one = decoding_memory(SMALL, (64, 64), torch.float32, tiled=False)
+    one = decoding_memory(SMALLEST, (64, 64), torch.float32, tiled=False)
     want = [np.asarray(image).astype(int) for image in decode(sd, latents, tiled=False)]
     for free, sizes in ((2.5 * one, [2, 2, 1]), (0, [1] * 5)):
         calls.clear()
@@ -297,7 +297,7 @@ def test_a_batch_is_decoded_in_parts_where_memory_is_short(sd, monkeypatch):
     ],
 )
 def test_values_that_are_not_finite_stop_with_the_layers_name(layer):
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     network, _, name = layer.partition(".")
     getattr(sd, network).get_submodule(name).bias[0] = torch.nan
     with pytest.raises(FloatingPointError, match=f"^{layer}, computed in float32, gives values that are not finite"):
@@ -305,7 +305,7 @@ def test_values_that_are_not_finite_stop_with_the_layers_name(layer):
 
 
 def test_a_preview_of_what_is_not_finite_names_the_layer_it_comes_from():
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     sd.unet.decoder.conv_out.bias[0] = torch.nan
     with pytest.raises(FloatingPointError, match="^unet.decoder.conv_out, computed in float32"):
         arrays(sd, callback=lambda progress: progress.preview())

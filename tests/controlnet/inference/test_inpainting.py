@@ -24,12 +24,12 @@ from tools import describe
 
 @pytest.fixture(scope="module")
 def sd():
-    return for_inpainting(small_sd())
+    return for_inpainting(small_sd(SMALLEST))
 
 
 @pytest.fixture(scope="module")
 def control(sd):
-    return Control(small_control(small_sd()), hint())
+    return Control(small_control(small_sd(SMALLEST)), hint())
 
 
 def changed(image, box):

@@ -114,14 +114,17 @@ def bytes_held(sd: StableDiffusion) -> int:
     return sd.dtype.itemsize * parameters(sd.config, controls=0)
 
 
-@cache
 def parameters(config: Config, controls: int) -> int:
     """Of the base and so many ControlNets."""
+    base, control = parameters_of_each(config)
+    return base + controls * control
+
+
+@cache
+def parameters_of_each(config: Config) -> list[int]:
     with without_weights():
-        sd = StableDiffusion(config)
-        control = ControlNet(UNet(config.unet.text_to_image))
-    base, copy = (sum(parameter.numel() for parameter in network.parameters()) for network in (sd, control))
-    return base + controls * copy
+        networks = StableDiffusion(config), ControlNet(UNet(config.unet.text_to_image))
+    return [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
 
 
 # -------------------------------------------------------------------------------------------------------- what is free

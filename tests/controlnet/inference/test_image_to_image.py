@@ -11,7 +11,7 @@ from controlnet.common.images import resized, to_images, to_pil
 from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.generate import generate
-from controlnet.inference.image_to_image import Init
+from controlnet.inference.image_to_image import Init, steps_done
 from controlnet.inference.memory import decoding_memory
 from controlnet.inference.offload import decode
 from controlnet.inference.sizes import default_size
@@ -87,6 +87,10 @@ def test_the_last_steps_are_done_from_as_much_noise(sd, sampler, strength, done,
     assert len(steps) == done
     timesteps = timesteps_for(sampler, sd.schedule, 10)
     assert begun == ([[timesteps[-done]]] if strength < 1 else [])
+
+
+def test_no_step_is_lost_to_rounding():
+    assert [steps_done(i / 100, 100) for i in range(101)] == list(range(101))
 
 
 def test_the_start_noise_and_the_posteriors_are_one_images_alone(sd):

@@ -26,14 +26,7 @@ from ldm.unet import UNet
 
 from .config import ControlConfig
 from .control_lora import with_encoder
-from .layouts import (
-    ControlFile,
-    check_family,
-    control_map,
-    control_values,
-    diffusers_control_map,
-    recognise_control,
-)
+from .layouts import ControlFile, check_family, control_map, control_values, diffusers_control_map, recognise_control
 
 
 class ControlCheckpoint:

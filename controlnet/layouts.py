@@ -9,14 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ldm.checkpoints.diffusers import encoder_values
-from ldm.checkpoints.key_maps import (
-    KeyMap,
-    Layout,
-    Rows,
-    diffusers_encoder_rows,
-    encoder_length,
-    encoder_rows,
-)
+from ldm.checkpoints.key_maps import KeyMap, Layout, Rows, diffusers_encoder_rows, encoder_length, encoder_rows
 from ldm.checkpoints.kinds import kind, pretender
 from ldm.checkpoints.load import BASE_PARTS, FAMILIES, input_channels, other_use
 from ldm.checkpoints.open import Checkpoint

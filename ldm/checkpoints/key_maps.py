@@ -118,16 +118,9 @@ ENCODER_BLOCK = [
     *under("transformer", "1", TRANSFORMER),
 ]
 
-DECODER_BLOCK = [
-    *under("res", "0", RES_BLOCK),
-    *under("transformer", "1", TRANSFORMER),
-]
+DECODER_BLOCK = [*under("res", "0", RES_BLOCK), *under("transformer", "1", TRANSFORMER)]
 
-MIDDLE = [
-    *under("res1", "0", RES_BLOCK),
-    *under("transformer", "1", TRANSFORMER),
-    *under("res2", "2", RES_BLOCK),
-]
+MIDDLE = [*under("res1", "0", RES_BLOCK), *under("transformer", "1", TRANSFORMER), *under("res2", "2", RES_BLOCK)]
 
 
 def unet_map(config: UNetConfig) -> KeyMap:

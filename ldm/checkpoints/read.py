@@ -40,10 +40,7 @@ FORMATS = (
     (rb"(\xef\xbb\xbf)?\s*<", "a web page: the download went wrong, repeat it"),
     (rb"\x80", "a pickle that PyTorch did not write: save its state_dict with torch.save or as safetensors"),
     (rb"(#[^\n]*\n|\s)*model:\s", "a configuration in YAML: give the checkpoint that it is for"),
-    (
-        rb'\s*\{.*"(_class_name|weight_map|architectures)"',
-        "a configuration of diffusers: give the folder it is in",
-    ),
+    (rb'\s*\{.*"(_class_name|weight_map|architectures)"', "a configuration of diffusers: give the folder it is in"),
     (rb"GGUF", "a GGUF file: get the model as .safetensors"),
     (rb"\x89HDF", "a file of Keras: get the model as .safetensors"),
     (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ", "a packed archive: unpack it, and give the checkpoint in it"),

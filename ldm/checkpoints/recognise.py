@@ -53,10 +53,7 @@ class BaseFile:
 
 
 def open_base(
-    path_or_preset: str | Path,
-    prediction: str | None = None,
-    zero_snr: bool = False,
-    vae: str | Path | None = None,
+    path_or_preset: str | Path, prediction: str | None = None, zero_snr: bool = False, vae: str | Path | None = None
 ) -> BaseFile:
     """A base by its path or its preset's name, without its weights.
 

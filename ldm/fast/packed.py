@@ -139,12 +139,7 @@ def pack(*networks: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         return
-    kinds = {
-        nn.Conv2d: PackedConv,
-        nn.Linear: PackedLinear,
-        nn.GroupNorm: ChannelsLastNorm,
-        Upsample: PackedUpsample,
-    }
+    kinds = {nn.Conv2d: PackedConv, nn.Linear: PackedLinear, nn.GroupNorm: ChannelsLastNorm, Upsample: PackedUpsample}
     for network in networks:
         if isinstance(network, Attention | AttentionBlock) and can_be_packed(network) and mkl_is_slow():
             network.attend = attend  # in place of the method

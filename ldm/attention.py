@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .config import UNetConfig
+
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., arXiv 1706.03762) of x (B, N, C) to a context (B, M, D) -> (B, N, C).
@@ -79,15 +81,13 @@ class SpatialTransformer(nn.Module):
     different shapes. As in the released code, the norm's epsilon is 1e-6, against 1e-5 in the residual blocks.
     """
 
-    def __init__(
-        self, width: int, context_width: int, heads: int, groups: int, linear_projections: bool, fp32_logits: bool
-    ):
+    def __init__(self, config: UNetConfig, level: int):
         super().__init__()
-        self.linear_projections = linear_projections
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.proj_in = nn.Linear(width, width) if linear_projections else nn.Conv2d(width, width, 1)
-        self.block = TransformerBlock(width, context_width, heads, fp32_logits)
-        self.proj_out = nn.Linear(width, width) if linear_projections else nn.Conv2d(width, width, 1)
+        width, self.linear_projections = config.widths[level], config.linear_projections
+        self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width) if self.linear_projections else nn.Conv2d(width, width, 1)
+        self.block = TransformerBlock(width, config.context_width, config.heads[level], config.fp32_logits)
+        self.proj_out = nn.Linear(width, width) if self.linear_projections else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height = x.shape[2]

@@ -35,17 +35,6 @@ from .blocks import Downsample, ResBlock, TimeEmbedding, Upsample, norm_silu
 from .config import UNetConfig
 
 
-def transformer(config: UNetConfig, level: int) -> SpatialTransformer:
-    return SpatialTransformer(
-        config.widths[level],
-        config.context_width,
-        config.heads[level],
-        config.groups,
-        config.linear_projections,
-        config.fp32_logits,
-    )
-
-
 class ConvBlock(nn.Module):
     """A single convolution: the encoder's first block, and the downsampling at the end of each level but the last."""
 
@@ -64,7 +53,7 @@ class ResTransformerBlock(nn.Module):
         super().__init__()
         c_out = config.widths[level]
         self.res = ResBlock(c_in, c_out, config.time_width, config.groups)
-        self.transformer = transformer(config, level) if config.attention[level] else None
+        self.transformer = SpatialTransformer(config, level) if config.attention[level] else None
         self.upsample = Upsample(c_out) if upsample else None
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -79,9 +68,9 @@ class ResTransformerBlock(nn.Module):
 class MiddleBlock(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
-        level, width = len(config.widths) - 1, config.widths[-1]
+        width = config.widths[-1]
         self.res1 = ResBlock(width, width, config.time_width, config.groups)
-        self.transformer = transformer(config, level)
+        self.transformer = SpatialTransformer(config, level=len(config.widths) - 1)
         self.res2 = ResBlock(width, width, config.time_width, config.groups)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:

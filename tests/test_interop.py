@@ -216,12 +216,13 @@ def test_global_average_pooling_is_a_field_of_both(pair, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, file",
+    "pair, arguments, file",
     [
-        ({}, "diffusion_pytorch_model.safetensors"),
-        ({"safe_serialization": False}, "diffusion_pytorch_model.bin"),
-        ({"max_shard_size": "5MB", "variant": "fp16"}, "diffusion_pytorch_model.safetensors.index.fp16.json"),
+        ("sd1", {}, "diffusion_pytorch_model.safetensors"),
+        ("sd2", {"safe_serialization": False}, "diffusion_pytorch_model.bin"),
+        ("sd1", {"max_shard_size": "5MB", "variant": "fp16"}, "diffusion_pytorch_model.safetensors.index.fp16.json"),
     ],
+    indirect=["pair"],
 )
 def test_we_read_what_diffusers_saves(pair, tmp_path, arguments, file):
     if arguments.get("safe_serialization", True) is False:
@@ -244,6 +245,7 @@ def test_we_read_what_diffusers_saves(pair, tmp_path, arguments, file):
     assert_same(ControlNet.load(tmp_path, sd.unet), pair.control)
 
 
+@pytest.mark.parametrize("pair", ["sd1"], indirect=True)
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_an_autoencoder_alone_that_diffusers_saves(pair, tmp_path, safe):
     torch.manual_seed(3)
@@ -367,6 +369,7 @@ def test_a_lora_is_what_diffusers_makes_of_it_and_what_it_saves_is_the_same(pair
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pair", ["sd1"], indirect=True)
 def test_an_inpainting_base_makes_the_latents_of_diffusers_pipelines(pair, tmp_path, monkeypatch):
     """From the base in their layout, and with a ControlNet for another one. The mask is of all grays."""
     given = for_inpainting(pair.sd)

@@ -1,6 +1,7 @@
 """Layouts in which models are published: each loads to the same numbers, or says what is wrong with it."""
 
 import argparse
+import copy
 import json
 import re
 import warnings
@@ -54,15 +55,17 @@ def folder(sd, tmp_path):
 # --------------------------------------------------------------------------------------------------------- pickles
 
 
-@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("wrapped", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_pickles(sd, control, base, tmp_path, new, wrapped, dtype):
+@pytest.mark.parametrize(
+    "dtype, wrapped, new",
+    [(torch.float16, True, True), (torch.float32, False, True), (torch.bfloat16, False, False)],
+    ids=["zip, wrapped", "zip", "legacy"],
+)
+def test_pickles(sd, control, tmp_path, dtype, wrapped, new):
     control.save(tmp_path / "control.safetensors", dtype)
     tensors = load_file(tmp_path / "control.safetensors")
     values = {"state_dict": tensors, "epoch": 3, "optimizer_states": [{"state": {0: torch.ones(3)}}]}
     torch.save(values if wrapped else tensors, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
-    assert_same(ControlNet.load(tmp_path / "c.pth", sd.unet), control.to(dtype).float())
+    assert_same(ControlNet.load(tmp_path / "c.pth", sd.unet), copy.deepcopy(control).to(dtype).float())
 
 
 def test_pickled_tensors_may_be_views_and_parameters(tmp_path):

@@ -25,7 +25,12 @@ def other():
 
 
 @pytest.fixture(scope="module")
-def folder(other, tmp_path_factory):
+def own():
+    return small_sd()
+
+
+@pytest.fixture(scope="module")
+def folder(own, other, tmp_path_factory):
     """Its autoencoder in every spelling, a base whose own is of NaN, and one without."""
     folder = tmp_path_factory.mktemp("vae")
     other.save(folder / "whole.safetensors")
@@ -44,14 +49,14 @@ def folder(other, tmp_path_factory):
     save_file({f"vae.{key}": value for key, value in theirs.items()}, folder / "theirs_prefixed.safetensors")
     save_file({old_name(key): value for key, value in theirs.items()}, folder / "old.safetensors")
 
-    small_sd().save(folder / "base.safetensors")
+    own.save(folder / "base.safetensors")
     save_file(
         {key: value for key, value in load_file(folder / "base.safetensors").items() if not key.startswith(PREFIX)},
         folder / "without.safetensors",
         {"config": json.dumps(SMALL.to_dict())},
     )
     rewrite(folder / "base.safetensors", lambda tensors: tensors.update({NORM: torch.full((8,), torch.nan)}))
-    small_sd().save(folder / "base", layout="diffusers")
+    own.save(folder / "base", layout="diffusers")
     (folder / "base" / "vae").rename(folder / "unused")
     return folder
 
@@ -68,18 +73,17 @@ SPELLINGS += ["whole.safetensors"]
 
 @pytest.mark.filterwarnings("ignore:.*more than the model reads")
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_every_spelling_is_the_same_autoencoder(folder, other, name):
+def test_every_spelling_is_the_same_autoencoder(folder, own, other, name):
     sd = StableDiffusion.load(folder / "without.safetensors", vae=folder / name)
     assert_same(sd.vae, other.vae)
-    assert_same(sd.unet, small_sd().unet)
+    assert_same(sd.unet, own.unet)
 
 
-@pytest.mark.parametrize("base", ["base", "base.safetensors"])
-@pytest.mark.parametrize("name", ["original.safetensors", "pipeline"])
-def test_in_place_of_a_missing_or_broken_one(folder, other, tmp_path, base, name, recwarn):
+@pytest.mark.parametrize("base, name", [("base", "original.safetensors"), ("base.safetensors", "pipeline")])
+def test_in_place_of_a_missing_or_broken_one(folder, own, other, tmp_path, base, name, recwarn):
     sd = StableDiffusion.load(folder / base, vae=folder / name)
     assert_same(sd.vae, other.vae)
-    assert_same(sd.text_encoder, small_sd().text_encoder)
+    assert_same(sd.text_encoder, own.text_encoder)
     assert not recwarn
     sd.save(tmp_path / "again.safetensors")
     assert_same(StableDiffusion.load(tmp_path / "again.safetensors"), sd)

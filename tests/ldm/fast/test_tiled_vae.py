@@ -12,7 +12,7 @@ TOLERANCE = 2e-6  # of the relative error; one step of 8 bits is 4e-3 of an imag
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 6, 17, 1000])
+@pytest.mark.parametrize("rows", [1, 17, 1000])
 def test_tiled_decoding_is_decoding(rows, monkeypatch):
     monkeypatch.setattr(tiled_vae, "ROWS", rows)
     latents = stored("vae")["decode_in_scaled"]
@@ -24,8 +24,7 @@ def test_tiled_decoding_is_decoding(rows, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 6, 17, 1000])
-@pytest.mark.parametrize("image", ["image", "image_72x40"])
+@pytest.mark.parametrize("rows, image", [(1, "image_72x40"), (6, "image"), (17, "image_72x40"), (1000, "image")])
 def test_the_tiled_posterior_is_the_posterior(rows, image, monkeypatch):
     monkeypatch.setattr(tiled_vae, "ROWS", rows)
     images = stored("vae")[image]
@@ -69,8 +68,8 @@ def test_two_maps_are_held_at_once(monkeypatch):
     """A layer's input and its output; beside them no more than tiles of two rows."""
     monkeypatch.setattr(tiled_vae, "ROWS", 2)
     vae = mini_vae()
-    images = torch.rand(1, 3, 128, 128)
-    full = vae.config.channels * 128 * 128 * 4  # bytes of a map of the first level
+    images = torch.rand(1, 3, 64, 64)
+    full = vae.config.channels * 64 * 64 * 4  # bytes of a map of the first level
     with StorageCounter() as counter:
         latents = posterior_tiled(vae, images).mean
     assert 2 * full <= counter.most < 2.5 * full

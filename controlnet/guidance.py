@@ -255,8 +255,7 @@ def equal_weights(config: UNetConfig) -> list[float]:
 
 def guess_weights(config: UNetConfig) -> list[float]:
     """0.825^(12 - i) for residual i: the earlier the block, the weaker (the released code's guess mode)."""
-    last = len(residual_levels(config)) - 1
-    return [0.825 ** (last - i) for i in range(last + 1)]
+    return [0.825**i for i in reversed(range(len(residual_levels(config))))]
 
 
 def literal_resolution_weights(config: UNetConfig) -> list[float]:

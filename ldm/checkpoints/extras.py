@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from . import published
@@ -17,12 +16,9 @@ def find_extra(name: str, folder: str) -> Path | None:
     """The file called `name`, with its suffix or without, in weights/ or in `folder` there, never one of another."""
     if os.path.basename(name) != name or "\0" in name:
         return None
-    return next((path for path in places(name, folder) if os.path.isfile(path)), None)
-
-
-def places(name: str, folder: str) -> Iterator[Path]:
-    for place in (published.WEIGHTS, published.WEIGHTS / folder):
-        yield from (place / f"{name}{suffix}" for suffix in ("", *SUFFIXES))
+    places, suffixes = (published.WEIGHTS, published.WEIGHTS / folder), ("", *SUFFIXES)
+    paths = (place / f"{name}{suffix}" for place in places for suffix in suffixes)
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def given_extra(name: str, folder: str, what: str) -> Path:

@@ -5,7 +5,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +95,13 @@ def load_parts(
             if source is None or source.key not in checkpoint.tensors or source.key in left_out:
                 state[name] = torch.zeros(like.shape, dtype=dtype, device=device)
                 continue
-            if source.key.endswith(TOKENS):
-                source = replace(source, rows=(0, len(like)))
-            tensor = checkpoint.tensor(source, dtype, device)
+            stored = checkpoint.tensors[source.key]
+            rows = (0, len(like)) if source.key.endswith(TOKENS) else source.rows
+            tensor = stored.load(dtype, device, rows)
             if not is_finite(tensor):
                 broken.append(source.key)
-            if checkpoint.tensors[source.key].dtype == dtype and device.type == "cpu":
-                tensor = checkpoint.tensor(source, dtype, device)  # map again, to release the pages the NaN check read
+            if stored.dtype == dtype and device.type == "cpu":
+                tensor = stored.load(dtype, device, rows)  # map again, to release the pages the NaN check read
             state[name] = tensor.reshape(like.shape)
         module.load_state_dict(state, assign=True)
     if broken:

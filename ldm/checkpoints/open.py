@@ -6,11 +6,7 @@ Every error that a file can cause is a `CheckpointError` of one sentence.
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from .folders import read_folder
-from .key_maps import Source
 from .paths import as_path
 from .read import read_config, read_tensors
 from .spellings import respelled
@@ -37,11 +33,6 @@ class Checkpoint:
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self.tensors[key].shape
-
-    def tensor(self, source: Source, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A view of the file where dtype and device allow it, else a copy. A large view takes no memory until used."""
-        rows = slice(None) if source.rows is None else slice(*source.rows)
-        return self.tensors[source.key].load(dtype, device, rows)
 
     def any_key(self, start: str) -> bool:
         return any(key.startswith(start) for key in self.tensors)

@@ -325,15 +325,8 @@ def test_all_samplers_draw_from_the_data(name, eta, schedule):
     # Start from the noised data: without zero terminal SNR that is not quite unit noise.
     data, noise = MEAN + DEVIATION * randn(1, 1, 120, 120, dtype=torch.float64), noise_source(2)
     x = schedule.q_sample(data, torch.tensor([999]), noise(data))
-    y = sample(
-        name,
-        gaussian_denoiser(schedule),
-        x,
-        schedule,
-        60 if name == "dpm++-sde" else 300,
-        eta=eta,
-        noise=noise_source(),
-    )
+    steps = 60 if name == "dpm++-sde" else 300
+    y = sample(name, gaussian_denoiser(schedule), x, schedule, steps, eta=eta, noise=noise_source())
     assert y.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert y.std().item() == pytest.approx(DEVIATION, abs=0.02)
 

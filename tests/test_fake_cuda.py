@@ -104,8 +104,9 @@ def base(style: str, dtype: torch.dtype) -> StableDiffusion:
     return on_cuda(sd, dtype)
 
 
+@cache
 def control_of(style: str, dtype: torch.dtype, **config) -> ControlNet:
-    with without_weights():
+    with unset_fake_temporarily(), without_weights():
         control = ControlNet(UNet(CONFIGS[style].unet), ControlConfig(**config))
     return on_cuda(control, dtype)
 
@@ -195,8 +196,9 @@ def test_guidance_in_two_passes_without_the_negative_prompt_and_approximate(cuda
 def test_the_loss_of_a_training_step(cuda, style, dtype, unlocked):
     """Norms are fp32 under CUDA's autocast: in what is trained, not in the locked base."""
     sd, control = base(style, dtype), control_of(style, FP32)
-    with without_weights():
-        unet = on_cuda(UNet(CONFIGS[style].unet).requires_grad_(False), dtype)
+    with unset_fake_temporarily(), without_weights():
+        unet = UNet(CONFIGS[style].unet).requires_grad_(False)
+    on_cuda(unet, dtype)
     if unlocked:
         on_cuda(unet.decoder.requires_grad_(True), FP32)
     with torch.no_grad():

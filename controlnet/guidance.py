@@ -249,39 +249,38 @@ def residual_levels(config: UNetConfig) -> list[int]:
     return [*levels, last]
 
 
-def equal_weights(config: UNetConfig) -> list[float]:
-    return [1.0] * len(residual_levels(config))
+def equal_weights(levels: list[int]) -> list[float]:
+    return [1.0] * len(levels)
 
 
-def guess_weights(config: UNetConfig) -> list[float]:
+def guess_weights(levels: list[int]) -> list[float]:
     """0.825^(12 - i) for residual i: the earlier the block, the weaker (the released code's guess mode)."""
-    return [0.825**i for i in reversed(range(len(residual_levels(config))))]
+    return [0.825**i for i in reversed(range(len(levels)))]
 
 
-def literal_resolution_weights(config: UNetConfig) -> list[float]:
+def literal_resolution_weights(levels: list[int]) -> list[float]:
     """w_i = 64 / h_i for a block of side h_i (arXiv 2302.05543v3, section 3.4), read literally: 1 to 8.
 
     The base has never seen residuals of eight times their strength: images break.
     """
-    return [2.0**level for level in residual_levels(config)]
+    return [2.0**level for level in levels]
 
 
-def resolution_weights(config: UNetConfig) -> list[float]:
+def resolution_weights(levels: list[int]) -> list[float]:
     """`literal_resolution_weights` divided by the largest: 1/8 to 1, close to the released code's 0.825^(12 - i)."""
-    weights = literal_resolution_weights(config)
-    return [weight / max(weights) for weight in weights]
+    return [2.0 ** (level - max(levels)) for level in levels]
 
 
-def middle_weights(config: UNetConfig) -> list[float]:
+def middle_weights(levels: list[int]) -> list[float]:
     """The middle's residual alone: the released code's `only_mid_control`."""
-    return [*[0.0] * (len(residual_levels(config)) - 1), 1.0]
+    return [0.0] * (len(levels) - 1) + [1.0]
 
 
 @dataclass(frozen=True)
 class Mode:
     """How a control acts, besides its scale, range and mask."""
 
-    weights: Callable[[UNetConfig], list[float]] = equal_weights
+    weights: Callable[[list[int]], list[float]] = equal_weights  # of residuals, by their levels
     prompt_only: bool = False
     averaged: bool = False  # over all positions (`ControlConfig.global_average_pooling`), whatever the file says
 
@@ -301,7 +300,7 @@ def layer_weights(mode: str, layers: Sequence[float], config: UNetConfig) -> lis
     """Those of a mode times `layers`, if there are any. Raises ValueError for an unknown mode or another number."""
     if mode not in MODES:
         raise ValueError(f'the mode of a control is "{mode}", expected one of {", ".join(MODES)}')
-    weights = MODES[mode].weights(config)
+    weights = MODES[mode].weights(residual_levels(config))
     if len(layers) not in (0, len(weights)):
         raise ValueError(f"a control has {len(layers)} layer weights, expected {len(weights)} for this base")
     return [a * b for a, b in zip(weights, layers, strict=True)] if layers else weights

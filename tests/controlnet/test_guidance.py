@@ -38,9 +38,9 @@ def mini_schedule(style="sd1"):
 
 
 VARIANTS = {
-    "eps_control_strength0.5": lambda config: {"scale": 0.5},
-    "eps_control_guess_scales": lambda config: {"layers": guess_weights(config)},
-    "eps_only_mid_control": lambda config: {"layers": middle_weights(config)},
+    "eps_control_strength0.5": lambda levels: {"scale": 0.5},
+    "eps_control_guess_scales": lambda levels: {"layers": guess_weights(levels)},
+    "eps_only_mid_control": lambda levels: {"layers": middle_weights(levels)},
 }
 
 
@@ -49,13 +49,13 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_output_of_each_variant_is_the_published_one(style, name):
     x, t, _, hint = inputs(style)
-    control = Control(mini_control(style), hint, **VARIANTS[name](MINIS[style].unet))
+    control = Control(mini_control(style), hint, **VARIANTS[name](residual_levels(MINIS[style].unet)))
     assert relative(denoiser(style, 1, [control])(x, t), stored("control")[f"{style}/{name}"]) < TOLERANCE
 
 
 @torch.no_grad()
 def test_a_sample_in_guess_mode_is_the_published_one():
-    schedule, layers = mini_schedule("sd2"), guess_weights(MINIS["sd2"].unet)
+    schedule, layers = mini_schedule("sd2"), guess_weights(residual_levels(MINIS["sd2"].unet))
     control = Control(mini_control("sd2"), inputs("sd2")[3], layers=layers, prompt_only=True)
     x = sample("ddim", denoiser("sd2", 9, [control]), stored("inputs")["x"], schedule, 10)
     assert relative(x, stored("sampling_variants")["sd2/ddim_cfg9_guess"]) < 5e-5
@@ -100,13 +100,14 @@ def test_the_level_of_each_residual():
 
 def test_resolution_weights_are_64_over_the_blocks_side_or_an_eighth_of_it():
     sides = [64, 64, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8, 8]  # of SD's residuals at 512 pixels
-    assert literal_resolution_weights(SD15.unet) == [64 / side for side in sides]
-    assert resolution_weights(SD15.unet) == [64 / side / 8 for side in sides]
-    assert resolution_weights(TINY.unet) == [0.25, 0.25, 0.5, 0.5, 1, 1, 1]
+    levels = residual_levels(SD15.unet)
+    assert literal_resolution_weights(levels) == [64 / side for side in sides]
+    assert resolution_weights(levels) == [64 / side / 8 for side in sides]
+    assert resolution_weights(residual_levels(TINY.unet)) == [0.25, 0.25, 0.5, 0.5, 1, 1, 1]
 
 
 def test_guess_mode_gets_weaker_towards_the_first_block():
-    layers = guess_weights(SD15.unet)
+    layers = guess_weights(residual_levels(SD15.unet))
     assert len(layers) == 13 and layers[12] == 1 and layers[0] == pytest.approx(0.0994140, rel=1e-5)
     assert all(a / b == pytest.approx(0.825) for a, b in zip(layers, layers[1:], strict=False))
 
@@ -130,7 +131,10 @@ def test_each_layer_has_a_strength_of_its_own(layer):
 
 def modes(style="sd1"):
     net, hint = mini_control(style), corner(style)[3]
-    return [Control(net, hint), Control(net, hint.flip(-1), 0.5, guess_weights(MINIS[style].unet), prompt_only=True)]
+    return [
+        Control(net, hint),
+        Control(net, hint.flip(-1), 0.5, guess_weights(residual_levels(MINIS[style].unet)), prompt_only=True),
+    ]
 
 
 @torch.no_grad()

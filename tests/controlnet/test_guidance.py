@@ -21,6 +21,7 @@ from ldm.samplers import ddim_timesteps, sample, sample_loop
 from ldm.schedule import Schedule
 
 TOLERANCE = 2e-5
+LEVELS = residual_levels(SD15.unet)  # the miniatures' too
 
 
 def denoiser(style="sd1", cfg=9.0, controls=None, **options):
@@ -38,9 +39,9 @@ def mini_schedule(style="sd1"):
 
 
 VARIANTS = {
-    "eps_control_strength0.5": lambda levels: {"scale": 0.5},
-    "eps_control_guess_scales": lambda levels: {"layers": guess_weights(levels)},
-    "eps_only_mid_control": lambda levels: {"layers": middle_weights(levels)},
+    "eps_control_strength0.5": {"scale": 0.5},
+    "eps_control_guess_scales": {"layers": guess_weights(LEVELS)},
+    "eps_only_mid_control": {"layers": middle_weights(LEVELS)},
 }
 
 
@@ -49,14 +50,14 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_output_of_each_variant_is_the_published_one(style, name):
     x, t, _, hint = inputs(style)
-    control = Control(mini_control(style), hint, **VARIANTS[name](residual_levels(MINIS[style].unet)))
+    control = Control(mini_control(style), hint, **VARIANTS[name])
     assert relative(denoiser(style, 1, [control])(x, t), stored("control")[f"{style}/{name}"]) < TOLERANCE
 
 
 @torch.no_grad()
 def test_a_sample_in_guess_mode_is_the_published_one():
-    schedule, layers = mini_schedule("sd2"), guess_weights(residual_levels(MINIS["sd2"].unet))
-    control = Control(mini_control("sd2"), inputs("sd2")[3], layers=layers, prompt_only=True)
+    schedule = mini_schedule("sd2")
+    control = Control(mini_control("sd2"), inputs("sd2")[3], layers=guess_weights(LEVELS), prompt_only=True)
     x = sample("ddim", denoiser("sd2", 9, [control]), stored("inputs")["x"], schedule, 10)
     assert relative(x, stored("sampling_variants")["sd2/ddim_cfg9_guess"]) < 5e-5
 
@@ -90,7 +91,7 @@ def test_inpainting_is_the_published_one():
 
 
 def test_the_level_of_each_residual():
-    assert residual_levels(SD15.unet) == residual_levels(SD21.unet) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert LEVELS == residual_levels(SD21.unet) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
     assert residual_levels(TINY.unet) == [0, 0, 1, 1, 2, 2, 2]
     for style, config in MINIS.items():
         x, t, context, hint = corner(style)
@@ -100,14 +101,13 @@ def test_the_level_of_each_residual():
 
 def test_resolution_weights_are_64_over_the_blocks_side_or_an_eighth_of_it():
     sides = [64, 64, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8, 8]  # of SD's residuals at 512 pixels
-    levels = residual_levels(SD15.unet)
-    assert literal_resolution_weights(levels) == [64 / side for side in sides]
-    assert resolution_weights(levels) == [64 / side / 8 for side in sides]
+    assert literal_resolution_weights(LEVELS) == [64 / side for side in sides]
+    assert resolution_weights(LEVELS) == [64 / side / 8 for side in sides]
     assert resolution_weights(residual_levels(TINY.unet)) == [0.25, 0.25, 0.5, 0.5, 1, 1, 1]
 
 
 def test_guess_mode_gets_weaker_towards_the_first_block():
-    layers = guess_weights(residual_levels(SD15.unet))
+    layers = guess_weights(LEVELS)
     assert len(layers) == 13 and layers[12] == 1 and layers[0] == pytest.approx(0.0994140, rel=1e-5)
     assert all(a / b == pytest.approx(0.825) for a, b in zip(layers, layers[1:], strict=False))
 
@@ -131,10 +131,7 @@ def test_each_layer_has_a_strength_of_its_own(layer):
 
 def modes(style="sd1"):
     net, hint = mini_control(style), corner(style)[3]
-    return [
-        Control(net, hint),
-        Control(net, hint.flip(-1), 0.5, guess_weights(residual_levels(MINIS[style].unet)), prompt_only=True),
-    ]
+    return [Control(net, hint), Control(net, hint.flip(-1), 0.5, guess_weights(LEVELS), prompt_only=True)]
 
 
 @torch.no_grad()

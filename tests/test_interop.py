@@ -11,10 +11,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from minis import relative
 from PIL import Image
 from reference import MINI_SD1, MINI_SD2, fill, filled_checkpoint, load_manifest
 from safetensors.torch import load_file, save_file
-from small import for_inpainting, small_control, small_sd
+from small import assert_same, for_inpainting, small_control, small_sd
 
 from controlnet.config import ControlConfig
 from controlnet.guidance import Control, guided
@@ -72,11 +73,6 @@ def pair(request, tmp_path_factory):
         yield Pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def relative(got, want):
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -84,13 +80,6 @@ def noise(*shape, seed=0):
 def network_inputs(sd):
     hint = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     return noise(2, 4, 8, 8), torch.tensor([501, 37]), noise(2, 77, sd.config.unet.context_width, seed=2), hint
-
-
-def assert_same(model, expected, but=()):
-    """Bit by bit, without the parameters whose names begin with any of `but`."""
-    state, wanted = model.state_dict(), expected.state_dict()
-    assert state.keys() == wanted.keys()
-    assert all(torch.equal(state[name], wanted[name]) for name in wanted if not name.startswith(but))
 
 
 UNUSED = ("text_encoder.blocks.2.", "text_encoder.text_projection", "text_encoder.logit_scale")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from minis import relative
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -38,11 +39,6 @@ with safe_open(FIXTURES / "dpmpp_given_outputs.safetensors", "pt") as file:
 
 
 DRAWS = {"ddim": 5, "ddpm": 4, "euler-a": 4, "lcm": 4, "dpm++-sde": 8}  # of 5 steps, ddim's with an eta
-
-
-def relative(got, want):
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

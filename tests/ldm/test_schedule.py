@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from minis import relative
 from safetensors.torch import load_file
 
 from ldm.config import ScheduleConfig
@@ -12,11 +13,6 @@ from ldm.schedule import Schedule
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SCHEDULES = [ScheduleConfig("eps"), ScheduleConfig("v"), ScheduleConfig("x0"), ScheduleConfig("v", True)]
 SCHEDULES += [ScheduleConfig("x0", True)]
-
-
-def relative(got, want):
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def batch(schedule, dtype=torch.float32):

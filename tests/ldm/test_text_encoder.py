@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
+from minis import relative
 from reference import MINI_SD1, MINI_SD2, fill
 from safetensors.torch import load_file
 
@@ -72,11 +73,6 @@ def filled(config):
     value = clip_value if config.family == "clip" else open_clip_value
     encoder.load_state_dict({name: value(name, tuple(p.shape)) for name, p in encoder.named_parameters()})
     return encoder
-
-
-def relative(got, want):
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def test_clip_is_the_published_model():

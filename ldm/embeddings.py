@@ -6,7 +6,7 @@ embeddings has the vectors as rows at its end. Nothing else changes.
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 import torch
@@ -17,16 +17,18 @@ from .stable_diffusion import StableDiffusion
 from .tokenizer import Tokenizer
 
 
-class EmbeddingTokenizer(Tokenizer):
-    """A tokenizer that also knows embeddings, by name: how many vectors each has.
+def names_in(names: Iterable[str]) -> re.Pattern:
+    """Finds them as words of a prompt, in upper or lower case: `name`, or as in ComfyUI `embedding:name`."""
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.compile(rf"(?<!\w)(?:embedding:)?({longest_first})(?!\w)", re.IGNORECASE)
 
-    It finds them as words of a prompt, in upper or lower case: `name`, or as in ComfyUI `embedding:name`.
-    """
+
+class EmbeddingTokenizer(Tokenizer):
+    """A tokenizer that also knows embeddings, by name: how many vectors each has."""
 
     def __init__(self, config: TextConfig, sizes: Mapping[str, int]):
         super().__init__(config)
-        longest_first = "|".join(map(re.escape, sorted(sizes, key=len, reverse=True)))
-        self.names = re.compile(rf"(?<!\w)(?:embedding:)?({longest_first})(?!\w)", re.IGNORECASE)
+        self.names = names_in(sizes)
         self.ids_of, following = {}, config.vocabulary
         for name, size in sizes.items():
             self.ids_of[name.lower()] = list(range(following, following + size))

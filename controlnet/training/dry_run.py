@@ -1,10 +1,10 @@
 """What train.py would do with its settings, told without doing it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from controlnet.checkpoint import find_control
 from controlnet.common.devices import pick_device
-from controlnet.common.images import Size
 from controlnet.config import ControlConfig
 from controlnet.inference.sizes import size_multiple
 from controlnet.layouts import check_family, recognise_control
@@ -52,11 +52,15 @@ def plan(settings: TrainSettings) -> str:
         RunFolder(settings.out).check_new()
     if not settings.no_cache:
         card_of(settings.cache_folder)
-    prediction = predict(config, settings, size, control, len(sources.validation))
+    device = pick_device(settings.device)
+
+    def predict(settings: TrainSettings) -> Prediction:
+        return Prediction(config, settings, size, control, device, launched_processes(), len(sources.validation))
+
+    prediction = predict(settings)
     memory = prediction(settings.batch_size)
     samples = settings.steps * settings.accumulate * settings.batch_size * launched_processes()
     epochs = samples / max(pairs, 1)
-    fitting = fitting_batches(config, settings, size, control, len(sources.validation)) if settings.fit else []
     return "\n".join(
         [
             *([sources.about] if sources.about else []),
@@ -65,27 +69,19 @@ def plan(settings: TrainSettings) -> str:
             *([f"{len(problems)} pairs cannot be used: {', '.join(problems[:3])}"] if problems else []),
             *framing(sources.train, multiple),
             f"{settings.steps} optimizer steps of {settings.accumulate} x {settings.batch_size}, a process",
-            f"memory of a process on {prediction.device.type}:",
+            f"memory of a process on {device.type}:",
             table(memory),
-            *fitting,
+            *(fitting_batches(settings, predict) if settings.fit else []),
             disk_plan(config, settings, sources.train, prediction),
         ]
     )
 
 
-def predict(config: Config, settings: TrainSettings, size: Size, control: ControlConfig, validation: int) -> Prediction:
-    """For the device that is there, and as many processes as torchrun has started."""
-    device = pick_device(settings.device)
-    return Prediction(config, settings, size, control, device, launched_processes(), validation)
-
-
-def fitting_batches(
-    config: Config, settings: TrainSettings, size: Size, control: ControlConfig, validation: int
-) -> list[str]:
+def fitting_batches(settings: TrainSettings, predict: Callable[[TrainSettings], Prediction]) -> list[str]:
     """The largest batch size that fits into --fit, and with gradient checkpointing if that is off: a line each."""
     lines = []
     for checkpointing in sorted({settings.checkpointing, True}):
-        prediction = predict(config, replace(settings, checkpointing=checkpointing), size, control, validation)
+        prediction = predict(replace(settings, checkpointing=checkpointing))
         batch_size, memory = prediction.largest_batch(settings.fit * 1e9)
         what = " --checkpointing" if checkpointing else ""
         if batch_size:

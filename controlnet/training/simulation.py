@@ -19,6 +19,7 @@ from controlnet.ablations import only_middle, start_as
 from controlnet.common.devices import PRECISIONS
 from controlnet.common.images import Size
 from controlnet.config import ControlConfig
+from controlnet.inference.sizes import latent_shape
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
 from ldm.config import Config
@@ -120,8 +121,8 @@ class FakeRun:
 
     def inputs(self, size: Size, batch_size: int) -> tuple[Tensor, ...]:
         """z0, noise, t, context and hint: what `ControlLoss` gets, on the device."""
-        config, scale = self.sd.config, self.sd.config.vae.downscale
-        z0 = torch.zeros(batch_size, config.unet.latent_channels, *(side // scale for side in size))
+        config = self.sd.config
+        z0 = torch.zeros(batch_size, *latent_shape(config, size))
         context = torch.zeros(batch_size, config.text.positions, config.unet.context_width, dtype=self.dtype)
         hint = torch.zeros(batch_size, self.loss.control.config.hint_channels, *size)
         return z0, torch.zeros_like(z0), torch.zeros(batch_size, dtype=torch.int64), context, hint
@@ -149,21 +150,18 @@ class FakeRun:
             value.backward()
         return [kept + now for now in counter.history]
 
-    @torch.no_grad()
     def encoding(self, size: Size, batch_size: int) -> list[int]:
         """Like `step`, of encoding the images of a batch; captions take next to nothing."""
-        with self.fake, StorageCounter() as counter:
-            self.sd.vae.posterior(torch.zeros(batch_size, 3, *size, dtype=self.dtype))
-        return counter.history
+        return self.without_gradients(self.sd.vae.posterior, (batch_size, 3, *size))
 
-    @torch.no_grad()
     def decoding(self, size: Size) -> list[int]:
         """Like `step`, of decoding one image of a grid."""
-        config, scale = self.sd.config, self.sd.config.vae.downscale
+        return self.without_gradients(self.sd.vae.decode, (1, *latent_shape(self.sd.config, size)))
+
+    @torch.no_grad()
+    def without_gradients(self, function: Callable[[Tensor], object], shape: tuple[int, ...]) -> list[int]:
         with self.fake, StorageCounter() as counter:
-            self.sd.vae.decode(
-                torch.zeros(1, config.vae.latent_channels, *(side // scale for side in size), dtype=self.dtype)
-            )
+            function(torch.zeros(shape, dtype=self.dtype))
         return counter.history
 
 

@@ -2,88 +2,63 @@
 
 from difflib import get_close_matches
 
-# Of diffusers' train_controlnet.py and of sd-scripts' train_control_net.py.
+# What we say -> the names that diffusers' train_controlnet.py and sd-scripts' train_control_net.py have for it.
 OURS = {
-    "pretrained_model_name_or_path": "--base",
-    "pretrained_vae_model_name_or_path": "--vae",
-    "vae_name_or_path": "--vae",
-    "controlnet_model_name_or_path": "--control",
-    "v_parameterization": "--prediction v",
-    "zero_terminal_snr": "--zero-snr",
-    "dataset_name": "--data",
-    "dataset_config": "--data",
-    "train_data_dir": "--data",
-    "conditioning_data_dir": "--data, for images and hints together",
-    "in_json": "--data",
-    "resolution": "--size",
-    "max_train_samples": "--images",
-    "proportion_empty_prompts": "--prompt-dropout",
-    "caption_dropout_rate": "--prompt-dropout",
-    "flip_aug": "--flip",
-    "dataloader_num_workers": "--workers",
-    "max_data_loader_n_workers": "--workers",
-    "train_batch_size": "--batch-size",
-    "gradient_accumulation_steps": "--accumulate",
-    "gradient_checkpointing": "--checkpointing",
-    "max_train_steps": "--steps",
-    "num_train_epochs": "--epochs",
-    "max_train_epochs": "--epochs",
-    "learning_rate": "--lr",
-    "control_net_lr": "--lr",
-    "lr_scheduler": "--lr-schedule",
-    "lr_scheduler_type": "--lr-schedule",
-    "lr_warmup_steps": "--warmup",
-    "lr_num_cycles": "--lr-cycles",
-    "lr_scheduler_num_cycles": "--lr-cycles",
-    "lr_scheduler_power": "--lr-power",
-    "use_8bit_adam": "--optimizer adamw8bit",
-    "optimizer_type": "--optimizer",
-    "max_grad_norm": "--clip",
-    "use_ema": "--ema 0.9999",
-    "snr_gamma": "--min-snr",
-    "min_snr_gamma": "--min-snr",
-    "mixed_precision": "--precision",
-    "full_fp16": "--precision fp16",
-    "full_bf16": "--precision bf16",
-    "allow_tf32": "--precision tf32",
-    "torch_compile": "--compile",
-    "output_dir": "--out",
-    "output_name": "--out",
-    "resume_from_checkpoint": "--resume, with the run's --out",
-    "save_state": "--save-every",
-    "save_precision": "--save-dtype",
-    "checkpointing_steps": "--save-every",
-    "save_every_n_steps": "--save-every",
-    "save_every_n_epochs": "--save-every, in steps or minutes",
-    "checkpoints_total_limit": "--keep",
-    "save_last_n_steps": "--keep",
-    "save_last_n_epochs": "--keep",
-    "validation_steps": "--sample-every",
-    "sample_every_n_steps": "--sample-every",
-    "validation_image": '--validate HINT "PROMPT"',
-    "validation_prompt": '--validate HINT "PROMPT"',
-    "sample_prompts": '--validate HINT "PROMPT"',
-    "num_validation_images": "--sample-count",
-    "report_to": "--log",
-    "log_with": "--log",
-    "tensorboard": "--log tensorboard",
-    "logging_dir": "--log, in the folder --out",
+    "--base": "pretrained_model_name_or_path",
+    "--vae": "pretrained_vae_model_name_or_path vae_name_or_path",
+    "--control": "controlnet_model_name_or_path",
+    "--prediction v": "v_parameterization",
+    "--zero-snr": "zero_terminal_snr",
+    "--data": "dataset_name dataset_config train_data_dir in_json",
+    "--data, for images and hints together": "conditioning_data_dir",
+    "--size": "resolution",
+    "--images": "max_train_samples",
+    "--prompt-dropout": "proportion_empty_prompts caption_dropout_rate",
+    "--flip": "flip_aug",
+    "--workers": "dataloader_num_workers max_data_loader_n_workers",
+    "--batch-size": "train_batch_size",
+    "--accumulate": "gradient_accumulation_steps",
+    "--checkpointing": "gradient_checkpointing",
+    "--steps": "max_train_steps",
+    "--epochs": "num_train_epochs max_train_epochs",
+    "--lr": "learning_rate control_net_lr",
+    "--lr-schedule": "lr_scheduler lr_scheduler_type",
+    "--warmup": "lr_warmup_steps",
+    "--lr-cycles": "lr_num_cycles lr_scheduler_num_cycles",
+    "--lr-power": "lr_scheduler_power",
+    "--optimizer adamw8bit": "use_8bit_adam",
+    "--optimizer": "optimizer_type",
+    "--clip": "max_grad_norm",
+    "--ema 0.9999": "use_ema",
+    "--min-snr": "snr_gamma min_snr_gamma",
+    "--precision": "mixed_precision",
+    "--precision fp16": "full_fp16",
+    "--precision bf16": "full_bf16",
+    "--precision tf32": "allow_tf32",
+    "--compile": "torch_compile",
+    "--out": "output_dir output_name",
+    "--resume, with the run's --out": "resume_from_checkpoint",
+    "--save-every": "save_state checkpointing_steps save_every_n_steps",
+    "--save-dtype": "save_precision",
+    "--save-every, in steps or minutes": "save_every_n_epochs",
+    "--keep": "checkpoints_total_limit save_last_n_steps save_last_n_epochs",
+    "--sample-every": "validation_steps sample_every_n_steps",
+    '--validate HINT "PROMPT"': "validation_image validation_prompt sample_prompts",
+    "--sample-count": "num_validation_images",
+    "--log": "report_to log_with",
+    "--log tensorboard": "tensorboard",
+    "--log, in the folder --out": "logging_dir",
 }
-# What is so without a word.
+# Why nothing needs to be said -> the names.
 NOT_NEEDED = {
-    "cache_latents": "latents are cached unless you say --no-cache",
-    "cache_latents_to_disk": "latents are cached unless you say --no-cache",
-    "enable_xformers_memory_efficient_attention": "attention is PyTorch's own, which needs as little memory",
-    "xformers": "attention is PyTorch's own, which needs as little memory",
-    "sdpa": "attention is PyTorch's own, which needs as little memory",
-    "set_grads_to_none": "gradients are always set to None",
-    "scale_lr": "--lr is taken as it is, for any batch",
-    "image_column": "columns are known by their usual names",
-    "conditioning_image_column": "columns are known by their usual names",
-    "caption_column": "columns are known by their usual names",
-    "tracker_project_name": "runs are named by --out",
-    "log_tracker_name": "runs are named by --out",
-    "save_model_as": "files are safetensors (`python -m tools.convert` makes others)",
+    "latents are cached unless you say --no-cache": "cache_latents cache_latents_to_disk",
+    "attention is PyTorch's own, which needs as little memory": "xformers sdpa "
+    "enable_xformers_memory_efficient_attention",
+    "gradients are always set to None": "set_grads_to_none",
+    "--lr is taken as it is, for any batch": "scale_lr",
+    "columns are known by their usual names": "image_column conditioning_image_column caption_column",
+    "runs are named by --out": "tracker_project_name log_tracker_name",
+    "files are safetensors (`python -m tools.convert` makes others)": "save_model_as",
 }
 
 
@@ -101,15 +76,19 @@ def right_names(unknown: list[str], flags: list[str], resume: bool) -> str | Non
                 return None
             said.append(f'--resume takes no value, found "{word}": it goes on with the newest state in --out')
             continue
-        is_value = "=" not in word
-        flag, name = word.split("=")[0], word[2:].split("=")[0].replace("-", "_")
-        close = get_close_matches("--" + name.replace("_", "-"), flags, 1, 0.8)
-        if name in OURS:
-            said.append(f"{flag} is {OURS[name]} here")
-        elif name in NOT_NEEDED:
-            said.append(f"{flag} is not needed, {NOT_NEEDED[name]}")
-        elif close:
+        flag, equals, _ = word.partition("=")
+        is_value = not equals
+        if ours := named_by(flag, OURS):
+            said.append(f"{flag} is {ours} here")
+        elif reason := named_by(flag, NOT_NEEDED):
+            said.append(f"{flag} is not needed, {reason}")
+        elif close := get_close_matches(flag.replace("_", "-"), flags, 1, 0.8):
             said.append(f"there is no {flag}, say {close[0]}")
         else:
             return None
     return "; ".join(dict.fromkeys(said))
+
+
+def named_by(flag: str, table: dict[str, str]) -> str | None:
+    name = flag[2:].replace("-", "_")
+    return next((said for said, names in table.items() if name in names.split()), None)

@@ -12,9 +12,9 @@ FLAGS = {flag_of(item.name) for item in fields(TrainSettings)}
 
 
 def test_the_names_that_are_advised_exist_and_the_others_do_not():
-    for other, ours in OURS.items():
-        assert ours.split()[0].rstrip(",") in FLAGS and f"--{other}" not in FLAGS, other
-    assert not {f"--{other}" for other in NOT_NEEDED} & FLAGS
+    assert {ours.split()[0].rstrip(",") for ours in OURS} <= FLAGS
+    others = [other for names in (*OURS.values(), *NOT_NEEDED.values()) for other in names.split()]
+    assert len(set(others)) == len(others) and not {f"--{other}" for other in others} & FLAGS
 
 
 TYPED = [

@@ -27,7 +27,7 @@ from .options import TrainSettings
 from .previews import own_samples
 from .resolve import check_hint_channels, config_of, control_config, open_base_of
 from .run_state import RunFolder
-from .sources import BadSamples
+from .sources import BadSamples, FolderSource
 
 
 def plan(settings: TrainSettings) -> str:
@@ -45,7 +45,7 @@ def plan(settings: TrainSettings) -> str:
     multiple = size_multiple(config)
     sources = open_sources(settings, size, multiple)
     own_samples(settings, size)
-    unusable = sources.train.problems()
+    unusable = sources.train.problems() if isinstance(sources.train, FolderSource) else []
     pairs, problems = len(sources.train) - len(unusable), sources.problems + unusable
     BadSamples(pairs, problems, settings.bad_share)
     if not settings.resume:

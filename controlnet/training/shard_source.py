@@ -110,9 +110,6 @@ class ShardSource:
         """Those whose pairs a cache may hold."""
         return self.shards
 
-    def problems(self) -> list[str]:
-        return []
-
 
 class ShardStream(ShardSource):
     """Position -> a pair: each epoch takes the archives in a new order, and of each its pairs in a new order.

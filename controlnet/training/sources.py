@@ -42,8 +42,6 @@ class Source(Protocol):
 
     def identity(self) -> Identity: ...
 
-    def problems(self) -> list[str]: ...
-
 
 class WorldSource:
     """The first `length` samples of a synthetic dataset, with its own hints or, with `detect`, made from the images."""
@@ -87,9 +85,6 @@ class WorldSource:
         if self.detect is not None:
             fingerprint["detect"], hints = self.detect, digest_of([world, self.detect])
         return Identity(fingerprint, [Key(f"{world}-{i}", f"{hints}-{i}") for i in range(self.length)])
-
-    def problems(self) -> list[str]:
-        return []
 
 
 class FolderSource:

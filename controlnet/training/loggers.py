@@ -3,7 +3,6 @@
 import importlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 from uuid import uuid4
 
 import numpy as np
@@ -13,15 +12,7 @@ from .options import TrainSettings
 from .run_state import RunFolder, write_text
 
 
-class Logger(Protocol):
-    def log(self, numbers: dict[str, float], step: int) -> None: ...
-
-    def show(self, grid: Path, step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def open_loggers(settings: TrainSettings, run: RunFolder) -> list[Logger]:
+def open_loggers(settings: TrainSettings, run: RunFolder) -> "list[TensorBoard | Tracker]":
     return [TensorBoard(run) if name == "tensorboard" else Tracker(name, settings, run) for name in settings.log]
 
 

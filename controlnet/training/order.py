@@ -8,7 +8,6 @@ any parts; with aspect buckets into whole batches.
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,18 +37,9 @@ def batch_positions(start: int, batch_size: int, rank: int = 0, world_size: int 
         yield range(first, first + batch_size)
 
 
-class Order(Protocol):
-    def at(self, position: int) -> int:
-        """The sample's index."""
-        ...
-
-    def instead(self, index: int) -> list[int]:
-        """What may stand in its place, the next one first."""
-        ...
-
-
 class Shuffled:
-    """All samples in a new order in each epoch; `endless` ones in their own."""
+    """All samples in a new order in each epoch; `endless` ones in their own: position -> index (`at`), and what may
+    stand in an index's place, the next one first (`instead`)."""
 
     def __init__(self, length: int, seed: int, endless: bool = False):
         self.length, self.seed, self.endless = length, seed, endless
@@ -64,7 +54,7 @@ class Shuffled:
 
 
 class Bucketed:
-    """Batches of one size each, from samples of the sizes given.
+    """Batches of one size each, from samples of the sizes given; `at` and `instead` are as those of `Shuffled`.
 
     The k-th batch has the size of the sample that would stand at position k, so all sizes come as often as samples have
     them. It is filled with that size's own samples, which are shuffled anew whenever all have been seen: no batch is
@@ -103,3 +93,6 @@ def batches_of_cycle(order: Bucketed, cycle: int) -> tuple[np.ndarray, np.ndarra
     for bucket, members in enumerate(order.members):
         earlier[buckets == bucket] = np.arange(len(members))
     return buckets, earlier
+
+
+Order = Shuffled | Bucketed

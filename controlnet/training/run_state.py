@@ -123,9 +123,8 @@ class RunFolder:
         self.best, self.report = path / "control-best.safetensors", path / "report.html"
 
     def states(self) -> list[Path]:
-        """Oldest first. Files of any other name, copies of the user's for example, are let alone."""
-        paths = (path for path in (self.path / "state").glob("*.pt") if path.stem.isdecimal())
-        return sorted(paths, key=lambda path: int(path.stem))
+        """Oldest first."""
+        return numbered(self.path / "state", ".pt")
 
     def control_at(self, step: int) -> Path:
         return self.path / f"control-{step:06d}.safetensors"
@@ -134,9 +133,7 @@ class RunFolder:
         return self.path / "samples" / f"{step:06d}.png"
 
     def grids(self) -> list[Path]:
-        """By step. Files of any other name are let alone."""
-        paths = (path for path in (self.path / "samples").glob("*.png") if path.stem.isdecimal())
-        return sorted(paths, key=lambda path: int(path.stem))
+        return numbered(self.path / "samples", ".png")
 
     @contextmanager
     def taken(self, resume: bool) -> Iterator[None]:
@@ -271,6 +268,12 @@ class RunFolder:
 
     def how_to_go_on(self) -> str:
         return f"go on with --resume --out {self.path}" if self.states() else "the same command goes on where it was"
+
+
+def numbered(folder: Path, suffix: str) -> list[Path]:
+    """The files that are called by a step, in their order; those of any other name, a user's copies, are let alone."""
+    found = (path for path in folder.glob(f"*{suffix}") if path.stem.isdecimal())
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def logged_step(line: bytes) -> float:

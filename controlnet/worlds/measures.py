@@ -42,13 +42,7 @@ def keypoint_distance(mask: np.ndarray, keypoints: np.ndarray) -> float:
 
 def colour_agreement(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
     """The fraction of the mask's pixels whose nearest basic colour is the same as in the true image."""
-    return float((nearest_basic(image[mask]) == nearest_basic(truth[mask])).mean())
-
-
-def nearest_basic(pixels: np.ndarray) -> np.ndarray:
-    """(N, 3) -> indices (N,) into the basic colours."""
-    table = np.array([COLOURS[name] for name in BASIC_COLOURS], np.float32)
-    return np.linalg.norm(pixels[:, None] - table, axis=-1).argmin(axis=1)
+    return float((nearest(image[mask], BASIC_COLOURS) == nearest(truth[mask], BASIC_COLOURS)).mean())
 
 
 def split_disc(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -70,9 +64,13 @@ def split_disc(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def nearest_colour(colour: np.ndarray, names: tuple[str, ...]) -> str:
-    """The name of the nearest colour, by Euclidean distance in RGB."""
+    return names[int(nearest(colour[None], names)[0])]
+
+
+def nearest(pixels: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    """(N, 3) -> the numbers (N,) of the nearest of these colours, by Euclidean distance in RGB."""
     table = np.array([COLOURS[name] for name in names], np.float32)  # (names, 3)
-    return names[int(np.linalg.norm(table - colour, axis=1).argmin())]
+    return np.linalg.norm(pixels[:, None] - table, axis=-1).argmin(axis=1)
 
 
 def same_colour(a: str, b: str) -> bool:

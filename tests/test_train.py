@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -26,24 +27,20 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import SMALLEST, small_control
-from small import small_sd as sd_of
+from small import SMALLEST, small_control, small_sd
 from written import write_small_lora
 
 import infer
 import train
-from controlnet.hints import detect as detector
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, zero_conv_norms
-from controlnet.training import latent_cache
+from controlnet.training import latent_cache, simulation
 from controlnet.training import options as train_options
-from controlnet.training.interruptions import Signals
+from controlnet.training.interruptions import STOPPING, Signals
 from controlnet.training.lock import locked
 from controlnet.training.opening import split
 from controlnet.training.pairs import list_folder
 from controlnet.training.resolve import config_of, resolve
-from controlnet.training.sources import FolderSource
-from controlnet.training.transform import Transform
 from controlnet.training.validation import ValidationLoss
 from ldm import StableDiffusion
 from ldm.config import ScheduleConfig
@@ -51,14 +48,16 @@ from ldm.config import ScheduleConfig
 ROOT = Path(__file__).parent.parent
 
 
-def small_sd():
-    return sd_of(SMALLEST)
+@pytest.fixture(scope="module")
+def sd():
+    """Which tests do not change."""
+    return small_sd(SMALLEST)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(sd, tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "small.safetensors"
-    small_sd().save(path)
+    sd.save(path)
     return path
 
 
@@ -71,7 +70,7 @@ def cache(base, tmp_path_factory):
 
 
 def options(base, out):
-    few = ["--images", "8", "--batch-size", "2", "--warmup", "1", "--validation", "2", "--sample-count", "0"]
+    few = ["--images", "8", "--batch-size", "2", "--warmup", "1", "--validation", "0", "--sample-count", "0"]
     return ["--base", str(base), "--out", str(out), *few, "--device", "cpu", "--save-every", "2", "--lr", "1e-3"]
 
 
@@ -96,6 +95,14 @@ def copy_of_run(base, cache, tmp_path_factory):
 def resume(out, *arguments: str) -> int:
     """With the run's own settings: nothing of `options` is said again."""
     return train.main(["--resume", "--out", str(out), "--device", "cpu", *arguments])
+
+
+def stopped_after(step, run, out):
+    """What `run` would have left if it had been killed after the save of this step."""
+    shutil.copytree(run, out)
+    for state in (out / "state").iterdir():
+        if int(state.stem) > step:
+            state.unlink()
 
 
 def control_of(out):
@@ -127,24 +134,11 @@ def steps_of(out):
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_gb")} for line in lines]
 
 
-# ----------------------------------------------------------------------------------------------------- what is asked
-
-
-@pytest.mark.parametrize("name, recipe", [("small", train_options.PAPER), ("tiny", train_options.LAPTOP)])
-def test_what_nobody_gives_depends_on_the_base(tmp_path, name, recipe):
-    sd = small_sd()
-    sd.config = replace(sd.config, name=name)
-    sd.save(tmp_path / "base.safetensors")
-    argv = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out"), "--lr", "0.5"]
-    settings = resolve(train_options.parse_args("", argv))
-    assert {name: getattr(settings, name) for name in recipe} == {**recipe, "lr": 0.5}
-
-
 # --------------------------------------------------------------------------------------------------- what is left
 
 
 def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, capsys):
-    assert run(base, tmp_path, "--steps", "2", "--sample-count", "2") == 0
+    assert run(base, tmp_path, "--steps", "2", "--sample-count", "2", "--validation", "2") == 0
     said = capsys.readouterr().out.splitlines()
     assert any(
         line.startswith("step 2: loss 0.") and ", control measure " in line and ", iou 0." in line for line in said
@@ -175,7 +169,7 @@ def test_a_run_leaves_a_control_a_grid_a_log_and_its_settings(base, tmp_path, ca
     assert written["settings"]["batch_size"] == 2 and written["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_a_recipe_trains_with_holes_and_ends_with_a_command_that_infer_takes(base, tmp_path, monkeypatch, capsys):
+def test_a_recipe_trains_with_holes_and_ends_with_a_command_that_infer_takes(base, sd, tmp_path, monkeypatch, capsys):
     """Also pooled, as recipes for shuffling are; the hints of the batches come from the cache."""
     batches, inputs = [], train.loss_inputs
     monkeypatch.setattr(train, "loss_inputs", lambda *given: batches.append(given[1]) or inputs(*given))
@@ -187,15 +181,16 @@ def test_a_recipe_trains_with_holes_and_ends_with_a_command_that_infer_takes(bas
     *_, command = capsys.readouterr().out.splitlines()
     words = [*shlex.split(command)[2:], "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "made")]
     assert "--mask" in words and infer.main(words) == 0
-    assert ControlNet.load(tmp_path, small_sd()).config.global_average_pooling
+    assert ControlNet.load(tmp_path, sd).config.global_average_pooling
 
 
 def test_a_lora_is_part_of_the_base_that_is_trained_on(base, tmp_path, capsys):
     lora = f"{write_small_lora(tmp_path / 'ink.safetensors', SMALLEST)}:0.5"
     StableDiffusion.load(base, loras=[lora]).save(tmp_path / "merged.safetensors")
-    assert run(base, tmp_path / "a", "--lora", lora, "--steps", "1") == 0
+    few = ["--steps", "1", "--cache", str(tmp_path / "latents")]  # of one base
+    assert run(base, tmp_path / "a", "--lora", lora, *few) == 0
     assert f" --base {base} --lora {lora} --control " in capsys.readouterr().out.splitlines()[-1]
-    assert run(tmp_path / "merged.safetensors", tmp_path / "b", "--steps", "1") == 0
+    assert run(tmp_path / "merged.safetensors", tmp_path / "b", *few) == 0
     assert_equal(control_of(tmp_path / "a"), control_of(tmp_path / "b"))
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["settings"]["lora"] == [lora]
     capsys.readouterr()
@@ -216,15 +211,21 @@ def test_help_and_mistakes_answer_without_torch(tmp_path, option, status):
     assert done.returncode == status and ("--resume" in done.stdout + done.stderr or "--lr here" in done.stderr)
 
 
+def test_the_script_ends_with_the_status(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert ended.value.code == 2 and "no run to resume" in capsys.readouterr().err
+
+
 def test_only_the_newest_states_are_kept(base, tmp_path, cache):
-    assert run(base, tmp_path, "--steps", "6", *cache) == 0
+    assert run(base, tmp_path, "--steps", "6", "--validation", "2", *cache) == 0
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["000004.pt", "000006.pt"]
     controls = {path.name.removeprefix("control").removesuffix(".safetensors") for path in tmp_path.glob("control*")}
     assert controls == {"", "-000004", "-000006", "-best"}
     assert (tmp_path / "control.safetensors").samefile(tmp_path / "control-000006.safetensors")
     losses = {line["step"]: line["validation_loss"] for line in steps_of(tmp_path) if "validation_loss" in line}
-    state = torch.load(tmp_path / "state" / "000006.pt", weights_only=True)
-    assert losses.keys() == {2, 4, 6} and state["position"]["best"] == min(losses.values())
+    assert losses.keys() == {2, 4, 6} and newest_state(tmp_path)["position"]["best"] == min(losses.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
@@ -233,27 +234,20 @@ def test_only_the_newest_states_are_kept(base, tmp_path, cache):
 @pytest.mark.parametrize(
     "how",
     [
-        ["--ema", "0.9", "--accumulate", "2"],
+        ["--ema", "0.9", "--accumulate", "2", "--validation", "2"],
         ["--precision", "fp16", "--batch-size", "1"],
         ["--no-cache", "--save-every", "0.00001m"],
     ],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, how):
-    how = ["--validation", "0", "--save-every", "1", "--images", "4", "--cache", str(tmp_path / "latents"), *how]
-    assert run(base, tmp_path / "whole", "--steps", "2", *how) == 0
-    assert run(base, tmp_path / "parts", "--steps", "1", *how) == 0
-    assert resume(tmp_path / "parts", "--steps", "2") == 0
+    assert run(base, tmp_path / "whole", "--steps", "2", "--save-every", "1", "--images", "4", *how) == 0
+    stopped_after(1, tmp_path / "whole", tmp_path / "parts")
+    assert resume(tmp_path / "parts") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def start(base, out, *arguments):
-    command = [sys.executable, "train.py", *options(base, out), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
-
-
 def wait_for(process, out, step):
-    while process.poll() is None and not ((out / "log.jsonl").exists() and len(logged(out)) >= step):
+    while process.is_alive() and not ((out / "log.jsonl").exists() and len(logged(out)) >= step):
         time.sleep(0.005)
 
 
@@ -261,8 +255,9 @@ def kill_at(process, out, step):
     """Anywhere in a step, or in a save, after that many lines of the log."""
     wait_for(process, out, step)
     time.sleep(random.uniform(0, 0.03))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def logged(out):
@@ -290,14 +285,14 @@ def newest_state(out):
 
 def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_path, cache, capsys):
     killed, how = tmp_path / "killed", ["--steps", "10", *cache]
-    first = start(base, killed, *how)
+    first = forked.start(train.main, [*options(base, killed), *how])
     wait_for(first, killed, step=1)
-    first.send_signal(signal.SIGSTOP)
+    os.kill(first.pid, signal.SIGSTOP)
     for other in (["--steps", "10"], ["--resume"]):  # the folder is taken while it lives
         assert train.main([*other, "--base", str(base), "--out", str(killed)]) == 2
         error = capsys.readouterr().err
         assert f'"{killed}" is being written by process {first.pid} on ' in error and error.strip().count("\n") == 0
-    first.send_signal(signal.SIGCONT)
+    os.kill(first.pid, signal.SIGCONT)
     kill_at(first, killed, step=random.randint(1, 4))
     (killed / "state" / f".000002.pt.{first.pid}.tmp").mkdir(exist_ok=True)
     second = forked.start(killed_in_its_second_save, [*options(base, killed), "--resume", *how])
@@ -312,8 +307,10 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(base, tmp_p
     assert_same_run(tmp_path / "whole", killed)
 
 
-def test_a_save_holds_the_step_at_which_it_began_though_the_training_goes_on(base, tmp_path, cache, monkeypatch):
-    assert run(base, tmp_path / "two", "--steps", "2", *cache) == 0
+def test_a_save_holds_the_step_at_which_it_began_though_the_training_goes_on(
+    base, tmp_path, cache, copy_of_run, monkeypatch
+):
+    copy_of_run(tmp_path / "two", "--steps", "2")
     losses, later, original, write = [], threading.Event(), ControlLoss.forward, train.Training.write
 
     def loss(*given):
@@ -348,17 +345,14 @@ def test_a_save_that_fails_ends_the_run_at_once(base, tmp_path, cache, capsys, m
     assert len(logged(tmp_path)) < 50
 
 
-@pytest.mark.parametrize(
-    "number, workers",
-    [(signal.SIGINT, "0"), (signal.SIGTERM, "1"), (signal.SIGHUP, "1")],
-)
+@pytest.mark.parametrize("number, workers", [(signal.SIGINT, "0"), (signal.SIGTERM, "1")])
 def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, copy_of_run, capsys, monkeypatch, number, workers):
     """Also one that goes to the whole process group, as Ctrl-C in a terminal does."""
     calls, how, original = [], [*cache, "--workers", workers], ControlLoss.forward
 
     def loss(*args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 2:
             pids = [process.pid for process in (*active_children(), current_process())]
             group = [str(pid) for pid in pids if os.getpgid(pid) == os.getpgrp()]
             subprocess.run(["kill", f"-{number:d}", *group], check=True)
@@ -366,12 +360,12 @@ def test_a_signal_saves_the_step_and_stops(base, tmp_path, cache, copy_of_run, c
 
     with monkeypatch.context() as patch:
         patch.setattr(ControlLoss, "forward", loss)
-        assert run(base, tmp_path / "parts", "--steps", "5", "--save-every", "100", *how) == 128 + number
-    assert "saved after step 3: go on with --resume --out" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000003.pt"]
+        assert run(base, tmp_path / "parts", "--steps", "3", "--save-every", "100", *how) == 128 + number
+    assert "saved after step 2: go on with --resume --out" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "parts" / "state").iterdir()] == ["000002.pt"]
     assert (tmp_path / "parts" / "control.safetensors").exists()
     assert signal.getsignal(number) is not None and resume(tmp_path / "parts") == 0
-    copy_of_run(tmp_path / "whole", "--steps", "5")
+    copy_of_run(tmp_path / "whole", "--steps", "3")
     assert_equal(control_of(tmp_path / "whole"), control_of(tmp_path / "parts"))
 
 
@@ -390,7 +384,7 @@ def send(monkeypatch, number, call, module=ControlLoss, name="forward"):
 
 def test_a_signal_in_the_last_step_comes_too_late(base, tmp_path, cache, capsys, monkeypatch):
     send(monkeypatch, signal.SIGTERM, call=1)
-    assert run(base, tmp_path, "--steps", "1", "--validation", "0", *cache) == 0
+    assert run(base, tmp_path, "--steps", "1", *cache) == 0
     said = capsys.readouterr()
     assert "--resume" not in said.err and said.out.splitlines()[-1].startswith("python infer.py")
 
@@ -411,22 +405,22 @@ def test_nohup_is_not_overruled():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_is_noted_while_stderr_is_blocked(monkeypatch):
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_is_noted_while_stderr_is_blocked(monkeypatch, number):
     def write(text):
         raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
 
     with monkeypatch.context() as patch, Signals() as signals, signals.waiting():
         patch.setattr(sys.stderr, "write", write)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received == signal.SIGTERM
+        os.kill(os.getpid(), number)
+        assert signals.received == number
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_same_command_goes_on_with_the_latents(base, tmp_path, capsys, monkeypatch, number):
+def test_the_same_command_goes_on_with_the_latents(base, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(latent_cache, "SHARD", 4)
-        send(patch, number, 2, latent_cache, "encode")
-        assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 128 + number
+        send(patch, signal.SIGTERM, 2, latent_cache, "encode")
+        assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 128 + signal.SIGTERM
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error == "train.py: stopped at once: the same command goes on where it was"
         assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
@@ -463,12 +457,12 @@ def test_a_second_ctrl_c_advises_what_works_then(tmp_path, copy_of_run, capsys, 
     assert resume(tmp_path, "--steps", "3") == 0
 
 
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_closed_pipe_does_not_end_a_run(base, tmp_path, cache, monkeypatch, name):
+def test_a_closed_pipe_does_not_end_a_run(base, tmp_path, cache, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    with monkeypatch.context() as patch, os.fdopen(writer, "w") as pipe:
-        patch.setattr(sys, name, pipe)
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as out, os.fdopen(os.dup(writer), "w") as err:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
         assert run(base, tmp_path, "--steps", "2", *cache) == 0
     assert len(steps_of(tmp_path)) == 2
 
@@ -486,16 +480,6 @@ def test_a_killed_data_worker_is_one_sentence(base, tmp_path, cache, capsys, mon
         assert run(base, tmp_path, "--steps", "500", "--workers", "1", *cache) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("train.py: a process that reads data has ended (") and "fewer --workers" in error
-
-
-@pytest.mark.parametrize("rate, steps, said", [("cosine", 4, 1), ("cosine", 2, 0), ("constant", 4, 0)])
-def test_a_rate_that_rises_again_is_said(tmp_path, copy_of_run, capsys, rate, steps, said):
-    copy_of_run(tmp_path, "--steps", "2", "--lr-schedule", rate)
-    capsys.readouterr()
-    assert resume(tmp_path, "--steps", str(steps)) == 0
-    error = capsys.readouterr().err
-    assert error.count("the learning rate rises at step 2 from 0.0e+00 to 5.0e-04: cosine takes 4 steps now, ") == said
-    assert error.count("the learning rate") == said
 
 
 def test_a_run_can_be_resumed_at_another_rate(tmp_path, copy_of_run):
@@ -536,26 +520,28 @@ def test_a_run_is_not_resumed_as_another(tmp_path, copy_of_run, capsys):
     assert (tmp_path / "control.safetensors").read_bytes() == before
 
 
-def test_a_base_without_autoencoder_is_trained_with_another_one(base, tmp_path, capsys):
+def test_a_base_without_autoencoder_is_trained_with_another_one(
+    base, tmp_path, cache, copy_of_run, capsys, no_simulation
+):
     tensors, vae = load_file(base), tmp_path / "vae.safetensors"
     own = {key: tensors.pop(key) for key in list(tensors) if key.startswith("first_stage_model.")}
     save_file(own, vae)
     save_file(tensors, tmp_path / "base.safetensors", {"config": json.dumps(SMALLEST.to_dict())})
-    arguments = ("--steps", "1", "--vae", str(vae))
+    arguments = ("--steps", "1", "--vae", str(vae), *cache)  # the latents are those of the base with its own
     assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments, "--dry-run") == 0
     assert run(tmp_path / "base.safetensors", tmp_path / "out", *arguments) == 0
     assert f"--vae {vae} --control" in capsys.readouterr().out
-    assert run(base, tmp_path / "whole", "--steps", "1") == 0
+    copy_of_run(tmp_path / "whole", "--steps", "1")
     assert_equal(control_of(tmp_path / "out"), control_of(tmp_path / "whole"))
     capsys.readouterr()
     assert resume(tmp_path / "out", "--steps", "2", "--vae", str(base)) == 2
     assert f"was started with --vae {vae}, not" in capsys.readouterr().err
 
 
-def test_zero_terminal_snr_is_a_setting_of_the_run(tmp_path):
-    sd = small_sd()
-    sd.config = replace(sd.config, schedule=ScheduleConfig("v"))
-    sd.save(tmp_path / "base.safetensors")
+def test_zero_terminal_snr_is_a_setting_of_the_run(sd, tmp_path):
+    plain = sd.with_parts()
+    plain.config = replace(sd.config, schedule=ScheduleConfig("v"))
+    plain.save(tmp_path / "base.safetensors")
     for given, expected in (([], False), (["--zero-snr"], True)):
         argv = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out"), *given]
         config = config_of(resolve(train_options.parse_args("", argv)))
@@ -567,16 +553,15 @@ def test_zero_terminal_snr_is_a_setting_of_the_run(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_takes_the_path_of_cuda_and_keeps_the_copy_in_fp32(base, tmp_path, precision):
-    assert run(base, tmp_path, "--steps", "2", "--precision", precision, "--images", "2", "--validation", "1") == 0
+    assert run(base, tmp_path, "--steps", "2", "--precision", precision, "--images", "2") == 0
     control = control_of(tmp_path)
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in control.values())
     assert all(control[key].abs().max() > 0 for key in control if ".zero_convs." in key)
-    scaler = torch.load(tmp_path / "state" / "000002.pt", weights_only=True)["optimisation"]["scaler"]
-    assert bool(scaler) == (precision == "fp16")
+    assert bool(newest_state(tmp_path)["optimisation"]["scaler"]) == (precision == "fp16")
 
 
 def test_the_copy_starts_from_the_bases_own_weights_not_from_rounded_ones(base, tmp_path):
-    few = ["--images", "2", "--validation", "1", "--steps", "1", "--lr", "1e-30"]
+    few = ["--images", "2", "--steps", "1", "--lr", "1e-30"]
     assert run(base, tmp_path, "--precision", "bf16", *few) == 0
     control, weights = control_of(tmp_path), load_file(base)
     copied = [key for key in control if key.replace("control_model.", "model.diffusion_model.") in weights]
@@ -595,9 +580,9 @@ def test_a_grid_that_overflows_is_left_out_and_the_run_goes_on(base, tmp_path, c
     assert (tmp_path / "control.safetensors").exists()
 
 
-@pytest.mark.parametrize("how", [["--checkpointing"], ["--batch-size", "1", "--accumulate", "2"], ["--workers", "1"]])
+@pytest.mark.parametrize("how", [["--checkpointing"], ["--batch-size", "1", "--accumulate", "2"]])
 def test_what_must_not_change_the_result_does_not(base, tmp_path, cache, copy_of_run, how):
-    """Checkpointing, the cutting of a step into accumulated batches, and who reads the hints."""
+    """Checkpointing, and the cutting of a step into accumulated batches."""
     copy_of_run(tmp_path / "plain", "--steps", "3")
     assert run(base, tmp_path / "other", "--steps", "3", *cache, *how) == 0
     plain, other = control_of(tmp_path / "plain"), control_of(tmp_path / "other")
@@ -607,29 +592,22 @@ def test_what_must_not_change_the_result_does_not(base, tmp_path, cache, copy_of
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_latents_from_the_cache_are_those_of_each_step(base, tmp_path, cache):
-    assert run(base, tmp_path / "cached", "--steps", "2", *cache) == 0
+def test_latents_from_the_cache_are_those_of_each_step(base, tmp_path, copy_of_run):
+    copy_of_run(tmp_path / "cached", "--steps", "2")
     assert run(base, tmp_path / "live", "--steps", "2", "--no-cache") == 0
     cached, live = steps_of(tmp_path / "cached"), steps_of(tmp_path / "live")
     assert [line["loss"] for line in cached] == pytest.approx([line["loss"] for line in live], rel=1e-4)
 
 
-def test_the_cosine_rate_falls_to_zero_and_the_constant_one_does_not(base, tmp_path, cache):
-    for name, rest in (("constant", 1e-3), ("cosine", 0.0)):
-        assert run(base, tmp_path / name, "--steps", "2", "--lr-schedule", name, *cache) == 0
-        state = torch.load(tmp_path / name / "state" / "000002.pt", weights_only=True)
-        assert state["optimisation"]["lr_schedule"]["_last_lr"] == [pytest.approx(rest, abs=1e-9)]
-
-
 def test_an_unlocked_decoder_is_trained_and_saved_with_all_else_as_it_was(base, tmp_path):
     """Also where the locked parts are rounded to be computed with."""
-    few = ["--images", "2", "--validation", "1", "--precision", "bf16"]
-    assert run(base, tmp_path, "--steps", "2", "--sd-unlocked", *few) == 0
+    few = ["--images", "2", "--precision", "bf16"]
+    assert run(base, tmp_path, "--steps", "1", "--sd-unlocked", *few) == 0
     before, after = load_file(base), load_file(tmp_path / "base.safetensors")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     start_of_decoder = ("model.diffusion_model.output_blocks.", "model.diffusion_model.out.")
     assert changed and all(key.startswith(start_of_decoder) for key in changed)
-    assert resume(tmp_path, "--steps", "3") == 0
+    assert resume(tmp_path, "--steps", "2") == 0
     assert not torch.equal(load_file(tmp_path / "base.safetensors")[min(changed)], after[min(changed)])
 
 
@@ -641,9 +619,9 @@ def test_only_the_middle_is_controlled(base, tmp_path, cache):
 
 
 @pytest.mark.parametrize("name", ["lite", "gaussian", "random", "frozen", "concat"])
-def test_the_baselines_are_trained_saved_and_loaded(base, tmp_path, cache, name):
+def test_the_baselines_are_trained_saved_and_loaded(base, sd, tmp_path, cache, name):
     assert run(base, tmp_path, "--steps", "1", "--architecture", name, "--lr", "1e-30", *cache) == 0
-    sd, values = small_sd(), control_of(tmp_path)
+    values = control_of(tmp_path)
     control = ControlNet.load(tmp_path / "control.safetensors", sd.unet)
     assert control.config.architecture == (name if name in ("lite", "concat") else "full")
     assert any("transformer_blocks" in key for key in values) == (name != "lite")
@@ -667,43 +645,26 @@ def test_the_baselines_are_trained_saved_and_loaded(base, tmp_path, cache, name)
     assert train.main(["--resume", "--out", str(tmp_path), "--device", "cpu", "--architecture", "full"]) == 2
 
 
-def test_training_goes_on_from_a_control(base, tmp_path, cache):
-    small_control(small_sd()).save(tmp_path / "before.safetensors")
+def test_training_goes_on_from_a_control(base, sd, tmp_path, cache):
+    small_control(sd).save(tmp_path / "before.safetensors")
     before = load_file(tmp_path / "before.safetensors")
-    assert (
-        run(
-            base,
-            tmp_path / "on",
-            "--steps",
-            "1",
-            "--lr",
-            "1e-30",
-            "--control",
-            str(tmp_path / "before.safetensors"),
-            *cache,
-        )
-        == 0
-    )
+    how = ["--lr", "1e-30", "--control", str(tmp_path / "before.safetensors")]
+    assert run(base, tmp_path / "on", "--steps", "1", *how, *cache) == 0
     after = control_of(tmp_path / "on")
     assert before.keys() == after.keys()
     for key in before:
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-20)
 
 
-def test_the_average_is_what_is_saved(base, tmp_path, cache):
-    assert run(base, tmp_path, "--steps", "3", "--ema", "0.5", *cache) == 0
-    state = torch.load(tmp_path / "state" / "000003.pt", weights_only=True)
-    saved, key = control_of(tmp_path), "middle_zero_conv.weight"
-    average = state["average"][f"module.{key}"]
-    assert torch.equal(saved["control_model.middle_block_out.0.weight"], average)
-    assert not torch.equal(state["control"][key], average)
-
-
-def test_what_is_saved_is_what_is_validated(base, tmp_path, cache, monkeypatch):
+def test_the_average_is_what_is_saved_and_validated(base, sd, tmp_path, cache, monkeypatch):
     seen = []
     monkeypatch.setattr(ValidationLoss, "__call__", lambda self, loss: seen.append(zero_conv_norms(loss.control)) or {})
-    assert run(base, tmp_path, "--steps", "3", "--ema", "0.9", *cache) == 0
-    saved = ControlNet.load(tmp_path / "control.safetensors", small_sd())
+    assert run(base, tmp_path, "--steps", "3", "--ema", "0.5", "--validation", "1", *cache) == 0
+    state, key = newest_state(tmp_path), "middle_zero_conv.weight"
+    average = state["average"][f"module.{key}"]
+    assert torch.equal(control_of(tmp_path)["control_model.middle_block_out.0.weight"], average)
+    assert not torch.equal(state["control"][key], average)
+    saved = ControlNet.load(tmp_path / "control.safetensors", sd)
     assert seen[-1] == steps_of(tmp_path)[-1]["zero_convs"] == pytest.approx(zero_conv_norms(saved))
 
 
@@ -729,7 +690,7 @@ def own_pairs(folder, count=6, channels=3):
     return ["--data", str(folder), "--images", "100"]
 
 
-@pytest.mark.parametrize("channels, how", [(3, []), (1, []), (4, ["--no-cache", "--flip", "--random-crop"])])
+@pytest.mark.parametrize("channels, how", [(1, []), (4, ["--no-cache", "--flip", "--random-crop"])])
 def test_a_folder_of_pairs_is_trained_on(base, tmp_path, channels, how):
     data = own_pairs(tmp_path / "pairs", channels=channels)
     chosen = [*data, "--size", "128x64", "--hint-channels", str(channels), "--sample-count", "1", *how]
@@ -747,10 +708,10 @@ def test_a_stream_of_tar_shards_goes_on_exactly(base, tmp_path, capsys):
             for kind, end in (("source", "hint.png"), ("target", "png")):
                 archive.add(tmp_path / "pairs" / "pictures" / f"{kind}{i}.png", f"{i}.{end}")
     how = ["--data", str(tmp_path / "shards"), "--prompt", "", "--validation", "1", "--batch-size", "3"]
-    assert run(base, tmp_path / "whole", "--steps", "2", *how, "--no-cache") == 0
+    assert run(base, tmp_path / "whole", "--steps", "2", "--save-every", "1", *how, "--no-cache") == 0
     assert "is read as tar shards: 2, the first with 2 pairs" in capsys.readouterr().out
-    assert run(base, tmp_path / "parts", "--steps", "1", *how, "--no-cache") == 0
-    assert resume(tmp_path / "parts", "--steps", "2") == 0  # into the second epoch
+    stopped_after(1, tmp_path / "whole", tmp_path / "parts")
+    assert resume(tmp_path / "parts") == 0  # into the second epoch
     assert_equal(newest_state(tmp_path / "whole"), newest_state(tmp_path / "parts"))
     assert run(base, tmp_path / "cached", "--steps", "1", *how) == 0
     assert len(list((tmp_path / "cached" / "cache" / "hints").iterdir())) == 4
@@ -777,11 +738,11 @@ def test_buckets_train_each_shape_uncropped_and_resume_exactly(base, tmp_path, c
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(pairs / f"{i}.png")
     lines = [{"target": f"{i}.png", "source": f"{i}.png", "prompt": f"number {i}"} for i in range(7)]
     (pairs / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
-    data = ["--data", str(pairs), "--buckets", "--validation", "0", "--images", "100", *how]
+    data = ["--data", str(pairs), "--buckets", "--images", "100", *how]
     assert run(base, tmp_path / "whole", *data, "--steps", "4") == 0
     assert "images of 3 sizes (width x height): 64x64 for 3, 32x128 for 3, 128x32 for 1" in capsys.readouterr().out
-    assert run(base, tmp_path / "parts", *data, "--steps", "2") == 0
-    assert resume(tmp_path / "parts", "--steps", "4") == 0
+    stopped_after(2, tmp_path / "whole", tmp_path / "parts")
+    assert resume(tmp_path / "parts") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert resume(tmp_path / "parts", "--steps", "6", "--batch-size", "3") == 2
     assert (
@@ -807,29 +768,17 @@ def test_hints_are_made_from_the_pictures(base, tmp_path):
         assert set(np.unique(np.array(hint))) == {0, 255}
 
 
-def test_a_detector_is_one_for_pictures_and_has_options(base, tmp_path, capsys):
-    data = [*own_pairs(tmp_path / "pairs"), "--no-cache", "--steps", "1"]
-    for detect, words in (("depth", "no hints from images"), ("canny:lo=5", "no option"), ("none", "no detector")):
-        assert run(base, tmp_path / "out", *data, "--detect", detect) == 2
-        assert words in capsys.readouterr().err
-    assert run(base, tmp_path / "out", *data, "--detect", "canny", "--hint-channels", "1") == 2
-    assert "3 channels" in capsys.readouterr().err
-    source = FolderSource("x", list_folder(tmp_path / "pairs").entries, Transform((64, 64)), detect="canny:low=255")
-    assert not np.array_equal(source.hint(0), detector("canny", source.sample(0).image))
-    assert np.array_equal(source.hint(0), detector("canny", source.sample(0).image, low=255))
-
-
 def test_a_grid_of_pictures_that_are_trained_on_leaves_bad_ones_out(base, tmp_path):
     data = own_pairs(tmp_path / "pairs", count=3)
     (tmp_path / "pairs" / "pictures" / "target0.png").write_bytes(b"no picture")
-    few = ["--validation", "0", "--sample-count", "3", "--bad-share", "0.5"]
+    few = ["--sample-count", "3", "--bad-share", "0.5"]
     assert run(base, tmp_path / "out", "--steps", "1", *data, *few) == 0
     with Image.open(tmp_path / "out" / "samples" / "000001.png") as grid:
         assert grid.size == (4 * 64, 2 * 64)
 
 
 def test_bad_samples_are_skipped_and_counted_up_to_a_share(base, tmp_path, capsys):
-    data = own_pairs(tmp_path / "pairs", count=8)
+    data = [*own_pairs(tmp_path / "pairs", count=8), "--validation", "2"]
     entries = (tmp_path / "pairs" / "prompt.json").read_text()
     (tmp_path / "pairs" / "prompt.json").write_text(entries + "\n{broken\n")
     trained_on, _ = split(list_folder(tmp_path / "pairs").entries, validation=2)
@@ -855,33 +804,30 @@ def nothing_is_computed(patch):
 
 
 @pytest.fixture(scope="module")
-def own_run(base, tmp_path_factory):
+def own_run(base, sd, tmp_path_factory):
     """A folder with pairs, a base, and what a step on these has left, begun with a control that is gone by now."""
     folder = tmp_path_factory.mktemp("own")
     data = own_pairs(folder / "a" / "pairs")
     mine, control = folder / "a" / "base.safetensors", folder / "a" / "control.safetensors"
     mine.write_bytes(base.read_bytes())
-    small_control(small_sd()).save(control)
+    small_control(sd).save(control)
     assert run(mine, folder / "out", "--steps", "1", "--save-every", "1", *data, "--control", str(control)) == 0
     control.unlink()
     return folder
 
 
-@pytest.mark.parametrize("how", ["another folder", "another time", "relative", "in a linked folder"])
+@pytest.mark.parametrize("how", ["in another folder, since another time", "in a linked folder, a relative path"])
 def test_a_run_goes_on_wherever_its_data_base_and_control_lie_by_now(own_run, tmp_path, monkeypatch, how):
     shutil.copytree(own_run, tmp_path, dirs_exist_ok=True)
     here, there = tmp_path / "a", tmp_path / "b"
-    if how == "another folder":
-        here.rename(there)
-    elif how == "another time":
-        for path in [*here.rglob("*")]:
-            os.utime(path, (1, 1))
-        there = here
-    elif how == "relative":
-        monkeypatch.chdir(tmp_path)
-        there = Path("a")
-    else:
+    if "linked" in how:
         there.symlink_to(here)
+        monkeypatch.chdir(tmp_path)
+        there = Path("b")
+    else:
+        here.rename(there)
+        for path in there.rglob("*"):
+            os.utime(path, (1, 1))
     nothing_is_computed(monkeypatch)
     new = ["--data", str(there / "pairs"), "--base", str(there / "base.safetensors")]
     assert resume(tmp_path / "out", "--steps", "2", *new) == 0
@@ -920,7 +866,7 @@ def change_unet(folder, base):
 CHANGES = {
     "captions": edit_caption,
     "images": edit_image,
-    "samples: 3 where 4 was": remove_pair,
+    "samples: 5 where 6 was": remove_pair,
     "file names": rename_hints,
     "UNet": change_unet,
 }
@@ -943,21 +889,13 @@ def test_a_run_does_not_go_on_with_other_data_or_another_base(own_run, tmp_path,
     assert before == {path: path.read_bytes() for path in before}
 
 
-def spoil(path, how):
-    data = path.read_bytes()
-    if isinstance(how, float):  # a bit
-        at = int(how * len(data))
-        data = data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
-    path.write_bytes({"cut": data[:-1000], "empty": b""}.get(how, data))
-
-
-@pytest.mark.parametrize("how", ["cut", "empty", 0.5])
-def test_a_damaged_state_is_left_for_the_one_before(tmp_path, copy_of_run, capsys, how):
+def test_a_damaged_state_is_left_for_the_one_before(tmp_path, copy_of_run, capsys):
     copy_of_run(tmp_path, "--steps", "4")
     whole = control_of(tmp_path)
     newest = tmp_path / "state" / "000004.pt"
-    spoil(newest, how)
-    damaged = newest.read_bytes()
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 16
+    newest.write_bytes(damaged)
     capsys.readouterr()
     assert resume(tmp_path) == 0
     error = capsys.readouterr().err.splitlines()[0]
@@ -971,7 +909,7 @@ def test_a_run_without_a_whole_state_is_not_begun_again(tmp_path, copy_of_run, c
     copy_of_run(tmp_path, "--steps", "4")
     before = (tmp_path / "control.safetensors").read_bytes()
     for path in (tmp_path / "state").iterdir():
-        spoil(path, "cut")
+        path.write_bytes(path.read_bytes()[:-1000])
     for _ in range(2):
         capsys.readouterr()
         assert resume(tmp_path, "--steps", "6") == 2
@@ -989,10 +927,10 @@ def test_files_of_the_users_own_are_in_nobodys_way(tmp_path, copy_of_run):
     log.write_bytes(
         log.read_bytes() + b'null\n\xff\xfe\n[1]\n{"step": "2"}\n{"step": null}\n3\n' + b"[" * 99_999 + b'\n{"st'
     )
-    assert resume(tmp_path, "--steps", "8") == 0
-    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == sorted([*names, "000006.pt", "000008.pt"])
+    assert resume(tmp_path, "--steps", "6") == 0
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == sorted([*names, "000004.pt", "000006.pt"])
     assert all((tmp_path / "state" / name).read_bytes() == b"mine" for name in names)
-    assert [line["step"] for line in steps_of(tmp_path)][-6:] == [3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in steps_of(tmp_path)][-4:] == [3, 4, 5, 6]
 
 
 EDITS = [
@@ -1042,11 +980,7 @@ BAD_CALLS = [
     (["--resume"], "no run to resume"),
     (["--base", "none.safetensors"], "none.safetensors"),
     (["--data", "nowhere"], 'no folder "nowhere"'),
-    (["--data", "./nowhere"], "does not exist"),
     (["--size", "100"], "multiples of"),
-    (["--size", "128x64"], "are square"),
-    (["--flip", "--data", "./nowhere"], "add --no-cache"),
-    (["--flip", "--label-maps", "--no-cache", "--steps", "1"], "leave out --flip, --label-maps"),
     (["--ema", "0.9", "--sd-unlocked"], "leave out one"),
     (["--device", "cuda:77"], "cuda:77"),
     (["--out", "/dev/null/run"], "another folder"),
@@ -1089,9 +1023,21 @@ def test_a_number_that_means_nothing_is_refused(capsys, option, value):
     assert stopped.value.code == 2 and f'argument {option}: it is "{value}", expected' in error
 
 
-def test_a_dry_run_counts_missing_files_and_names_the_first(base, tmp_path, capsys):
+@pytest.fixture
+def no_simulation(monkeypatch):
+    """What a step holds is found out in test_memory.py. Here it is 0.1 GB an image, with checkpointing half of it."""
+
+    def held(run, size, batch_size, gradients_last):
+        return [10**8 * batch_size // (1 + run.settings.checkpointing)]
+
+    monkeypatch.setattr(simulation.FakeRun, "step", held)
+    monkeypatch.setattr(simulation.FakeRun, "encoding", lambda *_: [0])
+    monkeypatch.setattr(simulation, "make_fake", lambda module: None)  # they are on the meta device
+
+
+def test_a_dry_run_counts_missing_files_and_names_the_first(base, tmp_path, capsys, no_simulation):
     data, pictures = own_pairs(tmp_path / "pairs", count=8), tmp_path / "pairs" / "pictures"
-    plan = ["--steps", "1", "--dry-run", *data, "--bad-share", "0.4"]
+    plan = ["--steps", "1", "--dry-run", *data, "--bad-share", "0.4", "--validation", "2"]
     trained_on, _ = split(list_folder(tmp_path / "pairs").entries, validation=2)
     trained_on[0].image.unlink()
     trained_on[3].hint.unlink()
@@ -1107,8 +1053,8 @@ def test_a_dry_run_counts_missing_files_and_names_the_first(base, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_opens_the_base_and_the_control(base, tmp_path, capsys):
-    sd, control, out = small_sd(), tmp_path / "control.safetensors", tmp_path / "out"
+def test_a_dry_run_opens_the_base_and_the_control(base, sd, tmp_path, capsys, no_simulation):
+    control, out = tmp_path / "control.safetensors", tmp_path / "out"
     small_control(sd).save(control)
     assert run(base, out, "--steps", "1", "--dry-run", "--control", str(control)) == 0
     without_vae = {key: value for key, value in load_file(base).items() if not key.startswith("first_stage_model.")}
@@ -1145,7 +1091,7 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(tmp_path, capsy
 
 
 @pytest.mark.parametrize("how", [[], ["--detect", "canny", "--ema", "0.9", "--keep", "3"], ["--sd-unlocked"]])
-def test_a_dry_run_knows_what_the_run_will_write(base, tmp_path, capsys, how):
+def test_a_dry_run_knows_what_the_run_will_write(base, tmp_path, capsys, no_simulation, how):
     """And that it fits, to a fifth: files have headers, and the optimizer's state has steps."""
     data, out = [*own_pairs(tmp_path / "pairs", count=20), *how, "--save-every", "1"], tmp_path / "out"
     assert run(base, out, "--steps", "3", *data, "--dry-run") == 0
@@ -1164,7 +1110,7 @@ def test_a_dry_run_knows_what_the_run_will_write(base, tmp_path, capsys, how):
 
 
 @pytest.mark.parametrize("what", ["too full", "another run", "no cache", "no image"])
-def test_a_dry_run_refuses_what_would_fail_later(base, tmp_path, capsys, monkeypatch, copy_of_run, what):
+def test_a_dry_run_refuses_what_would_fail_later(base, tmp_path, capsys, monkeypatch, copy_of_run, no_simulation, what):
     data, how = own_pairs(tmp_path / "pairs", count=20), ["--dry-run", "--steps", "1"]
     words = {"too full": "give another folder as --out", "another run": "holds a run", "no cache": "something else"}
     if what == "too full":
@@ -1181,16 +1127,12 @@ def test_a_dry_run_refuses_what_would_fail_later(base, tmp_path, capsys, monkeyp
     assert words.get(what, "source3.png") in error and error.strip().count("\n") == 0
 
 
-def test_a_dry_run_names_the_batch_size_that_fits(tmp_path, capsys):
-    one_level = replace(SMALLEST.unet, multipliers=(1,), attention=(True,), heads=(2,))
-    base = tmp_path / "base.safetensors"
-    sd_of(replace(SMALLEST, unet=one_level)).save(base)
-    plan = ["--steps", "1", "--dry-run", "--sd-unlocked", "--sample-count", "0"]
+def test_a_dry_run_names_the_batch_size_that_fits(base, tmp_path, capsys, no_simulation):
+    plan = ["--steps", "1", "--dry-run", "--sd-unlocked"]
     assert run(base, tmp_path / "out", *plan, "--fit", "1") == 0
     *_, together, plain, checkpointed, _ = capsys.readouterr().out.splitlines()
     assert "at most, all together" in together
-    most = [int(line.split("1 GB hold --batch-size ")[1].split()[0]) for line in (plain, checkpointed)]
-    assert 2 < most[0] < most[1] and "--checkpointing" in checkpointed and "--checkpointing" not in plain
+    assert plain.startswith("1 GB hold --batch-size 4 (") and checkpointed.startswith("1 GB hold --batch-size 8 --chec")
     assert run(base, tmp_path / "out", *plan, "--fit", "0.1", "--checkpointing") == 0
     line = capsys.readouterr().out.splitlines()[-2]
     assert line.startswith("0.1 GB do not hold --batch-size 1 --checkpointing, which needs 0.")
@@ -1221,22 +1163,21 @@ def no_file_above(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("what", ["state", "control"])
-def test_a_full_disk_is_one_sentence_and_what_was_saved_is_whole(tmp_path, copy_of_run, capsys, what):
+def test_a_full_disk_is_one_sentence_and_what_was_saved_is_whole(tmp_path, copy_of_run, capsys):
     copy_of_run(tmp_path, "--steps", "2")
     control, state = tmp_path / "control.safetensors", tmp_path / "state" / "000002.pt"
     before, whole = control_of(tmp_path), state.read_bytes()
     size = control.stat().st_size
     assert size < len(whole) // 2
-    capsys.readouterr()
-    with no_file_above(len(whole) // 2 if what == "state" else size // 2):
-        assert resume(tmp_path, "--steps", "4") == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
-    assert len(error) == 1 and "what was saved is intact" in error[0]
-    assert str(tmp_path / ("state/000004.pt" if what == "state" else "control-000004.safetensors")) in error[0]
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002.pt"] and state.read_bytes() == whole
-    assert what == "state" or assert_equal(control_of(tmp_path), before) is None
-    assert not list(tmp_path.rglob("*.tmp"))
+    for room, written in ((size // 2, "control-000004.safetensors"), (len(whole) // 2, "state/000004.pt")):
+        capsys.readouterr()
+        with no_file_above(room):
+            assert resume(tmp_path, "--steps", "4") == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+        assert len(error) == 1 and "what was saved is intact" in error[0] and str(tmp_path / written) in error[0]
+        assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002.pt"] and state.read_bytes() == whole
+        assert "state" in written or assert_equal(control_of(tmp_path), before) is None
+        assert not list(tmp_path.rglob("*.tmp"))
     assert resume(tmp_path, "--steps", "4") == 0
 
 
@@ -1248,10 +1189,10 @@ def test_a_disk_that_is_full_of_latents_is_one_sentence(base, tmp_path, capsys):
     assert run(base, tmp_path, "--steps", "1") == 0
 
 
-@pytest.mark.parametrize("taken", ["", "state", "samples", "log.jsonl", ".lock", "settings.json"])
+@pytest.mark.parametrize("taken", ["", "state", "log.jsonl", ".lock", "settings.json"])
 def test_an_unusable_out_is_found_before_latents_are_computed(base, tmp_path, capsys, monkeypatch, taken):
     out = tmp_path / "out"
-    if taken in ("", "state", "samples"):
+    if taken in ("", "state"):
         out.mkdir() if taken else None
         (out / taken).write_text("a file")
     else:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from small import SMALLEST, small_sd
 
-from controlnet.training.options import parse_args
-from controlnet.training.resolve import resolve
+from controlnet.training.options import LAPTOP, PAPER, TrainSettings, parse_args
+from controlnet.training.resolve import resolve, with_defaults
 from controlnet.training.run_state import RunFolder
+from ldm.config import TINY
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,12 @@ def base(tmp_path_factory):
 
 def settings_of(base, out, words):
     return resolve(parse_args("", ["--base", base, "--out", str(out), *words.split()]))
+
+
+@pytest.mark.parametrize("config, defaults", [(SMALLEST, PAPER), (TINY, LAPTOP)])
+def test_what_nobody_gives_depends_on_the_base(config, defaults):
+    settings = with_defaults(TrainSettings(lr=0.5), config)
+    assert {name: getattr(settings, name) for name in defaults} == {**defaults, "lr": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,17 @@ def test_what_settings_json_leaves_open_is_the_default_of_the_base(base, tmp_pat
     RunFolder(tmp_path).begin(0, replace(first, lr_schedule=None, batch_size=None), {})
     (tmp_path / "state" / "000003.pt").touch()
     assert settings_of(base, tmp_path, "--resume --steps 20") == replace(first, steps=20, resume=True)
+
+
+@pytest.mark.parametrize("schedule, steps, said", [("cosine", 4, 1), ("cosine", 2, 0), ("constant", 4, 0)])
+def test_a_rate_that_rises_again_is_said(base, tmp_path, capsys, schedule, steps, said):
+    first = settings_of(base, tmp_path, f"--steps 2 --lr 1e-3 --warmup 1 --lr-schedule {schedule}")
+    RunFolder(tmp_path).begin(0, first, {})
+    (tmp_path / "state" / "000002.pt").touch()
+    settings_of(base, tmp_path, f"--resume --steps {steps}")
+    error = capsys.readouterr().err
+    assert error.count("the learning rate rises at step 2 from 0.0e+00 to 5.0e-04: cosine takes 4 steps now, ") == said
+    assert error.count("the learning rate") == said
 
 
 @pytest.mark.parametrize(

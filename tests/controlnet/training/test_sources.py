@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from controlnet.hints import detect
 from controlnet.objective import seeded
 from controlnet.training.opening import open_sources, split
 from controlnet.training.options import TrainSettings
@@ -190,6 +191,33 @@ def test_the_published_set_comes_before_the_world(tmp_path, monkeypatch):
     assert open_sources(TrainSettings(images=10), (64, 64)).train.name == "data/fill50k"
 
 
+@pytest.mark.parametrize(
+    "settings, size, words",
+    [
+        ({"data": "./nowhere"}, (64, 64), '"nowhere" does not exist'),
+        ({"data": "shapes"}, (64, 128), "are square, and the size is 128x64"),
+        ({"data": "./nowhere", "flip": True}, (64, 64), "add --no-cache"),
+        ({"data": "shapes", "flip": True, "label_maps": True}, (64, 64), "leave out --flip, --label-maps"),
+        ({"detect": "depth"}, (64, 64), "no hints from images"),
+        ({"detect": "canny:lo=5"}, (64, 64), "no option"),
+        ({"detect": "none"}, (64, 64), "no detector"),
+    ],
+)
+def test_data_that_cannot_be_as_they_are_asked_for_are_refused(settings, size, words):
+    with pytest.raises(ValueError, match=words):
+        open_sources(TrainSettings(**settings), size)
+
+
+def test_a_detector_has_options_and_makes_three_channels(tmp_path):
+    for image, _ in fill50k_layout(tmp_path, 2):
+        save(image, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    source = FolderSource("x", list_folder(tmp_path, need_hints=False).entries, Transform((64, 64)), 3, "canny:low=255")
+    assert not np.array_equal(source.hint(0), detect("canny", source.sample(0).image))
+    assert np.array_equal(source.hint(0), detect("canny", source.sample(0).image, low=255))
+    with pytest.raises(ValueError, match="hints of 3 channels, and --hint-channels is 1"):
+        open_sources(TrainSettings(data=str(tmp_path), detect="canny", hint_channels=1), (64, 64))
+
+
 def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
     for image, hint in fill50k_layout(tmp_path, 2):
         save(image, np.zeros((64, 64, 3), np.uint8))
@@ -206,6 +234,6 @@ def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
     assert len({str(f) for f in (before, changed, current())}) == 3
 
 
-@pytest.mark.parametrize("detect, needs", [(None, False), ("canny:low=5", False), ("softedge", True), ("SAM", True)])
-def test_hints_of_networks_are_made_beside_the_device(detect, needs):
-    assert FolderSource("x", [], Transform((64, 64)), detect=detect).uses_network == needs
+@pytest.mark.parametrize("name, needs", [(None, False), ("canny:low=5", False), ("softedge", True), ("SAM", True)])
+def test_hints_of_networks_are_made_beside_the_device(name, needs):
+    assert FolderSource("x", [], Transform((64, 64)), detect=name).uses_network == needs

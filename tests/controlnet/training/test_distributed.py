@@ -19,21 +19,8 @@ from controlnet.objective import ControlLoss
 from controlnet.training import distributed
 from controlnet.training.distributed import launch, started_again
 
-FEW = [
-    "--images",
-    "16",
-    "--validation",
-    "1",
-    "--sample-count",
-    "0",
-    "--validate-every",
-    "100",
-    "--save-every",
-    "1",
-    "--accumulate",
-    "2",
-]
-HOW = [*FEW, "--steps", "3", "--lr", "1e-3", "--warmup", "1", "--optimizer", "adamw", "--lr-schedule", "constant"]
+FEW = "--images 16 --validation 1 --sample-count 0 --validate-every 100 --save-every 1 --accumulate 2"
+HOW = f"{FEW} --steps 3 --lr 1e-3 --warmup 1 --optimizer adamw --lr-schedule constant".split()
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 

@@ -10,22 +10,23 @@ import pytest
 from controlnet.training import lock
 from controlnet.training.lock import locked
 
+CONTEXT = multiprocessing.get_context("fork")
 
-def hold(folder, ready, seconds):
+
+def hold(folder, ready, until):
     with locked(folder):
         ready.set()
-        time.sleep(seconds)
+        until.wait(60)
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Starts a process that has a folder of the test, a folder of its own."""
+    """Starts a process that has a folder of the test, until an event."""
     started = []
 
-    def start(seconds=60.0):
-        context = multiprocessing.get_context("fork")
-        ready = context.Event()
-        process = context.Process(target=hold, args=(tmp_path / "run", ready, seconds))
+    def start(until):
+        ready = CONTEXT.Event()
+        process = CONTEXT.Process(target=hold, args=(tmp_path / "run", ready, until))
         process.start()
         started.append(process)
         assert ready.wait(30)
@@ -39,7 +40,7 @@ def holder(tmp_path):
 
 def test_a_folder_that_is_taken_is_refused_until_its_holder_is_killed(tmp_path, holder):
     folder = tmp_path / "run"
-    process = holder()
+    process = holder(until=CONTEXT.Event())
     words = f'^".*" is being written by process {process.pid} on .* since 2.*:.*: wait for its end'
     with pytest.raises(ValueError, match=words) as caught, locked(folder):
         pass
@@ -50,21 +51,23 @@ def test_a_folder_that_is_taken_is_refused_until_its_holder_is_killed(tmp_path, 
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_who_waits_comes_next(tmp_path, holder, capsys):
-    process = holder(seconds=0.5)
+def test_who_waits_comes_next(tmp_path, holder, monkeypatch):
+    waited_for, said = CONTEXT.Event(), []
+    process = holder(until=waited_for)
+    monkeypatch.setattr(lock, "note", lambda text: (said.append(text), waited_for.set()))
     with locked(tmp_path / "run", wait=True):
-        assert capsys.readouterr().err.count(f" by process {process.pid} on ") == 1
         process.join(5)
-        assert process.exitcode == 0
+        assert process.exitcode == 0 and len(said) == 1 and f" by process {process.pid} on " in said[0]
 
 
 def test_what_a_holder_has_forked_does_not_hold(tmp_path):
     """Data workers live on for some seconds when the training is killed."""
-    context = multiprocessing.get_context("fork")
     with locked(tmp_path):
-        worker = context.Process(target=time.sleep, args=(60,))
+        worker = CONTEXT.Process(target=time.sleep, args=(60,))
         worker.start()
-    other = context.Process(target=hold, args=(tmp_path, context.Event(), 0))
+    at_once = CONTEXT.Event()
+    at_once.set()
+    other = CONTEXT.Process(target=hold, args=(tmp_path, CONTEXT.Event(), at_once))
     other.start()
     other.join()
     worker.kill()
@@ -76,7 +79,7 @@ def test_what_a_holder_has_forked_does_not_hold(tmp_path):
 def test_the_system_tells_who_holds_a_folder(tmp_path, holder):
     folder = tmp_path / "run"
     assert lock.holder(folder) is None
-    process = holder()
+    process = holder(until=CONTEXT.Event())
     assert lock.holder(folder) == process.pid
     written = (folder / lock.LOCK_NAME).read_text()
     (folder / lock.LOCK_NAME).write_text("process 1 on another-machine since 2026-01-01 00:00:00")

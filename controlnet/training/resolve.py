@@ -42,16 +42,9 @@ def resolve(given: dict) -> TrainSettings:
             raise ValueError(
                 f"with --buckets each batch has one size, and the run was started with --batch-size {size}"
             )
-    if settings.fit and not settings.dry_run:
-        raise ValueError("--fit only tells which batch size fits: add --dry-run, then train with that --batch-size")
+    check_together(settings)
     for package in settings.log:
         optional(package, f"--log {package}")
-    if settings.ema and settings.sd_unlocked:
-        raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
-    if settings.control is not None and settings.architecture != "full":
-        raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
-    if settings.only_mid_control and settings.architecture == "concat":
-        raise ValueError("with --architecture concat no block is controlled by itself: leave out --only-mid-control")
     config = config_of(settings)
     if not settings.resume:
         added = settings_of(settings.recipe, given, min(image_size(settings.size, config)))
@@ -67,6 +60,18 @@ def resolve(given: dict) -> TrainSettings:
             "--shard"
         )
     return settings
+
+
+def check_together(settings: TrainSettings) -> None:
+    """Raises ValueError for those that contradict each other."""
+    if settings.fit and not settings.dry_run:
+        raise ValueError("--fit only tells which batch size fits: add --dry-run, then train with that --batch-size")
+    if settings.ema and settings.sd_unlocked:
+        raise ValueError("--ema averages the copy alone, and --sd-unlocked trains the decoder with it: leave out one")
+    if settings.control is not None and settings.architecture != "full":
+        raise ValueError("--control brings its own architecture: leave out --architecture, or start without --control")
+    if settings.only_mid_control and settings.architecture == "concat":
+        raise ValueError("with --architecture concat no block is controlled by itself: leave out --only-mid-control")
 
 
 def steps_of_epochs(settings: TrainSettings, config: Config) -> int:

@@ -15,6 +15,7 @@ was; one that was damaged since is computed again. They are memory-mapped: the s
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -125,7 +126,8 @@ def build(
     of its own read the images for it."""
     firsts = sorted({key: i for i, key in reversed([*enumerate(keys)])}.values())  # of equal samples one is enough
     # No image of another size fits into a batch.
-    shares = [share for indices in by_size(source, firsts) for share in cut(indices, SHARD)][rank::world_size]
+    sizes = groupby(sorted(firsts, key=source.size), key=source.size)
+    shares = [share for _, indices in sizes for share in cut(list(indices), SHARD)][rank::world_size]
     stored = Stored(folder, [keys[i] for share in shares for i in share], check=True)
     shards = [shard for share in shares if (shard := [i for i in share if not stored.has(keys[i])])]
     batches = [cut(shard, encoding_batch(source.size(shard[0]))) for shard in shards]
@@ -141,29 +143,23 @@ def build(
     read, total = reading(reader), sum(map(len, shards)) + len(hints)
     with tqdm(total=total, desc="latents", unit="image", disable=rank > 0 or not total) as bar:
         for shard, parts in zip(shards, batches, strict=True):
-            rows = [encoded_rows(next(read), sd, bad, bar) for _ in parts]
+            rows = {}
+            for _ in parts:
+                rows |= encoded_rows(next(read), sd, bad, bar)
             write_shard(folder, source.size(shard[0]), shard, keys, rows)
         for samples in read:
             bar.update(len(samples))
 
 
-def by_size(source: Source, indices: list[int]) -> list[list[int]]:
-    """Those of one size together, in their order."""
-    sizes = {}
-    for index in indices:
-        sizes.setdefault(source.size(index), []).append(index)
-    return list(sizes.values())
-
-
 def write_shard(
-    folder: Path, size: Size, indices: list[int], keys: Sequence[Key], rows: list[tuple[list[int], EncodedPairs | None]]
+    folder: Path, size: Size, indices: list[int], keys: Sequence[Key], rows: dict[int, EncodedPairs]
 ) -> None:
-    """Named by what it holds, so that one that is computed again replaces the damaged one."""
-    good = [index for part, _ in rows for index in part]
-    columns = zip(*(encoded for _, encoded in rows if encoded is not None), strict=True)
-    tensors = dict(zip(EncodedPairs._fields, map(torch.cat, columns), strict=len(good) > 0))
-    tensors = {"size": torch.tensor(size), **tensors}
-    names = {"keys": [keys[i].latents for i in good], "bad": [list(keys[i]) for i in indices if i not in set(good)]}
+    """With the rows that there are of these samples, the others being bad. Named by what it holds, so that one that is
+    computed again replaces the damaged one."""
+    tensors = {"size": torch.tensor(size)}
+    for i, name in enumerate(EncodedPairs._fields if rows else ()):
+        tensors[name] = torch.stack([row[i] for row in rows.values()])
+    names = {"keys": [keys[i].latents for i in rows], "bad": [list(keys[i]) for i in indices if i not in rows]}
     text = json.dumps(names)
     path = folder / f"{digest_of(keys[i].latents for i in indices)}.safetensors"
     save_checkpoint(path, tensors, {"samples": text, "crc32": checksum(tensors, text)})
@@ -205,16 +201,16 @@ class Reader(Dataset):
 
 def encoded_rows(
     read: list[tuple[int, Sample | str]], sd: StableDiffusion, bad: BadSamples, bar: tqdm
-) -> tuple[list[int], EncodedPairs | None]:
-    """-> the indices of the good ones of a batch, and their encodings on the CPU: None if there are none."""
+) -> dict[int, EncodedPairs]:
+    """The good ones of a batch by their indices: without its axis, on the CPU."""
     samples = {index: sample for index, sample in read if isinstance(sample, Sample)}
     for index, problem in read:
         if index not in samples:
             tqdm.write(f"skipped: {problem}")
             bad.add([index])
-    encoded = None
-    if samples:
-        images = to_images(sample.image for sample in samples.values())
-        encoded = EncodedPairs(*(x.cpu() for x in encode(sd, images, [sample.caption for sample in samples.values()])))
     bar.update(len(read))
-    return list(samples), encoded
+    if not samples:
+        return {}
+    images = to_images(sample.image for sample in samples.values())
+    encoded = encode(sd, images, [sample.caption for sample in samples.values()])
+    return dict(zip(samples, map(EncodedPairs, *(tensor.cpu() for tensor in encoded)), strict=True))

@@ -196,18 +196,14 @@ class RunFolder:
             )
         for folder in ("state", "samples"):
             (self.path / folder).mkdir(exist_ok=True)
-        passing = {item.name for item in fields(settings) if item.metadata.get("passing")}
         kept = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(settings).items()
-            if name not in passing
+            item.name: getattr(settings, item.name) for item in fields(settings) if not item.metadata.get("passing")
         }
         versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         written = {"settings": kept, "data": data, "versions": versions}
         if launch():
             written["launch"] = launch()
-        text = json.dumps(written, indent=2)
-        write_text(self.settings_file, text + "\n")
+        write_text(self.settings_file, json.dumps(written, indent=2, default=str) + "\n")  # of paths their text
         self.cut_log(step)
 
     def log(self, values: dict) -> None:
@@ -215,10 +211,10 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Drops log lines after `step`: a run that was killed will do these steps again."""
+        """Drops what was logged after `step`: a run that was killed will do these steps again."""
         if self.log_file.exists():
-            lines = [line for line in self.log_file.read_bytes().splitlines() if logged_step(line) <= step]
-            write_text(self.log_file, "".join(line.decode(errors="replace") + "\n" for line in lines))
+            lines = [json.dumps(values) + "\n" for values in self.logged() if values["step"] <= step]
+            write_text(self.log_file, "".join(lines))
 
     def logged(self) -> Iterator[dict]:
         """The lines of the log; one that is still being written, or was put there by a user, is left out."""
@@ -276,13 +272,6 @@ def numbered(folder: Path, suffix: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def logged_step(line: bytes) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):  # one that was being written, or none of ours
-        return math.inf
-
-
 @dataclass
 class Position:
     """How many samples the run has looked at: the position in the data that comes next. And the lowest validation loss
@@ -292,7 +281,7 @@ class Position:
     best: float = math.inf
 
     def state_dict(self) -> dict:
-        return {"seen": self.seen, "best": self.best}
+        return asdict(self)
 
     def load_state_dict(self, state: dict) -> None:
         self.seen, self.best = state["seen"], state.get("best", math.inf)  # which older states lack

@@ -21,7 +21,7 @@ from .fill50k import Fill50k
 from .people import People
 from .scenes import Scenes
 from .shapes import Shapes
-from .world import InTurn, Picture, Sample, Truth, World
+from .world import Picture, Sample, Truth, World
 
 __all__ = [
     "TINY_CONTROL_OF",
@@ -30,7 +30,6 @@ __all__ = [
     "Depth",
     "Edits",
     "Fill50k",
-    "InTurn",
     "People",
     "Picture",
     "Sample",

@@ -94,20 +94,6 @@ class World:
         return picture.with_hint(self.hint(index, picture))
 
 
-class InTurn(World):
-    """Several worlds in turn: of n worlds, picture i is picture i // n of world i % n."""
-
-    kinds: tuple[type[World], ...]
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.worlds = [kind(*args, **kwargs) for kind in self.kinds]
-
-    def draw(self, index: int) -> Picture:
-        turn, world = divmod(index, len(self.worlds))
-        return self.worlds[world].draw(turn)
-
-
 def joined(parts: Sequence[str]) -> str:
     """As "a, b and c"."""
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

@@ -12,7 +12,6 @@ from controlnet.model import ControlNet
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
 from ldm.checkpoints.lora import check_loras
 from ldm.checkpoints.open import open_checkpoint
-from ldm.checkpoints.recognise import BaseFile
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
@@ -37,10 +36,7 @@ def plan(settings: TrainSettings) -> str:
     Raises ValueError for what cannot be trained.
     """
     config = config_of(settings)
-    if base := open_base_of(settings):
-        check_base(base)
-    check_loras(settings.lora, config)
-    control = check_control(settings, config) if settings.control is not None else control_config(settings)
+    control = check_networks(settings, config)
     size = image_size(settings.size, config)
     multiple = size_multiple(config)
     sources = open_sources(settings, size, multiple)
@@ -107,15 +103,16 @@ def savings(settings: TrainSettings) -> str:
     return ", ".join([*(words for words, helps in advice.items() if helps), "or give a smaller --size"])
 
 
-def check_base(base: BaseFile) -> None:
-    """With the warnings of loading it."""
-    base.warn()
-    with without_weights():
-        sd = StableDiffusion(base.config)
-    warn_of_left_out(base.checkpoint, check_keys(base.checkpoint, sd.parts_in(base.checkpoint), IGNORED_BESIDE_BASE))
-
-
-def check_control(settings: TrainSettings, config: Config) -> ControlConfig:
+def check_networks(settings: TrainSettings, config: Config) -> ControlConfig:
+    """Of base, LoRAs and control, with the warnings of loading them -> the control's configuration."""
+    if base := open_base_of(settings):
+        base.warn()
+        with without_weights():
+            parts = StableDiffusion(base.config).parts_in(base.checkpoint)
+        warn_of_left_out(base.checkpoint, check_keys(base.checkpoint, parts, IGNORED_BESIDE_BASE))
+    check_loras(settings.lora, config)
+    if settings.control is None:
+        return control_config(settings)
     checkpoint = open_checkpoint(find_control(settings.control, config.unet))
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)

@@ -15,7 +15,7 @@ from controlnet.worlds import WORLDS
 
 from .options import TrainSettings
 from .pair_files import read_hint
-from .pairs import BadSample, Entry, Wanted, recognise
+from .pairs import BadSample, Entry, Listing, Wanted, recognise
 from .recipes import BEFORE_AS_HINTS
 from .shard_source import Shard, ShardSource, ShardStream
 from .sources import FolderSource, Source, WorldSource
@@ -69,20 +69,22 @@ def open_sources(settings: TrainSettings, size: Size, multiple: int = 64) -> Sou
     listing = recognise(folder, wanted)
     if listing.shards:
         return open_shards(settings, folder, listing.shards, wanted, size)
+    return open_folder(settings, folder, listing, size, multiple)
+
+
+def open_folder(settings: TrainSettings, folder: Path, listing: Listing, size: Size, multiple: int) -> Sources:
+    source = partial(FolderSource, str(folder), hint_channels=settings.hint_channels, detect=settings.detect)
     unusable = f" and {len(listing.problems)} others ({listing.problems[0]})" if listing.problems else ""
     train, validation = split(listing.entries, settings.validation, unusable)
     train = [entry for entry in train for _ in range(entry.repeats)]
     buckets = bucket_sizes(size, multiple) if settings.buckets else ()
     transform = Transform(size, settings.random_crop, settings.flip, buckets)
-    trained_on = FolderSource(str(folder), train[: settings.images], transform, channels, detect)
+    trained_on = source(entries=train[: settings.images], transform=transform)
     if not settings.label_maps:
         check_no_label_maps(trained_on)
-    return Sources(
-        trained_on,
-        FolderSource(str(folder), validation, Transform(size), channels, detect),
-        listing.problems,
-        about=printable(f"{folder} is read as {listing.summary(settings.prompt)}"),
-    )
+    held_out = source(entries=validation, transform=Transform(size))
+    about = printable(f"{folder} is read as {listing.summary(settings.prompt)}")
+    return Sources(trained_on, held_out, listing.problems, about)
 
 
 def check_no_label_maps(source: FolderSource) -> None:

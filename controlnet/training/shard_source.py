@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +54,8 @@ class ShardSource:
         detect: str | None = None,
     ):
         self.name, self.shards, self.wanted = name, shards, wanted
-        self.files = partial(
-            FolderSource, name, transform=transform, hint_channels=hint_channels, detect=detect
-        )  # entries -> their source
-        self.uses_network = self.files([]).uses_network
+        self.files = FolderSource(name, [], transform, hint_channels, detect)  # which reads what is unpacked
+        self.uses_network = self.files.uses_network
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -76,7 +74,7 @@ class ShardSource:
         """Raises BadSample."""
         shard, place = self.locate(index)
         with unpacked(shard.path, pairs_in(shard.path)[place], self.wanted) as entry:
-            return self.files([entry]).sample(0, generator)
+            return self.files.read(entry, generator)
 
     def hint(self, index: int) -> np.ndarray:
         return self.sample(index).hint
@@ -86,23 +84,22 @@ class ShardSource:
         return f"{shard.path}/{pairs_in(shard.path)[place].image.name}"
 
     def size(self, index: int) -> Size:
-        return self.files([]).transform.size
+        return self.files.transform.size
 
     def identity(self) -> Identity:
         """An archive is told by its length and both ends, and a pair by its place in it."""
         contents = digests_of_files(shard.path for shard in self.shards)
-        plain = self.files([])
         fingerprint = {
-            **plain.identity().fingerprint,
+            **self.files.identity().fingerprint,
             "file names": digest_of(f"{shard.path.name} {shard.start} {shard.stop}" for shard in self.shards),
             "images": digest_of(contents[shard.path] for shard in self.shards),
             "captions": digest_of([repr(self.wanted.prompt)]),
         }
         keys = []
         for shard in self.keyed():
-            parts = contents[shard.path], self.wanted.prompt, plain.transform.size
+            parts = contents[shard.path], self.wanted.prompt, self.files.transform.size
             for place in range(shard.start, shard.start + len(shard)):
-                hint = digest_of([*parts, place, plain.hint_channels, plain.detect])
+                hint = digest_of([*parts, place, self.files.hint_channels, self.files.detect])
                 keys.append(Key(digest_of([*parts, place]), hint))
         return Identity(fingerprint, keys)
 

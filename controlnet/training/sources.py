@@ -109,8 +109,10 @@ class FolderSource:
         return len(self.entries)
 
     def sample(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        return self.read(self.entries[index], generator)
+
+    def read(self, entry: Entry, generator: torch.Generator | None) -> Sample:
         """Raises BadSample."""
-        entry = self.entries[index]
         image = read_pixels(entry.image)
         place = self.transform.of(image.shape[:2], generator)
         if self.make_hint is not None:  # on the image as the model sees it: edges are a pixel wide at its size

@@ -44,6 +44,13 @@ in_method = partial(option, "method", fixed=False)
 in_machine = partial(option, "machine", fixed=False)
 in_run = partial(option, "run", fixed=False)
 
+# What an option takes, and how --help calls it.
+NUMBER = dict(type=positive, metavar="N")
+COUNT = dict(type=count, metavar="N")
+FACTOR = dict(type=positive_number, metavar="X")
+SHARE = dict(type=share, metavar="P")
+INTERVAL = dict(type=interval, metavar="N|Nm")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -64,9 +71,7 @@ class TrainSettings:
         "taken over) or ip2p (changes as the prompt says; --data needs pairs)",
         choices=[*RECIPES],
     )
-    images: int | None = in_data(
-        "use the first N (default: all; of a synthetic dataset 2000)", type=positive, metavar="N"
-    )
+    images: int | None = in_data("use the first N (default: all; of a synthetic dataset 2000)", **NUMBER)
     size: str | None = in_data(
         "training resolution in pixels (default: the base's own)", type=size_argument, metavar="N|WxH"
     )
@@ -78,33 +83,23 @@ class TrainSettings:
         "make the hints from the images: canny, canny:low=50, tile, inpaint (with a random hole) ...", metavar="NAME"
     )
     hint_channels: int = in_data(
-        "of the hints: 1 gray, 3 RGB, 4 with opacity, any number from .npy files (default: %(default)s)",
-        3,
-        type=positive,
-        metavar="N",
+        "of the hints: 1 gray, 3 RGB, 4 with opacity, any number from .npy files (default: %(default)s)", 3, **NUMBER
     )
     label_maps: bool = in_data("take the numbers of label maps (0, 1, 2 ...), black to the eye, as they are", False)
     random_crop: bool = in_data("crop at random, not in the centre (needs --no-cache)", False)
     flip: bool = in_data("mirror half of the pairs (needs --no-cache)", False)
     validation: int | None = in_data(
-        "validation pairs, not trained on (default: 1 in 20, at most 32; of a synthetic dataset 32)",
-        type=count,
-        metavar="N",
+        "validation pairs, not trained on (default: 1 in 20, at most 32; of a synthetic dataset 32)", **COUNT
     )
     prompt: str | None = in_data("one prompt for all pairs, in place of captions; it may be empty", metavar="TEXT")
     prompt_dropout: float = in_data(
         "share of prompts replaced by the empty one; 1 needs no captions (default: %(default)s)",
         0.5,
         fixed=False,
-        type=share,
-        metavar="P",
+        **SHARE,
     )
     bad_share: float = in_data(
-        "stop if more than this share of samples cannot be used (default: %(default)s)",
-        0.01,
-        fixed=False,
-        type=share,
-        metavar="P",
+        "stop if more than this share of samples cannot be used (default: %(default)s)", 0.01, fixed=False, **SHARE
     )
     cache: Path | None = in_data(
         "folder for cached latents, which runs on the same base can share (default: OUT/cache)",
@@ -113,9 +108,7 @@ class TrainSettings:
         metavar="DIR",
     )
     no_cache: bool = in_data("encode at each step; synthetic datasets are then endless", False)
-    workers: int | None = in_data(
-        "data-loading processes (default: 0; with CUDA 4)", fixed=False, type=count, metavar="N"
-    )
+    workers: int | None = in_data("data-loading processes (default: 0; with CUDA 4)", fixed=False, **COUNT)
 
     base: str = in_method(
         "the locked model: a file, or tiny, sd15, sd21 (default: %(default)s)", "tiny", metavar="FILE"
@@ -146,33 +139,28 @@ class TrainSettings:
         fixed=True,
         choices=["full", "lite", "gaussian", "random", "frozen", "concat"],
     )
-    steps: int | None = in_method(f"optimizer steps {by_base('steps')}", type=positive, metavar="N")
+    steps: int | None = in_method(f"optimizer steps {by_base('steps')}", **NUMBER)
     epochs: float | None = in_method(
         "train for so many rounds through the data, in place of --steps", type=positive_number, metavar="N"
     )
-    batch_size: int | None = in_method(
-        f"images per batch and process {by_base('batch_size')}", type=positive, metavar="N"
-    )
+    batch_size: int | None = in_method(f"images per batch and process {by_base('batch_size')}", **NUMBER)
     accumulate: int = in_method(
         "batches per optimizer step; from 2 on their gradients take memory beside the activations (default: "
         "%(default)s)",
         1,
-        type=positive,
-        metavar="N",
+        **NUMBER,
     )
     optimizer: str | None = in_method(
         f"adamw8bit needs bitsandbytes {by_base('optimizer')}", fixed=True, choices=["adamw", "adamw8bit", "muon"]
     )
-    lr: float | None = in_method(f"the learning rate {by_base('lr')}", type=positive_number, metavar="X")
-    warmup: int = in_method("steps up to the full learning rate (default: %(default)s)", 100, type=count, metavar="N")
+    lr: float | None = in_method(f"the learning rate {by_base('lr')}", **FACTOR)
+    warmup: int = in_method("steps up to the full learning rate (default: %(default)s)", 100, **COUNT)
     lr_schedule: str | None = in_method(
         f"of the learning rate after the warm-up; all but constant fall to 0 at --steps {by_base('lr_schedule')}",
         choices=["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"],
     )
-    lr_cycles: int = in_method(
-        "how often cosine_with_restarts falls to 0 (default: %(default)s)", 3, type=positive, metavar="N"
-    )
-    lr_power: float = in_method("of polynomial (default: %(default)s)", 2.0, type=positive_number, metavar="X")
+    lr_cycles: int = in_method("how often cosine_with_restarts falls to 0 (default: %(default)s)", 3, **NUMBER)
+    lr_power: float = in_method("of polynomial (default: %(default)s)", 2.0, **FACTOR)
     clip: float = in_method(
         "clip the norm of the gradients to this; the published trainer does not: inf (default: 1)",
         1.0,
@@ -193,7 +181,7 @@ class TrainSettings:
     global_average_pooling: bool = in_method(
         "average what control adds over the image, as shuffle models do", False, fixed=True
     )
-    seed: int = in_method("of all that is random (default: %(default)s)", 0, fixed=True, type=count, metavar="N")
+    seed: int = in_method("of all that is random (default: %(default)s)", 0, fixed=True, **COUNT)
 
     device: str | None = in_machine(
         "cpu, cuda, cuda:1 ... (default: cuda if there is one)", metavar="NAME", passing=True
@@ -222,21 +210,14 @@ class TrainSettings:
     resume: bool = in_run("go on with the run in --out, with its settings", False, passing=True)
     save_dtype: str = in_run("of the control's files (default: %(default)s)", "fp32", choices=DTYPE_NAMES)
     save_every: str | None = in_run(
-        f"between saved states: steps, or minutes as in 10m {by_base('save_every')}", type=interval, metavar="N|Nm"
+        f"between saved states: steps, or minutes as in 10m {by_base('save_every')}", **INTERVAL
     )
     keep: int = in_run(
-        "how many of the saved states and control-STEP.safetensors to keep (default: %(default)s)",
-        2,
-        type=positive,
-        metavar="N",
+        "how many of the saved states and control-STEP.safetensors to keep (default: %(default)s)", 2, **NUMBER
     )
-    validate_every: str = in_run(
-        "between validations, the same way (default: %(default)s)", "50", type=interval, metavar="N|Nm"
-    )
-    sample_every: str | None = in_run(
-        f"between grids of images, the same way {by_base('sample_every')}", type=interval, metavar="N|Nm"
-    )
-    sample_count: int = in_run("images in a grid (default: %(default)s)", 8, type=count, metavar="N")
+    validate_every: str = in_run("between validations, the same way (default: %(default)s)", "50", **INTERVAL)
+    sample_every: str | None = in_run(f"between grids of images, the same way {by_base('sample_every')}", **INTERVAL)
+    sample_count: int = in_run("images in a grid (default: %(default)s)", 8, **COUNT)
     validate: list[list[str]] = in_run(
         "a hint of your own and its prompt, shown in the grids; with --detect an image; several are given one by one",
         nargs=2,

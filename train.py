@@ -172,14 +172,8 @@ class Training:
             batch = next(self.batches)
             # Timesteps, noise and dropped prompts: with buckets each batch has a size of its own.
             drawn = self.draws(batch.positions.tolist(), batch.content.mean.shape[1:])
-            inputs = loss_inputs(
-                batch.content,
-                batch.hint,
-                drawn,
-                self.sd.vae.config.scale,
-                self.data.empty_prompt,
-                self.process.device,
-            )
+            scale, empty_prompt = self.sd.vae.config.scale, self.data.empty_prompt
+            inputs = loss_inputs(batch.content, batch.hint, drawn, scale, empty_prompt, self.process.device)
             with self.process.accumulating(self.wrapped_loss, last=i == count - 1):
                 with self.optimisation.autocast():
                     loss = self.wrapped_loss(*inputs) / count

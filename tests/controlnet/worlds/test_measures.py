@@ -23,7 +23,7 @@ from controlnet.worlds.measures import (
 
 def test_discs_and_colours_are_read_off_true_images():
     world = Fill50k(128, colours=BASIC_COLOURS)
-    for i in range(40):
+    for i in range(20):
         sample = world[i]
         mask, disc, ground = split_disc(sample.image)
         assert iou(mask, sample.mask) > 0.95
@@ -88,7 +88,7 @@ def test_palettes_are_compared_wherever_their_colours_are():
 
 def test_the_foreground_of_true_images_is_their_figures():
     for world in (Fill50k(128, colours=BASIC_COLOURS), People(128), Shapes(128)):
-        assert np.mean([iou(foreground(s.image), s.mask) for s in map(world.__getitem__, range(40))]) > 0.9
+        assert np.mean([iou(foreground(s.image), s.mask) for s in map(world.draw, range(20))]) > 0.9
 
 
 def test_the_foreground_is_found_where_its_colour_is_near_the_grounds_and_not_in_noise():
@@ -98,7 +98,7 @@ def test_the_foreground_is_found_where_its_colour_is_near_the_grounds_and_not_in
 
 
 def test_key_points_of_true_images_lie_on_the_figure_and_other_peoples_do_not():
-    samples = [People(128)[i] for i in range(20)]
+    samples = [People(128).draw(i) for i in range(20)]
     own = [keypoint_distance(foreground(s.image), s.keypoints) for s in samples]
     others = [keypoint_distance(foreground(a.image), b.keypoints) for a, b in zip(samples, samples[1:], strict=False)]
     assert np.mean(own) < 0.5 and np.mean(others) > 8 * np.mean(own)

@@ -36,7 +36,7 @@ from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, zero_conv_norms
 from controlnet.training import latent_cache, simulation
 from controlnet.training import options as train_options
-from controlnet.training.interruptions import STOPPING, Signals
+from controlnet.training.interruptions import Signals
 from controlnet.training.lock import locked
 from controlnet.training.opening import split
 from controlnet.training.pairs import list_folder
@@ -405,7 +405,7 @@ def test_nohup_is_not_overruled():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_noted_while_stderr_is_blocked(monkeypatch, number):
     def write(text):
         raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")

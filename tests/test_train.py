@@ -750,24 +750,6 @@ def test_buckets_train_each_shape_uncropped_and_resume_exactly(base, tmp_path, c
     )
 
 
-def test_label_maps_are_asked_about(base, tmp_path, capsys):
-    data = own_pairs(tmp_path / "pairs")
-    for path in (tmp_path / "pairs" / "pictures").glob("source*"):
-        Image.fromarray(np.repeat(np.arange(3, dtype=np.uint8), 32)[None].repeat(64, axis=0)).save(path)
-    assert run(base, tmp_path / "out", "--steps", "1", *data) == 2
-    error = capsys.readouterr().err
-    assert "source0.png" in error and "label map" in error and "--label-maps" in error and "segmentation" in error
-    assert not (tmp_path / "out" / "cache").exists()
-    assert run(base, tmp_path / "out", "--steps", "1", "--no-cache", *data, "--label-maps") == 0
-
-
-def test_hints_are_made_from_the_pictures(base, tmp_path):
-    data = own_pairs(tmp_path / "pairs")
-    assert run(base, tmp_path / "out", "--steps", "1", *data, "--detect", "canny") == 0
-    with Image.open(next((tmp_path / "out" / "cache" / "hints").iterdir())) as hint:
-        assert set(np.unique(np.array(hint))) == {0, 255}
-
-
 def test_a_grid_of_pictures_that_are_trained_on_leaves_bad_ones_out(base, tmp_path):
     data = own_pairs(tmp_path / "pairs", count=3)
     (tmp_path / "pairs" / "pictures" / "target0.png").write_bytes(b"no picture")
@@ -834,11 +816,6 @@ def test_a_run_goes_on_wherever_its_data_base_and_control_lie_by_now(own_run, tm
     assert [line["step"] for line in steps_of(tmp_path / "out")] == [1, 2]
 
 
-def edit_caption(folder, base):
-    path = folder / "prompt.json"
-    path.write_text(path.read_text().replace("number", "NUMBER"))
-
-
 def edit_image(folder, base):
     """Of the same size, as bitmaps are."""
     for image in (folder / "pictures").glob("target*"):
@@ -850,13 +827,6 @@ def remove_pair(folder, base):
     path.write_text("\n".join(path.read_text().splitlines()[:-1]))
 
 
-def rename_hints(folder, base):
-    for path in (folder / "pictures").glob("source*"):
-        path.rename(path.with_name(path.name.replace("source", "hint")))
-    path = folder / "prompt.json"
-    path.write_text(path.read_text().replace("/source", "/hint"))
-
-
 def change_unet(folder, base):
     sd = StableDiffusion.load(base)
     next(sd.unet.decoder.parameters()).data *= 2
@@ -864,10 +834,8 @@ def change_unet(folder, base):
 
 
 CHANGES = {
-    "captions": edit_caption,
     "images": edit_image,
     "samples: 5 where 6 was": remove_pair,
-    "file names": rename_hints,
     "UNet": change_unet,
 }
 

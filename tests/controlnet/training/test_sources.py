@@ -208,6 +208,17 @@ def test_data_that_cannot_be_as_they_are_asked_for_are_refused(settings, size, w
         open_sources(TrainSettings(**settings), size)
 
 
+def test_label_maps_are_asked_about(tmp_path):
+    classes = np.repeat(np.arange(3, dtype=np.uint8), 32)[None].repeat(64, axis=0)
+    for image, hint in fill50k_layout(tmp_path, 6):
+        save(image, marked(64, 96))
+        save(hint, classes)
+    with pytest.raises(ValueError, match="source/0.png.* looks like a label map.*segmentation.*--label-maps"):
+        open_sources(TrainSettings(data=str(tmp_path), validation=0), (64, 64))
+    train = open_sources(TrainSettings(data=str(tmp_path), label_maps=True), (64, 96)).train
+    assert np.array_equal(train.hint(0)[..., 0], classes)
+
+
 def test_a_detector_has_options_and_makes_three_channels(tmp_path):
     for image, _ in fill50k_layout(tmp_path, 2):
         save(image, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -229,9 +240,12 @@ def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
     before = current()
     assert current() == before
     save(tmp_path / "target/1.png", np.ones((64, 80, 3), np.uint8))
-    changed = current()
-    (tmp_path / "prompt.json").write_text((tmp_path / "prompt.json").read_text().replace("number 1", "number 7"))
-    assert len({str(f) for f in (before, changed, current())}) == 3
+    found, table = [before, current()], tmp_path / "prompt.json"
+    table.write_text(table.read_text().replace("number 1", "number 7"))
+    found.append(current())
+    (tmp_path / "source").rename(tmp_path / "hints")
+    table.write_text(table.read_text().replace("source/", "hints/"))
+    assert len({str(fingerprint) for fingerprint in [*found, current()]}) == 4
 
 
 @pytest.mark.parametrize("name, needs", [(None, False), ("canny:low=5", False), ("softedge", True), ("SAM", True)])

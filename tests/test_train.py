@@ -40,7 +40,7 @@ from controlnet.training.interruptions import Signals
 from controlnet.training.lock import locked
 from controlnet.training.opening import split
 from controlnet.training.pairs import list_folder
-from controlnet.training.resolve import config_of, resolve
+from controlnet.training.resolve import open_base_of, resolve
 from controlnet.training.validation import ValidationLoss
 from ldm import StableDiffusion
 from ldm.config import ScheduleConfig
@@ -544,7 +544,7 @@ def test_zero_terminal_snr_is_a_setting_of_the_run(sd, tmp_path):
     plain.save(tmp_path / "base.safetensors")
     for given, expected in (([], False), (["--zero-snr"], True)):
         argv = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out"), *given]
-        config = config_of(resolve(train_options.parse_args("", argv)))
+        _, config = open_base_of(resolve(train_options.parse_args("", argv)))
         assert config.schedule.zero_terminal_snr == expected
 
 

@@ -12,6 +12,7 @@ from controlnet.model import ControlNet
 from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, warn_of_left_out, without_weights
 from ldm.checkpoints.lora import check_loras
 from ldm.checkpoints.open import open_checkpoint
+from ldm.checkpoints.recognise import BaseFile
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
@@ -24,7 +25,7 @@ from .memory import Prediction, table
 from .opening import open_sources
 from .options import TrainSettings
 from .previews import own_samples
-from .resolve import check_hint_channels, config_of, control_config, open_base_of
+from .resolve import check_hint_channels, control_config, open_base_of
 from .run_state import RunFolder
 from .sources import BadSamples, FolderSource
 
@@ -35,8 +36,8 @@ def plan(settings: TrainSettings) -> str:
 
     Raises ValueError for what cannot be trained.
     """
-    config = config_of(settings)
-    control = check_networks(settings, config)
+    base, config = open_base_of(settings)
+    control = check_networks(settings, base, config)
     size = image_size(settings.size, config)
     multiple = size_multiple(config)
     sources = open_sources(settings, size, multiple)
@@ -103,9 +104,9 @@ def savings(settings: TrainSettings) -> str:
     return ", ".join([*(words for words, helps in advice.items() if helps), "or give a smaller --size"])
 
 
-def check_networks(settings: TrainSettings, config: Config) -> ControlConfig:
-    """Of base, LoRAs and control, with the warnings of loading them -> the control's configuration."""
-    if base := open_base_of(settings):
+def check_networks(settings: TrainSettings, base: BaseFile | None, config: Config) -> ControlConfig:
+    """Base, LoRAs and control, with the warnings of loading them -> the control's configuration."""
+    if base:
         base.warn()
         with without_weights():
             parts = StableDiffusion(base.config).parts_in(base.checkpoint)

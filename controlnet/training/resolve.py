@@ -45,7 +45,7 @@ def resolve(given: dict) -> TrainSettings:
     check_together(settings)
     for package in settings.log:
         optional(package, f"--log {package}")
-    config = config_of(settings)
+    _, config = open_base_of(settings)
     if not settings.resume:
         added = settings_of(settings.recipe, given, min(image_size(settings.size, config)))
         settings = replace(settings, **added)
@@ -101,30 +101,27 @@ def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
     return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
 
 
-def config_of(settings: TrainSettings) -> Config:
-    """The base's architecture from its header alone; a preset's file need not be there.
+def open_base_of(settings: TrainSettings) -> tuple[BaseFile | None, Config]:
+    """The base and its architecture, from its header alone; of a preset that is still to be downloaded there is no
+    file.
 
     Raises CheckpointError for an inpainting model: a ControlNet does not see the mask.
     """
-    base = open_base_of(settings)
+    base = None
+    try:
+        find(settings.base)
+    except CheckpointError:
+        if settings.base not in PRESETS:
+            raise
+    else:
+        base = open_base(settings.base, settings.prediction, settings.zero_snr, settings.vae)
     config = base.config if base else PRESETS[settings.base]
     if config.unet.inpainting:
         raise CheckpointError(
             f'"{settings.base}" is an inpainting model, on which ControlNets are not trained: train on the base that '
             "it was made from, like sd15, and use the result with both"
         )
-    return config
-
-
-def open_base_of(settings: TrainSettings) -> BaseFile | None:
-    """None for a preset that is still to be downloaded."""
-    try:
-        find(settings.base)
-    except CheckpointError:
-        if settings.base in PRESETS:
-            return None
-        raise
-    return open_base(settings.base, settings.prediction, settings.zero_snr, settings.vae)
+    return base, config
 
 
 def control_config(settings: TrainSettings) -> ControlConfig:

@@ -26,10 +26,10 @@ class Signals:
         self.before = {number: signal.getsignal(number) for number in (*STOPPING, *SAVING)}
         for number, handler in self.before.items():
             if (number, handler) != (getattr(signal, "SIGHUP", None), signal.SIG_IGN):  # nohup is not overruled
-                signal.signal(number, self.note)
+                signal.signal(number, self.arrived)
         return self
 
-    def note(self, number: int, frame) -> None:
+    def arrived(self, number: int, frame) -> None:
         if number in SAVING:
             self.save_asked = True
             return

@@ -38,8 +38,10 @@ def batch_positions(start: int, batch_size: int, rank: int = 0, world_size: int 
 
 
 class Shuffled:
-    """All samples in a new order in each epoch; `endless` ones in their own: position -> index (`at`), and what may
-    stand in an index's place, the next one first (`instead`)."""
+    """All samples in a new order in each epoch; `endless` ones in their own.
+
+    `at` gives the index of the sample at a position, `instead` those that may stand in its place, the next one first.
+    """
 
     def __init__(self, length: int, seed: int, endless: bool = False):
         self.length, self.seed, self.endless = length, seed, endless
@@ -54,7 +56,7 @@ class Shuffled:
 
 
 class Bucketed:
-    """Batches of one size each, from samples of the sizes given; `at` and `instead` are as those of `Shuffled`.
+    """Batches of one size each, from samples of the sizes given. `at` and `instead` as in `Shuffled`.
 
     The k-th batch has the size of the sample that would stand at position k, so all sizes come as often as samples have
     them. It is filled with that size's own samples, which are shuffled anew whenever all have been seen: no batch is

@@ -27,7 +27,7 @@ def prepare_process(settings: TrainSettings, device: torch.device) -> TrainSetti
 
 
 def prepare_networks(sd: StableDiffusion, control: ControlNet, settings: TrainSettings, device: torch.device) -> None:
-    """Once the weights are in place: the locked encoder may not be copied any more."""
+    """To be called once the weights are in place: the locked encoder, whose weights are packed, cannot be copied then."""
     for network in (sd.unet, control):
         network.to(memory_format=torch.channels_last)  # the faster layout for convolutions
         set_checkpointing(network, settings.checkpointing)
@@ -50,8 +50,8 @@ def packed_copy(network: nn.Module) -> nn.Module:
 
 
 def keep_memory_in_the_loop(device: torch.device) -> None:
-    """Once blocks of the same sizes come and go. Before, the autoencoder's activations would fragment the heap. What is
-    reported from here on is the loop's own."""
+    """To be called when the loop begins, in which blocks of the same sizes come and go at each step: the autoencoder's
+    activations would fragment the heap. Peaks are reported from here on."""
     keep_freed_memory(device, large=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -110,17 +110,15 @@ class TrainingData:
             self.empty_prompt = sd.encode_text([""])  # (1, 77, D)
         if process.is_main:
             print(summary(self.sources), *framing(train, size_multiple(sd.config)), sep="\n")
-        endless = self.sources.endless
-        order = Shuffled(len(train), settings.seed, endless) if endless else self.order(range(len(train)))
         # Spawned workers get a copy of `read`: not of this object, with its networks.
-        self.pairs = Pairs(partial(read_images, train, settings.seed), order)
+        self.pairs = Pairs(partial(read_images, train, settings.seed), self.order(range(len(train))))
 
     def order(self, indices: Sequence[int]) -> Order:
         """Of these samples of the source."""
         settings, train = self.settings, self.sources.train
         if settings.buckets:
             return Bucketed([train.size(i) for i in indices], settings.seed, settings.batch_size)
-        return Shuffled(len(indices), settings.seed)
+        return Shuffled(len(indices), settings.seed, self.sources.endless)
 
     def check_same_everywhere(self) -> None:
         """Raises ValueError if another machine has other files under the same names."""

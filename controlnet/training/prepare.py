@@ -5,7 +5,6 @@ import os
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from controlnet.common.devices import keep_freed_memory, use_precision
 from controlnet.model import ControlNet
@@ -27,7 +26,7 @@ def prepare_process(settings: TrainSettings, device: torch.device) -> TrainSetti
 
 
 def prepare_networks(sd: StableDiffusion, control: ControlNet, settings: TrainSettings, device: torch.device) -> None:
-    """To be called once the weights are in place: the locked encoder, whose weights are packed, cannot be copied then."""
+    """To be called once the weights are in place: those of the locked encoder are packed, and cannot be copied then."""
     for network in (sd.unet, control):
         network.to(memory_format=torch.channels_last)  # the faster layout for convolutions
         set_checkpointing(network, settings.checkpointing)
@@ -40,13 +39,10 @@ def prepare_networks(sd: StableDiffusion, control: ControlNet, settings: TrainSe
 def with_packed_encoders(sd: StableDiffusion) -> StableDiffusion:
     """`sd` with packed copies of its autoencoder and text encoder, for encoding many images fast. The originals keep
     their plain weights, which can stay in their file."""
-    return sd.with_parts(vae=packed_copy(sd.vae), text_encoder=packed_copy(sd.text_encoder))
-
-
-def packed_copy(network: nn.Module) -> nn.Module:
-    network = with_weights(network, {})  # new modules around the same tensors
-    pack(network)
-    return network
+    vae, text_encoder = (with_weights(network, {}) for network in (sd.vae, sd.text_encoder))  # around the same tensors
+    pack(vae)
+    pack(text_encoder)
+    return sd.with_parts(vae=vae, text_encoder=text_encoder)
 
 
 def keep_memory_in_the_loop(device: torch.device) -> None:

@@ -219,13 +219,13 @@ def test_the_script_ends_with_the_status(tmp_path, monkeypatch, capsys):
 
 
 def test_only_the_newest_states_are_kept(base, tmp_path, cache):
-    assert run(base, tmp_path, "--steps", "6", "--validation", "2", *cache) == 0
-    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["000004.pt", "000006.pt"]
+    assert run(base, tmp_path, "--steps", "3", "--save-every", "1", "--validation", "2", *cache) == 0
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["000002.pt", "000003.pt"]
     controls = {path.name.removeprefix("control").removesuffix(".safetensors") for path in tmp_path.glob("control*")}
-    assert controls == {"", "-000004", "-000006", "-best"}
-    assert (tmp_path / "control.safetensors").samefile(tmp_path / "control-000006.safetensors")
+    assert controls == {"", "-000002", "-000003", "-best"}
+    assert (tmp_path / "control.safetensors").samefile(tmp_path / "control-000003.safetensors")
     losses = {line["step"]: line["validation_loss"] for line in steps_of(tmp_path) if "validation_loss" in line}
-    assert losses.keys() == {2, 4, 6} and newest_state(tmp_path)["position"]["best"] == min(losses.values())
+    assert losses.keys() == {1, 2, 3} and newest_state(tmp_path)["position"]["best"] == min(losses.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
@@ -600,13 +600,14 @@ def test_latents_from_the_cache_are_those_of_each_step(base, tmp_path, copy_of_r
 
 
 def test_an_unlocked_decoder_is_trained_and_saved_with_all_else_as_it_was(base, tmp_path):
-    """Also where the locked parts are rounded to be computed with."""
+    """Also where the locked parts are rounded to be computed with: the decoder is not."""
     few = ["--images", "2", "--precision", "bf16"]
     assert run(base, tmp_path, "--steps", "1", "--sd-unlocked", *few) == 0
     before, after = load_file(base), load_file(tmp_path / "base.safetensors")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     start_of_decoder = ("model.diffusion_model.output_blocks.", "model.diffusion_model.out.")
     assert changed and all(key.startswith(start_of_decoder) for key in changed)
+    assert not any(torch.equal(after[key], after[key].bfloat16().float()) for key in changed if after[key].ndim == 4)
     assert resume(tmp_path, "--steps", "2") == 0
     assert not torch.equal(load_file(tmp_path / "base.safetensors")[min(changed)], after[min(changed)])
 
@@ -895,10 +896,10 @@ def test_files_of_the_users_own_are_in_nobodys_way(tmp_path, copy_of_run):
     log.write_bytes(
         log.read_bytes() + b'null\n\xff\xfe\n[1]\n{"step": "2"}\n{"step": null}\n3\n' + b"[" * 99_999 + b'\n{"st'
     )
-    assert resume(tmp_path, "--steps", "6") == 0
-    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == sorted([*names, "000004.pt", "000006.pt"])
+    assert resume(tmp_path, "--steps", "4", "--save-every", "1") == 0
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == sorted([*names, "000003.pt", "000004.pt"])
     assert all((tmp_path / "state" / name).read_bytes() == b"mine" for name in names)
-    assert [line["step"] for line in steps_of(tmp_path)][-4:] == [3, 4, 5, 6]
+    assert [line["step"] for line in steps_of(tmp_path)] == [1, 2, 3, 4]
 
 
 EDITS = [

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from masks import grown
 
 from controlnet.worlds import Edits
 from controlnet.worlds.edits import SKY_WORDS
@@ -16,13 +17,6 @@ def pairs():
     return [world.pair(i) for i in range(60)]
 
 
-def around(mask):
-    """The mask and two pixels around it, which the edge may share and a shadow's rim."""
-    padded = np.pad(mask, 2)
-    shifts = [padded[y : y + SIZE, x : x + SIZE] for y in range(5) for x in range(5)]
-    return np.logical_or.reduce(shifts)
-
-
 def test_a_thing_gets_the_colour_that_it_is_told_and_all_else_stays(pairs):
     of_things = [pair for pair in pairs if pair[0].truth.sky == pair[1].truth.sky]
     assert 20 < len(of_things) < 50
@@ -33,7 +27,7 @@ def test_a_thing_gets_the_colour_that_it_is_told_and_all_else_stays(pairs):
             if was != now
         ]
         assert after.caption.startswith("make it a") and thing.kind in after.caption and thing.colour in after.caption
-        place = around(before.truth.mask(number) | after.truth.mask(number))
+        place = grown(before.truth.mask(number) | after.truth.mask(number), by=2)  # its edge, and a shadow's rim
         assert (before.image != after.image).any() and np.array_equal(before.image[~place], after.image[~place])
         tones = np.array([PAINTS[thing.colour], shade(PAINTS[thing.colour]), tint(PAINTS[thing.colour])])
         pixels = after.image[after.truth.mask(number)].astype(int)

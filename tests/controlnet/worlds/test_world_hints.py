@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from masks import grown
 
 from controlnet.hints.ade20k import ADE20K
 from controlnet.worlds import Depth, People, Scenes, Scribble, Seg, Shapes
@@ -17,14 +18,6 @@ def outlines(parts):
     return lines
 
 
-def near(lines, radius):
-    """Pixels at most that far from a line, along rows and columns."""
-    padded = np.pad(lines, radius)
-    height, width = lines.shape
-    shifts = range(2 * radius + 1)
-    return np.logical_or.reduce([padded[y : y + height, x : x + width] for y in shifts for x in shifts])
-
-
 @pytest.mark.parametrize("world", [Scenes, Shapes, People])
 def test_scribbles_follow_the_outlines_and_leave_some_out(world):
     drawn = []
@@ -34,9 +27,9 @@ def test_scribbles_follow_the_outlines_and_leave_some_out(world):
         assert hint.shape == (128, 128, 3) and hint.dtype == np.uint8 and (hint == hint[..., :1]).all()
         strokes, lines = hint[..., 0] > 127, outlines(picture.parts)
         assert hint.max() == 255 and strokes.mean() < 0.35
-        assert near(lines, 6)[strokes].mean() > 0.99  # a wobble of up to 2.5 % of the side, and the brush
-        assert strokes.sum() > 1.2 * lines[near(strokes, 4)].sum()  # thick
-        drawn.append(near(strokes, 2)[lines].mean())
+        assert grown(lines, 6)[strokes].mean() > 0.99  # a wobble of up to 2.5 % of the side, and the brush
+        assert strokes.sum() > 1.2 * lines[grown(strokes, 4)].sum()  # thick
+        drawn.append(grown(strokes, 2)[lines].mean())
         assert not np.array_equal(hint, scribble(picture, np.random.default_rng(i + 1)))
     assert 0.8 < np.mean(drawn) < 0.97 and min(drawn) > 0.5  # without gaps it is 0.999
 
@@ -45,7 +38,7 @@ def test_scribbles_wobble():
     picture = Shapes(128).draw(5)
     hints = [scribble(picture, np.random.default_rng(i))[..., 0] > 127 for i in range(4)]
     lines = outlines(picture.parts)
-    assert all(near(lines, 1)[strokes].mean() < 0.9 for strokes in hints)
+    assert all(grown(lines, 1)[strokes].mean() < 0.9 for strokes in hints)
 
 
 def test_every_sample_is_scribbled_with_another_hand():

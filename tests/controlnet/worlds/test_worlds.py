@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from masks import grown
 
 from controlnet.hints.pose import draw_pose
 from controlnet.worlds import WORLDS, Fill50k, People, Scenes, Shapes
@@ -58,14 +59,6 @@ def test_an_image_has_the_colours_of_its_caption():
         inside, outside = ~grown(~sample.mask), ~grown(sample.mask)
         assert inside.any() and (sample.image[inside] == COLOURS[disc]).all()
         assert outside.any() and (sample.image[outside] == COLOURS[ground]).all()
-
-
-def grown(mask):
-    """A mask and the pixels around it: those that the figure's edge may share with the ground."""
-    padded = np.pad(mask, 1)
-    height, width = mask.shape
-    shifts = [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
-    return np.logical_or.reduce(shifts)
 
 
 def test_the_hint_is_a_thin_white_circle_on_black_around_the_disc():

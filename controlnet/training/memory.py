@@ -16,7 +16,7 @@ from controlnet.config import ControlConfig
 from ldm.config import Config
 
 from .latent_cache import SHARD, encoding_batch
-from .muon import Muon
+from .muon import is_hidden_weight
 from .options import TrainSettings
 from .simulation import FakeRun, size_of
 
@@ -172,7 +172,7 @@ def optimizer_size(module: nn.Module, settings: TrainSettings) -> int:
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     two = 2 * sum(parameter.nbytes for _, parameter in named)
     if settings.optimizer == "muon":
-        return two - sum(parameter.nbytes for parameter in Muon(named, lr=1.0).hidden)
+        return two - sum(parameter.nbytes for name, parameter in named if is_hidden_weight(name, parameter))
     return two // 4 if settings.optimizer == "adamw8bit" else two
 
 

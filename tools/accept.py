@@ -26,9 +26,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from controlnet.common.program import new_parser, note, positive_number, run
+from controlnet.common.program import new_parser, note, positive_number
 from tools.acceptance.report import Report
-from tools.cli import add_debug, add_device
+from tools.cli import add_device, run_tool
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,6 @@ class OutOfTime(BaseException):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    return run("accept", lambda: accept(args), args.debug, stopped=f"{args.out} holds what was found")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser("python -m tools.accept", __doc__)
     add = parser.add_argument
     stages = "; ".join(f"{name}: {stage.what}" for name, stage in STAGES.items())
@@ -74,8 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--only", type=stage_names, default=tuple(STAGES), metavar="STAGE,...", help=f"(default: all). {stages}")
     add("--size", choices=("full", "tiny"), default="full", help="of the models and images (default: %(default)s)")
     add("--folder", type=Path, metavar="DIR", help="keep models and reference here, 9 GB (default: do not keep them)")
-    add_debug(parser)
-    return parser.parse_args(argv)
+    return run_tool(parser, argv, accept, stopped="--out holds what was found")
 
 
 def stage_names(text: str) -> tuple[str, ...]:

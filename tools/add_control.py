@@ -10,8 +10,8 @@ and for training several ControlNets from the same start.
 import argparse
 import sys
 
-from controlnet.common.program import new_parser, run
-from tools.cli import add_output, check_output, layout_of, written
+from controlnet.common.program import new_parser
+from tools.cli import add_output, check_output, layout_of, run_tool, written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         help="of its hint encoder, the only random part (default: %(default)s)",
     )
     add_output(parser)
-    args = parser.parse_args(argv)
-    return run("add_control", lambda: add_control(args), args.debug)
+    return run_tool(parser, argv, add_control)
 
 
 def add_control(args: argparse.Namespace) -> None:

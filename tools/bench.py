@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, note, positive, run
-from tools.cli import add_debug, add_device
+from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, note, positive
+from tools.cli import add_device, run_tool
 
 CASES = {
     "tiny": {"size": 128, "steps": 20, "cfg": 2.5, "batch_size": 8, "checkpointing": False},
@@ -79,11 +79,6 @@ QUIET = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VE
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    return run("bench", lambda: bench(args), args.debug, stopped="the lines above hold")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser("python -m tools.bench", __doc__)
     add = parser.add_argument
     add("--case", choices=CASES, default="tiny", help="models and size of the images (default: %(default)s)")
@@ -93,8 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_device(parser)
     add("--precision", choices=PRECISION_NAMES, default="fp32", help=f"{PRECISION_HELP} (default: %(default)s)")
     add("--folder", type=Path, metavar="DIR", help="keep SD 1.5's models here, 11 GB (default: do not keep them)")
-    add_debug(parser)
-    return parser.parse_args(argv)
+    return run_tool(parser, argv, bench, stopped="the lines above hold")
 
 
 def bench(args: argparse.Namespace) -> int:

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlnet.common.program import new_parser, positive, run, size_argument
-from tools.cli import add_debug
+from controlnet.common.program import new_parser, positive, size_argument
+from tools.cli import run_tool
 
 if TYPE_CHECKING:
     from controlnet.training.findings import Finding
@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--detect", metavar="NAME", help="as in train.py: the hints are made from the images")
     add("--hint-channels", type=positive, default=3, metavar="N", help="(default: %(default)s)")
     add("--sheet", type=Path, metavar="FILE", help=f"write a picture of {PAIRS_OF_SHEET} pairs as training sees them")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("check_data", lambda: check(args), args.debug)
+    return run_tool(parser, argv, check)
 
 
 def check(args: argparse.Namespace) -> int:

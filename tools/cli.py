@@ -1,19 +1,28 @@
-"""What the tools share: --device, --debug, and where the checkpoints that they make go. PyTorch is not needed."""
+"""What the tools share: how they are run, --device, and where the checkpoints that they make go. PyTorch is not
+needed."""
 
 import argparse
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from controlnet.common.program import DTYPE_NAMES, free_place, note
+from controlnet.common.program import DTYPE_NAMES, free_place, note, run
 
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 
 
-def add_debug(parser: argparse.ArgumentParser) -> None:
+def run_tool(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    work: Callable[[argparse.Namespace], int | None],
+    stopped: str = "nothing half-written is left",
+) -> int:
+    """The exit status of `work` with the options that are typed, as of `program.run`. Adds --debug, the last of all."""
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    args = parser.parse_args(argv)
+    return run(parser.prog.removeprefix("python -m tools."), lambda: work(args), args.debug, stopped)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +31,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """The options about the result, in a group at the end, and --debug."""
+    """The options about the result, in a group at the end."""
     group = parser.add_argument_group("result")
     group.add_argument(
         "--out",
@@ -35,7 +44,6 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPE_NAMES, help="of the weights (default: unchanged; the widest type of a mixture)"
     )
     group.add_argument("--force", action="store_true", help="replace OUT if it exists (default: refuse)")
-    add_debug(parser)
 
 
 def layout_of(out: Path) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from controlnet.common.images import save_png
-from controlnet.common.program import new_parser, positive, run
+from controlnet.common.program import new_parser, positive
 from controlnet.training.previews import text_image
 from controlnet.training.run_state import RunFolder
-from tools.cli import add_debug
+from tools.cli import run_tool
 
 CAPTION = 20  # pixels above each column
 
@@ -26,9 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=positive, default=2, help="hints, the first of its grids (default: %(default)s)")
     parser.add_argument("--columns", type=positive, default=8, help="steps, spread evenly (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("convergence.png"), help="(default: %(default)s)")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("convergence", lambda: make_strip(args), args.debug)
+    return run_tool(parser, argv, make_strip)
 
 
 def make_strip(args: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ text encoder, which is never used.
 import argparse
 import sys
 
-from controlnet.common.program import new_parser, run
-from tools.cli import add_output, check_output, layout_of, written
+from controlnet.common.program import new_parser
+from tools.cli import add_output, check_output, layout_of, run_tool, written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     difference.add_argument("--difference", action="store_true", help="write one; needs the --base it was trained on")
     difference.add_argument("--base", metavar="FILE", help="to subtract, or to add to IN if that is a difference")
     add_output(parser)
-    args = parser.parse_args(argv)
-    return run("convert", lambda: convert(args), args.debug)
+    return run_tool(parser, argv, convert)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ import argparse
 import json
 import sys
 
-from controlnet.common.program import new_parser, note, printable, run
-from tools.cli import add_debug
+from controlnet.common.program import new_parser, note, printable
+from tools.cli import run_tool
 
 LINES_AT_MOST = 20  # of a kind of difference, and
 WIDEST = 200  # characters of a text from a file; --json has all
@@ -30,9 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     shown.add_argument("--values", action="store_true", help="read all numbers of large files, too")
     shown.add_argument("--diff", metavar="OTHER", help="how FILE and OTHER differ; with --values also in numbers")
     shown.add_argument("--json", action="store_true", help="as JSON: a list of objects, with --diff one object")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("describe", lambda: describe(args), args.debug)
+    return run_tool(parser, argv, describe)
 
 
 def describe(args: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from controlnet.common.program import new_parser, note, run
-from tools.cli import add_debug, make_folder
+from controlnet.common.program import new_parser, note
+from tools.cli import make_folder, run_tool
 
 MOST_RESTARTS = 3  # for a server that cannot continue where it broke off
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -65,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the names, with sizes, sources and licences")
     parser.add_argument("--to", type=Path, default=WEIGHTS, metavar="FOLDER", help="(default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="download existing files again (default: leave them)")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("download", lambda: download(args), args.debug, stopped="the same command continues from here")
+    return run_tool(parser, argv, download, stopped="the same command continues from here")
 
 
 def download(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from controlnet import ControlNet
 from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_images
-from controlnet.common.program import new_parser, not_negative, note, positive, run
+from controlnet.common.program import new_parser, not_negative, note, positive
 from controlnet.inference.generate import generate
 from controlnet.training.recipes import RECIPES
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Picture, Sample, Scenes, Seg, Shapes, World
@@ -35,7 +35,7 @@ from controlnet.worlds.measures import (
 )
 from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
-from tools.cli import add_debug, add_device
+from tools.cli import add_device, run_tool
 from tools.evaluate_recipes import report_recipe
 from tools.evaluate_scenes import report_prompts, report_scene_control, samples_of
 from tools.judge import JUDGE, load_judge
@@ -83,9 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive, default=20, help="of sampling (default: %(default)s)")
     parser.add_argument("--cfg", type=not_negative, default=2.5, help="classifier-free guidance (default: %(default)s)")
     add_device(parser)
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("evaluate", lambda: evaluate(args), args.debug)
+    return run_tool(parser, argv, evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from controlnet.common.devices import use_device
 from controlnet.common.images import to_images
-from controlnet.common.program import new_parser, positive, run
+from controlnet.common.program import new_parser, positive
 from controlnet.objective import seeded
 from controlnet.training.lr_schedules import cosine_schedule
 from controlnet.worlds import Scenes, Truth
@@ -29,7 +29,7 @@ from controlnet.worlds.classes import CLASSES
 from controlnet.worlds.scenes.paint import PAINTS
 from ldm.checkpoints.published import WEIGHTS
 from ldm.checkpoints.save import save_checkpoint
-from tools.cli import add_debug, add_device, check_output
+from tools.cli import add_device, check_output, run_tool
 
 COLOUR_NAMES = tuple(PAINTS)
 JUDGE = WEIGHTS / "judge.safetensors"
@@ -43,9 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive, default=2500, help="(default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=12, help="(default: %(default)s)")
     add_device(parser)
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("judge", lambda: write_judge(args), args.debug)
+    return run_tool(parser, argv, write_judge)
 
 
 def write_judge(args: argparse.Namespace) -> None:

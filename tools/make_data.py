@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from controlnet.common.program import count, new_parser, positive, run
-from tools.cli import add_debug, make_folder
+from controlnet.common.program import count, new_parser, positive
+from tools.cli import make_folder, run_tool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,9 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=positive, default=512, help="of a side, in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=count, default=0, help="(default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="validation samples, which no seed trains on")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("make_data", lambda: make(args), args.debug, stopped="OUT is not complete: remove it and start again")
+    return run_tool(parser, argv, make, stopped="OUT is not complete: remove it and start again")
 
 
 def make(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from controlnet.common.program import new_parser, note, run
+from controlnet.common.program import new_parser, note
 from controlnet.hints import (
     DETECTORS,
     LEARNED_NOTE,
@@ -25,7 +25,7 @@ from controlnet.hints import (
     options_text,
     parse_detector,
 )
-from tools.cli import add_debug, make_folder
+from tools.cli import make_folder, run_tool
 
 LISTED_AT_MOST = 20  # bad files, at the end
 
@@ -49,9 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         "what is found depends on the size (default: the size of each image)",
     )
     parser.add_argument("--replace", action="store_true", help="make existing hints again")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("make_hints", lambda: make_hints(args), args.debug)
+    return run_tool(parser, argv, make_hints)
 
 
 def detectors_help() -> str:

@@ -11,8 +11,8 @@ import argparse
 import math
 import sys
 
-from controlnet.common.program import new_parser, note, run
-from tools.cli import add_output, check_output, layout_of, written
+from controlnet.common.program import new_parser, note
+from tools.cli import add_output, check_output, layout_of, run_tool, written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     of_base.add_argument("--prediction", choices=("eps", "v", "x0"), help="of the base (default: as detected)")
     of_base.add_argument("--zero-snr", action="store_true", help="it was trained with zero terminal SNR")
     add_output(parser)
-    args = parser.parse_args(argv)
-    return run("merge", lambda: merge(args), args.debug)
+    return run_tool(parser, argv, merge)
 
 
 def merge(args: argparse.Namespace) -> None:

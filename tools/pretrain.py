@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from controlnet.common.devices import use_device, use_precision
-from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, count, new_parser, positive, positive_number, run
+from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, count, new_parser, positive, positive_number
 from controlnet.inference.sizes import check_seeds
 from controlnet.training.identity import differences
 from controlnet.training.run_state import write_text
 from ldm.config import TINY
 from ldm.stable_diffusion import StableDiffusion
-from tools.cli import add_debug, add_device, make_folder
+from tools.cli import add_device, make_folder, run_tool
 from tools.pretrain_common import log
 from tools.pretrain_pictures import open_pictures
 from tools.pretrain_unet import fresh_base, train_unet
@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     unet.add_argument("--unet-steps", type=positive, default=30000, help="(default: %(default)s)")
     unet.add_argument("--unet-batch", type=positive, default=64, help="(default: %(default)s)")
     unet.add_argument("--unet-lr", type=positive_number, default=1.5e-3, help="(default: %(default)s)")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("pretrain", lambda: pretrain(args), args.debug, stopped="the same command continues from the last save")
+    return run_tool(parser, argv, pretrain, stopped="the same command continues from the last save")
 
 
 def pretrain(args: argparse.Namespace) -> None:

@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from controlnet import ControlNet
 from controlnet.common.images import save_png
-from controlnet.common.program import new_parser, positive, run
+from controlnet.common.program import new_parser, positive
 from controlnet.training.previews import image_for, text_image
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Sample
 from controlnet.worlds.colours import BASIC_COLOURS
 from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
-from tools.cli import add_debug
+from tools.cli import run_tool
 
 CAPTION = 54  # pixels below each pair
 
@@ -29,9 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the folder of the models (default: weights/)")
     parser.add_argument("--columns", type=positive, default=3, help="samples a row (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("assets/strip.png"), help="(default: %(default)s)")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("strip", lambda: make_strip(args), args.debug)
+    return run_tool(parser, argv, make_strip)
 
 
 def make_strip(args: argparse.Namespace) -> None:

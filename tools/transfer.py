@@ -13,8 +13,8 @@ encoder and zero convolutions stay. A file that holds a difference needs no --fr
 import argparse
 import sys
 
-from controlnet.common.program import new_parser, note, run
-from tools.cli import add_output, check_output, layout_of, written
+from controlnet.common.program import new_parser, note
+from tools.cli import add_output, check_output, layout_of, run_tool, written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     bases.add_argument("--to", dest="new", metavar="BASE", required=True, help="that it will be used with")
     add_output(parser)
-    args = parser.parse_args(argv)
-    return run("transfer", lambda: transfer(args), args.debug)
+    return run_tool(parser, argv, transfer)
 
 
 def transfer(args: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from controlnet.common.program import new_parser, positive, run
-from tools.cli import add_debug, make_folder
+from controlnet.common.program import new_parser, positive
+from tools.cli import make_folder, run_tool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,9 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trainings are (default: %(default)s)")
     parser.add_argument("--port", type=positive, default=7860, help="(default: %(default)s)")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    return run("page", lambda: serve(args), args.debug, stopped="trainings go on")
+    return run_tool(parser, argv, serve, stopped="trainings go on")
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
-from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, positive, run
-from tools.cli import add_debug, add_device, make_folder
+from controlnet.common.program import PRECISION_HELP, PRECISION_NAMES, new_parser, positive
+from tools.cli import add_device, make_folder, run_tool
 from tools.paper import NAMES
 
 
@@ -41,10 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         help=f"of the trainings: {PRECISION_HELP}. On CPUs bf16 pays with AVX512-BF16 only (default: %(default)s)",
     )
     add_device(parser)
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    stopped = "the same command goes on where it was"
-    return run("paper", lambda: write_page(args), args.debug, stopped=stopped)
+    return run_tool(parser, argv, write_page, stopped="the same command goes on where it was")
 
 
 def write_page(args: argparse.Namespace) -> None:

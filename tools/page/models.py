@@ -1,6 +1,5 @@
 """What lies in weights/, recognised by what is in it."""
 
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,17 +11,9 @@ from tools.checkpoints import contents
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
 
 
-def bases() -> list[str]:
-    return named(lambda kind: "base" in kind)
-
-
-def controls() -> list[str]:
-    return named(lambda kind: "ControlNet" in kind)
-
-
-def named(wanted: Callable[[str], bool]) -> list[str]:
-    """By which infer.py finds them."""
-    found = (path for path in checkpoints() if wanted(kind_of(path, path.stat().st_mtime)))
+def named(kind: str) -> list[str]:
+    """The names by which infer.py finds those of a kind, "base" or "ControlNet"; a file may hold both."""
+    found = (path for path in checkpoints() if kind in kind_of(path, path.stat().st_mtime))
     return [path.stem if path.suffix in SUFFIXES else path.name for path in found]
 
 

@@ -7,7 +7,7 @@ import gradio as gr
 from controlnet.hints import DETECTORS, options_of, options_text
 
 from .editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, hints_of
-from .models import bases, controls
+from .models import named
 from .results import AT_ONCE, cancelling, in_sentences, results, seen
 from .studio import BY_HINT, Studio
 
@@ -25,7 +25,7 @@ def photo_tab(studio: Studio) -> None:
                 make = gr.Button("make", variant="primary", min_width=90)
                 cancel = gr.Button("cancel", min_width=90)
             with gr.Row():
-                base = gr.Dropdown(bases(), value="tiny", label="base", min_width=120)
+                base = gr.Dropdown(named("base"), value="tiny", label="base", min_width=120)
                 start = gr.Dropdown([FROM_NOISE, FROM_PHOTO, PAINTED], label="begin from", min_width=120)
             with gr.Accordion("more", open=False):
                 strength = gr.Slider(0, 1, 0.75, label="how much of the photograph is made anew")
@@ -71,7 +71,7 @@ def control_part(i: int, studio: Studio, photo: gr.ImageEditor, base: gr.Dropdow
                 file = gr.File(label="an image, a pose (.json), a map of depth, normals or classes", height=120)
             detect = gr.Button("make the hint", elem_id=f"detect-{i + 1}")
             with gr.Row():
-                name = gr.Dropdown([BY_HINT, *controls()], value=BY_HINT, label="ControlNet", min_width=120)
+                name = gr.Dropdown([BY_HINT, *named("ControlNet")], value=BY_HINT, label="ControlNet", min_width=120)
                 scale = gr.Slider(0, 2, 1, label="strength", min_width=120)
             with gr.Row():
                 first = gr.Slider(0, 1, 0, label="from", info="part of the steps", min_width=120)

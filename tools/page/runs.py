@@ -6,7 +6,7 @@ from controlnet.common.program import PRECISION_NAMES
 from controlnet.training.curves import Curves
 from controlnet.training.report import PANELS, section
 
-from .models import bases
+from .models import named
 from .results import in_sentences
 from .trainings import Trainings, datasets, log_of, shown
 
@@ -68,7 +68,7 @@ def training_form(trainings: Trainings) -> tuple:
     name = gr.Textbox("", label="name: its folder", elem_id="name")
     with gr.Row():
         data = gr.Dropdown(datasets(), value="fill50k", label="data", min_width=120)
-        base = gr.Dropdown(bases(), value="tiny", label="base", min_width=120)
+        base = gr.Dropdown(named("base"), value="tiny", label="base", min_width=120)
     with gr.Row():
         numbers = [gr.Textbox("", label=label, placeholder="as usual", min_width=80) for label in NUMBERS]
     with gr.Row():

@@ -7,15 +7,14 @@ import gradio as gr
 from controlnet.checkpoint import TINY_CONTROLS
 
 from . import sketch
-from .results import AT_ONCE, cancelling, in_sentences, paragraphs, results, seen
+from .results import cancelling, in_sentences, results, seen, shown_as_text
 from .studio import BY_HINT, Studio
 
 
 def draw_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column():
-            gr.HTML(**sketch.parts())
-            sent, back = gr.Textbox(visible=False), gr.Textbox(visible=False)
+            canvas = gr.HTML(**sketch.parts())
             prompt = gr.Textbox("", label="prompt", placeholder="red circle with blue background", elem_id="prompt")
             with gr.Row():
                 make = gr.Button("make", variant="primary", min_width=90)
@@ -29,10 +28,9 @@ def draw_tab(studio: Studio) -> None:
                 strength = gr.Slider(0, 2, 1, label="strength of the control")
                 cfg = gr.Slider(0, 10, 2.5, label="guidance")
         with gr.Column():
-            shown = results("picture", 380)
+            shown = _, gallery, notes = results("picture", 380)
             dropped = gr.File(label="a picture made here fills the form", file_types=[".png"], height=120)
-    notes, made = shown[2:]
-    asked = [prompt, control, seed, steps, strength, cfg]
+    form = [canvas, prompt, control, seed, steps, strength, cfg]
 
     def draw(sent, prompt, control, seed, steps, strength, cfg, made, request: gr.Request) -> Iterator[tuple]:
         given = dict(prompt=prompt, seed=int(seed or 0), steps=int(steps), cfg=cfg, control_scale=[strength])
@@ -44,22 +42,19 @@ def draw_tab(studio: Studio) -> None:
     @in_sentences()
     def fill(file: str) -> tuple:
         options, left_out = studio.options_of(file)
-        found = options.control[0] if options.control and options.control[0] in TINY_CONTROLS.values() else BY_HINT
-        strength = options.control_scale[0] if options.control_scale else 1
-        cfg = gr.skip() if options.cfg is None else options.cfg
+        named = options.control[0] if options.control else None
         return (
-            sketch.sent_back(options),
+            sketch.sent_back(options) or gr.skip(),
             options.prompt,
-            found,
+            named if named in TINY_CONTROLS.values() else BY_HINT,
             options.seed,
             options.steps,
-            strength,
-            cfg,
-            paragraphs([left_out]),
+            options.control_scale[0] if options.control_scale else 1,
+            gr.skip() if options.cfg is None else options.cfg,
+            shown_as_text([left_out]),
         )
 
-    make.click(draw, [sent, *asked, made], shown, js=sketch.READ, **AT_ONCE)
-    more = again.click(lambda seed: int(seed or 0) + 1, seed, seed)
-    more.then(draw, [sent, *asked, made], shown, js=sketch.READ, **AT_ONCE)
-    cancel.click(cancelling(studio), **AT_ONCE)
-    dropped.upload(fill, dropped, [back, *asked, notes]).success(None, back, None, js=sketch.SHOW)
+    make.click(draw, [*form, gallery], shown)
+    again.click(lambda seed: int(seed or 0) + 1, seed, seed).then(draw, [*form, gallery], shown)
+    cancel.click(cancelling(studio))
+    dropped.upload(fill, dropped, [*form, notes])

@@ -22,7 +22,7 @@ CSS = """
 
 def page(pictures: Path, runs: Path) -> gr.Blocks:
     studio, trainings = Studio(pictures), Trainings(runs)
-    with gr.Blocks(title="ControlNet", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="ControlNet") as blocks:
         with gr.Tab("Draw"):
             draw_tab(studio)
         with gr.Tab("Photo"):
@@ -31,4 +31,4 @@ def page(pictures: Path, runs: Path) -> gr.Blocks:
             runs_tab(trainings)
         with gr.Tab("Files"):
             files_tab(trainings)
-    return blocks
+    return blocks.queue(default_concurrency_limit=None)  # of visitors: the studio makes one picture at a time

@@ -1,6 +1,7 @@
 """The second tab: a photograph is begun from, or becomes hints for ControlNets, which a brush corrects."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 import gradio as gr
 
@@ -8,7 +9,7 @@ from controlnet.hints import DETECTORS, options_of, options_text
 
 from .editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, hints_of
 from .models import named
-from .results import AT_ONCE, cancelling, in_sentences, results, seen
+from .results import cancelling, in_sentences, results, seen
 from .studio import BY_HINT, Studio
 
 CONTROLS = 3
@@ -37,26 +38,22 @@ def photo_tab(studio: Studio) -> None:
                     cfg = gr.Number(None, label="guidance", placeholder="2.5 for tiny, else 7.5", min_width=90)
                 steps = gr.Slider(1, 100, 20, step=1, label="steps")
         with gr.Column():
-            shown = results("photo-picture", HEIGHT)
-    made = shown[-1]
+            shown = _, gallery, _ = results("photo-picture", HEIGHT)
     with gr.Tabs():
         acting = [control_part(i, studio, photo, base, size) for i in range(CONTROLS)]
-    form = [photo, start, strength, around, prompt, negative, base, size, seed, steps, cfg]
+    begun = [photo, start, strength, around]
 
-    def draw(request: gr.Request, *values) -> Iterator[tuple]:
+    def draw(values: dict, request: gr.Request) -> Iterator[tuple]:
         with in_sentences():
-            photo, start, strength, around, prompt, negative, base, size, seed, steps, cfg = values[: len(form)]
-            given = dict(prompt=prompt or "", negative=negative or "", base=base, size=size or None)
-            given |= dict(seed=int(seed or 0), steps=int(steps), cfg=cfg or None)
-            given |= begun_from(studio, photo, start, strength, around)
-            parts, made = values[len(form) : -1], values[-1]
-            count = len(acting[0])
-            given |= hints_of(studio, [parts[i : i + count] for i in range(0, len(parts), count)])
-        yield from seen(studio, given, made, request.session_hash)
+            given = dict(prompt=values[prompt] or "", negative=values[negative] or "", base=values[base])
+            given |= dict(size=values[size] or None, cfg=values[cfg] or None)
+            given |= dict(seed=int(values[seed] or 0), steps=int(values[steps]))
+            given |= begun_from(studio, *(values[one] for one in begun))
+            given |= hints_of(studio, [[values[one] for one in part] for part in acting])
+        yield from seen(studio, given, values[gallery], request.session_hash)
 
-    inputs = [*form, *(one for part in acting for one in part), made]
-    make.click(draw, inputs, shown, **AT_ONCE)
-    cancel.click(cancelling(studio), **AT_ONCE)
+    make.click(draw, {prompt, negative, base, size, cfg, seed, steps, *begun, *chain(*acting), gallery}, shown)
+    cancel.click(cancelling(studio))
 
 
 def control_part(i: int, studio: Studio, photo: gr.ImageEditor, base: gr.Dropdown, size: gr.Textbox) -> list:

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from html import escape
 
 import gradio as gr
 
 from .studio import Studio, sentence_of
 
-AT_ONCE = dict(concurrency_limit=None)  # of visitors who ask for pictures: the studio makes one at a time
-
 
 def results(name: str, height: int) -> list:
-    """Where pictures appear: the newest, those made before, what is to be said; and the files of all."""
+    """Where pictures appear: the newest, those made before, and what is to be said."""
     picture = gr.Image(
         label="picture",
         interactive=False,
@@ -21,24 +20,32 @@ def results(name: str, height: int) -> list:
         buttons=["download", "fullscreen"],
         elem_id=name,
     )
-    notes = gr.Markdown(elem_id=f"{name}-notes")
+    notes = gr.HTML(elem_id=f"{name}-notes")
     gallery = gr.Gallery(
-        label="made before", columns=6, height=130, format="png", fit_columns=False, buttons=["download"]
+        label="made before",
+        interactive=False,
+        columns=6,
+        height=130,
+        format="png",
+        fit_columns=False,
+        buttons=["download"],
     )
-    return [picture, gallery, notes, gr.State([])]
+    return [picture, gallery, notes]
 
 
-def seen(studio: Studio, given: dict, made: list[str], visitor: str) -> Iterator[tuple]:
-    """What is told while pictures are made -> what `results` shows."""
+def seen(studio: Studio, given: dict, made: list | None, visitor: str) -> Iterator[tuple]:
+    """What is told while pictures are made -> what `results` shows. `made` is the gallery as it is."""
     notes, step = [], "waiting, loading ..."
-    yield gr.skip(), gr.skip(), step, made
+    yield gr.skip(), gr.skip(), step
     for told in studio.make(given, visitor):
         notes += [told.note] if told.note else []
-        step = f"step {told.step} of {told.steps}" if told.steps else "" if told.picture else step
-        made = [str(told.picture), *made] if told.picture else made
-        shown = told.picture or told.preview or gr.skip()
-        yield shown, made if told.picture else gr.skip(), paragraphs(notes, step), made
-    yield gr.skip(), gr.skip(), paragraphs(notes), made
+        if told.picture:
+            made, step = [told.picture, *(made or [])], ""
+            yield told.picture, made, shown_as_text(notes)
+        else:
+            step = f"step {told.step} of {told.steps}" if told.steps else step
+            yield told.preview or gr.skip(), gr.skip(), shown_as_text([*notes, step])
+    yield gr.skip(), gr.skip(), shown_as_text(notes)
 
 
 def cancelling(studio: Studio) -> Callable:
@@ -50,12 +57,8 @@ def cancelling(studio: Studio) -> Callable:
     return cancel
 
 
-def paragraphs(notes: list[str], step: str = "") -> str:
-    """As Markdown that shows every character as it is."""
-    escaped = [
-        "".join(f"\\{letter}" if letter in "\\`*_{}[]<>()#+-.!|~$" else letter for letter in note) for note in notes
-    ]
-    return "\n\n".join(filter(None, [*escaped, step]))
+def shown_as_text(lines: list[str]) -> str:
+    return "<br>".join(map(escape, filter(None, lines)))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 // A canvas to draw on, white on black, or to drag the joints of a pose. `props.limbs` are pairs of joints,
-// `props.colours` their colours, `props.pose` the joints' first places, as fractions of the side.
+// `props.colours` their colours, `props.pose` the joints' first places, as fractions of the side. `props.value` is what
+// the page's functions get, and give back: the joints of a pose, or a drawing as a PNG.
 const canvas = element.querySelector('canvas'), pen = canvas.getContext('2d'), side = canvas.width;
 let mode = 'draw', joints = structuredClone(props.pose), held = null, last = null, strokes = [], ground = null;
 
@@ -25,6 +26,11 @@ function show() {
   }
 }
 
+function finish() {
+  show();
+  props.value = JSON.stringify(mode === 'pose' ? { pose: joints } : { drawing: canvas.toDataURL('image/png') });
+}
+
 function place(event) {
   const box = canvas.getBoundingClientRect();
   return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
@@ -45,28 +51,22 @@ canvas.addEventListener('pointermove', event => {
   last = here;
   show();
 });
-for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, () => { last = held = null; });
+for (const end of ['pointerup', 'pointercancel'])
+  canvas.addEventListener(end, () => { last = held = null; finish(); });
 
-element.querySelector('.clear').addEventListener('click', () => {
+function clear(drawing = null) {
   strokes = [];
-  ground = null;
+  ground = drawing;
   joints = structuredClone(props.pose);
-  show();
-});
-for (const button of element.querySelectorAll('input[name=mode]'))
-  button.addEventListener('change', () => { mode = button.value; show(); });
+  finish();
+}
 
-// What the page's buttons send: the joints of a pose, or the drawing as a PNG.
-canvas.read = () => JSON.stringify(mode === 'pose' ? { pose: joints } : { drawing: canvas.toDataURL('image/png') });
-// And the way back: a hint of before, which strokes go over.
-canvas.load = url => {
+element.querySelector('.clear').addEventListener('click', () => clear());
+for (const button of element.querySelectorAll('input[name=mode]'))
+  button.addEventListener('change', () => { mode = button.value; finish(); });
+watch('value', () => {  // a hint of before, which strokes go over
   const image = new Image();
-  image.onload = () => {
-    strokes = [];
-    ground = image;
-    element.querySelector('input[value=draw]').click();
-    show();
-  };
-  image.src = url;
-};
-show();
+  image.onload = () => { element.querySelector('input[value=draw]').click(); clear(image); };
+  image.src = JSON.parse(props.value).drawing;
+});
+finish();

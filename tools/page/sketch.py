@@ -37,9 +37,6 @@ canvas {
 .tools input[type=radio] { border: 1px solid gray; }
 """
 PNG = "data:image/png;base64,"
-# In the browser, when a button is pressed: its first input becomes what the canvas holds; and the way back.
-READ = "(_, ...others) => [document.querySelector('#sketch canvas').read(), ...others]"
-SHOW = "drawing => { if (drawing) document.querySelector('#sketch canvas').load(drawing); }"
 
 
 def parts() -> dict:
@@ -51,7 +48,7 @@ def parts() -> dict:
 
 
 def hint_of(sent: str) -> Image.Image:
-    """What the canvas sent. Raises ValueError for anything else."""
+    """The canvas's value. Raises ValueError for anything else."""
     try:
         found = json.loads(sent)
         if "pose" in found:
@@ -62,11 +59,11 @@ def hint_of(sent: str) -> Image.Image:
         raise ValueError(f"the canvas sent no drawing and no pose ({error}): load the page again") from error
 
 
-def sent_back(options: Options) -> str:
-    """The hint that a picture was made from, as the canvas takes it: nothing if there is none, or it is gone."""
+def sent_back(options: Options) -> str | None:
+    """The hint that a picture was made from, as the canvas's value: None if there is none, or it is gone."""
     file = find_hint(options.hint[0]) if options.hint else None
     if file is None or not file.is_file() or set(options.detect) - {"none"}:  # a photograph is no drawing
-        return ""
+        return None
     drawn = io.BytesIO()
     read_image(file).save(drawn, "PNG")
-    return PNG + base64.b64encode(drawn.getvalue()).decode()
+    return json.dumps({"drawing": PNG + base64.b64encode(drawn.getvalue()).decode()})

@@ -16,7 +16,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 from controlnet.inference.png_text import read_texts
+from controlnet.training.curves import Curves
 from controlnet.training.lock import holder
+from controlnet.training.report import write_report
+from controlnet.training.run_state import RunFolder
 from controlnet.worlds.measures import iou
 
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -33,6 +36,7 @@ SECONDS = 60_000  # in milliseconds: what a busy machine may need
 def served(tmp_path_factory):
     """-> the page's address and its folders of pictures and runs."""
     folder = tmp_path_factory.mktemp("page")
+    write_run(folder / "runs" / "before")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,6 +52,18 @@ def served(tmp_path_factory):
         assert server.wait(30) in (0, 130)
     said = (folder / "said").read_text()
     assert said.startswith(f"http://127.0.0.1:{port}\n") and "public link" not in said
+
+
+def write_run(folder):
+    """One that has ended, with its report."""
+    (folder / "samples").mkdir(parents=True)
+    run, curves = RunFolder(folder), Curves()
+    Image.new("RGB", (8, 8)).save(run.grid(2))
+    for step in (1, 2):
+        run.log({"step": step, "loss": step})
+        curves.add({"step": step, "loss": step})
+    run.settings_file.write_text('{"settings": {"steps": 2}, "data": {}}')
+    write_report(run, curves, 2, set_in=None)
 
 
 def answers(port):
@@ -71,10 +87,16 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def visit(served, browser):
-    """Opens the page for one more visitor. At the end none of them has asked for anything outside, or seen an error."""
-    contexts, wrong = [], []
+@pytest.fixture(scope="module")
+def wrong():
+    """Addresses outside that a visitor's page has asked for, and errors that it has shown."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def visit(served, browser, wrong):
+    """Opens the page for one more visitor."""
+    contexts = []
 
     def blocked(route):
         wrong.append(route.request.url)
@@ -88,14 +110,29 @@ def visit(served, browser):
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(served[0])
-        page.wait_for_function("document.querySelector('#sketch canvas')?.read")
+        page.wait_for_function(f"{CANVAS}?.getContext('2d').getImageData(0, 0, 1, 1).data[3]")
         page.wait_for_timeout(300)  # the rest of the page tells nobody when it is ready
         return page
 
     yield new
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(scope="module")
+def first(visit):
+    return visit()
+
+
+@pytest.fixture
+def page(first, wrong):
+    """Of a visitor who stays all along."""
+    yield first
     assert not wrong
+
+
+def go_to(page, tab):
+    page.get_by_role("tab", name=tab).click()
 
 
 def drag(page, canvas, places):
@@ -110,15 +147,15 @@ def drag(page, canvas, places):
     page.mouse.up()
 
 
+CANVAS = "document.querySelector('#sketch canvas')"
 SIDES = (("x", "width"), ("y", "height"))
 CIRCLE = [(0.55 + 0.25 * math.cos(i * math.pi / 24), 0.5 + 0.25 * math.sin(i * math.pi / 24)) for i in range(49)]
 
 
-def make(page, seen="#picture", steps=None):
+def make(page, seen="#picture", steps=2):
     """Presses the button -> the address of the finished picture."""
     before = page.locator(f"{seen} img").get_attribute("src") if page.locator(f"{seen} img").count() else None
-    if steps:
-        set_number(page, "steps", steps)
+    set_number(page, "steps", steps)
     page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
     page.wait_for_function(
         "([seen, before]) => { const s = document.querySelector(seen + ' img')?.src;"
@@ -132,7 +169,6 @@ def set_number(page, label, value):
     field = page.get_by_label(f"number input for {label}", exact=False).filter(visible=True)
     if not field.count():
         page.get_by_role("button", name="more").filter(visible=True).click()
-        page.wait_for_timeout(500)
     field.first.fill(str(value))
     field.first.press("Tab")
 
@@ -146,11 +182,11 @@ def inputs_of(picture):
     return settings, [np.asarray(Image.open(picture.parents[1] / hint)) for hint in settings["hint"]]
 
 
-def test_the_disc_lies_on_the_circle_that_was_drawn(served, visit, tmp_path):
-    page = visit()
+def test_the_disc_lies_on_the_circle_that_was_drawn(served, page, visit):
+    go_to(page, "Draw")
     drag(page, "#sketch canvas", CIRCLE)
     page.fill("#prompt textarea", "red circle with blue background")
-    address = make(page)
+    address = make(page, steps=5)
     picture = file_of(served[1], address)
     pixels = np.asarray(Image.open(picture)).astype(int)
     disc = Image.new("1", (pixels.shape[1], pixels.shape[0]))
@@ -162,69 +198,62 @@ def test_the_disc_lies_on_the_circle_that_was_drawn(served, visit, tmp_path):
     other = visit()
     other.locator("input[type=file][accept='.png']").first.set_input_files(picture)
     other.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('red circle')")
-    read = "document.querySelector('#sketch canvas').read()"
-    assert other.wait_for_function(f"{read} === {json.dumps(page.evaluate(read))}")
+    drawn = page.evaluate(f"{CANVAS}.toDataURL()")
+    assert other.wait_for_function(f"{CANVAS}.toDataURL() === {json.dumps(drawn)}")
 
 
-def test_a_pose_is_dragged(served, visit):
-    page = visit()
+def test_a_pose_is_dragged(served, page):
+    go_to(page, "Draw")
     page.get_by_label("pose").check()
     drag(page, "#sketch canvas", [(0.31, 0.56), (0.25, 0.4), (0.15, 0.25)])  # the right wrist
-    settings, (hint,) = inputs_of(file_of(served[1], make(page, steps=2)))
+    settings, (hint,) = inputs_of(file_of(served[1], make(page)))
     assert settings["control"] == ["tiny-pose"] and hint.shape == (512, 512, 3)
     assert hint[int(0.25 * 512), int(0.15 * 512)].any() and not hint[int(0.58 * 512), int(0.31 * 512)].any()
 
 
-def test_a_photograph_becomes_a_hint_which_a_brush_corrects(served, visit):
-    page = visit()
-    page.get_by_role("tab", name="Photo").click()
+def test_a_photograph_becomes_a_hint_and_what_is_painted_is_made_anew(served, page):
+    go_to(page, "Photo")
     page.wait_for_selector("#photo canvas")
     page.wait_for_selector("#hint-1 canvas")
-    page.wait_for_timeout(500)  # editors tell nobody when they are ready
+    page.wait_for_timeout(150)  # editors tell nobody when they are ready
     page.locator("#photo input[type=file]").first.set_input_files(ROOT / "assets" / "cat.jpg")
     page.wait_for_function("!document.querySelector('#photo').innerText.includes('Upload')")
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(150)
     page.locator("#detect-1").click()
     page.wait_for_function("!document.querySelector('#hint-1').innerText.includes('Upload')")
-    page.wait_for_timeout(500)
-    drag(page, "#hint-1 canvas", [(0.4 + 0.02 * i, 0.5) for i in range(11)])
-    page.wait_for_timeout(500)
-    settings, (hint,) = inputs_of(file_of(served[1], make(page, "#photo-picture", steps=2)))
+    page.wait_for_timeout(150)
+    drag(page, "#hint-1 canvas", [(0.4, 0.5), (0.5, 0.5), (0.6, 0.5)])
+    drag(page, "#photo canvas", [(0.5, 0.5), (0.55, 0.55)])
+    page.wait_for_timeout(150)
+    page.get_by_label("begin from").click()
+    page.get_by_text("the photograph, for what is painted").click()
+    settings, (hint,) = inputs_of(file_of(served[1], make(page, "#photo-picture")))
     assert settings["control"] == ["tiny-canny"] and settings["size"] == "192x128"
     lines = hint.min(axis=2) > 127
     assert hint.shape == (512, 768, 3) and 0.02 < lines.mean() < 0.3
     assert lines[:, 300:460].all(axis=1).sum() in range(3, 60)  # the stroke
-
-    # Inpainting of what is painted, without the hint.
-    drag(page, "#photo canvas", [(0.5, 0.5), (0.55, 0.55)])
-    page.wait_for_timeout(500)
-    page.get_by_label("begin from").click()
-    page.get_by_text("the photograph, for what is painted").click()
-    picture = file_of(served[1], make(page, "#photo-picture"))
-    settings, _ = inputs_of(picture)
     init, mask = (Image.open(served[1].parent / settings[name]) for name in ("init", "mask"))
     assert init.size == mask.size and 0 < np.asarray(mask).mean() < 64
 
 
-def test_cancel_works_at_the_next_step(served, visit):
-    page = visit()
+def test_cancel_works_at_the_next_step(served, page):
+    go_to(page, "Draw")
     before = sorted(served[1].glob("*.png"))
-    drag(page, "#sketch canvas", CIRCLE)
     set_number(page, "steps", 50)
     page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
     page.wait_for_function("/step [0-9]+ of 50/.test(document.querySelector('#picture-notes').innerText)")
     page.get_by_role("button", name="cancel", exact=True).filter(visible=True).click()
     page.wait_for_function("document.querySelector('#picture-notes').innerText.includes('cancelled')")
-    make(page, steps=2)
+    make(page)
     assert len(sorted(served[1].glob("*.png"))) == len(before) + 1
 
 
-def test_a_bad_file_is_a_sentence(visit, tmp_path):
-    page = visit()
+def test_a_bad_file_is_a_sentence(page, tmp_path):
+    go_to(page, "Draw")
     (tmp_path / "bad.png").write_text("no picture")
     page.locator("input[type=file][accept='.png']").first.set_input_files(tmp_path / "bad.png")
     page.wait_for_function("document.body.innerText.includes('\"bad.png\" is not readable as an image')")
-    page.get_by_role("tab", name="Files").click()
+    go_to(page, "Files")
     page.locator("#dropped input[type=file]").set_input_files(tmp_path / "bad.png")
     page.wait_for_selector("text=bad.png")
     page.locator("#checkpoint input").click()
@@ -232,12 +261,12 @@ def test_a_bad_file_is_a_sentence(visit, tmp_path):
     page.wait_for_function("/kind +ControlNet/.test(document.querySelector('#facts textarea').value)")
 
 
-def test_two_visitors_have_their_own_pictures(served, visit):
+def test_two_visitors_have_their_own_pictures(served, visit, wrong):
     pages = [visit(), visit()]
     for page, colour in zip(pages, ("red", "lime"), strict=True):
         drag(page, "#sketch canvas", CIRCLE)
         page.fill("#prompt textarea", f"{colour} circle with blue background")
-        set_number(page, "steps", 4)
+        set_number(page, "steps", 2)
     for page in pages:
         page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
     finished = "/[/][0-9]{4}[.]png$/.test(document.querySelector('#picture img')?.src)"
@@ -245,11 +274,21 @@ def test_two_visitors_have_their_own_pictures(served, visit):
         page.wait_for_function(finished)
         settings, _ = inputs_of(file_of(served[1], page.locator("#picture img").get_attribute("src")))
         assert settings["prompt"].startswith(colour)
+    assert not wrong
 
 
-def test_a_training_is_started_watched_and_stopped(served, visit):
-    page = visit()
-    page.get_by_role("tab", name="Runs").click()
+def test_a_run_is_seen_in_its_report(page):
+    go_to(page, "Runs")
+    page.wait_for_function("document.querySelector('#status').innerText === 'ended after step 2 of 2'")
+    report = page.frame_locator("#report iframe")
+    report.locator("polyline").wait_for()
+    report.locator("img").scroll_into_view_if_needed()
+    wait_for(lambda: report.locator("img").evaluate("image => image.naturalWidth") == 8)
+
+
+def test_a_training_is_started_watched_and_stopped(served, page):
+    go_to(page, "Runs")
+    page.get_by_role("button", name="a new training").click()
     page.locator("#name input, #name textarea").fill("mine")
     for label, value in (("steps", "500"), ("batch size", "1"), ("images", "4")):
         page.get_by_label(label, exact=True).filter(visible=True).fill(value)
@@ -257,7 +296,6 @@ def test_a_training_is_started_watched_and_stopped(served, visit):
     page.wait_for_function(f"document.querySelector('#command textarea').value === '{expected} --out=runs/mine'")
     page.get_by_role("button", name="start", exact=True).click()
     page.wait_for_function("/step [0-9]+ of 500, about/.test(document.querySelector('#status').innerText)")
-    page.wait_for_selector("#charts polyline")
     process = holder(served[2] / "mine")
     assert os.getsid(process) == process  # what ends the page does not end it
     page.get_by_role("button", name="stop", exact=True).click()
@@ -265,8 +303,7 @@ def test_a_training_is_started_watched_and_stopped(served, visit):
     page.wait_for_function("document.querySelector('#output textarea').value.includes('go on with --resume')")
 
 
-def test_nothing_outside_its_folders_is_served(served, visit):
-    page = visit()
+def test_nothing_outside_its_folders_is_served(served, page):
     address, out, _ = served
     (out.parent / "secret.png").write_bytes(b"secret")
     for path in ("/etc/hostname", ROOT / "README.md", out.parent / "secret.png", out / ".." / "secret.png", "runs"):

@@ -3,7 +3,6 @@ and a composite of all: Pillow's images of mode RGBA."""
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from controlnet.common.image_files import to_rgb
@@ -66,7 +65,7 @@ def background(editor: dict | None, otherwise: str) -> Image.Image:
 
 def painted(editor: dict | None) -> Image.Image | None:
     """White where the brush has been, mode L; None if it has not been anywhere."""
-    layers = [np.asarray(layer.convert("RGBA"))[..., 3] for layer in editor["layers"]] if editor else []
-    if not any(layer.any() for layer in layers):
+    if not editor or not editor["layers"]:
         return None
-    return Image.fromarray(np.where(np.maximum.reduce(layers) > 127, 255, 0).astype(np.uint8))
+    layer = editor["layers"][0]  # the only one that there can be
+    return layer.getchannel("A").point(lambda alpha: 255 * (alpha > 127)) if layer.getbbox() else None

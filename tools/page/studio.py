@@ -10,7 +10,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from tempfile import NamedTemporaryFile
 from threading import Event, Lock, Thread, get_ident
-from typing import IO
 
 from PIL import Image
 
@@ -132,21 +131,16 @@ class Studio:
 
         Raises ValueError for a picture that does not tell.
         """
+        without, why = {name: getattr(Options(), name) for name in FILES}, ""
         with NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".png") as beside:
             beside.write(Path(picture).read_bytes())
             beside.flush()
-            try:
+            for given in ({}, without):
                 try:
-                    return run.with_recorded({"again": beside.name})[0], ""
+                    return run.with_recorded({"again": beside.name, **given})[0], why
                 except ValueError as error:
-                    without = {name: getattr(Options(), name) for name in FILES}
-                    return run.with_recorded({"again": beside.name, **without})[0], in_its_name(error, beside, picture)
-            except ValueError as error:
-                raise ValueError(in_its_name(error, beside, picture)) from error
-
-
-def in_its_name(error: ValueError, copy: IO, picture: str) -> str:
-    return str(error).replace(copy.name, Path(picture).name)
+                    why = str(error).replace(beside.name, Path(picture).name)
+        raise ValueError(why)
 
 
 class Notes(io.TextIOBase):

@@ -79,13 +79,9 @@ class Trainings:
             self.started[name] = subprocess.Popen(command, **said, start_new_session=True)
 
     def arguments(self, name: str, given: dict) -> list[str]:
-        """Of train.py, for those of its settings that are given."""
-        arguments = []
-        for option, value in given.items():
-            if value:
-                # In one piece: no value is taken for an option.
-                arguments.append(flag_of(option) if value is True else f"{flag_of(option)}={value}")
-        return [*arguments, f"--out={self.run(name).path}"]
+        """Of train.py, for those of its settings that are given; each in one piece: no value is taken for an option."""
+        values = {**given, "out": self.run(name).path}.items()
+        return [flag_of(name) if value is True else f"{flag_of(name)}={value}" for name, value in values if value]
 
     def output(self, name: str) -> str:
         """The last lines that it said; of a progress bar, how it looks now."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from controlnet.common.program import new_parser, note, positive_number
-from tools.acceptance.report import Report
+from tools.acceptance.report import Report, Skip
 from tools.cli import add_device, run_tool
 
 
@@ -101,9 +101,9 @@ def accept(args: argparse.Namespace) -> int:
 
 def do_stage(name: str, job: Any, report: Report, seconds: float) -> None:
     """Runs a stage for so long at most. Whatever happens in it is recorded, and the next ones go on."""
-    if seconds <= 0:
-        return report.not_begun(name, "no time was left")
     report.begin(name)
+    if seconds <= 0:
+        return report.end(name, "not run", "no time was left")
     try:
         with at_most(seconds):
             job.settle()
@@ -111,20 +111,17 @@ def do_stage(name: str, job: Any, report: Report, seconds: float) -> None:
         state, why = "done", ""
     except OutOfTime:
         state, why = "not run", f"the rest of it: {seconds:.0f} s were not enough"
+    except Skip as skip:
+        state, why = "skipped", str(skip)
     except Exception as error:
-        state, why = ("skipped", str(error)) if is_skip(error) else ("failed", f"{type(error).__name__}: {error}")
-        if state == "failed":
-            note(traceback.format_exc())
+        state, why = "failed", f"{type(error).__name__}: {error}"
+        note(traceback.format_exc())
     report.end(name, state, why)
     note(f"{name}: {state} {why}".rstrip())
 
 
 def stage(name: str) -> Callable[[Any, Report], None]:
     return getattr(import_module(f"tools.acceptance.{STAGES[name].home}"), name)
-
-
-def is_skip(error: Exception) -> bool:
-    return isinstance(error, import_module("tools.acceptance.job").Skip)
 
 
 @contextmanager

@@ -14,11 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from controlnet.common.devices import use_precision
 from tools.bench_case import name_of, reset_peak, resident
 
+from .report import Skip
+
 WARM_UPS = 3
-
-
-class Skip(Exception):
-    """What a stage needs is not here: its message says what."""
 
 
 def settle(device: torch.device) -> None:

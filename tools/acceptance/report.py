@@ -16,6 +16,10 @@ from controlnet.common.files import read_json
 PASSING = ("done", "skipped")  # the states of a stage that do not count against what must hold
 
 
+class Skip(Exception):
+    """What a stage needs is not here: its message says what."""
+
+
 class Report:
     """A file of results, to which a later run of other stages adds: a stage that runs again replaces its rows.
 
@@ -52,10 +56,6 @@ class Report:
     def end(self, stage: str, state: str, why: str = "") -> None:
         seconds = round(time.monotonic() - self.began, 1)
         self.values["stages"][stage] |= {"state": state, "seconds": seconds, **({"why": why} if why else {})}
-        self.write()
-
-    def not_begun(self, stage: str, why: str) -> None:
-        self.values["stages"][stage] = {"state": "not run", "seconds": 0.0, "rows": [], "why": why}
         self.write()
 
     def must(self, what: str, value: float, most: float = math.inf, least: float = -math.inf) -> None:

@@ -124,18 +124,13 @@ def load_for_sampling(setup: Setup) -> tuple[StableDiffusion, ControlNet]:
 def sample(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg: float, count: int = 1) -> Outputs:
     """`count` images of the same hint and prompt, as one batch."""
     controls, latents = [Control(control, inputs(side)[1])], {}  # of each image, after its last step
-    settings = {"negative": NEGATIVE, "steps": steps, "cfg": cfg, "seed": SEED, **together(count)}
+    settings = {"negative": NEGATIVE, "steps": steps, "cfg": cfg, "seed": SEED, "count": count, "batch_size": count}
 
     def keep(progress: Progress) -> None:
         latents[progress.image] = progress.x
 
     images = generate(sd, PROMPT, controls, callback=keep, **settings)
     return {"latents": torch.cat([latents[i] for i in range(count)]), "images": torch.stack(list(map(pixels, images)))}
-
-
-def together(count: int) -> dict[str, int]:
-    """What makes `generate` sample that many images in one batch."""
-    return {"count": count, "batch_size": count} if count > 1 else {}
 
 
 def reuse(setup: Setup, every: int) -> Work:

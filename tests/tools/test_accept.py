@@ -39,6 +39,7 @@ def little(monkeypatch):
     monkeypatch.setattr(
         programs, "FEATURES", {"reuse": ["--reuse", "2"], "inpainting": programs.FEATURES["inpainting"]}
     )
+    monkeypatch.setattr(programs, "resumed", resumed_with_deterministic)
     monkeypatch.setattr(exact, "FORWARD", {"fp32": 2e-5, "bf16": 4e-2})
     monkeypatch.setattr(device, "WARM_UPS", 1)
     monkeypatch.setattr(job, "multiprocessing", SimpleNamespace(get_context=lambda how: forked.CONTEXT))
@@ -48,12 +49,16 @@ def little(monkeypatch):
     monkeypatch.setattr(programs, "subprocess", SimpleNamespace(run=train_in_no_time))
 
 
-real_compile = torch.compile
+real_compile, real_resumed = torch.compile, programs.resumed
 
 
 def compile_by_name(model, **how):
     inspect.signature(real_compile).bind(model, **how)
     return model
+
+
+def resumed_with_deterministic(job, report, runs, how):
+    return real_resumed(job, report, runs, how) if "--deterministic" in how else 0.0
 
 
 def train_in_no_time(command, **_):
@@ -136,6 +141,8 @@ def test_options_of_the_programs_are_theirs():
 
 def test_a_wrong_network_is_seen(run, monkeypatch):
     """A UNet whose output is 1 % too large: the exit status is 1, and what is right stays so."""
+    monkeypatch.setattr(exact, "FORWARD", {"fp32": 2e-5})
+    monkeypatch.setattr(exact, "pictures", lambda job, precision: torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
     forward = UNetDecoder.output
     monkeypatch.setattr(UNetDecoder, "output", lambda self, x: 1.01 * forward(self, x))
     status, stages = run("--only", "forward")
@@ -147,7 +154,7 @@ def test_a_wrong_network_is_seen(run, monkeypatch):
 
 def test_a_stage_that_fails_is_recorded_and_the_others_go_on(run, monkeypatch):
     monkeypatch.setattr(figures, "profile", lambda job, report: 1 / 0)
-    status, stages = run("--only", "machine,profile,options")
+    status, stages = run("--only", "machine,profile,fill50k")
     assert status == 1 and [stage["state"] for stage in stages.values()] == ["done", "failed", "done"]
     assert stages["profile"]["why"] == "ZeroDivisionError: division by zero"
 

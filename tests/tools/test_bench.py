@@ -3,7 +3,10 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import forked
 import numpy as np
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from small import SMALLEST, small_control, small_sd
 from torch import nn
 
+import infer
 from ldm.blocks import Upsample
 from ldm.fast.packed import pack
 from tools import bench, bench_case, bench_ours
@@ -122,10 +126,11 @@ def test_a_gpu_is_given_more_steps(monkeypatch, device, steps):
 
 
 def test_reuse_is_beside_images_in_full(setup, monkeypatch):
-    """One image of each dataset with the models that ship, in two steps, of which the second is approximate."""
+    """One image of two datasets with the models that ship, in two steps, of which the second is approximate."""
     monkeypatch.setattr(bench_ours, "SAMPLES", 1)
+    monkeypatch.setattr(bench_ours, "TINY_CONTROL_OF", {"fill50k": "tiny-fill50k", "people": "tiny-pose"})
     full, reused = (outputs(bench_ours.reuse(Setup(**setup), every))["images"] for every in (1, 2))
-    assert full.shape == (len(bench_ours.TINY_CONTROL_OF), 128, 128, 3)
+    assert full.shape == (2, 128, 128, 3)
     assert 10 < bench.psnr(reused, full) < 60
     assert bench.psnr(full, full) == math.inf
     assert bench.psnr(full * 0, full * 0 + 255) == 0
@@ -266,11 +271,17 @@ def test_without_diffusers_ours_is_measured_alone(setup, in_this_process, monkey
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
-def test_the_start_of_infer_makes_an_image(setup):
+def test_the_start_of_infer_makes_an_image(setup, monkeypatch):
+    def here(command, **_):
+        assert command[:2] == [sys.executable, str(bench_ours.ROOT / "infer.py")]
+        return subprocess.CompletedProcess(command, infer.main(command[2:]), "", "")
+
+    monkeypatch.setattr(bench_ours, "subprocess", SimpleNamespace(run=here))
     assert bench_ours.start(Setup(**setup), infer=True)() == {} and (setup["folder"] / "start.png").exists()
 
 
-def test_a_process_that_fails_is_a_sentence(capfd):
+def test_a_process_that_fails_is_a_sentence(monkeypatch, capfd):
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda how: forked.CONTEXT)  # which starts sooner
     with pytest.raises(ValueError, match="the task failed with AttributeError: .* has no attribute 'nothing'"):
         bench.in_a_process("the task", "cli", "nothing")
     assert bench.main(["--device", "cuda:99"]) == 2

@@ -24,13 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     group.add_argument("--ema", action="store_true", help="take the EMA of the UNet's weights")
     group = parser.add_argument_group("ControlNet")
     group.add_argument("--hint-channels", type=int, default=3, metavar="N", help="of its hints (default: %(default)s)")
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of its hint encoder, the only random part (default: %(default)s)",
-    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of its hint encoder (default: %(default)s)")
     add_output(parser)
     return run_tool(parser, argv, add_control)
 

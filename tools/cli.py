@@ -33,16 +33,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser) -> None:
     """The options about the result, in a group at the end."""
     group = parser.add_argument_group("result")
-    group.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help="a name ending in .safetensors makes a file in the original layout, any other a folder in diffusers'",
-    )
-    group.add_argument(
-        "--dtype", choices=DTYPE_NAMES, help="of the weights (default: unchanged; the widest type of a mixture)"
-    )
+    layouts = "a name ending in .safetensors makes a file in the original layout, any other a folder in diffusers'"
+    group.add_argument("--out", type=Path, required=True, metavar="OUT", help=layouts)
+    group.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights (default: the widest of the source's)")
     group.add_argument("--force", action="store_true", help="replace OUT if it exists (default: refuse)")
 
 

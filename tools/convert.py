@@ -22,25 +22,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.convert", __doc__)
     parser.add_argument("source", metavar="IN", help="a file, a folder in diffusers' layout, or a preset (sd15, sd21)")
     kept = parser.add_argument_group("what is kept")
-    kept.add_argument(
-        "--part",
-        choices=("base", "control", "both"),
-        help="of a file with a base and a ControlNet, like those of version 1.0 (default: the only one there is)",
-    )
+    parts = ("base", "control", "both")
+    kept.add_argument("--part", choices=parts, help="of a file that has both (default: the only one there is)")
     kept.add_argument("--vae", metavar="FILE", help="in place of a base's autoencoder, or where it has none")
     kept.add_argument("--ema", action="store_true", help="take the EMA of the UNet's weights")
     unsaid = parser.add_argument_group("what the source may not say; the result will")
     unsaid.add_argument("--prediction", choices=("eps", "v", "x0"), help="of a base (default: as detected)")
     unsaid.add_argument("--zero-snr", action="store_true", help="of a base: trained with zero terminal SNR")
-    unsaid.add_argument(
-        "--global-average-pooling",
-        action="store_true",
-        default=None,
-        help="of a ControlNet: it is a shuffle model of version 1.1 (default: as detected)",
-    )
-    difference = parser.add_argument_group(
-        "differences: ControlNets minus a base's encoder, for any base of the family"
-    )
+    pooling = "of a ControlNet: it is a shuffle model of version 1.1 (default: as detected)"
+    unsaid.add_argument("--global-average-pooling", action="store_true", default=None, help=pooling)
+    difference = parser.add_argument_group("differences: ControlNets minus a base's encoder, for any of the family")
     difference.add_argument("--difference", action="store_true", help="write one; needs the --base it was trained on")
     difference.add_argument("--base", metavar="FILE", help="to subtract, or to add to IN if that is a difference")
     add_output(parser)
@@ -96,14 +87,11 @@ def check_difference(args: argparse.Namespace, layout: str) -> None:
 def check_options(args: argparse.Namespace, part: str) -> None:
     """Raises ValueError for an option about what is not written."""
     of_bases = {"--ema": args.ema, "--vae": args.vae, "--prediction": args.prediction, "--zero-snr": args.zero_snr}
-    of_controls = {
-        "--difference": args.difference,
-        "--base": args.base,
-        "--global-average-pooling": args.global_average_pooling,
-    }
-    strangers = {"base": of_controls, "control": of_bases}.get(part, {})
-    for option in (option for option, value in strangers.items() if value):
-        raise ValueError(f"{option} does not go with a {'base' if part == 'base' else 'ControlNet'}: leave it out")
+    of_controls = {"--difference": args.difference, "--base": args.base}
+    of_controls["--global-average-pooling"] = args.global_average_pooling
+    name, strangers = {"base": ("base", of_controls), "control": ("ControlNet", of_bases)}.get(part, ("", {}))
+    if given := [option for option, value in strangers.items() if value]:
+        raise ValueError(f"{given[0]} does not go with a {name}: leave it out")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -64,21 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.evaluate", __doc__)
     parser.add_argument("--base", default="tiny", help="a file or a preset (default: %(default)s)")
     tried = parser.add_mutually_exclusive_group()
-    tried.add_argument(
-        "--control",
-        action="append",
-        nargs=2,
-        metavar=("DATASET", "FILE"),
-        help=f"a ControlNet and the dataset to try it on, {', '.join(WORLDS)}; repeatable (default: those in weights/)",
-    )
+    add = partial(tried.add_argument, action="append", nargs=2)
+    datasets = f"the dataset to try a ControlNet on: {', '.join(WORLDS)}; repeatable (default: those in weights/)"
+    add("--control", metavar=("DATASET", "FILE"), help=datasets)
+    recipes = "a ControlNet of a recipe of train.py, on the validation pairs of its run, and nothing else; repeatable"
+    add("--recipe", metavar=("RECIPE", "FILE"), help=recipes)
     tried.add_argument("--base-only", dest="control", action="store_const", const=[], help="no ControlNet")
-    tried.add_argument(
-        "--recipe",
-        action="append",
-        nargs=2,
-        metavar=("RECIPE", "FILE"),
-        help="a ControlNet of a recipe of train.py, on the validation pairs of its run, and nothing else; repeatable",
-    )
     parser.add_argument("--count", type=positive, default=64, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=20, help="of sampling (default: %(default)s)")
     parser.add_argument("--cfg", type=not_negative, default=2.5, help="classifier-free guidance (default: %(default)s)")

@@ -15,9 +15,8 @@ from tools.cli import make_folder, run_tool
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.make_data", __doc__)
-    parser.add_argument(
-        "world", metavar="DATASET", help="fill50k, people, shapes, scenes, canny, scribble, seg, depth, edits"
-    )
+    datasets = "fill50k, people, shapes, scenes, canny, scribble, seg, depth, edits"
+    parser.add_argument("world", metavar="DATASET", help=datasets)
     parser.add_argument("--count", type=positive, default=1000, help="how many (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new folder")
     parser.add_argument("--size", type=positive, default=512, help="of a side, in pixels (default: %(default)s)")

@@ -38,17 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("detector", metavar="DETECTOR", help="one of those below")
     parser.add_argument("source", metavar="IN", help="the folder of images, pose files or maps, or one of these files")
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder for the hints, created if needed")
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the detector, see below; repeatable"
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        metavar="N",
-        help="pixels of the hints' short side, as the --size of training; images are resized before detection, because "
-        "what is found depends on the size (default: the size of each image)",
-    )
-    parser.add_argument("--replace", action="store_true", help="make existing hints again")
+    add = parser.add_argument
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the detector, see below; repeatable")
+    add("--size", type=int, metavar="N", help="resize images to this short side first, as training will (default: no)")
+    add("--replace", action="store_true", help="make existing hints again")
     return run_tool(parser, argv, make_hints)
 
 

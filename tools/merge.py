@@ -19,15 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.merge", __doc__)
     parser.add_argument("controls", nargs="*", metavar="CONTROL", help="two or more, in any layout; none with --lora")
     group = parser.add_argument_group("sum")
-    group.add_argument(
-        "--weights", nargs="+", type=float, metavar="X", help="one for each CONTROL, used as given (default: the mean)"
-    )
-    group.add_argument(
-        "--base", metavar="BASE", help="what the LoRAs change, or what to add to ControlNets stored as a difference"
-    )
-    group.add_argument(
-        "--lora", action="append", metavar="FILE[:X]", help="a LoRA, and how strongly (default: 1); one or more"
-    )
+    add = group.add_argument
+    add("--weights", nargs="+", type=float, metavar="X", help="one for each CONTROL, as given (default: the mean)")
+    add("--base", metavar="BASE", help="what the LoRAs change, or what to add to ControlNets stored as a difference")
+    add("--lora", action="append", metavar="FILE[:X]", help="a LoRA, and how strongly (default: 1); repeatable")
     of_base = parser.add_argument_group("what a base with LoRAs lacks; the result will have it")
     of_base.add_argument("--vae", metavar="FILE", help="in place of its autoencoder, or where it has none")
     of_base.add_argument("--prediction", choices=("eps", "v", "x0"), help="of the base (default: as detected)")

@@ -34,16 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="the run's folder (default: %(default)s)")
     parser.add_argument("--seed", type=count, default=0, help="(default: %(default)s)")
     parser.add_argument("--start", type=Path, help="a base to train further (default: from scratch)")
-    parser.add_argument(
-        "--pictures", type=positive, default=80000, help="images to draw and train on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISION_NAMES,
-        default="fp32",
-        help=f"{PRECISION_HELP}. On CPUs bf16 is 1.5 times as fast with AVX512-BF16, twice with matrix units (AMX), "
-        "and many times slower without (default: %(default)s)",
-    )
+    parser.add_argument("--pictures", type=positive, default=80000, help="to draw and train on (default: %(default)s)")
+    cpus = "On CPUs bf16 is 1.5 times as fast with AVX512-BF16, twice with AMX, and many times slower without"
+    precision_help = f"{PRECISION_HELP}. {cpus} (default: %(default)s)"
+    parser.add_argument("--precision", choices=PRECISION_NAMES, default="fp32", help=precision_help)
     add_device(parser)
     vae = parser.add_argument_group("autoencoder")
     vae.add_argument("--vae-batch", type=positive, default=4, help="(default: %(default)s)")

@@ -21,12 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.transfer", __doc__)
     parser.add_argument("control", metavar="CONTROL", help="the ControlNet, in any layout")
     bases = parser.add_argument_group("bases: files, folders in diffusers' layout, or presets (sd15, sd21)")
-    bases.add_argument(
-        "--from",
-        dest="old",
-        metavar="BASE",
-        help="that CONTROL was trained on (default: the one in CONTROL's own file, as in those of version 1.0)",
-    )
+    trained = "that CONTROL was trained on (default: the one in its own file, as in those of version 1.0)"
+    bases.add_argument("--from", dest="old", metavar="BASE", help=trained)
     bases.add_argument("--to", dest="new", metavar="BASE", required=True, help="that it will be used with")
     add_output(parser)
     return run_tool(parser, argv, transfer)

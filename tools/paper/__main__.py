@@ -21,25 +21,15 @@ from tools.paper import NAMES
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser("python -m tools.paper", __doc__)
-    parser.add_argument(
-        "experiments",
-        nargs="*",
-        choices=[*NAMES, []],  # argparse takes an empty list for one of the choices
-        metavar="EXPERIMENT",
-        help=f"{', '.join(NAMES)} (default: all)",
-    )
-    parser.add_argument(
-        "--out", type=Path, help="the page's folder (default: runs/paper, with --quick runs/paper-quick)", metavar="DIR"
-    )
+    names, choices = f"{', '.join(NAMES)} (default: all)", [*NAMES, []]  # argparse takes an empty list for a choice
+    parser.add_argument("experiments", nargs="*", choices=choices, metavar="EXPERIMENT", help=names)
+    folder = "the page's folder (default: runs/paper, with --quick runs/paper-quick)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=folder)
     parser.add_argument("--quick", action="store_true", help="one seed, a tenth of the steps: no results, but a page")
     parser.add_argument("--seeds", type=positive, help="trainings of each kind (default: 3, with --quick 1)")
     parser.add_argument("--base", default="tiny", help="the locked base, a file or a preset (default: %(default)s)")
-    parser.add_argument(
-        "--precision",
-        choices=PRECISION_NAMES,
-        default="fp32",
-        help=f"of the trainings: {PRECISION_HELP}. On CPUs bf16 pays with AVX512-BF16 only (default: %(default)s)",
-    )
+    precision = f"of the trainings: {PRECISION_HELP}. On CPUs bf16 pays with AVX512-BF16 only (default: %(default)s)"
+    parser.add_argument("--precision", choices=PRECISION_NAMES, default="fp32", help=precision)
     add_device(parser)
     return run_tool(parser, argv, write_page, stopped="the same command goes on where it was")
 

@@ -41,16 +41,15 @@ class Stage:
 STAGES = {
     "machine": Stage(10, "figures", "versions, a large matrix product, the copy rate"),
     "weights": Stage(35, "exact", "the models are made; the reference begins behind"),
-    "training": Stage(60, "programs", "train.py on the small model: precisions, workers, resume to the bit"),
+    "training": Stage(70, "programs", "train.py on the small model: precisions, workers, resume to the bit"),
     "forward": Stage(40, "exact", "text, UNet with control, VAE and pictures against the CPU"),
     "step": Stage(40, "exact", "loss and gradients of a training step against the CPU"),
-    "infer": Stage(45, "programs", "infer.py: samplers, masks, --again, --low-memory"),
-    "peers": Stage(100, "figures", "images and training steps in turns with diffusers"),
+    "infer": Stage(60, "programs", "infer.py: samplers, masks, --again, --low-memory"),
+    "peers": Stage(125, "figures", "images and training steps in turns with diffusers"),
     "memory": Stage(30, "figures", "training's memory, predicted and measured"),
     "out_of_memory": Stage(15, "programs", "what is said, and that nothing is lost"),
     "profile": Stage(30, "figures", "kernels and waits of a denoising and a training step"),
-    "fill50k": Stage(60, "programs", "train.py --data fill50k, whole"),
-    "options": Stage(75, "figures", "what else would pay; compiling last"),
+    "fill50k": Stage(85, "programs", "train.py --data fill50k, whole"),
 }
 SPARE = 1.5  # a stage may take so many times its share
 

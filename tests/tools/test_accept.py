@@ -1,7 +1,6 @@
 """tools.accept: it runs as a whole, what is broken is seen, and what only CUDA runs is called as it is declared."""
 
 import gc
-import inspect
 import json
 import subprocess
 import time
@@ -45,16 +44,10 @@ def little(monkeypatch):
     monkeypatch.setattr(job, "multiprocessing", SimpleNamespace(get_context=lambda how: forked.CONTEXT))
     monkeypatch.setattr(gc, "collect", lambda: 0)  # all that the suite holds is gone through
     monkeypatch.setattr(bench, "have_peers", lambda: False)
-    monkeypatch.setattr(torch, "compile", compile_by_name)
     monkeypatch.setattr(programs, "subprocess", SimpleNamespace(run=train_in_no_time))
 
 
-real_compile, real_resumed = torch.compile, programs.resumed
-
-
-def compile_by_name(model, **how):
-    inspect.signature(real_compile).bind(model, **how)
-    return model
+real_resumed = programs.resumed
 
 
 def resumed_with_deterministic(job, report, runs, how):
@@ -104,7 +97,6 @@ def test_the_whole_program(run, tmp_path):
         "memory": "batch 1, checkpointing, accumulate 2: predicted in all, GB",
         "profile": "a training step: attention without a fused kernel",
         "fill50k": "at its end: validation_loss",
-        "options": "a denoising step, channels_last, compiled: reduce-overhead, s",
     }.items():
         assert what in rows(stages[stage]), stage
     assert all(row["held"] for stage in stages.values() for row in stage["rows"] if row["kind"] == "must")

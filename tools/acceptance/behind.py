@@ -48,7 +48,7 @@ def outputs(job: Job, precision: str) -> Iterator[tuple[str, Tensor]]:
     yield "VAE, encoding in tiles", sd.vae.config.scale * posterior_tiled(sd.vae, images).mean
     yield "VAE, decoding", sd.vae.decode(latents)
     yield "VAE, decoding in tiles", decode_tiled(sd.vae, latents)
-    yield "SD 2.1, eps at t = 501", other_denoiser(job, sd.dtype)()
+    yield "SD 2.1, eps at t = 501", other_output(job, sd.dtype)
 
 
 def denoiser(job: Job, sd: StableDiffusion, control: ControlNet, cfg: float = CFG) -> Callable[[int], Tensor]:
@@ -60,16 +60,12 @@ def denoiser(job: Job, sd: StableDiffusion, control: ControlNet, cfg: float = CF
     return torch.no_grad()(lambda t: denoise(x, torch.full((1,), t, device=job.device), t))
 
 
-def other_denoiser(job: Job, dtype: torch.dtype, fp32_logits: bool = True) -> Callable[[], Tensor]:
-    """SD 2.1's UNet alone, on two images."""
-    unet = job.other_unet(job.device, dtype)
-    for module in unet.modules():
-        if hasattr(module, "fp32_logits"):
-            module.fp32_logits = fp32_logits
+def other_output(job: Job, dtype: torch.dtype) -> Tensor:
+    """Of SD 2.1's UNet alone, for two images."""
     x = inputs(job.size.side, 2)[2].to(job.device, dtype)
     context = torch.randn(2, 77, job.size.other.context_width, generator=torch.Generator().manual_seed(SEED))
-    context, t = context.to(job.device, dtype), torch.full((2,), 501, device=job.device)
-    return torch.no_grad()(lambda: unet(x, t, context))
+    t = torch.full((2,), 501, device=job.device)
+    return job.other_unet(job.device, dtype)(x, t, context.to(job.device, dtype))
 
 
 def pictures(job: Job, precision: str) -> Tensor:

@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from controlnet.common.devices import PRECISIONS
 from ldm.unet import set_checkpointing
@@ -20,7 +19,7 @@ from tools.bench_case import Work
 from tools.bench_ours import Training
 
 from . import device
-from .behind import cases, denoiser, other_denoiser
+from .behind import cases, denoiser
 from .job import Job
 from .report import Report
 
@@ -206,49 +205,3 @@ def look_at(job: Job, report: Report, what: str, work: Work) -> None:
     report.must(f"{what}: attention without a fused kernel", slow, most=0)
     for name, calls, microseconds in events[:LONGEST]:
         report.note(f"{what}: {calls} x {name[:80]}, ms", microseconds / 1e3)
-
-
-def options(job: Job, report: Report) -> None:
-    """What else might pay, in seconds; compiling comes last, as it takes as long as there is time."""
-    job.need_weights()
-    sd, control = bench_ours.load(job.setup())
-    step = partial(denoiser(job, sd, control), 501)
-    timed(job, report, "a denoising step", step)
-    for network in (sd.unet, control):
-        network.to(memory_format=torch.channels_last)
-    timed(job, report, "a denoising step, channels_last", step)
-    torch.backends.cudnn.benchmark = True
-    timed(job, report, "a denoising step, channels_last, cudnn.benchmark", step)
-    for on in (True, False):
-        words = f"SD 2.1's UNet, batch 2, fp32_logits {'on' if on else 'off'}"
-        timed(job, report, words, other_denoiser(job, sd.dtype, fp32_logits=on))
-    for benchmark in (False, True):
-        torch.backends.cudnn.benchmark = benchmark
-        training = Training(job.setup()).step(job.size.batches[0], cached=True)
-        timed(job, report, f"a training step, cudnn.benchmark {'on' if benchmark else 'off'}", training)
-    for mode in ("default", "reduce-overhead"):  # the second has CUDA graphs
-        torch.compiler.reset()
-        timed(job, report, f"a denoising step, channels_last, compiled: {mode}", compiled_step(job, mode))
-
-
-def compiled_step(job: Job, mode: str) -> Work:
-    sd, control = bench_ours.load(job.setup())
-    for network in (sd.unet, control):
-        network.to(memory_format=torch.channels_last)
-    compile = partial(torch.compile, backend=job.size.compiler, mode=mode)
-    sd.unet.forward, control.residuals = compile(sd.unet.forward), compile(control.residuals)
-    step = denoiser(job, sd, control)
-
-    def work() -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # one step of both networks: their outputs live until the next
-        return step(501)
-
-    return work
-
-
-def timed(job: Job, report: Report, what: str, work: Work) -> None:
-    """An option that fails is recorded, and the next one tried."""
-    try:
-        report.note(f"{what}, s", device.median_seconds(work, job.device, job.size.runs))
-    except Exception as error:
-        report.note(what, f"failed with {type(error).__name__}: {error}"[:300])

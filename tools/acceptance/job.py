@@ -45,7 +45,6 @@ class Size:
     whole_training: tuple[str, ...]  # options of the stage fill50k
     pictures: tuple[int, int, int]  # of the small model: how many, steps, pixels
     precision: str  # where time is taken
-    compiler: str  # torch.compile's backend
 
 
 SMALL = replace(
@@ -72,7 +71,6 @@ SIZES = {
         whole_training=(),
         pictures=(4, 10, 128),
         precision="fp16",
-        compiler="inductor",
     ),
     "tiny": Size(  # for the program itself, on a CPU
         config=SMALL,
@@ -89,7 +87,6 @@ SIZES = {
         whole_training=("--steps", "2", "--images", "8", "--size", "64", "--sample-count", "1", "--batch-size", "2"),
         pictures=(1, 1, 64),
         precision="bf16",
-        compiler="eager",
     ),
 }
 

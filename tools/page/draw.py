@@ -39,22 +39,24 @@ def draw_tab(studio: Studio) -> None:
         given |= dict(hint=[hint], control=[] if control == BY_HINT else [control])
         yield from seen(studio, given, made, request.session_hash)
 
-    @in_sentences()
-    def fill(file: str) -> tuple:
-        options, left_out = studio.options_of(file)
-        named = options.control[0] if options.control else None
-        return (
-            sketch.sent_back(options) or gr.skip(),
-            options.prompt,
-            named if named in TINY_CONTROLS.values() else BY_HINT,
-            options.seed,
-            options.steps,
-            options.control_scale[0] if options.control_scale else 1,
-            gr.skip() if options.cfg is None else options.cfg,
-            shown_as_text([left_out]),
-        )
-
     make.click(draw, [*form, gallery], shown)
     again.click(lambda seed: int(seed or 0) + 1, seed, seed).then(draw, [*form, gallery], shown)
     cancel.click(cancelling(studio))
-    dropped.upload(fill, dropped, [*form, notes])
+    dropped.upload(lambda file: filled(studio, file), dropped, [*form, notes])
+
+
+@in_sentences()
+def filled(studio: Studio, picture: str) -> tuple:
+    """The form with what a picture was made from, and what is left out of that."""
+    options, left_out = studio.options_of(picture)
+    named = options.control[0] if options.control else None
+    return (
+        sketch.sent_back(options) or gr.skip(),
+        options.prompt,
+        named if named in TINY_CONTROLS.values() else BY_HINT,
+        options.seed,
+        options.steps,
+        options.control_scale[0] if options.control_scale else 1,
+        gr.skip() if options.cfg is None else options.cfg,
+        shown_as_text([left_out]),
+    )

@@ -102,17 +102,12 @@ def trainer(setup: Setup) -> Callable[[int], Work]:
             context = text_encoder(ids.to(device), return_dict=False)[0]
             with autocast:
                 down, middle = control(noisy, t, context, controlnet_cond=hints.to(dtype), return_dict=False)
-            output = unet(
-                noisy,
-                t,
-                context,
-                down_block_additional_residuals=[residual.to(dtype) for residual in down],
-                mid_block_additional_residual=middle.to(dtype),
-                return_dict=False,
-            )[0]
+            residuals = {"down_block_additional_residuals": [residual.to(dtype) for residual in down]}
+            residuals["mid_block_additional_residual"] = middle.to(dtype)
+            output = unet(noisy, t, context, **residuals, return_dict=False)[0]
             velocity = scheduler.config.prediction_type == "v_prediction"
             target = scheduler.get_velocity(latents.float(), noise, t) if velocity else noise
-            loss = F.mse_loss(output.float(), target, reduction="mean")
+            loss = F.mse_loss(output.float(), target)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(control.parameters(), 1.0)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from tools.paper import __main__ as paper
 from tools.paper import architectures, composition, convergence, cost, guidance, lab, runs, segmentation
 from tools.paper.page import EXPERIMENTS, anchor
 
+counted = cache(cost.counted)
 TOY = lab.Scale(seeds=2, steps=2, images=8, samples=2, sampling_steps=1)
 
 
@@ -76,13 +78,17 @@ def test_trainings_are_shared_and_others_are_added(toy):
     assert composition.verdict(json.loads((out / "composition.json").read_text())["numbers"]).agrees is None
 
 
-def test_numbers_of_other_options_are_measured_again(toy):
+def test_numbers_of_other_options_are_measured_again(toy, monkeypatch):
     measure, out = toy
     measure("guidance")
     file = json.loads((out / "guidance.json").read_text())
+    again = {**file["numbers"], "true": 0.25}
+    monkeypatch.setitem(EXPERIMENTS, "guidance", replace(EXPERIMENTS["guidance"], measure=lambda lab: again))
+    measure("guidance")
+    assert json.loads((out / "guidance.json").read_text()) == file
     (out / "guidance.json").write_text(json.dumps({**file, "settings": {**file["settings"], "steps": 7}}))
     measure("guidance")
-    assert json.loads((out / "guidance.json").read_text())["settings"]["steps"] == 2
+    assert json.loads((out / "guidance.json").read_text()) == {**file, "numbers": again}
 
 
 def test_a_training_that_fails_or_is_stopped_ends_the_work(toy, tmp_path, monkeypatch, capsys):
@@ -139,10 +145,10 @@ def test_numbers_of_another_judge_are_others(tmp_path, monkeypatch):
 
 
 def test_the_cost_of_a_step_is_that_of_what_gets_gradients():
-    control, encoder = (cost.counted(SMALLEST, 1, step) for step in (cost.CONTROL, cost.ENCODER))
+    control, encoder = (counted(SMALLEST, 1, step) for step in (cost.CONTROL, cost.ENCODER))
     assert control.trained == encoder.trained
     assert control.memory < encoder.memory and control.operations < encoder.operations
-    frozen = cost.counted(SMALLEST, 1, architecture="frozen")
+    frozen = counted(SMALLEST, 1, cost.CONTROL, "frozen")
     assert frozen.trained < control.trained and frozen.memory < control.memory
     assert frozen.operations < control.operations
 
@@ -173,7 +179,8 @@ def test_the_architectures_are_timed_as_they_are_trained(monkeypatch, architectu
     sd = small_sd(SMALLEST)
     cost.step_of(SimpleNamespace(device=torch.device("cpu"), sd=sd), cost.CONTROL, architecture)()
     count = sum(parameter.numel() for parameter in trained)
-    assert count == cost.counted(sd.config, 1, architecture=architecture).trained != cost.counted(sd.config, 1).trained
+    expected = counted(SMALLEST, 1, cost.CONTROL, architecture).trained
+    assert count == expected != counted(SMALLEST, 1, cost.CONTROL).trained
     assert all(parameter.grad is not None for parameter in trained)
 
 

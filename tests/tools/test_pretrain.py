@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 from small import SMALLEST, small_sd
 from tape import record_on_tapes
+from torch.utils.data import DataLoader
 
 from controlnet.common.graphs import recorded
 from controlnet.common.images import to_images
-from tools import pretrain, pretrain_common, pretrain_unet, pretrain_vae
+from controlnet.inference.generate import generate
+from tools import pretrain, pretrain_common, pretrain_pictures, pretrain_unet, pretrain_vae
 from tools.pretrain_pictures import Pictures, mixture, open_pictures
 from tools.pretrain_unet import Batches, latents_of, unit_scale
 
@@ -25,8 +27,11 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def shrunk(monkeypatch):
+    """Few pictures of a small base, drawn in this process, and samples in one step."""
     monkeypatch.setattr(pretrain, "TINY", SMALLEST)
     monkeypatch.setattr(pretrain_common, "SAVE_EVERY", "2")
+    monkeypatch.setattr(pretrain_pictures, "DataLoader", lambda *given, num_workers, **how: DataLoader(*given, **how))
+    monkeypatch.setattr(pretrain_unet, "generate", lambda *given, **how: generate(*given, **{**how, "steps": 1}))
     for module in (pretrain_vae, pretrain_unet):
         monkeypatch.setattr(module, "SHOWN", 1)
     monkeypatch.setattr(pretrain_vae, "MEASURED", 1)

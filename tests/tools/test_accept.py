@@ -224,7 +224,7 @@ def test_side_by_side_with_diffusers(folder, tmp_path, monkeypatch):
         for name, size in (("ours", 1e9), ("diffusers", 2e9))
     }
     seconds = iter([2.0, 5.0])
-    monkeypatch.setattr(device, "seconds", lambda work, where: next(seconds))
+    monkeypatch.setattr(figures, "timed", lambda work, where: (next(seconds), None))
     report = Report(tmp_path / "a.json", device="cpu", size="tiny")
     report.begin("peers")
     figures.compare(job.Job(CPU, job.SIZES["tiny"], folder), report, sides, "")
@@ -247,21 +247,16 @@ def cuda(monkeypatch):
         "get_device_capability": (9, 0),
     }  # fmt: skip
     fakes = {name: create_autospec(getattr(torch.cuda, name), return_value=value) for name, value in values.items()}
-    fakes["Event"] = create_autospec(torch.cuda.Event)
-    fakes["Event"].return_value.elapsed_time.return_value = 1500.0
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return fakes
 
 
-def test_time_by_events(cuda):
+def test_time_is_taken_once_all_is_done(cuda):
     calls = []
-    cuda["Event"].return_value.record.side_effect = lambda: calls.append("record")
-    cuda["Event"].return_value.synchronize.side_effect = lambda: calls.append("synchronize")
-    assert device.seconds(lambda: calls.append("work"), CUDA) == 1.5
-    assert calls == ["record", "work", "record", "synchronize"]
-    assert cuda["Event"].call_args.kwargs == {"enable_timing": True}
-    assert device.median_seconds(lambda: calls.append("work"), CUDA, runs=2) == 1.5 and calls.count("work") == 1 + 1 + 2
+    cuda["synchronize"].side_effect = lambda device: calls.append("wait")
+    assert device.median_seconds(lambda: calls.append("work"), CUDA, runs=2) > 0
+    assert calls == ["work", *2 * ["wait", "work", "wait"]]
 
 
 def test_memory_of_cuda(cuda):

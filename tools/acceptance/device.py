@@ -2,7 +2,6 @@
 
 import gc
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from controlnet.common.devices import use_precision
-from tools.bench_case import name_of, reset_peak, resident
+from tools.bench_case import name_of, reset_peak, resident, timed
 
 from .report import Skip
 
@@ -29,27 +28,10 @@ def settle(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-# ----------------------------------------------------------------------------------------------------------------- time
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """From the first kernel to the end of the last, by CUDA's events."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000  # of milliseconds
-
-
 def median_seconds(work: Callable[[], Any], device: torch.device, runs: int) -> float:
     for _ in range(WARM_UPS):
         work()
-    return statistics.median(seconds(work, device) for _ in range(runs))
+    return statistics.median(timed(work, str(device))[0] for _ in range(runs))
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

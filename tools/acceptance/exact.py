@@ -1,6 +1,7 @@
 """The stages that compare with the CPU: does the device compute the same?"""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,26 +43,15 @@ def step(job: Job, report: Report) -> None:
     report.note("gradients", len(names))
     for precision in FORWARD:
         found = training_step(job, precision)
-        limits = (1e-6, 1e-5, 1e-4) if precision == "fp32" else (math.inf,) * 3
-        for name, most in zip(("loss", "norm"), limits, strict=False):
-            judge(report, f"{name}, {precision}", relative(found[name], reference[name]), most)
-        errors = {name: relative(found[name], reference[name]) for name in names}
-        worst = max(errors, key=errors.get)
-        judge(
-            report, f"gradients, {precision}, the worst: {worst.removeprefix('gradient of ')}", errors[worst], limits[2]
-        )
+        errors = {name: relative(found[name], reference[name]) for name in ("loss", "norm", *names)}
+        worst = max(names, key=errors.get)
+        for what, name, most in (("loss", "loss", 1e-6), ("norm", "norm", 1e-5), (f"the worst {worst}", worst, 1e-4)):
+            say = partial(report.must, most=most) if precision == "fp32" else report.note
+            say(f"{what}, {precision}", errors[name])
         if precision in COSINE:
             cosine = cosine_of([found[name] for name in names], [reference[name] for name in names])
             report.must(f"cosine of all gradients, {precision}", cosine, least=COSINE[precision])
         del found
-
-
-def judge(report: Report, what: str, error: float, most: float) -> None:
-    """Against a limit, if there is one."""
-    if most < math.inf:
-        report.must(what, error, most=most)
-    else:
-        report.note(what, error)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

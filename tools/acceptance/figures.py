@@ -15,7 +15,7 @@ import torch
 from controlnet.common.devices import PRECISIONS
 from ldm.unet import set_checkpointing
 from tools import bench, bench_ours
-from tools.bench_case import Work
+from tools.bench_case import Work, timed
 from tools.bench_ours import Training
 
 from . import device
@@ -96,7 +96,7 @@ def compare(job: Job, report: Report, sides: dict[str, Side], how: str) -> None:
         times = {side: [] for side in sides}
         for i in range(job.size.runs):
             for side in list(sides)[:: -1 if i % 2 else 1]:
-                times[side].append(device.seconds(sides[side].works[name], job.device))
+                times[side].append(timed(sides[side].works[name], str(job.device))[0])
         medians, memory = {side: statistics.median(values) for side, values in times.items()}, {}
         for side in sides:
             memory[side] = sides[side].memory[name] / 1e9

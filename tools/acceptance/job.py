@@ -27,26 +27,6 @@ from .device import settle
 SPACE = 12e9  # bytes that the models and the reference need at full size
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large all that is done is."""
-
-    config: Config  # of the base
-    other: UNetConfig  # SD 2.1's UNet, or one like it
-    side: int  # pixels
-    large: tuple[int, ...]  # sides for --low-memory
-    steps: int  # of sampling, where time is taken
-    count: int  # images at once
-    batches: tuple[int, ...]  # of training
-    memory_batches: tuple[int, ...]
-    runs: int  # timings of each thing
-    matrix: int  # the side of a large one
-    train_steps: int  # of each small training
-    whole_training: tuple[str, ...]  # options of the stage fill50k
-    pictures: tuple[int, int, int]  # of the small model: how many, steps, pixels
-    precision: str  # where time is taken
-
-
 SMALL = replace(
     TINY,
     name="small",
@@ -55,40 +35,45 @@ SMALL = replace(
     text=replace(TINY.text, width=16, heads=2, layers=1, vocabulary=600),
     resolution=64,
 )
-SIZES = {
-    "full": Size(
-        config=SD15,
-        other=SD21.unet,
-        side=512,
-        large=(512, 1024, 2048),
-        steps=20,
-        count=8,
-        batches=(4, 8, 16),
-        memory_batches=(1, 4, 16),
-        runs=7,
-        matrix=8192,
-        train_steps=20,
-        whole_training=(),
-        pictures=(4, 10, 128),
-        precision="fp16",
-    ),
-    "tiny": Size(  # for the program itself, on a CPU
-        config=SMALL,
-        other=replace(SMALL.unet, linear_projections=True),
-        side=64,
-        large=(64, 96),
-        steps=2,
-        count=2,
-        batches=(1, 2),
-        memory_batches=(1,),
-        runs=1,
-        matrix=256,
-        train_steps=2,
-        whole_training=("--steps", "2", "--images", "8", "--size", "64", "--sample-count", "1", "--batch-size", "2"),
-        pictures=(1, 1, 64),
-        precision="bf16",
-    ),
-}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large all that is done is: SD 1.5 on a GPU."""
+
+    config: Config = SD15
+    other: UNetConfig = SD21.unet
+    side: int = 512  # pixels
+    large: tuple[int, ...] = (512, 1024, 2048)  # sides for --low-memory
+    steps: int = 20  # of sampling, where time is taken
+    count: int = 8  # images at once
+    batches: tuple[int, ...] = (4, 8, 16)  # of training
+    memory_batches: tuple[int, ...] = (1, 4, 16)
+    runs: int = 7  # timings of each thing
+    matrix: int = 8192  # the side of a large one
+    train_steps: int = 20  # of each small training
+    whole_training: tuple[str, ...] = ()  # options of the stage fill50k
+    pictures: tuple[int, int, int] = (4, 10, 128)  # of the small model: how many, steps, pixels
+    precision: str = "fp16"  # where time is taken
+
+
+TINY_SIZE = Size(  # for the program itself, on a CPU
+    config=SMALL,
+    other=replace(SMALL.unet, linear_projections=True),
+    side=64,
+    large=(64, 96),
+    steps=2,
+    count=2,
+    batches=(1, 2),
+    memory_batches=(1,),
+    runs=1,
+    matrix=256,
+    train_steps=2,
+    whole_training=("--steps", "2", "--images", "8", "--size", "64", "--sample-count", "1", "--batch-size", "2"),
+    pictures=(1, 1, 64),
+    precision="bf16",
+)
+SIZES = {"full": Size(), "tiny": TINY_SIZE}
 
 
 @dataclass

@@ -3,7 +3,6 @@ needed."""
 
 import argparse
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,17 +87,16 @@ def written(out: Path, force: bool) -> Iterator[Path]:
     if not out.is_dir():
         yield out
     else:
-        new, old = (out.with_name(f".{out.name}.{which}") for which in ("new", "old"))
-        for left_over in (new, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        try:
-            yield new
-            os.replace(out, old)
-            os.replace(new, out)
-        finally:
-            if old.exists() and not out.exists():
-                os.replace(old, out)
-            shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        from ldm.checkpoints.files import temporary_folder
+
+        with temporary_folder(out) as beside:
+            new, old = beside / "new", beside / "old"
+            try:
+                yield new
+                os.replace(out, old)
+                os.replace(new, out)
+            finally:
+                if old.exists() and not out.exists():
+                    os.replace(old, out)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     print(f"{out}: {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")

@@ -28,6 +28,7 @@ from typing import Any
 
 from controlnet.common.program import new_parser, note, positive_number
 from tools.acceptance.report import Report, Skip
+from tools.bench import QUIET
 from tools.cli import add_device, run_tool
 
 
@@ -84,7 +85,7 @@ def accept(args: argparse.Namespace) -> int:
         raise ValueError(f"--out is {args.out}, where the table would replace the results: let it end in .json")
     end = time.monotonic() + 60 * args.minutes
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before PyTorch: --deterministic needs it
-    os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
+    os.environ.update(QUIET)
     job_module = import_module("tools.acceptance.job")  # imports PyTorch, which --help does without
     with job_module.job(args.device, args.size, args.folder) as job:
         report = Report(args.out, device=str(job.device), size=args.size)

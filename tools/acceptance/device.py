@@ -42,16 +42,17 @@ def allocated(device: torch.device) -> float:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident("VmRSS")
 
 
-def peaks(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Bytes while `work` runs: the most allocated, and the most that PyTorch holds for it (a CPU has no such thing)."""
+def with_peaks(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
+    """What `work` returns, and bytes while it runs: the most allocated, and the most that PyTorch holds for it (a CPU
+    has no such thing)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     reset_peak(str(device))
-    work()
+    result = work()
     if device.type != "cuda":
-        return resident("VmHWM"), resident("VmHWM")
+        return result, resident("VmHWM"), resident("VmHWM")
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return result, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def measure_memory(job: Job, side: Side) -> None:
     """Of each work, whatever else is on the device: what stays, and its peak above what is there before it."""
     for name, work in side.works.items():
         before = device.allocated(job.device)
-        side.memory[name] = side.lasting + device.peaks(work, job.device)[0] - before
+        side.memory[name] = side.lasting + device.with_peaks(work, job.device)[1] - before
 
 
 def compare(job: Job, report: Report, sides: dict[str, Side], how: str) -> None:
@@ -177,11 +177,11 @@ def memory(job: Job, report: Report) -> None:
         for network in (run.sd.unet, run.control):
             set_checkpointing(network, settings.checkpointing)
         work()  # the optimizer's moments exist from here on
-        allocated, reserved = (peak - before for peak in device.peaks(work, job.device))
+        _, allocated, reserved = device.with_peaks(work, job.device)
         for words, size in zip(("predicted for tensors", "predicted in all"), predictions[what], strict=True):
             report.note(f"{what}: {words}, GB", size / 1e9)
-        report.note(f"{what}: allocated, GB", allocated / 1e9)
-        report.note(f"{what}: reserved, GB", reserved / 1e9)
+        report.note(f"{what}: allocated, GB", (allocated - before) / 1e9)
+        report.note(f"{what}: reserved, GB", (reserved - before) / 1e9)
 
 
 def profile(job: Job, report: Report) -> None:

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from controlnet.training.run_state import RunFolder
 from tools.bench_ours import PROMPT, ROOT
 
-from .device import little_memory, peaks
+from .device import little_memory, with_peaks
 from .exact import relative
 from .job import Job
 from .report import Report
@@ -182,14 +183,10 @@ def infer(job: Job, report: Report) -> None:
 def large_images(job: Job, report: Report, out: Path) -> None:
     settings = ["--hint", "circle.png", "--precision", job.size.precision, "--steps", 2, "--out", out / "large.png"]
     for side, how in [(job.size.side, []), *((side, ["--low-memory"]) for side in job.size.large)]:
-        what, results = " ".join(["infer.py --size", str(side), *how]), []
-        allocated, reserved = peaks(
-            lambda side=side, how=how, results=results: results.append(
-                program(job, "infer", *job.models, *settings, "--size", side, *how)
-            ),
-            job.device,
-        )
-        ended(report, what, results[0])
+        what = " ".join(["infer.py --size", str(side), *how])
+        infer = partial(program, job, "infer", *job.models, *settings, "--size", side, *how)
+        done, allocated, reserved = with_peaks(infer, job.device)
+        ended(report, what, done)
         report.note(f"{what}: allocated, GB", allocated / 1e9)
         report.note(f"{what}: reserved, GB", reserved / 1e9)
 

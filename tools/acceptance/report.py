@@ -8,6 +8,7 @@ import math
 import os
 import time
 from contextlib import suppress
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,20 @@ class Report:
         self.values["stages"][stage] |= {"state": state, "seconds": seconds, **({"why": why} if why else {})}
         self.write()
 
-    def must(self, what: str, value: float, most: float = math.inf, least: float = -math.inf) -> None:
-        """What has to hold, or the run has failed. NaN does not."""
-        self.add(what, value, "must", most, least)
-
-    def aim(self, what: str, value: float, most: float = math.inf, least: float = -math.inf) -> None:
-        """What is hoped for."""
-        self.add(what, value, "aim", most, least)
-
     def note(self, what: str, value: Any) -> None:
         self.rows.append({"what": what, "value": plain(value), "kind": "figure"})
         self.write()
 
-    def add(self, what: str, value: float, kind: str, most: float, least: float) -> None:
+    def judge(self, kind: str, what: str, value: float, most: float = math.inf, least: float = -math.inf) -> None:
+        """NaN does not hold."""
         limits = [f"<= {most:g}"] * (most < math.inf) + [f">= {least:g}"] * (least > -math.inf)
         limit = f"= {most:g}" if most == least else " and ".join(limits)
         held = bool(least <= value <= most)
         self.rows.append({"what": what, "value": plain(value), "kind": kind, "limit": limit, "held": held})
         self.write()
+
+    must = partialmethod(judge, "must")  # or the run has failed
+    aim = partialmethod(judge, "aim")  # is hoped for
 
     def write(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")

@@ -200,28 +200,23 @@ def test_what_cannot_be_merged(folder, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------- typed
 
 
-@pytest.mark.parametrize("text", ["", "  "])
-def test_an_empty_name_is_not_left_out(folder, tmp_path, capsys, text):
+def test_an_empty_name_is_not_left_out(folder, tmp_path, capsys):
     """As a script gives it whose variable is not set."""
     control, base = folder / "a.safetensors", folder / "old.safetensors"
     out = ["--out", tmp_path / "out.safetensors"]
     for tool, *arguments in (
-        (transfer, control, "--from", text, "--to", base, *out),
-        (transfer, control, "--from", base, "--to", text, *out),
-        (merge, control, text, *out),
-        (merge, control, control, "--base", text, *out),
-        (merge, "--base", text, "--lora", control, *out),
-        (add_control, text, *out),
-        (convert, control, "--difference", "--base", text, *out),
-        (convert, base, "--vae", text, *out),
-        (describe, control, "--diff", text),
-        (train, "--base", base, "--control", text, "--dry-run", "--out", tmp_path / "run"),
+        (transfer, control, "--from", "", "--to", base, *out),
+        (transfer, control, "--from", base, "--to", "  ", *out),
+        (merge, control, "", *out),
+        (merge, control, control, "--base", "", *out),
+        (merge, "--base", "", "--lora", control, *out),
+        (add_control, "", *out),
+        (convert, control, "--difference", "--base", "", *out),
+        (convert, base, "--vae", "", *out),
+        (describe, control, "--diff", ""),
+        (train, "--base", base, "--control", "", "--dry-run", "--out", tmp_path / "run"),
     ):
         assert "the path of a checkpoint is empty" in error(capsys, tool, *arguments)
-    for option in (
-        ["--hint", text],
-        ["--prompt", "a", "--init", text],
-        ["--prompt", "a", "--init", base, "--mask", text],
-    ):
+    for option in (["--hint", ""], ["--prompt", "a", "--init", "  "], ["--prompt", "a", "--init", base, "--mask", ""]):
         assert "give the path of an image" in error(capsys, infer, "--base", base, *option)
     assert not list(tmp_path.iterdir())

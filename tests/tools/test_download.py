@@ -134,7 +134,7 @@ def test_servers_that_lie_through_the_real_library(kind, tmp_path, capsys, monke
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds that shutdown waits for
         monkeypatch.setattr(hub, "hf_hub_url", lambda *_: f"http://127.0.0.1:{server.server_port}/file")
         monkeypatch.setattr(hub.time, "sleep", lambda _: None)
         monkeypatch.setattr(hub.constants, "DOWNLOAD_CHUNK_SIZE", 50)

@@ -4,12 +4,12 @@ import hashlib
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import NamedTemporaryFile
-from threading import Event, Lock, Thread, get_ident
+from threading import Event, Thread, get_ident
 
 from PIL import Image
 
@@ -52,8 +52,9 @@ class Studio:
     def __init__(self, folder: Path):
         self.folder = folder
         self.base: tuple[str, StableDiffusion] | None = None
-        self.alone = Lock()
-        self.making: list[tuple[str, Event]] = []  # for whom, and what stops it
+        self.asked: SimpleQueue[tuple[dict, SimpleQueue, Event]] = SimpleQueue()
+        self.making: list[tuple[str, SimpleQueue, Event]] = []  # for whom, what is told, and what stops it
+        Thread(target=self.work, daemon=True).start()
 
     def keep(self, image: Image.Image) -> str:
         """The file of an image that a picture is made from: the same image has the same file."""
@@ -66,8 +67,8 @@ class Studio:
     def make(self, given: dict, visitor: str = "") -> Iterator[Told]:
         """With options as infer.py's command line gives them. Who closes the iterator stops it at the next step."""
         told, stop = SimpleQueue(), Event()
-        self.making.append(entry := (visitor, stop))
-        Thread(target=self.work, args=(given, told, stop), daemon=True).start()
+        self.making.append(entry := (visitor, told, stop))
+        self.asked.put((given, told, stop))
         try:
             while (one := told.get()) is not None:
                 yield one
@@ -77,42 +78,41 @@ class Studio:
 
     def cancel(self, visitor: str) -> None:
         """Stops what is made for this visitor, or waits for its turn."""
-        for whose, stop in self.making:
+        for whose, told, stop in self.making:
             if whose == visitor:
                 stop.set()
+                told.put(Told(note="cancelled"))
+                told.put(None)
 
-    @contextmanager
-    def turn(self, stop: Event) -> Iterator[None]:
-        while not self.alone.acquire(timeout=0.1):
-            if stop.is_set():
-                raise Stopped
-        try:
-            yield
-        finally:
-            self.alone.release()
+    def work(self) -> None:
+        """One picture after the other, for ever."""
+        while True:
+            given, told, stop = self.asked.get()
+            try:
+                with redirect_stderr(Notes(told)):
+                    self.draw(given, told, stop)
+            except Stopped:
+                pass
+            except Exception as error:
+                told.put(Told(note=sentence_of(error)))
+            told.put(None)
 
-    def work(self, given: dict, told: SimpleQueue, stop: Event) -> None:
+    def draw(self, given: dict, told: SimpleQueue, stop: Event) -> None:
         def watch(done: Progress) -> None:
             if stop.is_set():
                 raise Stopped
             shown = done.step % PREVIEW_EVERY == 0 and done.step < done.steps
             told.put(Told(done.step, done.steps, done.preview() if shown else None))
 
-        try:
-            with self.turn(stop), redirect_stderr(Notes(told)):
-                typed = from_json(Options, given, "the form")
-                held = bytes_held(self.base[1]) if self.base else 0
-                jobs = run.prepare(*run.with_recorded({**typed, "out": self.folder}), held)
-                jobs = run.load_jobs(jobs, self.loaded(jobs[0]))
-                for job, i, image in run.make_images(jobs, self.base[1], watch):
-                    path = save_image(image, self.folder, i, job.options.count, png_texts(job.settings(i)))
-                    told.put(Told(picture=path))
-        except Stopped:
-            told.put(Told(note="cancelled"))
-        except Exception as error:
-            told.put(Told(note=sentence_of(error)))
-        finally:
-            told.put(None)
+        if stop.is_set():
+            return
+        typed = from_json(Options, given, "the form")
+        held = bytes_held(self.base[1]) if self.base else 0
+        jobs = run.prepare(*run.with_recorded({**typed, "out": self.folder}), held)
+        jobs = run.load_jobs(jobs, self.loaded(jobs[0]))
+        for job, i, image in run.make_images(jobs, self.base[1], watch):
+            path = save_image(image, self.folder, i, job.options.count, png_texts(job.settings(i)))
+            told.put(Told(picture=path))
 
     def loaded(self, job: run.Job) -> StableDiffusion:
         """The base in memory, if it is the one that is asked for."""

@@ -28,6 +28,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models that the tests share, and the reference once the first has asked for it."""
+    device.settle(CPU)  # imports a part of PyTorch, in which no stage is to run out of time
     return tmp_path_factory.mktemp("accept")
 
 

@@ -16,9 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from controlnet.inference.png_text import read_texts
-from controlnet.training.curves import Curves
 from controlnet.training.lock import holder
-from controlnet.training.report import write_report
 from controlnet.training.run_state import RunFolder
 from controlnet.worlds.measures import iou
 
@@ -55,15 +53,13 @@ def served(tmp_path_factory):
 
 
 def write_run(folder):
-    """One that has ended, with its report."""
+    """One that has ended."""
     (folder / "samples").mkdir(parents=True)
-    run, curves = RunFolder(folder), Curves()
-    Image.new("RGB", (8, 8)).save(run.grid(2))
+    run = RunFolder(folder)
     for step in (1, 2):
         run.log({"step": step, "loss": step})
-        curves.add({"step": step, "loss": step})
+        Image.new("RGB", (8 * step, 8)).save(run.grid(step))
     run.settings_file.write_text('{"settings": {"steps": 2}, "data": {}}')
-    write_report(run, curves, 2, set_in=None)
 
 
 def answers(port):
@@ -280,13 +276,14 @@ def test_two_visitors_have_their_own_pictures(served, visit, wrong):
     assert not wrong
 
 
-def test_a_run_is_seen_in_its_report(page):
+def test_a_run_is_seen_as_curves_and_grids(page):
     go_to(page, "Runs")
     page.wait_for_function("document.querySelector('#status').innerText === 'ended after step 2 of 2'")
-    report = page.frame_locator("#report iframe")
-    report.locator("polyline").wait_for()
-    report.locator("img").scroll_into_view_if_needed()
-    wait_for(lambda: report.locator("img").evaluate("image => image.naturalWidth") == 8)
+    page.wait_for_selector("#charts polyline")
+    page.wait_for_function("document.querySelector('#grid img')?.naturalWidth === 16")
+    page.get_by_label("number input for which grid").fill("1")
+    page.get_by_label("number input for which grid").press("Tab")
+    page.wait_for_function("document.querySelector('#grid img')?.naturalWidth === 8")
 
 
 def test_a_training_is_started_watched_and_stopped(served, page):

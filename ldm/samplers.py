@@ -29,13 +29,23 @@ OnStep = Callable[[int, Tensor, Tensor], None]  # on_step(i, x, x0), after step 
 
 
 @torch.no_grad()
-def sample(name: str, denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, *args: Any, **kwargs: Any) -> Tensor:
+def sample(
+    name: str,
+    denoise: Denoise,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    before_step: BeforeStep | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
     """x of unit noise (B, C, h, w) -> latents, with the sampler called `name` at the timesteps of `timesteps_for`.
 
-    What follows `steps` is as in `sample_loop`. Raises ValueError for an unknown name, steps outside 1..T, missing
-    noise, or an eta that the sampler cannot use.
+    Raises ValueError for an unknown name, steps outside 1..T, missing noise, or an eta that the sampler cannot use.
     """
-    return sample_loop(name, denoise, x, timesteps_for(name, schedule, steps), schedule, *args, **kwargs)
+    timesteps = timesteps_for(name, schedule, steps)
+    return sample_loop(name, denoise, x, timesteps, schedule, eta, noise, before_step, on_step)
 
 
 class Prediction(NamedTuple):

@@ -38,17 +38,29 @@ TOKENS = "token_embedding.weight"  # at the end of a key: the table of the text 
 # Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" and
 # "lora_controlnet" mark a ControlNet that is stored as it differs from its base; "v_pred" and "ztsnr" say what a base
 # predicts (recognise.py).
-IGNORED = set(
-    f"""
-    betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
-    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
-    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar scale_factor
-    cond_stage_model.transformer.text_model.embeddings.position_ids
-    {SGM_TEXT}transformer.text_model.embeddings.position_ids
-    text_encoder.text_model.embeddings.position_ids
-    difference lora_controlnet v_pred ztsnr
-    """.split()
-)
+IGNORED = {
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+    "scale_factor",
+    "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    f"{SGM_TEXT}transformer.text_model.embeddings.position_ids",
+    "text_encoder.text_model.embeddings.position_ids",
+    "difference",
+    "lora_controlnet",
+    "v_pred",
+    "ztsnr",
+}
 
 # The width of the prompt's context, by which the families differ.
 FAMILIES = {SD15.unet.context_width: "SD 1.x", SD21.unet.context_width: "SD 2.x"}

@@ -22,6 +22,7 @@ from controlnet.inference.generate import generate
 from controlnet.training.recipes import RECIPES
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Picture, Sample, Scenes, Seg, Shapes, World
 from controlnet.worlds.colours import BASIC_COLOURS, COLOURS
+from controlnet.worlds.controls import InTurn
 from controlnet.worlds.hints import edges, scribble
 from controlnet.worlds.measures import (
     colour_agreement,
@@ -129,7 +130,7 @@ def load_base(args: argparse.Namespace) -> StableDiffusion:
 
 
 def has_scenes(world: type[World]) -> bool:
-    return any(issubclass(kind, Scenes) for kind in getattr(world, "kinds", (world,)))
+    return issubclass(world, (Scenes, InTurn))
 
 
 @torch.no_grad()

@@ -127,7 +127,10 @@ def test_two_controls_at_once_get_each_its_hint(judge_file, tmp_path, monkeypatc
         word for name, file in zip(("people", "scribble"), files, strict=True) for word in ("--control", name, file)
     ]
     assert evaluate.main(["--base", base, *controls, "--count", "1", "--steps", "1"]) == 0
-    assert "control, pose with scribble with prompt: mean IoU" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "control, pose with scribble with prompt: mean IoU" in out
+    assert "control, scribble with no prompt: mean IoU of things" in out, "of the scenes among its pictures"
+    assert "control, scribble without: mean IoU 0." in out, "of the others"
 
 
 def test_without_a_judge_the_rest_is_measured(tmp_path, monkeypatch, capsys):

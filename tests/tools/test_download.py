@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from controlnet.checkpoint import find_control
-from ldm.checkpoints.published import PUBLISHED, file_names
+from ldm.checkpoints.published import file_names, origin
 from ldm.config import SD15
 from tools import download
 from tools.download import MODELS, Model
@@ -166,8 +166,8 @@ def test_what_is_downloaded_is_found(monkeypatch, tmp_path):
     """Bases under their presets' names, from where StableDiffusion says; controls under their short names."""
     for name in ("sd15", "sd21", "sd21-base"):
         assert MODELS[name].file in file_names(name)
-        assert f"`python -m tools.download {name}`" in PUBLISHED[name].origin
-        assert PUBLISHED[name].origin.endswith(f"/{MODELS[name].repository}")
+        assert f"`python -m tools.download {name}`" in origin(name)
+        assert origin(name).endswith(f"/{MODELS[name].repository}")
     monkeypatch.setattr("ldm.checkpoints.published.WEIGHTS", tmp_path)
     for name in download.CONTROLS:
         (tmp_path / MODELS[name].file).touch()

@@ -9,7 +9,7 @@ from controlnet.worlds import Sample
 from .cost import counted, machine, seconds_of
 from .experiment import Experiment
 from .lab import BATCH, OPTIMIZER, Lab, circles_measured
-from .runs import set_in, watched
+from .runs import at_end, set_in
 from .sheets import save_sheet
 from .statistics import IS, LEARNED, Numbers, Verdict, above, all_of, judged, shown, steps_shown, table
 
@@ -50,8 +50,10 @@ def measure(lab: Lab, name: str, architectures: Sequence[str], kinds: Sequence[s
 def trainings_of(lab: Lab, architecture: str) -> dict[str, list]:
     """What their logs tell: a step, or None, and a loss for each seed."""
     logs = [lab.train(seed, **settings_of(architecture)).log() for seed in range(lab.scale.seeds)]
-    losses = [watched(log, "validation_loss")[-1][1] for log in logs]
-    return {"set_in": [set_in(log) for log in logs], "validation_loss": losses}
+    return {
+        "set_in": [set_in(log) for log in logs],
+        "validation_loss": [at_end(log, "validation_loss") for log in logs],
+    }
 
 
 def cost_of(lab: Lab, architecture: str) -> dict[str, float]:

@@ -2,13 +2,12 @@
 
 from .experiment import Experiment
 from .lab import BATCH, Lab, circles_measured
-from .runs import watched
+from .runs import at_end
 from .sheets import save_sheet
-from .statistics import Verdict, above, all_of, judged, shown, table
+from .statistics import IS, Verdict, above, all_of, judged, shown, table
 
 FEW, ENDLESS = "100", "endless"
 MEASURES = "iou", "prompted iou", "prompted colours"
-ARE = {True: "are", False: "are not", None: "may or may not be"}
 
 
 def measure(lab: Lab) -> dict:
@@ -29,7 +28,7 @@ def measure(lab: Lab) -> dict:
             rows[size] = {
                 "iou": circles_measured(sheet[size], lab.circles)["iou"],
                 **{f"prompted {name}": value for name, value in circles_measured(prompted, lab.circles).items()},
-                "validation loss": watched(run.log(), "validation_loss")[-1][1],
+                "validation loss": at_end(run.log(), "validation_loss"),
             }
         if seed == 0:
             save_sheet(lab, "data_size", sheet)
@@ -53,7 +52,7 @@ def verdict(numbers: dict) -> Verdict:
     collapsed, grows = sum(least) < 0.5 * sum(endless), above(endless, least)
     words = (
         f"training {'collapses' if collapsed else 'does not collapse'} with {FEW} pictures (IoU {shown(least)}), and "
-        f"endless ones {ARE[grows]} better ({shown(endless)})"
+        f"with endless ones it {IS[grows]} better ({shown(endless)})"
     )
     return judged(endless, all_of(not collapsed, grows), words)
 

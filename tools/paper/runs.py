@@ -42,6 +42,11 @@ def watched(log: Sequence[dict], name: str) -> list[tuple[int, object]]:
     return [(line["step"], line[name]) for line in log if name in line]
 
 
+def at_end(log: Sequence[dict], name: str) -> object:
+    """The last of these values."""
+    return watched(log, name)[-1][1]
+
+
 def set_in(log: Sequence[dict]) -> int | None:
     """The step at which control sets in, as train.py says it."""
     convergence = Convergence(log[-1]["step"])

@@ -27,6 +27,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from controlnet.ablations import only_middle, start_as
@@ -50,6 +51,7 @@ from controlnet.training.progress import Progress
 from controlnet.training.resolve import check_hint_channels, control_config, resolve
 from controlnet.training.run_state import Position, RunFolder, restore, state_of
 from controlnet.training.saving import Writer, on_cpu, with_weights
+from controlnet.training.step import Step
 from controlnet.training.validation import Validation
 from controlnet.training.workers import worker_ended
 from ldm import StableDiffusion
@@ -161,26 +163,17 @@ class Training:
         if not settings.no_cache:
             for encoder in (sd.vae, sd.text_encoder):
                 encoder.cpu()  # only the grids need them now
+        self.take_step = Step(
+            self.wrapped_loss, self.optimisation, self.process, settings.accumulate, record=not settings.compile
+        )
         keep_memory_in_the_loop(self.process.device)
         self.saves, self.clock = Interval(settings.save_every), time.perf_counter()
 
     def step(self) -> tuple[dict, Later]:
         """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it; loss
         and gradient may still be computed by the device."""
-        total, count = 0.0, self.settings.accumulate
-        for i in range(count):
-            batch = next(self.batches)
-            # Timesteps, noise and dropped prompts: with buckets each batch has a size of its own.
-            drawn = self.draws(batch.positions.tolist(), batch.content.mean.shape[1:])
-            scale, empty_prompt = self.sd.vae.config.scale, self.data.empty_prompt
-            inputs = loss_inputs(batch.content, batch.hint, drawn, scale, empty_prompt, self.process.device)
-            with self.process.accumulating(self.wrapped_loss, last=i == count - 1):
-                with self.optimisation.autocast():
-                    loss = self.wrapped_loss(*inputs) / count
-                self.optimisation.backward(loss)
-            total += loss.detach()
         values = {"lr": self.optimisation.current_lr}
-        numbers = Later(self.process.mean(total), self.optimisation.step())
+        numbers = Later(*self.take_step(self.next_inputs))
         if self.average:
             self.average.update_parameters(self.control)
         self.position.seen += self.data.samples_per_step
@@ -188,6 +181,14 @@ class Training:
         before, self.clock = self.clock, time.perf_counter()
         values["images_per_second"] = self.data.samples_per_step / (self.clock - before)
         return values | {"bad": len(self.data.bad)} | peak_memory(self.process.device), numbers
+
+    def next_inputs(self) -> tuple[Tensor, ...]:
+        """Of the loss: a batch with what is drawn for it, timesteps, noise and dropped prompts."""
+        batch = next(self.batches)
+        # With buckets each batch has a size of its own.
+        drawn = self.draws(batch.positions.tolist(), batch.content.mean.shape[1:])
+        scale, empty_prompt = self.sd.vae.config.scale, self.data.empty_prompt
+        return loss_inputs(batch.content, batch.hint, drawn, scale, empty_prompt, self.process.device)
 
     def validate(self, done: int, saving: bool, last: bool) -> dict:
         """Now and then the loss on validation pairs and a grid of images -> what is logged after `done` steps."""

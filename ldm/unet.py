@@ -84,7 +84,8 @@ class Checkpointed(nn.Module):
 
     def run_checkpointed(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            # Nothing in a block is random, and CUDA graphs allow no look at random states.
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from controlnet.common import graphs
+
 
 class Tape(TorchDispatchMode):
     """Stands for a CUDA graph: keeps each operation with the very tensors that it read and wrote.
@@ -41,7 +43,7 @@ class Tape(TorchDispatchMode):
 
 
 @contextmanager
-def recording(tape):
+def recording(tape, pool, capture_error_mode):
     with tape:
         yield
     with torch.no_grad():
@@ -54,4 +56,6 @@ def record_on_tapes(monkeypatch):
     monkeypatch.setattr(Tape, "tapes", [])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs, "leaves_room", lambda device: True)
     return Tape.tapes

@@ -25,10 +25,12 @@ from controlnet.common.images import to_hints
 from controlnet.guidance import Control
 from controlnet.inference.generate import Progress, generate
 from controlnet.objective import ControlLoss, Drawn, loss_inputs
+from controlnet.training.distributed import Process
 from controlnet.training.latent_cache import encode
 from controlnet.training.optimisation import Optimisation
 from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, with_packed_encoders
+from controlnet.training.step import Step
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
 from ldm import StableDiffusion
@@ -216,16 +218,13 @@ class Training:
 
         return loss_batch
 
-    def step(self, batch_size: int, cached: bool, accumulate: int = 1) -> Work:
+    def step(self, batch_size: int, cached: bool, accumulate: int = 1, record: bool = True) -> Work:
         batch = self.batch(batch_size, cached)
+        step = Step(self.loss, self.optimisation, Process(0, 1, self.device), accumulate, record)
 
         def work() -> Outputs:
-            for _ in range(accumulate):
-                inputs = batch()
-                with self.optimisation.autocast():
-                    value = self.loss(*inputs) / accumulate
-                self.optimisation.backward(value)
-            return {"loss": value.detach(), "gradient": self.optimisation.step()}
+            loss, gradient = step(batch)
+            return {"loss": loss, "gradient": gradient}
 
         return work
 

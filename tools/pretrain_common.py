@@ -66,10 +66,10 @@ def train_part(
             torch._foreach_lerp_(averages, weights, 0.002)
         return torch.stack([step_loss.detach(), norm])
 
-    optimisation.record_lr()
-    step, saves, mean = recorded(compute, device), Interval(SAVE_EVERY), None
+    optimisation.prepare_recording()
+    replayed, saves, mean = recorded(compute, device), Interval(SAVE_EVERY), None
     for done, drawn in enumerate(bar, start + 1):
-        optimisation.look_back()
+        step = compute if optimisation.in_doubt else replayed
         step_loss, norm = step(*(sent(tensor, device) for tensor in drawn))
         optimisation.finish(norm)
         mean = step_loss.clone() if mean is None else mean.lerp_(step_loss, 0.01)

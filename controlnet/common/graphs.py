@@ -1,21 +1,23 @@
 """CUDA graphs: a recorded computation is one launch in place of a thousand kernels', which take a CPU longer to ask for
 than a fast GPU to compute. The kernels are the same, and so are the bits."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Graph:
-    """`compute`, a function of tensors that always have the shapes of `inputs`, as a CUDA graph."""
+    """`compute`, a function of tensors that always have the shapes of `inputs`, as a CUDA graph.
 
-    def __init__(self, compute: Callable[..., Tensor], *inputs: Tensor):
+    It has to be computed once before, for libraries choose kernels and make their workspaces then.
+    """
+
+    def __init__(self, compute: Callable[..., Tensor], inputs: Sequence[Tensor], memory: tuple[int, int]):
         self.inputs = [tensor.clone() for tensor in inputs]  # whose addresses are in the graph, as the output's is
-        # A first time as usual, while libraries choose kernels and make their workspaces.
-        self.first = compute(*self.inputs)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads, which may read data meanwhile, are not looked at.
+        with torch.cuda.graph(self.graph, pool=memory, capture_error_mode="thread_local"):
             self.output = compute(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -25,15 +27,29 @@ class Graph:
         return self.output.clone()  # the next replay overwrites it
 
 
-class Graphs(dict[Hashable, Graph]):
-    """By what tells one computation from another."""
+class Graphs:
+    """By what tells one computation from another. No two of them run at once, so they share their memory."""
+
+    def __init__(self):
+        self.graphs: dict[Hashable, Graph] = {}
+        self.memory = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Recorded the first time, and then replayed."""
-        if key in self:
-            return self[key](*inputs)
-        self[key] = Graph(compute, *inputs)
-        return self[key].first
+        """Computed and recorded the first time, and then replayed."""
+        if key in self.graphs:
+            return self.graphs[key](*inputs)
+        output = compute(*inputs)
+        if leaves_room(output.device):
+            self.graphs[key] = Graph(compute, inputs, self.memory)
+        return output
+
+
+def leaves_room(device: torch.device) -> bool:
+    """Whether a graph of what was just computed leaves as much memory as it takes: what it computes with stays its own,
+    and other computations need some, too."""
+    now, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 * (most - now) <= free + torch.cuda.memory_reserved(device) - now
 
 
 def recorded(compute: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:

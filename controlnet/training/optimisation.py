@@ -42,7 +42,8 @@ class Optimisation:
         optimisation.step()
 
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`. No
-    method waits for a GPU, but for `step` with adamw8bit.
+    method waits for a GPU, but for `step` with adamw8bit. All that a GPU does in `backward` and `update` can be
+    recorded as a CUDA graph after `prepare_recording`.
     `named` are as from `named_parameters()`: errors name the layer. `optimizer` is "adamw", "adamw8bit", which keeps
     the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon". With
     `shard` each of several processes keeps AdamW's moments of some parameters, updates these and sends them to the
@@ -101,8 +102,9 @@ class Optimisation:
         (factor,) = self.lr_schedule.lr_lambdas
         return self.lr * factor(self.lr_schedule.last_epoch)
 
-    def record_lr(self) -> None:
-        """From now on the learning rate is a number on the device, where a recorded `update` reads it."""
+    def prepare_recording(self) -> None:
+        """From now on the learning rate is a number on the device, where a recorded `update` reads it. To be called
+        once a state is loaded."""
         (group,) = self.optimizer.param_groups
         group["lr"] = torch.tensor(self.current_lr, device=self.device)
 
@@ -118,41 +120,45 @@ class Optimisation:
         Where that norm is not finite the step is skipped: the parameters stay as they are, and in fp16 the scale of the
         loss is halved. Raises FloatingPointError, with the layer's name, after MOST_SKIPPED in a row.
         """
-        self.look_back()
         return self.finish(self.update())
 
     def update(self) -> Tensor:
         """What of a step the device does -> the norm."""
         self.scaler.unscale_(self.optimizer)
+        if self.in_doubt and (problem := not_finite(self.names, self.parameters)):
+            raise FloatingPointError(problem)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         if self.can_skip:  # GradScaler's way to tell a fused optimizer: it leaves everything as it is where this is 1
             self.own.found_inf = 1 - norm.isfinite().float()
+            if isinstance(self.own, torch.optim.AdamW):  # it refuses to be recorded, or warns, where this is not so
+                (group,) = self.own.param_groups
+                group["capturable"] = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             self.optimizer.step()
         elif norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         return norm
 
     def finish(self, norm: Tensor) -> Tensor:
         """What the CPU does after an `update` that gave this norm -> the norm."""
+        self.count_skipped()
         self.last_norm = Later(norm)
-        self.scaler.update()
         with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that a first step was skipped
             self.lr_schedule.step()
         return norm
 
-    def look_back(self) -> None:
-        """Counts the last step if it was skipped. By the time of the next one its norm has arrived."""
-        if self.last_norm is None:
-            return
-        (norm,), self.last_norm = self.last_norm.read(), None
-        if math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= MOST_SKIPPED and (problem := not_finite(self.names, self.parameters)):
-            raise FloatingPointError(problem)
+    def count_skipped(self) -> None:
+        """Of the step before: by now its norm has arrived."""
+        if self.last_norm is not None:
+            (norm,) = self.last_norm.read()
+            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the next `update` has to look for what is wrong with its gradients, which no recorded one does."""
+        return self.skipped_in_a_row >= MOST_SKIPPED
 
     def gather(self) -> None:
         """Before the main process's `state_dict`, by all processes: collects what is sharded."""

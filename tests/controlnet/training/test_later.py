@@ -40,6 +40,7 @@ def events(monkeypatch):
     event = SimpleNamespace(record=lambda stream: order.append("recorded"), synchronize=lambda: order.append("awaited"))
     monkeypatch.setattr(later.torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(later.torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(later.torch.cuda, "is_current_stream_capturing", lambda: False)
     return order
 
 

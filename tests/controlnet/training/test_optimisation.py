@@ -360,7 +360,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(optimizer, precision):
     assert torch.equal(parameters_of(model), before)
     optimisation.backward(squared_error(model, x, y))
     optimisation.step()
-    optimisation.look_back()
+    optimisation.count_skipped()
     assert not torch.equal(parameters_of(model), before) and parameters_of(model).isfinite().all()
     assert optimisation.skipped_in_a_row == 0
 
@@ -370,7 +370,7 @@ def test_many_skipped_steps_stop_the_run_with_the_layers_name():
     optimisation, before = Optimisation(model.named_parameters(), 1e-2, constant_schedule(0), CPU), parameters_of(model)
     model[0].weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FloatingPointError, match="20 steps in a row .*0.weight"):
-        for _ in range(21):
+        for _ in range(22):
             optimisation.backward(squared_error(model, x, y))
             optimisation.step()
     assert torch.equal(parameters_of(model), before) and optimisation.skipped_in_a_row == 20
@@ -389,7 +389,7 @@ def test_a_loss_that_is_not_finite_is_called_that():
     model, x, y = regression()
     optimisation = Optimisation(model.named_parameters(), 1e-2, constant_schedule(0), CPU)
     with pytest.raises(FloatingPointError, match="the loss is not"):
-        for _ in range(21):
+        for _ in range(22):
             optimisation.backward(squared_error(model, x, y) * math.nan)
             optimisation.step()
 

@@ -10,8 +10,8 @@ packed weights and kept memory on a CPU, as infer.py and train.py do. Training a
 on both sides, as each does it, and needs 16 GB. Times are medians after a warm-up. Memory is the peak above what Python
 and its packages need, weights included; on CUDA what is allocated there. Outputs are compared in every round, except
 with --reuse, which is approximate: where they differ by more than rounding (in fp32 1e-4 of their norm) the exit status
-is 1. The share of the GEMM peak is each side's own FLOPs in matrix products, convolutions and attention, by the time it
-took, over the rate of a large matrix product in the same processes.
+is 1. The share of the GEMM peak, on a CPU, is each side's own FLOPs in matrix products, convolutions and attention, by
+the time it took, over the rate of a large matrix product in the same processes.
 """
 
 import argparse

@@ -56,7 +56,8 @@ class Measurement(NamedTuple):
 def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool, counting: bool) -> Measurement:
     """Warms up and times a task in this process; if `cold` it runs once, without warm-up.
 
-    With `counting` it runs once more to count FLOPs, at the end because what counts them holds on to memory.
+    With `counting` it runs once more to count FLOPs, at the end because what counts them holds on to memory; not on
+    CUDA, where much is replayed unseen.
     """
     setup = Setup(**setup)
     torch.set_num_threads(setup.threads)
@@ -65,9 +66,13 @@ def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool, co
     count_flops(one_of_each_kernel)  # also imports what counting needs
     before = resident("VmRSS")
     work = load(setup, **arguments)
-    for _ in range(0 if cold else WARM_UPS[torch.device(setup.device).type]):
+    device = torch.device(setup.device).type
+    if device == "cuda":
+        reset_peak(setup.device)  # before the first step is recorded: the memory of a CUDA graph counts as free
+    for _ in range(0 if cold else WARM_UPS[device]):
         work()
-    reset_peak(setup.device)
+    if device != "cuda":
+        reset_peak(setup.device)
     seconds, result = timed(work, setup.device)
     times = [seconds]
     while not cold and sum(times) < LONG_ENOUGH and len(times) < MOST_RUNS:
@@ -75,7 +80,9 @@ def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool, co
     memory = peak_memory(setup.device, before)
     outputs = {name: to_numpy(value) for name, value in (result() if callable(result) else result).items()}
     measured = Measurement(times, memory, outputs)
-    return measured._replace(flops=count_flops(work), gemm_rate=gemm_rate(setup)) if counting else measured
+    if counting and device == "cpu":
+        measured = measured._replace(flops=count_flops(work), gemm_rate=gemm_rate(PRECISIONS[setup.precision]))
+    return measured
 
 
 def one_of_each_kernel() -> None:
@@ -151,22 +158,17 @@ def count_flops(work: Callable) -> int:
     return counter.get_total_flops()
 
 
-def gemm_rate(setup: Setup, calls: int = 10) -> float:
-    """FLOP/s of a large matrix product, the best of some calls: the most that the device can do.
+def gemm_rate(dtype: torch.dtype, calls: int = 10) -> float:
+    """FLOP/s of a large matrix product, the best of some calls: the most that the processor can do.
 
-    It is also computed as a 1x1 convolution: on a CPU another library, which uses wider vectors on some processors. A
-    GPU, which needs about as long to be asked as to multiply, is asked for several products at once.
+    It is also computed as a 1x1 convolution: another library, which uses wider vectors on some processors.
     """
-    side, together = (8192, 10) if setup.device.startswith("cuda") else (2048, 1)
-    matrix = torch.rand(side, side, device=setup.device).to(PRECISIONS[setup.precision])
+    side = 2048
+    matrix = torch.rand(side, side).to(dtype)
     x, weight = (
         y.contiguous(memory_format=torch.channels_last) for y in (matrix[None, ..., None], matrix[..., None, None])
     )
-
-    def seconds(way: Callable) -> float:
-        return timed(lambda: [way() for _ in range(together)], setup.device)[0] / together
-
     ways = (lambda: matrix @ matrix, lambda: F.conv2d(x, weight))
     for way in ways:
-        seconds(way)  # the first call chooses a kernel and makes its workspace
-    return 2 * side**3 / min(seconds(way) for way in ways for _ in range(calls))
+        way()  # the first call chooses a kernel and makes its workspace
+    return 2 * side**3 / min(timed(way, "cpu")[0] for way in ways for _ in range(calls))

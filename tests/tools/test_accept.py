@@ -288,17 +288,6 @@ def test_profile_of_cuda(cuda):
     assert any(name == "aten::dot" for name, _, _ in events) and cuda["synchronize"].called
 
 
-def test_the_gemm_peak_of_cuda(cuda, monkeypatch):
-    """Both ways are warmed up, and asked for ten products at once."""
-    from tools import bench_case
-
-    calls = []
-    monkeypatch.setattr(bench_case, "timed", lambda work, where: (len(work()), calls.append(where)))
-    monkeypatch.setattr(torch, "rand", lambda *sides, device: torch.ones(4, 4))
-    setup = bench_case.Setup(512, 20, 7.5, 1, False, None, "cuda", "bf16", 1)
-    assert bench_case.gemm_rate(setup, calls=3) == 2 * 8192**3 and calls == ["cuda"] * (2 + 2 * 3)
-
-
 @pytest.mark.parametrize("name, found", [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
 def test_a_job_on_cuda_takes_the_device(cuda, monkeypatch, name, found):
     """By its number: torch.cuda.set_device and set_per_process_memory_fraction refuse any other."""

@@ -70,23 +70,25 @@ def peers(job: Job, report: Report) -> None:
     compare(job, report, sides, ", latents before")
 
 
-def both(job: Job, *loaders: Callable[[Job], tuple[Any, dict[str, Work]]]) -> dict[str, Side]:
+def both(job: Job, *loaders: Callable[[Job], tuple[Any, Callable[[], dict[str, Work]]]]) -> dict[str, Side]:
     """Ours, and diffusers' if it is installed, each warmed up."""
     sides = {}
     for name, load in zip(("ours", "diffusers") if bench.have_peers() else ("ours",), loaders, strict=False):
         before = device.allocated(job.device)
-        source, works = load(job)
+        source, make_works = load(job)
+        works = make_works()
         for work in works.values():
             for _ in range(device.WARM_UPS):
                 work()
         sides[name] = Side(source, works, device.allocated(job.device) - before)
-        measure_memory(job, sides[name])
+        measure_memory(job, sides[name], make_works())
     return sides
 
 
-def measure_memory(job: Job, side: Side) -> None:
-    """Of each work, whatever else is on the device: what stays, and its peak above what is there before it."""
-    for name, work in side.works.items():
+def measure_memory(job: Job, side: Side, new_works: dict[str, Work]) -> None:
+    """Of each work, whatever else is on the device: what stays, and its peak above what is there before it. New ones
+    are computed and not replayed: the memory of a CUDA graph counts as free."""
+    for name, work in new_works.items():
         before = device.allocated(job.device)
         side.memory[name] = side.lasting + device.with_peaks(work, job.device)[1] - before
 
@@ -109,18 +111,18 @@ def compare(job: Job, report: Report, sides: dict[str, Side], how: str) -> None:
             report.aim(f"{name}{how}: memory in parts of diffusers'", share, most=MEMORY_AIM)
 
 
-def our_images(job: Job) -> tuple[Any, dict[str, Work]]:
+def our_images(job: Job) -> tuple[Any, Callable[[], dict[str, Work]]]:
     sd, control = bench_ours.load_for_sampling(job.setup())
-    return sd, image_works(job, partial(bench_ours.sample, sd, control), sd.vae.encode, sd.vae.decode)
+    return sd, partial(image_works, job, partial(bench_ours.sample, sd, control), sd.vae.encode, sd.vae.decode)
 
 
-def their_images(job: Job) -> tuple[Any, dict[str, Work]]:
+def their_images(job: Job) -> tuple[Any, Callable[[], dict[str, Work]]]:
     from tools import bench_peers  # imports diffusers
 
     pipeline = bench_peers.load(job.setup())
     vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
     ways = (lambda x: vae.encode(x).latent_dist.mean * scale, lambda z: vae.decode(z / scale).sample)
-    return pipeline, image_works(job, partial(bench_peers.sample, pipeline), *ways)
+    return pipeline, partial(image_works, job, partial(bench_peers.sample, pipeline), *ways)
 
 
 def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) -> dict[str, Work]:
@@ -136,16 +138,16 @@ def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) 
     }
 
 
-def our_steps(job: Job) -> tuple[Any, dict[str, Work]]:
+def our_steps(job: Job) -> tuple[Any, Callable[[], dict[str, Work]]]:
     run = Training(job.setup())
-    return run, step_works(job, partial(run.step, cached=False))
+    return run, partial(step_works, job, partial(run.step, cached=False))
 
 
-def their_steps(job: Job) -> tuple[Any, dict[str, Work]]:
+def their_steps(job: Job) -> tuple[Any, Callable[[], dict[str, Work]]]:
     from tools import bench_peers
 
     step = bench_peers.trainer(job.setup())
-    return step, step_works(job, step)
+    return step, partial(step_works, job, step)
 
 
 def step_works(job: Job, step: Callable[[int], Work]) -> dict[str, Work]:
@@ -155,10 +157,10 @@ def step_works(job: Job, step: Callable[[int], Work]) -> dict[str, Work]:
 def use_cache(job: Job, side: Side) -> None:
     """From here on latents are computed before, and the encoders leave the device."""
     before = device.allocated(job.device)
-    side.works = step_works(job, partial(side.source.step, cached=True))
+    side.works, new_works = (step_works(job, partial(side.source.step, cached=True)) for _ in range(2))
     side.source.drop_encoders()
     side.lasting += device.allocated(job.device) - before
-    measure_memory(job, side)
+    measure_memory(job, side, new_works)
 
 
 # ------------------------------------------------------------------------------------------------------- memory, time
@@ -171,7 +173,8 @@ def memory(job: Job, report: Report) -> None:
     run = Training(job.setup())
     works = {}
     for what, settings in cases(job.size).items():
-        works[what] = settings, run.step(settings.batch_size, True, settings.accumulate)
+        # Not recorded: a graph's memory is its own, and counts as free.
+        works[what] = settings, run.step(settings.batch_size, True, settings.accumulate, record=False)
     run.drop_encoders()
     for what, (settings, work) in works.items():
         for network in (run.sd.unet, run.control):

@@ -1,6 +1,6 @@
 """Trains the judge, a small network that tells what pictures of scenes show: at each pixel a class and a colour.
 
-    python -m tools.judge                                 # weights/judge.safetensors
+    python -m tools.judge --device cuda                   # weights/judge.safetensors
 
 tools.evaluate asks it whether the things of a prompt are in a picture, in their colour and place. It learns from
 endless scenes, blurred and noisy at random, since pictures that a small base paints are never quite as sharp.
@@ -8,6 +8,7 @@ endless scenes, blurred and noisy at random, since pictures that a small base pa
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
@@ -30,10 +32,11 @@ from controlnet.worlds.scenes.paint import PAINTS
 from ldm.checkpoints.published import WEIGHTS
 from ldm.checkpoints.save import save_checkpoint
 from tools.cli import add_device, check_output, run_tool
+from tools.pretrain_common import prepared
 
 COLOUR_NAMES = tuple(PAINTS)
 JUDGE = WEIGHTS / "judge.safetensors"
-WIDTHS = (24, 48, 96, 192)  # channels at half the size, a quarter, an eighth, a sixteenth
+WIDTHS = (48, 96, 128, 192)  # channels at half the size, a quarter, an eighth, a sixteenth
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,14 +109,10 @@ def train(out: Path, size: int, steps: int, batch: int, device: torch.device) ->
     judge = Judge().to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(100, steps))
-    world = Scenes(size, seed=1)
-    for step in (bar := tqdm(range(steps), "judge", mininterval=10)):
-        pictures = [world.draw(step * batch + i) for i in range(batch)]
-        images = worn(to_images(picture.image for picture in pictures), seeded(0, step))
-        classes = torch.stack([torch.from_numpy(picture.truth.classes) for picture in pictures]).long()
-        colours = torch.stack([torch.from_numpy(colours_of(picture.truth)) for picture in pictures])
-        seen_classes, seen_colours = judge(images.to(device, memory_format=torch.channels_last))
-        classes, colours = classes.to(device), colours.to(device)
+    lessons = prepared(Lessons(Scenes(size, seed=1), batch, steps), 0, device)
+    for lesson in (bar := tqdm(lessons, "judge", mininterval=10)):
+        images, classes, colours = (tensor.to(device) for tensor in lesson)
+        seen_classes, seen_colours = judge(images.to(memory_format=torch.channels_last))
         of_things = classes.masked_fill(colours < 0, -1)  # a tenth of the pixels: they count once more by themselves
         loss = F.cross_entropy(seen_classes, classes) + F.cross_entropy(seen_classes, of_things, ignore_index=-1)
         loss = loss + F.cross_entropy(seen_colours, colours, ignore_index=-1)
@@ -123,6 +122,24 @@ def train(out: Path, size: int, steps: int, batch: int, device: torch.device) ->
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     save_checkpoint(out, judge.half().state_dict(), {})
+
+
+@dataclass(frozen=True)
+class Lessons(Dataset):
+    """For each step images (B, 3, H, W), the numbers of their classes and those of their colours, both (B, H, W)."""
+
+    world: Scenes
+    batch: int
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        pictures = [self.world.draw(step * self.batch + i) for i in range(self.batch)]
+        images = worn(to_images(picture.image for picture in pictures), seeded(0, step))
+        classes = torch.stack([torch.from_numpy(picture.truth.classes) for picture in pictures]).long()
+        return images, classes, torch.stack([torch.from_numpy(colours_of(picture.truth)) for picture in pictures])
 
 
 def colours_of(truth: Truth) -> np.ndarray:

@@ -57,6 +57,12 @@ class Muon(torch.optim.Optimizer):
         defaults = dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay)
         super().__init__([parameter for _, parameter in named], defaults)
 
+    def __setstate__(self, state: dict) -> None:
+        """What `load_state_dict` ends with. It leaves the numbers of steps on the CPU, where a GPU cannot read them."""
+        super().__setstate__(state)
+        for parameter, own in self.state.items():
+            own.update({name: value.to(parameter.device) for name, value in own.items()})
+
     @torch.no_grad()
     def step(self) -> None:
         (group,) = self.param_groups

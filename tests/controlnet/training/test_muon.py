@@ -95,3 +95,15 @@ def test_it_solves_a_linear_problem():
         muon.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
+
+
+def test_a_state_from_a_file_goes_where_the_weights_are():
+    """All of it: a GPU that reads a number of steps from the CPU's memory ends the program."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    saved = Muon(network.named_parameters(), 1e-3)
+    network(torch.ones(1, 3)).sum().backward()
+    saved.step()
+    loaded = Muon(network.to("meta").named_parameters(), 1e-3)
+    loaded.load_state_dict(saved.state_dict())
+    assert {value.device.type for own in loaded.state.values() for value in own.values()} == {"meta"}
+    assert any("step" in own for own in loaded.state.values())

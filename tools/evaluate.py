@@ -111,7 +111,7 @@ def evaluate(args: argparse.Namespace) -> None:
     for kind, nets in tried:
         world, paint = kind(sd.config.resolution, colours=BASIC_COLOURS, held_out=True), painter(sd, nets, settings)
         if has_scenes(kind):
-            report_scene_control(judge, world, paint, args.count)
+            report_scene_control(sd, judge, world, paint, args.count)
         if not isinstance(world, Scenes):
             report_control(world, paint, args.count)
 

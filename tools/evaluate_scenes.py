@@ -1,6 +1,6 @@
 """What pictures of scenes show of what was asked for, as the judge sees it: things in their colours and places, and the
 classes and outlines that a hint gave. Each beside a floor, the same against the next sample, and a ceiling, what the
-judge sees in the true pictures."""
+judge sees in true pictures as the autoencoder gives them."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from controlnet.worlds.scenes.layout import place_at
 from controlnet.worlds.world import Thing
 from ldm import StableDiffusion
 from tools.judge import COLOUR_NAMES, Judge
-from tools.paint import Paint
+from tools.paint import Paint, after_autoencoder
 
 LEAST = 0.002  # of a picture's pixels: a thing of 6x6 of 128x128 is there
 
@@ -35,21 +35,21 @@ def report_prompts(sd: StableDiffusion, judge: Judge, count: int, settings: dict
     ]
     things = [sample.truth.things for sample in samples]
     words = ("there in any colour", "in their colour", "in their colour and place")
-    shares = compared(things_found, [judge.see(p) for p in pictures], judged(judge, samples), things)
+    shares = compared(things_found, [judge.see(p) for p in pictures], best_seen(sd, judge, samples), things)
     lines = [f"{word} {shown}" for word, shown in zip(words, shares, strict=True)]
     print(f"base, things named in a scene's prompt: {', '.join(lines)}")
 
 
-def report_scene_control(judge: Judge, world: World, paint: Paint, count: int) -> None:
+def report_scene_control(sd: StableDiffusion, judge: Judge, world: World, paint: Paint, count: int) -> None:
     samples = samples_of(world, count, scenes=True)
-    truths, real = [sample.truth for sample in samples], judged(judge, samples)
+    truths, best = [sample.truth for sample in samples], best_seen(sd, judge, samples)
     for label, prompts in (
         ("prompts that name all", [inventory(truth.things) for truth in truths]),
         ("no prompt", [""] * count),
     ):
         asked = [replace(sample, caption=prompt) for sample, prompt in zip(samples, prompts, strict=True)]
         seen = [judge.see(image) for image in paint(asked)]
-        against = partial(compared, seen=seen, real=real)
+        against = partial(compared, seen=seen, best=best)
         (things,), (classes,) = against(things_iou, wanted=truths), against(classes_iou, wanted=truths)
         line = f"control, {world.name} with {label}: mean IoU of things {things}, of classes {classes}"
         if label == "prompts that name all":
@@ -63,19 +63,20 @@ def samples_of(world: World, count: int, scenes: bool) -> list[Sample]:
     return list(itertools.islice((sample for sample in samples if (sample.truth is not None) == scenes), count))
 
 
-def judged(judge: Judge, samples: Sequence[Sample]) -> list[Seen]:
-    return [judge.see(sample.image) for sample in samples]
+def best_seen(sd: StableDiffusion, judge: Judge, samples: Sequence[Sample]) -> list[Seen]:
+    """In the true pictures: no base with this autoencoder could paint better ones."""
+    return [judge.see(image) for image in after_autoencoder(sd, [sample.image for sample in samples])]
 
 
-def compared(measure: Callable[..., Sequence[float]], seen: list[Seen], real: list[Seen], wanted: list) -> list[str]:
+def compared(measure: Callable[..., Sequence[float]], seen: list[Seen], best: list[Seen], wanted: list) -> list[str]:
     """`measure` of each picture against what was wanted of it, as text: its mean, the floor and the ceiling."""
     others = wanted[1:] + wanted[:1]
 
     def mean(pictures: list[Seen], asked: list) -> np.ndarray:
         return np.mean([measure(one, what) for one, what in zip(pictures, asked, strict=True)], axis=0)
 
-    figures = zip(mean(seen, wanted), mean(seen, others), mean(real, wanted), strict=True)
-    return [f"{own:.3f} (mismatched {floor:.3f}, true pictures {ceiling:.3f})" for own, floor, ceiling in figures]
+    figures = zip(mean(seen, wanted), mean(seen, others), mean(best, wanted), strict=True)
+    return [f"{own:.3f} (mismatched {floor:.3f}, autoencoder {ceiling:.3f})" for own, floor, ceiling in figures]
 
 
 def things_found(seen: Seen, things: Sequence[Thing]) -> tuple[float, float, float]:

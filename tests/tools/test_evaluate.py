@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from controlnet.worlds import Canny, Scenes, Seg
 from controlnet.worlds.scenes.captions import inventory
 from controlnet.worlds.world import Thing
 from tools import evaluate, judge
-from tools.evaluate_scenes import classes_iou, compared, found, samples_of, things_found, things_iou
+from tools.evaluate_scenes import best_seen, classes_iou, compared, found, samples_of, things_found, things_iou
 from tools.judge import COLOUR_NAMES, Judge, colours_of, load_judge
+from tools.paint import after_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,16 @@ def test_perfect_pictures_have_no_error_and_others_have(samples):
         things_iou(one, truth) == classes_iou(one, truth) == (1.0,) for one, truth in zip(seen, truths, strict=True)
     )
     (line,) = compared(things_iou, seen, seen, truths)
-    assert line.startswith("1.000 (mismatched 0.") and line.endswith("true pictures 1.000)")
+    assert line.startswith("1.000 (mismatched 0.") and line.endswith("autoencoder 1.000)")
     shifted = [tuple(np.roll(part, 8, axis=1) for part in one) for one in seen]
     assert all(0.1 < things_iou(one, truth)[0] < 0.9 for one, truth in zip(shifted, truths, strict=True))
     assert things_found(seen[0], truths[0].things) == (1, 1, 1)
+
+
+def test_the_ceiling_is_what_the_autoencoder_leaves_of_true_pictures(samples):
+    sd, image = small_sd(), samples[0].image
+    (seen,) = best_seen(sd, SimpleNamespace(see=lambda picture: picture), samples[:1])
+    assert np.array_equal(seen, after_autoencoder(sd, [image])[0]) and not np.array_equal(seen, image)
 
 
 def test_prompts_name_all_things():

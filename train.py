@@ -44,7 +44,7 @@ from controlnet.training.interruptions import Signals, lasting_output
 from controlnet.training.intervals import Interval
 from controlnet.training.latent_cache import ends_of_weights
 from controlnet.training.later import Later
-from controlnet.training.optimisation import Optimisation, warmed_up_ema
+from controlnet.training.optimisation import Optimisation, update_ema
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, prepare_process
 from controlnet.training.previews import own_samples
 from controlnet.training.progress import Progress
@@ -134,7 +134,7 @@ class Training:
         # What is saved, validated and shown in the grids: the copy or its average.
         self.average, self.shown_loss = None, self.loss
         if settings.ema:
-            self.average = self.parts["average"] = AveragedModel(self.control, multi_avg_fn=warmed_up_ema(settings.ema))
+            self.average = self.parts["average"] = AveragedModel(self.control)
             self.shown_loss = ControlLoss(self.sd.unet, self.average.module, self.sd.schedule, settings.min_snr)
 
     def restore(self) -> int:
@@ -175,7 +175,7 @@ class Training:
         values = {"lr": self.optimisation.current_lr}
         numbers = Later(*self.take_step(self.next_inputs))
         if self.average:
-            self.average.update_parameters(self.control)
+            update_ema(self.average, self.control, self.settings.ema)
         self.position.seen += self.data.samples_per_step
         # By the clock on the wall: what has held up the step counts, the waiting for data as well as grids and saves.
         before, self.clock = self.clock, time.perf_counter()

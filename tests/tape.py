@@ -57,5 +57,7 @@ def record_on_tapes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(graphs, "leaves_room", lambda device: True)
+    monkeypatch.setattr(graphs, "leaves_room", lambda taken, device: True)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     return Tape.tapes

@@ -67,11 +67,10 @@ def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool, co
     before = resident("VmRSS")
     work = load(setup, **arguments)
     device = torch.device(setup.device).type
-    if device == "cuda":
-        reset_peak(setup.device)  # before the first step is recorded: the memory of a CUDA graph counts as free
+    reset_peak(setup.device)
     for _ in range(0 if cold else WARM_UPS[device]):
         work()
-    if device != "cuda":
+    if device != "cuda":  # where the first time counts: the memory of a graph that is replayed is taken for free
         reset_peak(setup.device)
     seconds, result = timed(work, setup.device)
     times = [seconds]

@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class Graph:
-    """`compute`, a function of tensors that always have the shapes of `inputs`, as a CUDA graph.
+    """`compute`, a function of tensors that always have the shapes of `inputs`, as a CUDA graph in the pool `memory`.
 
-    It has to be computed once before, for libraries choose kernels and make their workspaces then.
+    `compute` has to have run once: then libraries choose kernels and make their workspaces.
     """
 
     def __init__(self, compute: Callable[..., Tensor], inputs: Sequence[Tensor], memory: tuple[int, int]):
         self.inputs = [tensor.clone() for tensor in inputs]  # whose addresses are in the graph, as the output's is
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, which may read data meanwhile, are not looked at.
+        # Other threads may call CUDA meanwhile, as the one that pins memory does.
         with torch.cuda.graph(self.graph, pool=memory, capture_error_mode="thread_local"):
             self.output = compute(*self.inputs)
 
@@ -28,28 +28,29 @@ class Graph:
 
 
 class Graphs:
-    """By what tells one computation from another. No two of them run at once, so they share their memory."""
+    """Graphs by a key that tells one computation from another. No two run at once, so all share their memory."""
 
     def __init__(self):
-        self.graphs: dict[Hashable, Graph] = {}
+        self.ways: dict[Hashable, Callable[..., Tensor]] = {}
         self.memory = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Computed and recorded the first time, and then replayed."""
-        if key in self.graphs:
-            return self.graphs[key](*inputs)
+        """Computed the first time, and then replayed or, without memory for a graph, computed again."""
+        if key in self.ways:
+            return self.ways[key](*inputs)
+        device = inputs[0].device
+        before = torch.cuda.memory_allocated(device)
         output = compute(*inputs)
-        if leaves_room(output.device):
-            self.graphs[key] = Graph(compute, inputs, self.memory)
+        room = leaves_room(torch.cuda.max_memory_allocated(device) - before, device)
+        self.ways[key] = Graph(compute, inputs, self.memory) if room else compute
         return output
 
 
-def leaves_room(device: torch.device) -> bool:
-    """Whether a graph of what was just computed leaves as much memory as it takes: what it computes with stays its own,
-    and other computations need some, too."""
-    now, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+def leaves_room(taken: int, device: torch.device) -> bool:
+    """Whether a graph of what took so many bytes, which it keeps, leaves as many for everything else."""
+    torch.cuda.empty_cache()  # of what is free now no graph holds any
     free, _ = torch.cuda.mem_get_info(device)
-    return 2 * (most - now) <= free + torch.cuda.memory_reserved(device) - now
+    return 2 * taken <= free
 
 
 def recorded(compute: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:

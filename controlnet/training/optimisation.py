@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from controlnet.common.devices import PRECISIONS, optional
 
@@ -19,17 +20,17 @@ from .options import TrainSettings
 MOST_SKIPPED = 20
 
 
-def warmed_up_ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """For AveragedModel: an exponential moving average that after n updates decays by (1 + n) / (10 + n) at most.
+@torch.no_grad()
+def update_ema(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """An exponential moving average that after n updates decays by (1 + n) / (10 + n) at most, and is the model itself
+    after the first: a short run's average is else mostly what the weights were at its start.
 
-    A short run's average is else mostly what the weights were at its start.
+    AveragedModel's own `update_parameters` would have the CPU wait for a GPU.
     """
-
-    @torch.no_grad()
-    def update(averages: list[Tensor], weights: list[Tensor], n: Tensor | int) -> None:
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
-
-    return update
+    n = int(average.n_averaged)  # on the CPU
+    kept = min(decay, (1 + n) / (10 + n)) if n else 0.0
+    torch._foreach_lerp_(list(average.module.parameters()), list(model.parameters()), 1 - kept)
+    average.n_averaged += 1
 
 
 class Optimisation:
@@ -42,8 +43,8 @@ class Optimisation:
         optimisation.step()
 
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`. No
-    method waits for a GPU, but for `step` with adamw8bit. All that a GPU does in `backward` and `update` can be
-    recorded as a CUDA graph after `prepare_recording`.
+    method waits for a GPU, but for `step` with adamw8bit. With the others `backward` and `update` can be recorded as a
+    CUDA graph, after `prepare_recording`.
     `named` are as from `named_parameters()`: errors name the layer. `optimizer` is "adamw", "adamw8bit", which keeps
     the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon". With
     `shard` each of several processes keeps AdamW's moments of some parameters, updates these and sends them to the
@@ -103,10 +104,11 @@ class Optimisation:
         return self.lr * factor(self.lr_schedule.last_epoch)
 
     def prepare_recording(self) -> None:
-        """From now on the learning rate is a number on the device, where a recorded `update` reads it. To be called
-        once a state is loaded."""
+        """From now on the learning rate is a number on the device, where recorded `update`s read it; until a state is
+        loaded, which makes it a number of Python again."""
         (group,) = self.optimizer.param_groups
-        group["lr"] = torch.tensor(self.current_lr, device=self.device)
+        if not isinstance(group["lr"], Tensor):  # else it is the one that an earlier graph reads
+            group["lr"] = torch.tensor(self.current_lr, device=self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -118,7 +120,7 @@ class Optimisation:
         """Updates the parameters and returns the gradients' norm before clipping, a scalar on the device.
 
         Where that norm is not finite the step is skipped: the parameters stay as they are, and in fp16 the scale of the
-        loss is halved. Raises FloatingPointError, with the layer's name, after MOST_SKIPPED in a row.
+        loss is halved. Raises FloatingPointError, with the layer's name, soon after MOST_SKIPPED in a row.
         """
         return self.finish(self.update())
 
@@ -131,8 +133,8 @@ class Optimisation:
         nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         if self.can_skip:  # GradScaler's way to tell a fused optimizer: it leaves everything as it is where this is 1
             self.own.found_inf = 1 - norm.isfinite().float()
-            if isinstance(self.own, torch.optim.AdamW):  # it refuses to be recorded, or warns, where this is not so
-                (group,) = self.own.param_groups
+            if isinstance(self.own, torch.optim.AdamW):  # refuses to be recorded without it, and else warns of it
+                (group,) = self.optimizer.param_groups
                 group["capturable"] = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             self.optimizer.step()
         elif norm.isfinite():

@@ -14,8 +14,8 @@ from .optimisation import Optimisation
 class Step:
     """A step of `optimisation` that makes `loss`, as `process` has wrapped it, smaller.
 
-    With `record` a step of one batch is a CUDA graph from its second time on, on a GPU that does not share it with
-    others: at four images of 512x512 the kernels of SD 1.5 take a CPU longer to ask for than an H200 to compute.
+    With `record`, on a single GPU, a step of one batch is replayed as a CUDA graph from its second time on: at four
+    images of 512x512 the kernels of SD 1.5 take a CPU longer to ask for than an H200 to compute.
     """
 
     def __init__(
@@ -25,8 +25,9 @@ class Step:
         self.replayed = self.complete
         # What waits for other processes or, as adamw8bit does, for the CPU cannot be recorded.
         if record and process.world_size == accumulate == 1 and optimisation.can_skip:
-            optimisation.prepare_recording()
             self.replayed = recorded(self.complete, process.device)
+            if self.replayed != self.complete:
+                optimisation.prepare_recording()
 
     def __call__(self, next_inputs: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
         """`next_inputs` gives the loss's, batch by batch -> the mean loss and the norm of the gradients, both on the

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
     """What costs the most time is done once, not in every way."""
-    monkeypatch.setattr(programs, "TRAININGS", {"bf16, checkpointing": programs.TRAININGS["bf16, checkpointing"]})
+    monkeypatch.setattr(programs, "TRAININGS", {"bf16": programs.TRAININGS["bf16"]})
     monkeypatch.setattr(
         programs, "FEATURES", {"reuse": ["--reuse", "2"], "inpainting": programs.FEATURES["inpainting"]}
     )

@@ -28,6 +28,8 @@ AIMS = {"1 image": 1.5, "images at once": 1.5, "latents before": 1.3, "latents i
 MEMORY_AIM = 0.8  # of diffusers'
 LONGEST = 30  # operations of a profile
 
+Works = dict[str, Work]  # by what they are called
+
 
 def machine(job: Job, report: Report) -> None:
     for package in PACKAGES:
@@ -51,7 +53,7 @@ class Side:
     """Ours or diffusers': what is loaded, the works to measure with it, and bytes for each."""
 
     source: Any
-    works: dict[str, Work]
+    works: Works
     lasting: float  # what stays allocated between the works
     memory: dict[str, float] = field(default_factory=dict)
 
@@ -70,25 +72,28 @@ def peers(job: Job, report: Report) -> None:
     compare(job, report, sides, ", latents before")
 
 
-def both(job: Job, *loaders: Callable[[Job], tuple[Any, Callable[[], dict[str, Work]]]]) -> dict[str, Side]:
-    """Ours, and diffusers' if it is installed, each warmed up."""
+def both(job: Job, *loaders: Callable[[Job], tuple[Any, Works, Works]]) -> dict[str, Side]:
+    """Ours, and diffusers' if it is installed, each warmed up. A loader gives the source, the works to time, and those
+    whose memory is measured."""
     sides = {}
     for name, load in zip(("ours", "diffusers") if bench.have_peers() else ("ours",), loaders, strict=False):
         before = device.allocated(job.device)
-        source, make_works = load(job)
-        works = make_works()
-        for work in works.values():
-            for _ in range(device.WARM_UPS):
-                work()
+        source, works, measured = load(job)
+        warm_up(works)
         sides[name] = Side(source, works, device.allocated(job.device) - before)
-        measure_memory(job, sides[name], make_works())
+        measure_memory(job, sides[name], measured)
     return sides
 
 
-def measure_memory(job: Job, side: Side, new_works: dict[str, Work]) -> None:
-    """Of each work, whatever else is on the device: what stays, and its peak above what is there before it. New ones
-    are computed and not replayed: the memory of a CUDA graph counts as free."""
-    for name, work in new_works.items():
+def warm_up(works: Works) -> None:
+    for work in works.values():
+        for _ in range(device.WARM_UPS):
+            work()
+
+
+def measure_memory(job: Job, side: Side, works: Works) -> None:
+    """Of each work, whatever else is on the device: what stays, and its peak above what is there before it."""
+    for name, work in works.items():
         before = device.allocated(job.device)
         side.memory[name] = side.lasting + device.with_peaks(work, job.device)[1] - before
 
@@ -111,21 +116,23 @@ def compare(job: Job, report: Report, sides: dict[str, Side], how: str) -> None:
             report.aim(f"{name}{how}: memory in parts of diffusers'", share, most=MEMORY_AIM)
 
 
-def our_images(job: Job) -> tuple[Any, Callable[[], dict[str, Work]]]:
+def our_images(job: Job) -> tuple[Any, Works, Works]:
     sd, control = bench_ours.load_for_sampling(job.setup())
-    return sd, partial(image_works, job, partial(bench_ours.sample, sd, control), sd.vae.encode, sd.vae.decode)
+    works = image_works(job, partial(bench_ours.sample, sd, control), sd.vae.encode, sd.vae.decode)
+    return sd, works, works
 
 
-def their_images(job: Job) -> tuple[Any, Callable[[], dict[str, Work]]]:
+def their_images(job: Job) -> tuple[Any, Works, Works]:
     from tools import bench_peers  # imports diffusers
 
     pipeline = bench_peers.load(job.setup())
     vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
     ways = (lambda x: vae.encode(x).latent_dist.mean * scale, lambda z: vae.decode(z / scale).sample)
-    return pipeline, partial(image_works, job, partial(bench_peers.sample, pipeline), *ways)
+    works = image_works(job, partial(bench_peers.sample, pipeline), *ways)
+    return pipeline, works, works
 
 
-def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) -> dict[str, Work]:
+def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) -> Works:
     setup = job.setup()
     dtype = PRECISIONS[setup.precision]
     images, _, latents, *_ = (x.to(job.device, dtype) for x in bench_ours.inputs(setup.size))
@@ -138,29 +145,36 @@ def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) 
     }
 
 
-def our_steps(job: Job) -> tuple[Any, Callable[[], dict[str, Work]]]:
+def our_steps(job: Job) -> tuple[Any, Works, Works]:
     run = Training(job.setup())
-    return run, partial(step_works, job, partial(run.step, cached=False))
+    return run, *our_step_works(job, run, cached=False)
 
 
-def their_steps(job: Job) -> tuple[Any, Callable[[], dict[str, Work]]]:
+def our_step_works(job: Job, run: Training, cached: bool) -> tuple[Works, Works]:
+    """As they are, and as they are without CUDA graphs, whose memory counts as free."""
+    return tuple(step_works(job, partial(run.step, cached=cached, record=record)) for record in (True, False))
+
+
+def their_steps(job: Job) -> tuple[Any, Works, Works]:
     from tools import bench_peers
 
     step = bench_peers.trainer(job.setup())
-    return step, partial(step_works, job, step)
+    works = step_works(job, step)
+    return step, works, works
 
 
-def step_works(job: Job, step: Callable[[int], Work]) -> dict[str, Work]:
+def step_works(job: Job, step: Callable[[int], Work]) -> Works:
     return {f"a training step, batch {batch}": step(batch) for batch in job.size.batches}
 
 
 def use_cache(job: Job, side: Side) -> None:
     """From here on latents are computed before, and the encoders leave the device."""
     before = device.allocated(job.device)
-    side.works, new_works = (step_works(job, partial(side.source.step, cached=True)) for _ in range(2))
+    side.works, measured = our_step_works(job, side.source, cached=True)
     side.source.drop_encoders()
+    warm_up(side.works)
     side.lasting += device.allocated(job.device) - before
-    measure_memory(job, side, new_works)
+    measure_memory(job, side, measured)
 
 
 # ------------------------------------------------------------------------------------------------------- memory, time
@@ -173,7 +187,6 @@ def memory(job: Job, report: Report) -> None:
     run = Training(job.setup())
     works = {}
     for what, settings in cases(job.size).items():
-        # Not recorded: a graph's memory is its own, and counts as free.
         works[what] = settings, run.step(settings.batch_size, True, settings.accumulate, record=False)
     run.drop_encoders()
     for what, (settings, work) in works.items():
@@ -193,7 +206,8 @@ def profile(job: Job, report: Report) -> None:
     look_at(job, report, "a denoising step", partial(denoiser(job, sd, control), 501))
     del sd, control
     job.settle()
-    look_at(job, report, "a training step", Training(job.setup()).step(job.size.batches[0], cached=True))
+    step = Training(job.setup()).step(job.size.batches[0], cached=True, record=False)  # of a replay little is seen
+    look_at(job, report, "a training step", step)
 
 
 def look_at(job: Job, report: Report, what: str, work: Work) -> None:

@@ -32,7 +32,8 @@ FRACTION = 0.08  # of a GPU's memory: 7 to 12 GB, too little for what `out_of_me
 TRAININGS = {
     "fp32": ["--precision", "fp32"],
     "fp16, accumulated": ["--precision", "fp16", "--accumulate", "2"],
-    "bf16, checkpointing": ["--precision", "bf16", "--checkpointing"],
+    "fp16, AdamW, checkpointing": ["--precision", "fp16", "--optimizer", "adamw", "--checkpointing"],
+    "bf16": ["--precision", "bf16"],
     "4 workers": ["--workers", "4", "--no-cache"],
 }
 FEATURES = {

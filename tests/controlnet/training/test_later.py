@@ -61,6 +61,18 @@ def test_a_step_waits_for_nothing(events, precision):
         assert all(parameter.grad is None for parameter in parameters)
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_adamw_is_told_whether_it_is_recorded(events, monkeypatch, capturing):
+    """It refuses to be, untold, and warns of what it was told without need."""
+    monkeypatch.setattr(later.torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(3, 4, device="cuda"))
+        optimisation = Optimisation([("a", parameter)], 1e-3, constant_schedule(0), torch.device("cuda"))
+        parameter.grad = torch.empty_like(parameter)
+        optimisation.update()
+    assert optimisation.optimizer.param_groups[0]["capturable"] is capturing
+
+
 def test_what_goes_to_the_gpu_is_pinned_and_not_waited_for(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
 from controlnet.training.lr_schedules import constant_schedule
-from controlnet.training.optimisation import Optimisation, warmed_up_ema
+from controlnet.training.optimisation import Optimisation, update_ema
 from controlnet.training.options import TrainSettings
 from controlnet.training.prepare import prepare_process
 from controlnet.training.run_state import DamagedState, load_state, save_state
@@ -398,12 +398,12 @@ def test_a_loss_that_is_not_finite_is_called_that():
 def test_an_average_warms_up(decay):
     """After n updates it keeps (1 + n) / (10 + n) at most: one of a short run is not what the weights were at first."""
     model = nn.Linear(1, 1, bias=False)
-    average = AveragedModel(model, multi_avg_fn=warmed_up_ema(decay))
+    average = AveragedModel(model)
     expected = None
     for n in range(40):
         value = math.sin(n)
         nn.init.constant_(model.weight, value)
-        average.update_parameters(model)
+        update_ema(average, model, decay)
         kept = 0 if n == 0 else min(decay, (1 + n) / (10 + n))
         expected = value if n == 0 else kept * expected + (1 - kept) * value
         assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)

@@ -74,6 +74,19 @@ def test_recorded_steps_train_what_computed_ones_do(tapes, optimizer, precision)
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+def test_two_steps_of_one_optimizer_are_replayed_with_its_learning_rate(tapes):
+    """Which rises from call to call."""
+    inputs, weights = batches(4), []
+    for record in (False, True):
+        first, loss, optimisation = training(record=record)
+        first(lambda: inputs[0])
+        second = Step(loss, optimisation, ALONE, record=record)
+        for step, batch in ((second, inputs[1]), (first, inputs[2]), (second, inputs[3])):
+            step(lambda batch=batch: batch)
+        weights.append(list(loss.parameters()))
+    assert [tape.replays for tape in tapes] == [1, 1] and all(map(torch.equal, *weights))
+
+
 def test_accumulated_batches_are_one_step_and_are_not_recorded(tapes):
     inputs = batches(6)
     together = [tuple(torch.cat(pair) for pair in zip(*inputs[i : i + 2], strict=True)) for i in (0, 2, 4)]
@@ -90,7 +103,7 @@ def test_a_recorded_run_that_is_lost_names_the_layer(tapes):
     with pytest.raises(FloatingPointError, match="20 steps in a row .*layers.0.weight"):
         for _ in range(30):
             step(lambda: next(coming))
-    assert tapes[0].replays > 15 and all(map(torch.equal, loss.parameters(), before))
+    assert tapes[0].replays == 20 and all(map(torch.equal, loss.parameters(), before))
 
 
 def test_a_recorded_run_that_recovers_is_replayed_again(tapes):

@@ -3,6 +3,7 @@ needed."""
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,7 @@ def written(out: Path, force: bool) -> Iterator[Path]:
         from ldm.checkpoints.files import temporary_folder
 
         with temporary_folder(out) as beside:
-            new, old = beside / "new", beside / "old"
+            new, old = beside / "new", out.with_name(f".{out.name}.{os.getpid()}.old")
             try:
                 yield new
                 os.replace(out, old)
@@ -98,5 +99,6 @@ def written(out: Path, force: bool) -> Iterator[Path]:
             finally:
                 if old.exists() and not out.exists():
                     os.replace(old, out)
+        shutil.rmtree(old, ignore_errors=True)  # not before: if it cannot go back, it is the only copy
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     print(f"{out}: {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")

@@ -217,22 +217,23 @@ def test_a_stop_leaves_nothing(folder, tmp_path, monkeypatch, capsys, out):
         assert [path.name for path in tmp_path.iterdir()] == [out]
 
 
-def test_a_failed_swap_brings_the_old_folder_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way_back", [True, False])
+def test_a_failed_swap_brings_the_old_folder_back_or_leaves_it_beside(tmp_path, monkeypatch, way_back):
     (tmp_path / "model").mkdir()
     old = '{"_class_name": "ControlNetModel"}'
     (tmp_path / "model/config.json").write_text(old)
     replace_file = cli.os.replace
 
     def fail(source, target):
-        if source.name == "new":
+        if source.name == "new" or (target.name == "model" and not way_back):
             raise KeyboardInterrupt
         replace_file(source, target)
 
     monkeypatch.setattr(cli.os, "replace", fail)
     with pytest.raises(KeyboardInterrupt), cli.written(tmp_path / "model", force=True) as new:
         new.mkdir()
-    assert (tmp_path / "model/config.json").read_text() == old
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (left,) = tmp_path.iterdir()
+    assert (left.name == "model") == way_back and (left / "config.json").read_text() == old
 
 
 def test_another_autoencoder_goes_into_the_result(folder, tmp_path, monkeypatch):

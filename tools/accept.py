@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--only", type=stage_names, default=tuple(STAGES), metavar="STAGE,...", help=f"(default: all). {stages}")
     add("--size", choices=("full", "tiny"), default="full", help="of the models and images (default: %(default)s)")
     add("--folder", type=Path, metavar="DIR", help="keep models and reference here, 9 GB (default: do not keep them)")
-    return run_tool(parser, argv, accept, stopped="--out holds what was found")
+    return run_tool(parser, argv, accept, stopped="{out} holds what was found")
 
 
 def stage_names(text: str) -> tuple[str, ...]:

@@ -19,10 +19,12 @@ def run_tool(
     work: Callable[[argparse.Namespace], int | None],
     stopped: str = "nothing half-written is left",
 ) -> int:
-    """The exit status of `work` with the options that are typed, as of `program.run`. Adds --debug, the last of all."""
+    """The exit status of `work` with the options that are typed, as of `program.run`; `stopped` names them in braces.
+    Adds --debug, the last of all."""
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     args = parser.parse_args(argv)
-    return run(parser.prog.removeprefix("python -m tools."), lambda: work(args), args.debug, stopped)
+    name = parser.prog.removeprefix("python -m tools.")
+    return run(name, lambda: work(args), args.debug, stopped.format(**vars(args)))
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

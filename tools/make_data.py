@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=positive, default=512, help="of a side, in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=count, default=0, help="(default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="validation samples, which no seed trains on")
-    return run_tool(parser, argv, make, stopped="OUT is not complete: remove it and start again")
+    return run_tool(parser, argv, make, stopped="{out} is not complete: remove it and start again")
 
 
 def make(args: argparse.Namespace) -> None:

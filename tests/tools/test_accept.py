@@ -167,6 +167,15 @@ def test_what_is_out_of_time_is_not_passed(run, monkeypatch):
     assert status == 1 and stages["machine"]["why"] == "no time was left"
 
 
+def test_who_stops_it_is_told_what_holds_the_results(run, capsys, tmp_path, monkeypatch):
+    def stop(job, report):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures, "machine", stop)
+    assert run("--only", "machine")[0] == 130
+    assert capsys.readouterr().err.endswith(f"accept: stopped, {tmp_path / 'accept.json'} holds what was found\n")
+
+
 def test_later_calls_add_to_the_file(run, capsys, tmp_path):
     assert run("--only", "machine")[0] == 0
     status, stages = run("--only", "weights")

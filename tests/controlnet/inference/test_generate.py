@@ -1,6 +1,7 @@
 """One call from prompt and hints to images: what decides over an image, and what does not."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,12 +148,15 @@ def test_a_callback_may_end_a_batch(sd):
 
 
 def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(sd, monkeypatch):
-    def default(count, images_that_fit, device="cuda"):
-        free = images_that_fit * guided_memory(SMALLEST, (64, 64), torch.float32, one_by_one=True, controls=0)
-        monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(free))
+    on_cuda = SimpleNamespace(config=SMALLEST, dtype=torch.float32, device=torch.device("cuda"))
+
+    def default(count, images_that_fit, device="cuda", sd=sd):
+        each = guided_memory(SMALLEST, (64, 64), torch.float32, one_by_one=sd is not on_cuda, controls=0)
+        monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(images_that_fit * each))
         return default_batch_size(sd, (64, 64), count, [], device)
 
     assert [default(count, 5.5) for count in (1, 3, 40)] == [1, 3, 5]
+    assert default(40, 5.5, None, on_cuda) == 5  # without low memory, which takes half
     assert default(40, 1000) == 16 and default(40, 0.5) == 1
     assert default(40, 1000, "cpu") == default(40, 1000, None) == 1
 

@@ -10,6 +10,7 @@ from test_generate import arrays, differ, hint
 from controlnet.common.images import resized, to_images, to_pil
 from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
+from controlnet.inference import offload
 from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init, steps_done
 from controlnet.inference.memory import decoding_memory
@@ -279,14 +280,15 @@ def test_of_a_batch_only_what_overflows_is_decoded_again(monkeypatch):
 
 
 def test_a_batch_is_decoded_in_parts_where_memory_is_short(sd, monkeypatch):
-    latents, calls, plain = torch.cat(draws(0, 5)), [], sd.decode
+    latents, calls, plain, in_tiles = torch.cat(draws(0, 5)), [], sd.decode, offload.decode_tiled
     monkeypatch.setattr(sd, "decode", lambda z: calls.append(len(z)) or plain(z))
+    monkeypatch.setattr(offload, "decode_tiled", lambda vae, z: calls.append(len(z)) or in_tiles(vae, z))
     one = decoding_memory(SMALLEST, (64, 64), torch.float32, tiled=False)
     want = [np.asarray(image).astype(int) for image in decode(sd, latents, tiled=False)]
-    for free, sizes in ((2.5 * one, [2, 2, 1]), (0, [1] * 5)):
+    for free, tiled, sizes in ((2.5 * one, False, [2, 2, 1]), (0, False, [1] * 5), (2.5 * one, True, [3, 2])):
         calls.clear()
         monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device, free=free: int(free))
-        images = decode(sd, latents, tiled=False)
+        images = decode(sd, latents, tiled)
         assert calls == sizes
         assert all(np.abs(np.asarray(image) - other).max() <= 1 for image, other in zip(images, want, strict=True))
 

@@ -1,5 +1,7 @@
 """CUDA graphs around UNet and ControlNets: what is recorded when, and that a replay computes what is asked for."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from tape import record_on_tapes
 
 from controlnet.guidance import Control, exact, guided
 from controlnet.inference import graphed
-from controlnet.inference.generate import generate
+from controlnet.inference.generate import generate, predictor_for
 
 
 @pytest.fixture
@@ -31,6 +33,12 @@ def images(sd, control, monkeypatch, make_predictor, **settings):
     monkeypatch.setattr("controlnet.inference.generate.exact", make_predictor)
     made = generate(sd, "a", [control], negative="b", steps=6, cfg=2.5, **settings)
     return [np.asarray(image) for image in made]
+
+
+@pytest.mark.parametrize("device, tiles, wanted", [("cuda", 0, graphed.graphed), ("cuda", 2, exact), ("cpu", 0, exact)])
+def test_graphs_are_for_whole_images_on_cuda(device, tiles, wanted):
+    sd = SimpleNamespace(device=torch.device(device))
+    assert predictor_for(sd, 1, compile=False, low_memory=False, tiles=[None] * tiles) is wanted
 
 
 def test_replayed_steps_are_those_that_are_computed(sd, control, tapes, monkeypatch):

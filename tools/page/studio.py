@@ -111,6 +111,8 @@ class Studio:
         jobs = run.prepare(*run.with_recorded({**typed, "out": self.folder}), held)
         jobs = run.load_jobs(jobs, self.loaded(jobs[0]))
         for job, i, image in run.make_images(jobs, self.base[1], watch):
+            if stop.is_set():  # since its last step
+                return
             path = save_image(image, self.folder, i, job.options.count, png_texts(job.settings(i)))
             told.put(Told(picture=path))
 

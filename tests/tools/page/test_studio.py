@@ -82,6 +82,18 @@ def test_a_visitor_cancels_what_is_made_for_him_alone(studio, told):
     assert sorted(studio.folder.glob("*.png")) == before
 
 
+def test_what_is_cancelled_while_it_is_decoded_is_not_saved(studio, told, monkeypatch):
+    def make_images(jobs, *_):
+        studio.cancel("one")
+        yield jobs[0], 0, Image.new("RGB", (8, 8))
+
+    before = sorted(studio.folder.glob("*.png"))
+    monkeypatch.setattr(run, "make_images", make_images)
+    assert list(studio.make({}, "one"))[-1] == Told(note="cancelled")
+    list(studio.make(dict(steps=0)))  # an error, once the other has ended
+    assert sorted(studio.folder.glob("*.png")) == before
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

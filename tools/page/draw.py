@@ -7,7 +7,7 @@ import gradio as gr
 from controlnet.checkpoint import TINY_CONTROLS
 
 from . import sketch
-from .results import cancelling, in_sentences, results, seen, shown_as_text
+from .results import IN_THE_STUDIO, cancelling, in_sentences, results, seen, shown_as_text
 from .studio import BY_HINT, Studio
 
 
@@ -39,8 +39,9 @@ def draw_tab(studio: Studio) -> None:
         given |= dict(hint=[hint], control=[] if control == BY_HINT else [control])
         yield from seen(studio, given, made, request.session_hash)
 
-    make.click(draw, [*form, gallery], shown)
-    again.click(lambda seed: int(seed or 0) + 1, seed, seed).then(draw, [*form, gallery], shown)
+    drawing = dict(inputs=[*form, gallery], outputs=shown, **IN_THE_STUDIO)
+    make.click(draw, **drawing)
+    again.click(lambda seed: int(seed or 0) + 1, seed, seed).then(draw, **drawing)
     cancel.click(cancelling(studio))
     dropped.upload(lambda file: filled(studio, file), dropped, [*form, notes])
 

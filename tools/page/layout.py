@@ -31,4 +31,4 @@ def page(pictures: Path, runs: Path) -> gr.Blocks:
             runs_tab(trainings)
         with gr.Tab("Files"):
             files_tab(trainings)
-    return blocks.queue(default_concurrency_limit=None)  # of visitors: the studio makes one picture at a time
+    return blocks

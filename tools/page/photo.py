@@ -9,7 +9,7 @@ from controlnet.hints import DETECTORS, options_of, options_text
 
 from .editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, hints_of
 from .models import named
-from .results import cancelling, in_sentences, results, seen
+from .results import IN_THE_STUDIO, cancelling, in_sentences, results, seen
 from .studio import BY_HINT, Studio
 
 CONTROLS = 3
@@ -52,7 +52,8 @@ def photo_tab(studio: Studio) -> None:
             given |= hints_of(studio, [[values[one] for one in part] for part in acting])
         yield from seen(studio, given, values[gallery], request.session_hash)
 
-    make.click(draw, {prompt, negative, base, size, cfg, seed, steps, *begun, *chain(*acting), gallery}, shown)
+    form = {prompt, negative, base, size, cfg, seed, steps, *begun, *chain(*acting), gallery}
+    make.click(draw, form, shown, **IN_THE_STUDIO)
     cancel.click(cancelling(studio))
 
 

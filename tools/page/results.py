@@ -8,6 +8,9 @@ import gradio as gr
 
 from .studio import Studio, sentence_of
 
+# Of an event that makes pictures: visitors wait in the studio, which makes one at a time, and not in gradio's queue.
+IN_THE_STUDIO = {"concurrency_limit": None}
+
 
 def results(name: str, height: int) -> list:
     """Where pictures appear: the newest, those made before, and what is to be said."""

@@ -55,7 +55,7 @@ def runs_tab(trainings: Trainings) -> None:
     for event in (gr.Timer(SECONDS).tick, run.change, which.release):
         event(look, **looking, show_progress="hidden", trigger_mode="once")
     stop.click(in_sentences()(trainings.stop), run)
-    resume.click(in_sentences()(lambda run: trainings.start(run, {"resume": True})), run)
+    resume.click(in_sentences()(lambda run: trainings.start(run, {"resume": True})), run, concurrency_id="start")
     started.success(lambda name: gr.Dropdown(trainings.names(), value=name), name, run)
 
 
@@ -87,5 +87,7 @@ def training_form(trainings: Trainings) -> tuple:
     for field in (name, *fields):
         field.change(typed, [name, *fields], command, show_progress="hidden")
     return name, start.click(
-        in_sentences()(lambda name, *values: trainings.start(name, given(values))), [name, *fields]
+        in_sentences()(lambda name, *values: trainings.start(name, given(values))),
+        [name, *fields],
+        concurrency_id="start",  # one at a time: no two visitors start one name
     )

@@ -32,3 +32,15 @@ def test_a_port_that_cannot_be_had_is_a_sentence(taken, capsys, port, words):
     assert program.main(["--port", port]) == 2
     said = capsys.readouterr()
     assert words in said.err and said.out == ""  # above all no address
+
+
+def test_pictures_wait_in_the_studio_and_all_else_for_its_turn(tmp_path, monkeypatch):
+    """So that no two visitors start a training of one name."""
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    from tools.page.layout import page
+
+    (tmp_path / "runs").mkdir()
+    blocks = page(tmp_path, tmp_path / "runs")
+    unlimited = [event.name for event in blocks.fns.values() if event.concurrency_limit is None]
+    assert unlimited == ["draw"] * 3 and blocks._queue.default_concurrency_limit == 1
+    assert [event.concurrency_id for event in blocks.fns.values()].count("start") == 2  # "start" and "go on"

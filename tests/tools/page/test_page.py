@@ -302,6 +302,8 @@ def test_a_training_is_started_watched_and_stopped(served, page):
     page.wait_for_function(f"document.querySelector('#command textarea').value === '{expected} --out=runs/mine'")
     page.get_by_role("button", name="start", exact=True).click()
     page.wait_for_function("/step [0-9]+ of 500, about/.test(document.querySelector('#status').innerText)")
+    points = "(document.querySelector('#charts polyline')?.points.length ?? 0)"
+    page.wait_for_function(f"{points} > {max(2, page.evaluate(points))}")
     process = holder(served[2] / "mine")
     assert os.getsid(process) == process  # what ends the page does not end it
     page.get_by_role("button", name="stop", exact=True).click()

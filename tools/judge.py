@@ -1,6 +1,6 @@
 """Trains the judge, a small network that tells what pictures of scenes show: at each pixel a class and a colour.
 
-    python -m tools.judge --device cuda                   # weights/judge.safetensors
+    python -m tools.judge                                 # weights/judge.safetensors
 
 tools.evaluate asks it whether the things of a prompt are in a picture, in their colour and place. It learns from
 endless scenes, blurred and noisy at random, since pictures that a small base paints are never quite as sharp.
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=JUDGE, metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--size", type=positive, default=128, help="of the pictures (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=2500, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=positive, default=12, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=16, help="(default: %(default)s)")
     add_device(parser)
     return run_tool(parser, argv, write_judge)
 

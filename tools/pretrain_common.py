@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from controlnet.common.devices import sent
-from controlnet.common.graphs import recorded
 from controlnet.common.images import to_pil
+from controlnet.training.distributed import Process
 from controlnet.training.intervals import Interval
 from controlnet.training.lr_schedules import cosine_schedule
 from controlnet.training.optimisation import Optimisation
 from controlnet.training.run_state import load_state, save_state
+from controlnet.training.step import Step
 
 SAVE_EVERY = "10m"
 SHOWN = 8  # validation images of each dataset in a grid
@@ -56,22 +57,11 @@ def train_part(
     start = load_state(state, **parts) if state.exists() else 0
 
     bar = tqdm(prepared(inputs, start, device), name, steps, initial=start, mininterval=10)
-
-    def compute(*drawn: Tensor) -> Tensor:
-        with optimisation.autocast():
-            step_loss = loss(*drawn)
-        optimisation.backward(step_loss)
-        norm = optimisation.update()
+    step, saves, mean = Step(loss, optimisation, Process(0, 1, device)), Interval(SAVE_EVERY), None
+    for done, drawn in enumerate(bar, start + 1):
+        step_loss, _ = step(lambda drawn=drawn: tuple(sent(tensor, device) for tensor in drawn))
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, 0.002)
-        return torch.stack([step_loss.detach(), norm])
-
-    optimisation.prepare_recording()
-    replayed, saves, mean = recorded(compute, device), Interval(SAVE_EVERY), None
-    for done, drawn in enumerate(bar, start + 1):
-        step = compute if optimisation.in_doubt else replayed
-        step_loss, norm = step(*(sent(tensor, device) for tensor in drawn))
-        optimisation.finish(norm)
         mean = step_loss.clone() if mean is None else mean.lerp_(step_loss, 0.01)
         if saves.over(done) or done == steps:
             save_state(state, done, **parts)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from controlnet.common.graphs import recorded
 from controlnet.common.images import to_images
 from controlnet.inference.generate import generate
+from controlnet.training import step
 from tools import pretrain, pretrain_common, pretrain_pictures, pretrain_unet, pretrain_vae
 from tools.pretrain_pictures import Pictures, mixture, open_pictures
 from tools.pretrain_unet import Batches, latents_of, unit_scale
@@ -75,7 +76,7 @@ def test_recorded_steps_train_what_computed_ones_do(tmp_path, monkeypatch, shrun
     steps = ["--vae-steps", "10", "--unet-steps", "4", "--unet-batch", "2", "--vae-batch", "1", "--pictures", "4"]
     assert pretrain.main(["--out", str(tmp_path / "computed"), *steps]) == 0
     tapes = record_on_tapes(monkeypatch)
-    monkeypatch.setattr(pretrain_common, "recorded", lambda compute, _: recorded(compute, torch.device("cuda")))
+    monkeypatch.setattr(step, "recorded", lambda compute, _: recorded(compute, torch.device("cuda")))
     assert pretrain.main(["--out", str(tmp_path / "recorded"), *steps]) == 0
     assert [tape.replays for tape in tapes] == [1, 2, 4, 3]
     computed, replayed = (load_file(tmp_path / name / "tiny.safetensors") for name in ("computed", "recorded"))

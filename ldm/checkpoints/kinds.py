@@ -1,6 +1,7 @@
 """What a file is that is not what was asked for: tables of patterns in its keys, and what to do instead.
 
-A row fits if each of its patterns fits some key; the first row that fits counts. Names of files play no part.
+A row fits if each of its patterns fits some key; the first row that fits counts. Names of files play no part. Patterns
+see each key with a dot before it: a dot and a name find a module wherever it stands.
 """
 
 import re
@@ -11,48 +12,51 @@ from .stored import counted, first_few
 Rows = tuple[tuple[str | tuple[str, ...], str], ...]
 
 ONLY = "only SD 1.x and 2.x are supported"
-ANY_CONTROL = r"(^|\.)(input_hint_block|controlnet|controlnet_\w+)\."
+ANY_CONTROL = r"\.(input_hint_block|controlnet|controlnet_\w+)\."
 ANOTHER = "which is another architecture: get a ControlNet"
-MOTION = r"(^|\.)motion_modules\."
+MOTION = r"\.motion_modules\."
 
 # What looks like a base or a ControlNet and is none.
 PRETENDERS: Rows = (
-    (r"^(local|global)_adapter\.", "a Uni-ControlNet, which holds several: get a ControlNet for each kind of hint"),
+    (r"^\.(local|global)_adapter\.", "a Uni-ControlNet, which holds several: get a ControlNet for each kind of hint"),
     ((MOTION, ANY_CONTROL), f"a SparseCtrl, for AnimateDiff's videos, {ANOTHER}"),
     (MOTION, "a motion module of AnimateDiff, which makes videos: give the base that it goes with"),
-    (r"(^|\.)(enc_zero_convs\w*|dec_zero_convs\w*|ctrl_to_base|base_to_ctrl)\.", f"a ControlNet-XS, {ANOTHER}"),
+    (r"\.(enc_zero_convs\w*|dec_zero_convs\w*|ctrl_to_base|base_to_ctrl)\.", f"a ControlNet-XS, {ANOTHER}"),
     (
-        r"^(task_embedding$|spatial_ch_projs\.|control_add_embedding\.|control_type_proj)",
+        r"^\.(task_embedding$|spatial_ch_projs\.|control_add_embedding\.|control_type_proj)",
         f"a ControlNet Union for SDXL, and {ONLY}: get the ControlNet for your base and kind of hint",
     ),
-    (r"^lllite_", f"a ControlNet-LLLite, {ANOTHER}"),
-    (r"(^|\.)(brushnet_\w+|conv_in_condition)\.", "a BrushNet, which is another architecture: get a ControlNet"),
-    (r"^scaled_fp8$|\.scale_weight$", "a model in scaled fp8, which is not read here: get it in fp16 or fp32"),
-    (r"(^|\.)cond_proj\.", "a latent consistency model (LCM), sampled in another way: give the base it was made from"),
-    (r"(^|\.)position_net\.|\.fuser\.", "a GLIGEN model, which places objects in boxes: give the base without it"),
+    (r"^\.lllite_", f"a ControlNet-LLLite, {ANOTHER}"),
+    (r"\.(brushnet_\w+|conv_in_condition)\.", "a BrushNet, which is another architecture: get a ControlNet"),
+    (r"^\.scaled_fp8$|\.scale_weight$", "a model in scaled fp8, which is not read here: get it in fp16 or fp32"),
+    (r"\.cond_proj\.", "a latent consistency model (LCM), sampled in another way: give the base it was made from"),
+    (r"\.position_net\.|\.fuser\.", "a GLIGEN model, which places objects in boxes: give the base without it"),
     (
-        r"(^|\.)(label_emb|class_embedding)\.weight$|^unet\.down_blocks\.0\.resnets\.0\.norm1\.linear\.",
+        r"\.(label_emb|class_embedding)\.weight$|^\.unet\.down_blocks\.0\.resnets\.0\.norm1\.linear\.",
         "an upscaler, expected a text-to-image model: give SD 1.x or 2.x",
     ),
-    (r"^depth_model\.", "a depth model (depth2img), expected a text-to-image model: give SD 2.x, with a depth control"),
     (
-        r"^(cond_stage_model\.(model\.)?visual|cc_projection|image_encoder\.vision_model)\.",
+        r"^\.depth_model\.",
+        "a depth model (depth2img), expected a text-to-image model: give SD 2.x, with a depth control",
+    ),
+    (
+        r"^\.(cond_stage_model\.(model\.)?visual|cc_projection|image_encoder\.vision_model)\.",
         "a model that varies images (its prompt is one), expected a text-to-image model: give SD 1.x or 2.x",
     ),
 )
 
 # Families that are not supported.
 OTHER_FAMILIES: Rows = (
-    (r"^(embedder|noise_augmentor)\.|(^|\.)class_embedding\.linear_1\.", "SD unCLIP"),
-    (r"(^|\.)(time_stack|time_mixer|temporal_transformer_blocks)\.", "Stable Video Diffusion"),
-    (r"(^|\.)(temp_convs|temp_attentions|temopral_conv|temporal_conv)\.", "text-to-video"),
-    ((r"^conditioner\.embedders\.0\.model\.", r"(^|\.)label_emb\.0\."), "SDXL refiner"),
-    (r"^conditioner\.embedders\.1\.|(^|\.)(add_embedding|label_emb\.0)\.", "SDXL"),
-    (r"(^|\.)(single_transformer_blocks|double_blocks|controlnet_x_embedder)\.", "Flux"),
-    (r"(^|\.)adaln_single\.", "PixArt"),
-    (r"(^|\.)(clip_txt_mapper|channelwise)\.", "Stable Cascade"),
-    (r"(^|\.)(cap_embedder|double_layers|patch_embedding|style_embedder)\.", "diffusion transformer's"),
-    (r"(^|\.)(joint_blocks|pos_embed\.proj|pos_embed_input\.proj)\.", "SD 3"),
+    (r"^\.(embedder|noise_augmentor)\.|\.class_embedding\.linear_1\.", "SD unCLIP"),
+    (r"\.(time_stack|time_mixer|temporal_transformer_blocks)\.", "Stable Video Diffusion"),
+    (r"\.(temp_convs|temp_attentions|temopral_conv|temporal_conv)\.", "text-to-video"),
+    ((r"^\.conditioner\.embedders\.0\.model\.", r"\.label_emb\.0\."), "SDXL refiner"),
+    (r"^\.conditioner\.embedders\.1\.|\.(add_embedding|label_emb\.0)\.", "SDXL"),
+    (r"\.(single_transformer_blocks|double_blocks|controlnet_x_embedder)\.", "Flux"),
+    (r"\.adaln_single\.", "PixArt"),
+    (r"\.(clip_txt_mapper|channelwise)\.", "Stable Cascade"),
+    (r"\.(cap_embedder|double_layers|patch_embedding|style_embedder)\.", "diffusion transformer's"),
+    (r"\.(joint_blocks|pos_embed\.proj|pos_embed_input\.proj)\.", "SD 3"),
 )
 PIPELINES = (("StableDiffusionXL", "SDXL"), ("StableDiffusion3", "SD 3"), ("Flux", "Flux"), ("PixArt", "PixArt"))
 
@@ -66,46 +70,46 @@ WHOLE_FOLDER = "give the folder that holds unet/, vae/ and text_encoder/"
 DEEPER = r"input_hint_block\.|control_model\.|model\.diffusion_model\.|controlnet_cond_embedding\."
 CONTEXT = r"transformer_blocks\.0\.attn2\.to_k\.weight"
 KINDS: Rows = (
-    (r"^(image_proj|ip_adapter)[._]", IP_ADAPTER),
-    (r"^lora_(?!controlnet$)|[._]lora[._]|\.hada_w|\.lokr_w|\.oft_|\.dora_scale", LORA),
-    (r"^emb_params$|^string_to_(param|token)\.|^<.*>$|^clip_[lg]$", TEXTUAL_INVERSION),
-    (r"^(control_model\.)?input_hint_block\.|^controlnet\.|^controlnet_cond_embedding\.", CONTROL),
-    (r"^control\.encoder\.", "the state of a training run, for its --resume: give the run's control.safetensors"),
-    (r"^(optimizer\.)?state\.\d+\.", "the state of an optimizer: give the weights beside it"),
-    (rf"^[\w.-]+\.({DEEPER})", "a file with the tensors of several models: save those of one with torch.save"),
-    (r"(^|\.)(stylegan_decoder|quantize)\.", "a model that mends faces in finished images: give the base"),
+    (r"^\.(image_proj|ip_adapter)[._]", IP_ADAPTER),
+    (r"^\.lora_(?!controlnet$)|.[._]lora[._]|\.hada_w|\.lokr_w|\.oft_|\.dora_scale", LORA),
+    (r"^\.emb_params$|^\.string_to_(param|token)\.|^\.<.*>$|^\.clip_[lg]$", TEXTUAL_INVERSION),
+    (r"^\.(control_model\.)?input_hint_block\.|^\.controlnet\.|^\.controlnet_cond_embedding\.", CONTROL),
+    (r"^\.control\.encoder\.", "the state of a training run, for its --resume: give the run's control.safetensors"),
+    (r"^\.(optimizer\.)?state\.\d+\.", "the state of an optimizer: give the weights beside it"),
+    (rf"^\.[\w.-]+\.({DEEPER})", "a file with the tensors of several models: save those of one with torch.save"),
+    (r"\.(stylegan_decoder|quantize)\.", "a model that mends faces in finished images: give the base"),
     (
-        r"(^|\.)(conv_first|rdb1|RRDB_trunk|model\.1\.sub\.0|conv_before_upsample|conv_up1)\.",
+        r"\.(conv_first|rdb1|RRDB_trunk|model\.1\.sub\.0|conv_before_upsample|conv_up1)\.",
         "an upscaler of finished images (ESRGAN): give the base",
     ),
-    (r"^\d+\.\d+\.linear\.", "a hypernetwork, which changes a base: give the base"),
+    (r"^\.\d+\.\d+\.linear\.", "a hypernetwork, which changes a base: give the base"),
     (
-        r"^adapter\.|^body\.\d+\.(block\d|in_conv|resnets|down_opt)|^style_embedding$",
+        r"^\.adapter\.|^\.body\.\d+\.(block\d|in_conv|resnets|down_opt)|^\.style_embedding$",
         "a T2I-Adapter: get the ControlNet for the same kind of hint",
     ),
-    (r"^(params\.)?body\.\d+\.weight$", "an upscaler of finished images (ESRGAN): give the base"),
+    (r"^\.(params\.)?body\.\d+\.weight$", "an upscaler of finished images (ESRGAN): give the base"),
     (
-        r"^(pretrained|scratch)\.|^net(Vgg|Combine)|^model0\.conv1_1\.",
+        r"^\.(pretrained|scratch)\.|^\.net(Vgg|Combine)|^\.model0\.conv1_1\.",
         "a detector, which makes hints: see `python -m tools.make_hints --help`",
     ),
     (
-        rf"^model\.diffusion_model\.input_blocks\.1\.1\.{CONTEXT}$|^unet\.down_blocks\.0\.attentions\.0\.{CONTEXT}$",
+        rf"^\.model\.diffusion_model\.input_blocks\.1\.1\.{CONTEXT}$|^\.unet\.down_blocks\.0\.attentions\.0\.{CONTEXT}$",
         BASE,
     ),
-    (r"^model\.diffusion_model\.", f"a diffusion model of another architecture, and {ONLY}"),
-    (r"^down_blocks\.", f"a UNet in diffusers' layout: {WHOLE_FOLDER}"),
-    (r"^(input_blocks|output_blocks)\.", "a UNet alone: give the whole checkpoint"),
+    (r"^\.model\.diffusion_model\.", f"a diffusion model of another architecture, and {ONLY}"),
+    (r"^\.down_blocks\.", f"a UNet in diffusers' layout: {WHOLE_FOLDER}"),
+    (r"^\.(input_blocks|output_blocks)\.", "a UNet alone: give the whole checkpoint"),
     (
-        r"^((encoder|decoder)\.layers\.)?\d+\.(conv\.\d+\.)?weight$",
+        r"^\.((encoder|decoder)\.layers\.)?\d+\.(conv\.\d+\.)?weight$",
         "a small autoencoder (TAESD), which is another architecture",
     ),
-    (r"^(first_stage_model\.|vae\.)?(en|de)coder\.(down|up|mid)", VAE),
+    (r"^\.(first_stage_model\.|vae\.)?(en|de)coder\.(down|up|mid)", VAE),
     (
-        r"^(conditioner|cond_stage_model|text_model|transformer)\.|\.SelfAttention\.",
+        r"^\.(conditioner|cond_stage_model|text_model|transformer)\.|\.SelfAttention\.",
         "a text encoder alone: give the whole checkpoint",
     ),
-    (r"^(vision_model|visual)\.", "CLIP's image encoder: give the base"),
-    (r"^(unet|text_encoder)\.", f"an incomplete folder in diffusers' layout: {WHOLE_FOLDER}"),
+    (r"^\.(vision_model|visual)\.", "CLIP's image encoder: give the base"),
+    (r"^\.(unet|text_encoder)\.", f"an incomplete folder in diffusers' layout: {WHOLE_FOLDER}"),
 )
 
 
@@ -153,7 +157,7 @@ def other_pipeline(checkpoint: Checkpoint) -> str | None:
 
 
 def matching(checkpoint: Checkpoint, rows: Rows) -> str | None:
-    lines = "\n".join(checkpoint.tensors)  # one search a pattern, not one a key
+    lines = "".join(f".{key}\n" for key in checkpoint.tensors)  # one search a pattern, not one a key
     for patterns, what in rows:
         patterns = (patterns,) if isinstance(patterns, str) else patterns
         if all(re.search(pattern, lines, re.MULTILINE) for pattern in patterns):

@@ -54,7 +54,13 @@ def kind_of_lines(strongest: np.ndarray, weakest: np.ndarray) -> str | None:
 
 def channels(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The strongest and the weakest of each pixel, int (H, W) each."""
-    return pixels.max(axis=2).astype(int), pixels.min(axis=2).astype(int)
+    planes = in_planes(pixels)
+    return planes.max(axis=0).astype(int), planes.min(axis=0).astype(int)
+
+
+def in_planes(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> (3, H, W) in memory, too: NumPy reduces a first axis 20 times as fast as a last one of three."""
+    return np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
 
 
 def is_lit(strongest: np.ndarray) -> np.ndarray:
@@ -101,7 +107,7 @@ def is_circle(lit: np.ndarray) -> bool:
 
 
 def is_flat(pixels: np.ndarray) -> bool:
-    return np.ptp(pixels.reshape(-1, 3), axis=0).max() <= 24
+    return np.ptp(in_planes(pixels), axis=(1, 2)).max() <= 24
 
 
 def is_lines(pixels: np.ndarray, thinness: int = 20) -> bool:
@@ -130,13 +136,14 @@ def is_depth(pixels: np.ndarray) -> bool:
 
 
 def is_segmentation(pixels: np.ndarray) -> bool:
-    distances = np.abs(pixels.reshape(-1, 1, 3)[::17].astype(int) - ADE20K).max(axis=2).min(axis=1)
+    some = pixels.reshape(-1, 3)[::17].T.astype(np.int16)  # (3, N)
+    distances = np.abs(some[:, :, None] - ADE20K.T[:, None]).max(axis=0).min(axis=1)  # (3, N, classes) -> (N)
     return bool((distances <= 12).mean() > 0.5) and is_coloured(pixels)
 
 
 def is_normal(pixels: np.ndarray) -> bool:
     """Vectors of length 1 that point to the camera; black is unknown."""
-    known = pixels[pixels.max(axis=2) > 8]
+    known = pixels[channels(pixels)[0] > 8]
     length = np.linalg.norm(known / 127.5 - 1, axis=1)
     return bool(len(known) and (np.abs(length - 1) < 0.2).mean() > 0.6 and (known[:, 2] > 110).mean() > 0.8)
 

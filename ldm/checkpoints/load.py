@@ -194,6 +194,7 @@ def keys_of(parts: Parts, which: str) -> set[str]:
     return {
         source.key
         for module, key_map in parts
+        if getattr(key_map, which)
         for name, source in key_map.sources(module.state_dict()).items()
         if name.startswith(getattr(key_map, which))
     }

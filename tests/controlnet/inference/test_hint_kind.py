@@ -101,7 +101,10 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_photographs_are_not_for_guessing(name):
+def test_photographs_look_like_photographs_and_are_not_for_guessing(name):
+    assert looks_like(pixels_of(name)) == "a photograph" and not any(
+        READS[control].applies(fewer(pixels_of(name))) for control in ("canny", "openpose", "depth")
+    )
     gray = np.asarray(Image.fromarray(pixels_of(name)).convert("L").convert("RGB"))
     assert kind_of(pixels_of(name)) is None and kind_of(gray) is None
 
@@ -130,11 +133,17 @@ def test_our_examples_are_what_their_controls_read_and_no_others(name):
         assert (said == "") if control in READ_BY[name] else f'"{name}" looks like ' in said, (control, said)
 
 
-@pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize(
-    "control, detector",
-    [("canny", "canny"), ("scribble", "hed"), ("softedge", "hed"), ("openpose", "openpose"), ("depth", "midas")]
-    + [("lineart_anime", "lineart"), ("mlsd", "mlsd")],
+    "name, control, detector",
+    [
+        (PHOTOGRAPHS[0], "canny", "canny"),
+        (PHOTOGRAPHS[1], "scribble", "hed"),
+        (PHOTOGRAPHS[2], "softedge", "hed"),
+        (PHOTOGRAPHS[3], "openpose", "openpose"),
+        (PHOTOGRAPHS[0], "depth", "midas"),
+        (PHOTOGRAPHS[1], "lineart_anime", "lineart"),
+        (PHOTOGRAPHS[2], "mlsd", "mlsd"),
+    ],
 )
 def test_a_photograph_gets_the_detector_that_is_missing(name, control, detector):
     said = doubt(name, f"weights/control_v11p_sd15_{control}.pth", pixels_of(name))

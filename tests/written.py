@@ -1,6 +1,7 @@
 """Checkpoint files, written for the tests that load them."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,7 +33,9 @@ def load_mini(folder: Path, name: str = "mini_sd1", **arguments) -> StableDiffus
     return StableDiffusion.from_checkpoint(checkpoint, MINIS[name], **arguments)
 
 
+@cache
 def empty_unet(config: Config) -> UNet:
+    """Shapes alone, which tests do not change."""
     with without_weights():
         return UNet(config.unet)
 

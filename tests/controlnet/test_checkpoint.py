@@ -286,10 +286,10 @@ def test_a_name_that_is_nowhere_says_where_it_was_looked_for(weights):
     assert "it is a URL" in error_of(find_control, "https://hub/control.safetensors", SD15.unet)
 
 
-@pytest.mark.parametrize("config", [ControlConfig(architecture=name) for name in ("full", "lite", "concat")])
-@pytest.mark.parametrize("averaged", [False, True])
-def test_a_state_of_a_run_is_taken_as_what_it_saves(sd, tmp_path, config, averaged):
+@pytest.mark.parametrize("architecture, averaged", [("full", False), ("full", True), ("lite", True), ("concat", False)])
+def test_a_state_of_a_run_is_taken_as_what_it_saves(sd, tmp_path, architecture, averaged):
     """With everything else that is in one, and without a warning."""
+    config = ControlConfig(architecture=architecture)
     saved, other = (ControlNet.from_unet(sd.unet, config) for _ in range(2))
     torch.nn.init.normal_(saved.hint_encoder.convs[-1].weight)
     state = {"step": 3, "control": (other if averaged else saved).state_dict(), "decoder": {"x.bias": torch.ones(2)}}

@@ -86,27 +86,28 @@ def test_long_prompts_go_on_in_chunks_and_others_are_cut_and_said():
 @pytest.mark.parametrize(
     "prompt",
     [
-        " " * 40_000,
-        " \t\n" * 10_000 + "BREAKFAST",
-        "a" * 40_000,
-        "".join(chr(97 + i * i % 26) for i in range(40_000)),
-        ":" + "1" * 40_000,
-        ":1." * 10_000,
-        ": " * 20_000,
-        ":" + " " * 40_000 + "1" + " " * 9_000,
-        "B" * 40_000,
-        "\\" * 40_000,
-        ("(" * 99 + "a " + ")" * 99) * 200,
-        "e" + "\u0301\u0323" * 10_000,
+        " " * 20_000,
+        " \t\n" * 5_000 + "BREAKFAST",
+        "a" * 20_000,
+        "".join(chr(97 + i * i % 26) for i in range(20_000)),
+        ":" + "1" * 20_000,
+        ":1." * 5_000,
+        ": " * 10_000,
+        ":" + " " * 20_000 + "1" + " " * 4_500,
+        "B" * 20_000,
+        "\\" * 20_000,
+        ("(" * 99 + "a " + ")" * 99) * 100,
+        "e" + "\u0301\u0323" * 5_000,
     ],
     ids=lambda prompt: ascii(prompt[:8]),
 )
-def test_any_prompt_is_read_within_seconds(prompt):
-    begun = time.monotonic()
+def test_any_prompt_is_read_within_a_second(prompt):
+    """Of the processor's time: what takes four times as long for twice the text would take more."""
+    begun = time.process_time()
     with suppress(ValueError):  # for its number of chunks
         chunks_of(Tokenizer(SD15.text), prompt, long=True)
     cut_texts(Tokenizer(SD15.text), prompt)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 1.25
 
 
 def test_spaces_are_read_once():

@@ -1,6 +1,5 @@
 """Files: what is loaded is what was saved, in the memory it needs, and every file that does not fit says why."""
 
-import copy
 import json
 import os
 import pickle
@@ -15,7 +14,7 @@ import torch
 from minis import relative
 from reference import FIXTURES, MINI_SD1, fill, filled, load_manifest
 from safetensors.torch import load_file, save_file
-from small import SMALL, assert_same, error_of, small_control, small_sd
+from small import SMALL, SMALLEST, assert_same, error_of, small_control, small_sd
 from torch.utils._python_dispatch import TorchDispatchMode
 from written import CONTEXT_KEY, MINIS, empty_unet, file_of, load_mini, rewrite, write_minis
 
@@ -116,13 +115,14 @@ def test_saving_gives_back_the_same_file(folder, minis, tmp_path, name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_disk_and_in_memory(tmp_path, dtype):
     """Of a model of another depth."""
-    model = small_sd()
+    model = small_sd(SMALLEST)
     model.save(tmp_path / "half.safetensors", dtype=dtype)
     assert {value.dtype for value in load_file(tmp_path / "half.safetensors").values()} == {dtype}
     for wanted in (torch.float32, dtype):
         again = StableDiffusion.load(tmp_path / "half.safetensors", dtype=wanted)
         assert {value.dtype for value in again.parameters()} == {wanted}
-        assert_same(again, copy.deepcopy(model).to(dtype).to(wanted))
+        state = model.state_dict()
+        assert all(torch.equal(v, state[key].to(dtype).to(wanted)) for key, v in again.state_dict().items())
     small_control(model).save(tmp_path / "control.safetensors")
     control = ControlNet.load(tmp_path / "control.safetensors", again.unet)
     assert {value.dtype for value in control.parameters()} == {dtype}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import SMALL, assert_same, error_of, small_sd, strengthened
+from small import SMALLEST, assert_same, error_of, small_sd, strengthened
 from written import rewrite
 
 from ldm import StableDiffusion
@@ -21,12 +21,12 @@ NORM = f"{PREFIX}decoder.conv_in.bias"
 def other():
     """A model with another autoencoder than `small_sd`."""
     torch.manual_seed(7)
-    return strengthened(StableDiffusion(SMALL)).eval()
+    return strengthened(StableDiffusion(SMALLEST)).eval()
 
 
 @pytest.fixture(scope="module")
 def own():
-    return small_sd()
+    return small_sd(SMALLEST)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def folder(own, other, tmp_path_factory):
     save_file(
         {key: value for key, value in load_file(folder / "base.safetensors").items() if not key.startswith(PREFIX)},
         folder / "without.safetensors",
-        {"config": json.dumps(SMALL.to_dict())},
+        {"config": json.dumps(SMALLEST.to_dict())},
     )
-    rewrite(folder / "base.safetensors", lambda tensors: tensors.update({NORM: torch.full((8,), torch.nan)}))
+    rewrite(folder / "base.safetensors", lambda tensors: tensors.update({NORM: torch.full((4,), torch.nan)}))
     own.save(folder / "base", layout="diffusers")
     (folder / "base" / "vae").rename(folder / "unused")
     return folder
@@ -113,7 +113,7 @@ def test_what_does_not_fit(folder, tmp_path):
         rewrite(folder / "original.safetensors", change, path)
         return error_of(open_base, folder / "without.safetensors", vae=path)
 
-    wide = sentence(lambda tensors: tensors.update({"decoder.conv_in.weight": torch.zeros(8, 16, 3, 3)}))
+    wide = sentence(lambda tensors: tensors.update({"decoder.conv_in.weight": torch.zeros(4, 16, 3, 3)}))
     assert f'"{path}" is an autoencoder with 16 latent channels, expected 4' in wide
     assert "1 key missing (first_stage_model.quant_conv.bias)" in sentence(without_a_bias)
     assert "holds no autoencoder: it is a LoRA" in sentence(lambda tensors: {"lora_unet_x.alpha": torch.zeros(1)})
@@ -121,7 +121,7 @@ def test_what_does_not_fit(folder, tmp_path):
 
 
 def test_the_scale_of_another_familys_latents(folder, tmp_path):
-    config = replace(SMALL, vae=replace(SMALL.vae, scale=0.13025))
+    config = replace(SMALLEST, vae=replace(SMALLEST.vae, scale=0.13025))
     StableDiffusion(config).save(tmp_path / "sdxl", layout="diffusers")
     for vae in ("sdxl", "sdxl/vae", "sdxl/vae/diffusion_pytorch_model.safetensors"):
         sentence = error_of(open_base, folder / "without.safetensors", vae=tmp_path / vae)

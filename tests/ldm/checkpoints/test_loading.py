@@ -1,14 +1,13 @@
 """Files: what is loaded is what was saved, in the memory it needs, and every file that does not fit says why."""
 
 import json
-import os
 import pickle
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from minis import relative
@@ -21,7 +20,7 @@ from written import CONTEXT_KEY, MINIS, empty_unet, file_of, load_mini, rewrite,
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
 from ldm.checkpoints.key_maps import unet_map
-from ldm.checkpoints.load import without_weights
+from ldm.checkpoints.load import load_parts, without_weights
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import identify
@@ -29,8 +28,6 @@ from ldm.checkpoints.save import save_checkpoint
 from ldm.config import PRESETS, SD15, SD21, SD21_BASE, TINY, TextConfig, UNetConfig
 from ldm.fast.packed import pack
 from ldm.unet import UNet
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -148,36 +145,30 @@ def test_loaded_models_are_locked(minis):
 
 # ------------------------------------------------------------------------------------------------------------ memory
 
-MEASURE = """
-import resource
-import sys
-import torch
-from ldm.checkpoints.load import load_parts
-from ldm.checkpoints.open import open_checkpoint
-from ldm.config import UNetConfig
-from ldm.checkpoints.key_maps import unet_map
-from ldm.fast.packed import pack
-from ldm.unet import UNet
 
 def memory(name):
-    lines = open("/proc/self/status").read().splitlines()
+    """A line of what Linux says of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # no file is kept open for each tensor
-config = UNetConfig(channels=64)
-checkpoint = open_checkpoint(sys.argv[1])
-torch.ones(1000).half().sum()
-for dtype in (torch.float16, torch.float32):  # the peak of the second is higher
-    with torch.device("meta"):
-        unet = UNet(config)
-    before, own_before = memory("VmRSS"), memory("RssAnon")
-    load_parts(checkpoint, [(unet, unet_map(config))], (), dtype)
-    own = memory("RssAnon") - own_before
-    for parameter in unet.parameters():
-        parameter.detach().view(-1)[::64].sum()  # touches every page
-    size = sum(p.numel() * p.element_size() for p in unet.parameters())
-    print(size, own, memory("VmHWM") - before)
-"""
+
+def measure_loading(path, results):
+    """In fp16 and in fp32, whose peak is higher: bytes of the parameters, of what is the process's own, of the peak."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # no file is kept open for each tensor
+    checkpoint, config = open_checkpoint(path), UNetConfig(channels=64)
+    torch.ones(1000).half().sum()
+    for dtype in (torch.float16, torch.float32):
+        with without_weights():
+            unet = UNet(config)
+        before, own_before = memory("VmRSS"), memory("RssAnon")
+        load_parts(checkpoint, [(unet, unet_map(config))], (), dtype)
+        own = memory("RssAnon") - own_before
+        for parameter in unet.parameters():
+            parameter.detach().view(-1)[::64].sum()  # touches every page
+        size = sum(p.numel() * p.element_size() for p in unet.parameters())
+        results.put((size, own, memory("VmHWM") - before))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -188,14 +179,14 @@ def test_loading_needs_the_memory_of_the_parameters(tmp_path):
         state = UNet(config).state_dict()
     sources = unet_map(config).sources(state)
     save_file({sources[name].key: torch.full(value.shape, 0.5) for name, value in state.items()}, path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    path.unlink()
-    for line, copied in zip(result.stdout.splitlines(), (1.0, 0.0), strict=True):
-        size, own, peak = map(int, line.split())
+    results = forked.CONTEXT.Queue()
+    process = forked.start(measure_loading, path, results)
+    for copied in (1.0, 0.0):
+        size, own, peak = results.get(timeout=60)
         assert abs(own - copied * size) < 0.15 * size
         assert peak < 1.15 * size
+    process.join()
+    path.unlink()
 
 
 class MetaOperations(TorchDispatchMode):

@@ -238,7 +238,7 @@ def test_ddim_finds_what_the_denoiser_knows(prediction, steps):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 30])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("prediction", ["v", "x0"])
 def test_zero_terminal_snr_reaches_the_data_itself(name, steps, prediction):
     schedule = Schedule(ScheduleConfig(prediction, zero_terminal_snr=True))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import SMALL, assert_same, error_of, small_control, small_sd
+from small import SMALLEST, assert_same, error_of, small_control, small_sd
 from written import rewrite
 
 from controlnet.model import ControlNet
@@ -30,7 +30,7 @@ from tools.checkpoints import contents
 
 @pytest.fixture(scope="module")
 def sd():
-    return small_sd()
+    return small_sd(SMALLEST)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_text_models_without_their_outer_level(sd, base):
 def test_unused_layers_of_sd2_may_be_missing(tmp_path):
     """Files that went through diffusers lack them. Zeros stand in: the prompt's states are the same."""
 
-    config = replace(SMALL, text=replace(SMALL.text, family="open_clip", layers=2))
+    config = replace(SMALLEST, text=replace(SMALLEST.text, family="open_clip", layers=2))
     model = StableDiffusion(config)
     model.save(tmp_path / "base.safetensors")
     rewrite(
@@ -233,13 +233,13 @@ def test_who_says_eps_or_v(tmp_path):
 
 
 def test_folders_say_what_they_are(sd, folder):
-    assert StableDiffusion.load(folder).config == SMALL  # by our metadata
+    assert StableDiffusion.load(folder).config == SMALLEST  # by our metadata
     # Our 1x1 convolutions of the autoencoder's attention are linear layers there.
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    assert vae["encoder.mid_block.attentions.0.to_q.weight"].shape == (SMALL.vae.widths[-1],) * 2
+    assert vae["encoder.mid_block.attentions.0.to_q.weight"].shape == (SMALLEST.vae.widths[-1],) * 2
     rewrite_folder(folder / "unet")
     found = identify(open_checkpoint(folder))
-    assert found.config.unet == SMALL.unet and found.config.schedule == SMALL.schedule
+    assert found.config.unet == SMALLEST.unet and found.config.schedule == SMALLEST.schedule
     assert found.prediction_source == "the scheduler's configuration"
     assert_same(StableDiffusion.load(folder), sd)
     assert identify(open_checkpoint(folder), "x0").config.schedule.prediction == "x0"
@@ -290,14 +290,14 @@ def test_tokens_that_were_added_to_a_small_vocabulary(sd, folder):
     key = "text_model.embeddings.token_embedding.weight"
     rewrite(
         folder / "text_encoder" / "model.safetensors",
-        lambda tensors: tensors.update({key: torch.cat([tensors[key], torch.ones(2, SMALL.text.width)])}),
+        lambda tensors: tensors.update({key: torch.cat([tensors[key], torch.ones(2, SMALLEST.text.width)])}),
     )
     config = folder / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": SMALL.text.vocabulary + 2}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": SMALLEST.text.vocabulary + 2}))
     rewrite_folder(folder / "unet")
     with pytest.warns(UserWarning, match=re.escape(f"left out: text_encoder.{key}[600:]")):
         again = StableDiffusion.load(folder)
-    assert again.config.text == SMALL.text
+    assert again.config.text == SMALLEST.text
     assert torch.equal(again.encode_text(["a dog"]), sd.encode_text(["a dog"]))
 
 
@@ -320,7 +320,7 @@ def test_folders_that_lack_something(folder, tmp_path):
 def test_loras_of_all_kinds(tmp_path, key):
     save_file({key: torch.zeros(4, 4)}, tmp_path / "file.safetensors")
     assert "it is a LoRA" in error_of(StableDiffusion.load, tmp_path / "file.safetensors")
-    assert "it is a LoRA" in error_of(ControlNet.load, tmp_path / "file.safetensors", UNet(SMALL.unet))
+    assert "it is a LoRA" in error_of(ControlNet.load, tmp_path / "file.safetensors", UNet(SMALLEST.unet))
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_contents_from_the_header_alone(sd, control, base, folder, tmp_path):
         assert (found.kind, found.layout, found.control) == ("base", layout, None)
         assert found.parameters == dict(zip(("UNet", "autoencoder", "text encoder"), counts, strict=False))
         assert found.dtypes == {"float32": sum(counts[:3])} and not found.ema
-        assert found.base.config == SMALL
+        assert found.base.config == SMALLEST
     found = contents(open_checkpoint(tmp_path / "control.safetensors"))
     assert (found.kind, found.layout, found.base) == ("ControlNet", "ldm", None)
     assert found.parameters == {"ControlNet": counts[3]} and found.dtypes == {"float16": counts[3]}
@@ -409,6 +409,6 @@ def test_a_part_alone_fills_a_part(sd, folder):
     """What `load_parts` offers to programs that put a model together: one component's file, one module."""
     from ldm.vae import AutoencoderKL
 
-    vae = AutoencoderKL(SMALL.vae)
-    load_parts(open_checkpoint(folder), [(vae, base_maps(SMALL, "diffusers")[1])], ("unet.", "text_encoder."))
+    vae = AutoencoderKL(SMALLEST.vae)
+    load_parts(open_checkpoint(folder), [(vae, base_maps(SMALLEST, "diffusers")[1])], ("unet.", "text_encoder."))
     assert_same(vae, sd.vae)

@@ -693,10 +693,10 @@ def test_an_image_with_nothing_where_each_has_a_value_is_refused(everything, cap
 
 def test_too_many_hints_in_an_image_are_refused(everything, capsys):
     settings = settings_of("first-2.png")
-    settings |= {name: settings[name][:1] * 1000 for name, value in settings.items() if isinstance(value, list)}
+    settings |= {name: settings[name][:1] * 33 for name, value in settings.items() if isinstance(value, list)}
     save_png(photograph((8, 8)), "first-2.png", {"controlnet": json.dumps(settings)})
     assert again() == 2
-    assert "there are 1000 --hint for one image, expected at most 32" in capsys.readouterr().err
+    assert "there are 33 --hint for one image, expected at most 32" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- again: A1111's
@@ -767,13 +767,6 @@ def test_the_mode_of_a_control_is_its_layers_and_branch(weights):
     net = ControlNet.load(weights / "tiny-fill50k.safetensors", sd.unet, global_average_pooling=True)
     (want,) = by_hand(sd, "", [Control(net, hint, prompt_only=True)], steps=2)
     assert np.array_equal(pixels_of("shuffle.png"), np.asarray(want))
-
-
-def test_short_names_stand_for_the_small_controls():
-    hint = ["--hint", "circle.png", "--control"]
-    for name in ("circles", "fill50k", "tiny-fill50k", "tiny-fill50k.safetensors"):
-        assert run(*hint, name, "--out", f"{name}.png") == 0
-        assert np.array_equal(pixels_of(f"{name}.png"), pixels_of("circles.png"))
 
 
 def test_a_hint_is_detected_at_the_images_size_and_saved(capsys):

@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 from minis import MINIS, corner, inputs, mini_control, mini_unet, relative, stored
+from small import SMALL, small_control, small_sd
 
 from controlnet.guidance import (
     Control,
@@ -33,6 +34,24 @@ def denoiser(style="sd1", cfg=9.0, controls=None, **options):
 
 def mini_schedule(style="sd1"):
     return Schedule(MINIS[style].schedule)
+
+
+# Small networks, for what is compared with their own outputs.
+SD = small_sd()
+UNET, NET, SMALL_SCHEDULE = SD.unet, small_control(SD), SD.schedule
+SMALL_LEVELS = residual_levels(SMALL.unet)
+CONTEXT, NEGATIVE = torch.randn(2, 2, 77, SMALL.unet.context_width, generator=torch.Generator().manual_seed(0))
+
+
+def small_inputs():
+    """x (2, 4, 8, 8), t (2,), context (2, 77, D) and hint (2, 3, 64, 64)."""
+    generator = torch.Generator().manual_seed(1)
+    x, hint = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, 3, 64, 64, generator=generator)
+    return x, torch.tensor([601, 21]), CONTEXT, hint
+
+
+def small_denoiser(cfg=9.0, controls=(), **options):
+    return guided(UNET, CONTEXT, NEGATIVE, cfg, controls, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -113,50 +132,48 @@ def test_guess_mode_gets_weaker_towards_the_first_block():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", [0, 5, 12])
+@pytest.mark.parametrize("layer", [0, 3, 6])
 def test_each_layer_has_a_strength_of_its_own(layer):
-    x, t, context, hint = corner("sd1")
-    net = mini_control("sd1")
-    layers = [1.0] * 13
+    x, t, context, hint = small_inputs()
+    layers = [1.0] * len(SMALL_LEVELS)
     layers[layer] = 0.25
-    residuals = net(x, t, context, hint)
+    residuals = NET(x, t, context, hint)
     residuals[layer] = 0.5 * residuals[layer]
     others = [r if i == layer else 2 * r for i, r in enumerate(residuals)]
-    got = denoiser(cfg=1, controls=[Control(net, hint, scale=2.0, layers=layers)])(x, t)
-    assert relative(got, mini_unet("sd1")(x, t, context, others)) < 1e-6
+    got = small_denoiser(cfg=1, controls=[Control(NET, hint, scale=2.0, layers=layers)])(x, t)
+    assert relative(got, UNET(x, t, context, others)) < 1e-6
 
 
 # ------------------------------------------------------------------------------------------------------------ branches
 
 
-def modes(style="sd1"):
-    net, hint = mini_control(style), corner(style)[3]
-    return [Control(net, hint), Control(net, hint.flip(-1), 0.5, guess_weights(LEVELS), prompt_only=True)]
+def modes():
+    hint = small_inputs()[3]
+    return [Control(NET, hint), Control(NET, hint.flip(-1), 0.5, guess_weights(SMALL_LEVELS), prompt_only=True)]
 
 
 @torch.no_grad()
 def test_two_evaluations_give_what_one_batch_gives():
-    x, t, *_ = corner("sd1")
+    x, t, *_ = small_inputs()
     for controls in (modes(), modes()[1:], []):
-        got = denoiser(controls=controls, batched=False)(x, t)
-        assert relative(got, denoiser(controls=controls)(x, t)) < 5e-6
+        got = small_denoiser(controls=controls, batched=False)(x, t)
+        assert relative(got, small_denoiser(controls=controls)(x, t)) < 5e-6
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_control_of_the_prompt_alone_does_not_act_on_the_negative_one(batched):
-    x, t, context, hint = corner("sd1")
-    net, unet, negative = mini_control("sd1"), mini_unet("sd1"), stored("inputs")["sd1/uncond"]
-    without = unet(x, t, negative)
-    want = without + 3 * (unet(x, t, context, net(x, t, context, hint)) - without)
-    got = denoiser(cfg=3, controls=[Control(net, hint, prompt_only=True)], batched=batched)(x, t)
+    x, t, context, hint = small_inputs()
+    without = UNET(x, t, NEGATIVE)
+    want = without + 3 * (UNET(x, t, context, NET(x, t, context, hint)) - without)
+    got = small_denoiser(cfg=3, controls=[Control(NET, hint, prompt_only=True)], batched=batched)(x, t)
     assert relative(got, want) < 5e-6
 
 
 @torch.no_grad()
 def test_without_guidance_the_only_branch_is_the_prompts():
-    x, t, _, hint = corner("sd1")
-    both = [denoiser(cfg=1, controls=[Control(mini_control("sd1"), hint, prompt_only=p)])(x, t) for p in (True, False)]
+    x, t, _, hint = small_inputs()
+    both = [small_denoiser(cfg=1, controls=[Control(NET, hint, prompt_only=p)])(x, t) for p in (True, False)]
     assert torch.equal(*both)
 
 
@@ -165,36 +182,35 @@ def test_without_guidance_the_only_branch_is_the_prompts():
 
 @torch.no_grad()
 def test_a_mask_is_the_mean_over_each_positions_pixels():
-    x, t, context, hint = corner("sd1")
-    net = mini_control("sd1")
+    x, t, context, hint = small_inputs()
     mask = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     residuals = []
-    for r in net(x, t, context, hint):
+    for r in NET(x, t, context, hint):
         side = 64 // r.shape[2]
         residuals.append(r * mask.unfold(2, side, side).unfold(3, side, side).mean((-1, -2)))
-    want = mini_unet("sd1")(x, t, context, residuals)
-    assert relative(denoiser(cfg=1, controls=[Control(net, hint, mask=mask)])(x, t), want) < 1e-6
+    want = UNET(x, t, context, residuals)
+    assert relative(small_denoiser(cfg=1, controls=[Control(NET, hint, mask=mask)])(x, t), want) < 1e-6
 
 
 @torch.no_grad()
 def test_a_white_mask_changes_nothing_and_a_black_one_takes_the_control_away():
-    x, t, _, hint = corner("sd1")
+    x, t, _, hint = small_inputs()
     white = torch.ones(1, 1, 64, 64)
     plain, masked, none = (
-        denoiser(controls=[Control(mini_control("sd1"), hint, mask=mask)])(x, t) for mask in (None, white, 0 * white)
+        small_denoiser(controls=[Control(NET, hint, mask=mask)])(x, t) for mask in (None, white, 0 * white)
     )
     assert relative(masked, plain) < 1e-6
-    assert relative(none, denoiser(controls=[])(x, t)) < 1e-6
+    assert relative(none, small_denoiser(controls=[])(x, t)) < 1e-6
 
 
 @torch.no_grad()
 def test_complementary_masks_add_up():
-    x, t, _, hint = corner("sd1")
+    x, t, _, hint = small_inputs()
     left = torch.zeros(1, 1, 64, 64)
     left[..., :28] = 1
-    parts = [Control(mini_control("sd1"), hint, mask=mask) for mask in (left, 1 - left)]
-    whole = [Control(mini_control("sd1"), hint)]
-    assert relative(denoiser(controls=parts)(x, t), denoiser(controls=whole)(x, t)) < 5e-6
+    parts = [Control(NET, hint, mask=mask) for mask in (left, 1 - left)]
+    whole = [Control(NET, hint)]
+    assert relative(small_denoiser(controls=parts)(x, t), small_denoiser(controls=whole)(x, t)) < 5e-6
 
 
 # ------------------------------------------------------------------------------------------------------------ when
@@ -202,16 +218,16 @@ def test_complementary_masks_add_up():
 
 @torch.no_grad()
 def test_a_control_acts_in_its_part_of_the_steps():
-    x, _, _, hint = corner("sd1")
-    net, timesteps = mini_control("sd1"), ddim_timesteps(mini_schedule(), 10)
+    x, _, _, hint = small_inputs()
+    timesteps = ddim_timesteps(SMALL_SCHEDULE, 10)
     ts = [torch.full((2,), timestep) for timestep in timesteps]
 
     @cache
     def want(i, acts):
-        return denoiser(cfg=1, controls=[Control(net, hint)] * acts)(x, ts[i])
+        return small_denoiser(cfg=1, controls=[Control(NET, hint)] * acts)(x, ts[i])
 
     for start, end, acting in [(0.0, 0.5, range(5)), (0.5, 1.0, range(5, 10)), (0.3, 0.7, range(3, 7))]:
-        got = denoiser(cfg=1, controls=[Control(net, hint, start=start, end=end)], timesteps=timesteps)
+        got = small_denoiser(cfg=1, controls=[Control(NET, hint, start=start, end=end)], timesteps=timesteps)
         for i in {acting[0] - 1, acting[0], acting[-1], acting[-1] + 1} & set(range(10)):
             assert relative(got(x, ts[i]), want(i, i in acting)) < 1e-6, (start, end, i)
 
@@ -224,9 +240,9 @@ def test_a_part_of_the_steps_has_no_gaps_between_its_timesteps():
 
 
 def test_a_part_of_the_steps_needs_the_timesteps():
-    hint = corner("sd1")[3]
+    hint = small_inputs()[3]
     with pytest.raises(ValueError, match="pass the argument timesteps"):
-        denoiser(controls=[Control(mini_control("sd1"), hint, end=0.5)])
+        small_denoiser(controls=[Control(NET, hint, end=0.5)])
 
 
 @pytest.mark.parametrize(
@@ -235,11 +251,11 @@ def test_a_part_of_the_steps_needs_the_timesteps():
         ({"start": 0.5, "end": 0.5}, "acts from 0.5 to 0.5 of the steps, expected 0 <= start < end <= 1"),
         ({"start": -0.1}, "acts from -0.1 to 1.0"),
         ({"end": 1.5}, "acts from 0.0 to 1.5"),
-        ({"layers": [1.0] * 12}, "12 layer weights, expected 13"),
+        ({"layers": [1.0] * 6}, "6 layer weights, expected 7"),
         ({"hint": torch.zeros(3, 64, 64)}, r"has the shape \(3, 64, 64\), expected \(1, 3, H, W\)"),
         ({"hint": torch.zeros(1, 1, 64, 64)}, r"has the shape \(1, 1, 64, 64\), expected"),
     ],
 )
 def test_a_control_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Control(**{"net": mini_control("sd1"), "hint": corner("sd1")[3], **options})
+        Control(**{"net": NET, "hint": small_inputs()[3], **options})

@@ -11,7 +11,7 @@ from minis import MINIS, mini_unet
 from reference import MINI_SD1, filled, load_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import SMALL, assert_same, error_of, small_control, small_sd
+from small import SMALLEST, assert_same, error_of, small_control, small_sd
 from torch.optim.swa_utils import AveragedModel
 from written import CONTEXT_KEY, empty_unet, file_of, rewrite
 
@@ -29,7 +29,7 @@ from tools.checkpoints import contents, find_model
 
 @pytest.fixture(scope="module")
 def sd():
-    return small_sd()
+    return small_sd(SMALLEST)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_control_keeps_its_own_configuration(sd, tmp_path):
     with safe_open(tmp_path / "control.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert json.loads(metadata["config"])["unet"]["channels"] == SMALL.unet.channels
+    assert json.loads(metadata["config"])["unet"]["channels"] == SMALLEST.unet.channels
 
 
 def test_control_without_its_prefix(sd, control, tmp_path):
@@ -175,7 +175,7 @@ def test_difference_files_are_added_to_the_base(sd, control, tmp_path):
 
 
 def test_transfer_to_another_base(sd, control):
-    other = UNet(SMALL.unet)
+    other = UNet(SMALLEST.unet)
     moved = ControlNet(sd.unet, control.config)
     moved.load_state_dict(control.state_dict())
     moved.transfer(sd.unet, sd.unet)
@@ -198,7 +198,7 @@ def test_what_is_no_copy_cannot_be_moved(sd, control, tmp_path):
     lite.save(path)
     rewrite(path, lambda tensors: {**tensors, "difference": torch.zeros(1)})  # a lie
     assert "a ControlNet-lite has no copy" in error_of(ControlNet.load, path, sd.unet)
-    wide = UNet(replace(SMALL.unet, channels=32))
+    wide = UNet(replace(SMALLEST.unet, channels=32))
     assert "another architecture" in error_of(control.transfer, sd.unet, wide)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import SMALL, assert_same, error_of, for_inpainting, small_control, small_sd, strengthened
+from small import SMALLEST, assert_same, error_of, for_inpainting, small_control, small_sd, strengthened
 
 from controlnet.layouts import control_map
 from controlnet.model import ControlNet
@@ -18,7 +18,7 @@ RANK = 3
 
 @pytest.fixture(scope="module")
 def sd():
-    return small_sd()
+    return small_sd(SMALLEST)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def made(sd, tmp_path_factory):
     """-> the file, and the ControlNet that it means for this base, in which every encoder's bias is the file's own but
     the first."""
     control, generator, factors = small_control(sd), torch.Generator().manual_seed(4), {}
-    sources = control_map(SMALL.unet, control.config, "").sources(dict(control.named_parameters()))
+    sources = control_map(SMALLEST.unet, control.config, "").sources(dict(control.named_parameters()))
     for name, own in control.encoder.named_parameters(prefix="encoder"):
         base = sd.unet.get_parameter(name)
         if own.ndim == 1:
@@ -37,7 +37,7 @@ def made(sd, tmp_path_factory):
         stem = sources[name].key.removesuffix(".weight")
         factors |= {f"{stem}.up": up, f"{stem}.down": down}
         own.data = base + (up.flatten(1) @ down.flatten(1)).reshape(base.shape)
-    tensors = gather(control, control_map(SMALL.unet, control.config, ""), None)
+    tensors = gather(control, control_map(SMALLEST.unet, control.config, ""), None)
     tensors = {key: value for key, value in tensors.items() if f"{key.removesuffix('.weight')}.up" not in factors}
     del tensors["input_blocks.0.0.bias"]
     file = tmp_path_factory.mktemp("made") / "lora.safetensors"
@@ -60,7 +60,7 @@ def test_it_goes_with_any_base_of_the_family(sd, made):
     packed = copy.deepcopy(sd)
     pack(packed.unet)  # whose weights are no parameters any more
     assert_same(ControlNet.load(file, packed), meant)
-    other = strengthened(small_sd())
+    other = strengthened(small_sd(SMALLEST))
     weight = "encoder.middle.res1.conv1.weight"
     moved = meant.get_parameter(weight) + other.unet.get_parameter(weight) - sd.unet.get_parameter(weight)
     torch.testing.assert_close(ControlNet.load(file, other).get_parameter(weight), moved)
@@ -89,4 +89,4 @@ def test_changes_of_another_shape_are_refused(sd, made, tmp_path, change):
     tensors |= {} if up is None else {"input_blocks.0.0.up": up.contiguous()}
     save_file(tensors, tmp_path / "bad.safetensors")
     message = error_of(ControlNet.load, tmp_path / "bad.safetensors", sd)
-    assert "does not fit: input_blocks.0.0.up is" in message and "expected a product of [16, 4, 3, 3]" in message
+    assert "does not fit: input_blocks.0.0.up is" in message and "expected a product of [8, 4, 3, 3]" in message

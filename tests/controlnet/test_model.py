@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from minis import MINIS, corner, every_fourth, inputs, mini_control, mini_unet, relative, stored
-from small import SMALL
+from small import SMALLEST
 from torch import nn
 
 from controlnet.guidance import Control, guided
@@ -109,7 +109,7 @@ def random_unet(config):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd1", "sd2", "small"])
 def test_a_fresh_control_leaves_every_bit_of_the_output(name):
-    unet = random_unet(SMALL.unet) if name == "small" else mini_unet(name)
+    unet = random_unet(SMALLEST.unet) if name == "small" else mini_unet(name)
     x, t, _, hint = corner("sd1")
     context = torch.randn(2, 7, unet.config.context_width, generator=torch.Generator().manual_seed(1))
     residuals = ControlNet.from_unet(unet)(x, t, context, hint)
@@ -119,7 +119,7 @@ def test_a_fresh_control_leaves_every_bit_of_the_output(name):
 
 
 def test_a_fresh_control_is_a_trainable_copy_in_fp32():
-    unet = random_unet(SMALL.unet).half()
+    unet = random_unet(SMALLEST.unet).half()
     control = ControlNet.from_unet(unet)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in control.parameters())
     copied, original = control.encoder.state_dict(), unet.encoder.state_dict()
@@ -128,7 +128,7 @@ def test_a_fresh_control_is_a_trainable_copy_in_fp32():
 
 
 def test_training_the_copy_leaves_the_original_alone():
-    unet = random_unet(SMALL.unet)
+    unet = random_unet(SMALLEST.unet)
     before = copy.deepcopy(unet.state_dict())
     with torch.no_grad():
         for parameter in ControlNet.from_unet(unet).parameters():

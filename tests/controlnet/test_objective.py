@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from minis import MINIS, inputs, mini_unet, new_mini_control, relative, stored
-from small import SMALL
+from small import SMALLEST
 
 from controlnet.ablations import only_middle
 from controlnet.layouts import control_map
@@ -95,23 +95,23 @@ def test_losses_along_adamw_steps_are_the_published_ones(style, how):
 
 def small_unet():
     torch.manual_seed(0)
-    return UNet(SMALL.unet).requires_grad_(False)
+    return UNet(SMALLEST.unet).requires_grad_(False)
 
 
 def small_batch():
     """z0, noise, t, context and hint of two pictures."""
     generator = torch.Generator().manual_seed(1)
     z0, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
-    context = torch.randn(2, 5, SMALL.unet.context_width, generator=generator)
+    context = torch.randn(2, 5, SMALLEST.unet.context_width, generator=generator)
     return z0, noise, torch.tensor([600, 80]), context, torch.rand(2, 3, 64, 64, generator=generator)
 
 
 def small_loss(unet, control):
-    return ControlLoss(unet, control, Schedule(SMALL.schedule))(*small_batch())
+    return ControlLoss(unet, control, Schedule(SMALLEST.schedule))(*small_batch())
 
 
 def test_the_loss_is_the_mean_squared_error_to_the_schedules_target():
-    unet, schedule = small_unet(), Schedule(SMALL.schedule)
+    unet, schedule = small_unet(), Schedule(SMALLEST.schedule)
     z0, noise, t, context, _ = small_batch()
     output = unet(schedule.q_sample(z0, t, noise), t, context)
     want = F.mse_loss(output, schedule.target(z0, t, noise))
@@ -120,7 +120,7 @@ def test_the_loss_is_the_mean_squared_error_to_the_schedules_target():
 
 def test_the_loss_of_a_fresh_control_is_the_bases():
     unet, (z0, noise, t, context, _) = small_unet(), small_batch()
-    schedule = Schedule(SMALL.schedule)
+    schedule = Schedule(SMALLEST.schedule)
     want = denoising_loss(schedule, unet(schedule.q_sample(z0, t, noise), t, context), z0, noise, t)
     assert torch.equal(small_loss(unet, ControlNet.from_unet(unet)), want)
 
@@ -188,7 +188,7 @@ def test_only_the_middle_learns_and_the_other_residuals_stay_zero():
     unet = small_unet()
     control = ControlNet.from_unet(unet)
     only_middle(control)
-    loss = ControlLoss(unet, control, Schedule(SMALL.schedule))
+    loss = ControlLoss(unet, control, Schedule(SMALLEST.schedule))
     optimisation = Optimisation(trained_by(loss), 1e-3, constant_schedule(0), CPU)
     for _ in range(2):
         optimisation.backward(loss(*small_batch()))
@@ -212,7 +212,7 @@ def test_the_norms_are_those_of_weight_and_bias():
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_min_snr_caps_what_the_error_of_x0_counts(prediction):
     """Hang et al., Eq. 8: whatever the network predicts, the error of its x0 weighs min(SNR, gamma)."""
-    schedule = Schedule(replace(SMALL.schedule, prediction=prediction, zero_terminal_snr=False))
+    schedule = Schedule(replace(SMALLEST.schedule, prediction=prediction, zero_terminal_snr=False))
     generator = torch.Generator().manual_seed(0)
     x0, noise, error = torch.randn(3, 4, 4, 8, 8, generator=generator, dtype=torch.float64)
     t = torch.tensor([10, 200, 600, 950])
@@ -225,7 +225,7 @@ def test_min_snr_caps_what_the_error_of_x0_counts(prediction):
 
 
 def test_the_weighted_loss_is_the_weighted_mean_of_each_pictures():
-    unet, schedule = small_unet(), Schedule(SMALL.schedule)
+    unet, schedule = small_unet(), Schedule(SMALLEST.schedule)
     control, batch = ControlNet.from_unet(unet), small_batch()
     weights = min_snr_weights(schedule, batch[2], 5.0)
     loss = ControlLoss(unet, control, schedule)
@@ -242,7 +242,7 @@ def test_only_what_is_trained_is_under_autocast(dtype, unlocked):
     control = ControlNet.from_unet(unet)
     for zero_conv in (*control.zero_convs, control.middle_zero_conv, control.hint_encoder.convs[-1]):
         torch.nn.init.normal_(zero_conv.weight, std=0.1)
-    loss, batch = ControlLoss(unet, control, Schedule(SMALL.schedule)), [part[:1] for part in small_batch()]
+    loss, batch = ControlLoss(unet, control, Schedule(SMALLEST.schedule)), [part[:1] for part in small_batch()]
     want = loss(*batch)
     unet.to(dtype)
     unet.decoder.to(torch.float32 if unlocked else dtype).requires_grad_(unlocked)

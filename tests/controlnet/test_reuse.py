@@ -9,7 +9,7 @@ import pytest
 import torch
 from minis import relative
 from PIL import Image
-from small import SMALL, small_control, small_sd
+from small import SMALLEST, small_control, small_sd
 
 from controlnet.guidance import Control, PreparedControl, guided
 from controlnet.inference.generate import generate
@@ -18,11 +18,11 @@ from controlnet.reuse import Reusing, reusing
 from ldm.samplers import timesteps_for
 
 TIMESTEPS = [901, 701, 501, 301, 101]
-SD = small_sd()
+SD = small_sd(SMALLEST)
 UNET, NET = SD.unet, small_control(SD)
 GENERATOR = torch.Generator().manual_seed(0)
 HINT = torch.rand(2, 3, 64, 64, generator=GENERATOR)
-CONTEXT, NEGATIVE = torch.randn(2, 2, 77, SMALL.unet.context_width, generator=GENERATOR)
+CONTEXT, NEGATIVE = torch.randn(2, 2, 77, SMALLEST.unet.context_width, generator=GENERATOR)
 
 
 def control(**options):

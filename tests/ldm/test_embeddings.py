@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import SMALL, small_sd
+from small import SMALLEST, small_sd
 
 from ldm.config import SD15, SD21
 from ldm.embeddings import EmbeddingTokenizer, with_embeddings
@@ -37,24 +37,24 @@ def test_a_name_has_its_ids_where_it_is_a_word(config):
 
 def test_vectors_stand_in_for_tokens():
     """Vectors that are the table's own rows give what those tokens give."""
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     ids = sd.tokenizer.encode("red circle")
     vectors = sd.text_encoder.token_embedding.weight[ids].clone()
-    other = with_embeddings(sd, {"thing": vectors, "second": torch.zeros(1, SMALL.text.width)})
+    other = with_embeddings(sd, {"thing": vectors, "second": torch.zeros(1, SMALLEST.text.width)})
     prompts = ["a thing, small", "a small THING"]
     assert torch.equal(other.encode_text(prompts), sd.encode_text(["a red circle, small", "a small red circle"]))
     assert torch.equal(other.encode_text(["a second"]), other.encode_text(["a embedding:second"]))
     assert not torch.equal(other.encode_text(["a second"]), sd.encode_text(["a second"]))
     # The model that was given does not know them, and shares all else.
-    assert len(sd.text_encoder.token_embedding.weight) == SMALL.text.vocabulary
+    assert len(sd.text_encoder.token_embedding.weight) == SMALLEST.text.vocabulary
     assert other.unet is sd.unet and other.text_encoder.blocks is sd.text_encoder.blocks
     assert with_embeddings(sd, {}) is sd
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_vectors_take_the_models_type(dtype):
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     sd.text_encoder.to(dtype)
-    other = with_embeddings(sd, {"thing": torch.zeros(2, SMALL.text.width)})
+    other = with_embeddings(sd, {"thing": torch.zeros(2, SMALLEST.text.width)})
     assert other.text_encoder.token_embedding.weight.dtype == dtype
     assert not other.text_encoder.token_embedding.weight.requires_grad

@@ -250,7 +250,7 @@ def test_each_network_is_on_the_device_only_while_it_is_used(sd, monkeypatch):
 
 
 def test_an_autoencoder_whose_halves_overflow_is_computed_in_fp32():
-    half, full = small_sd(), small_sd()
+    half, full = small_sd(SMALLEST), small_sd(SMALLEST)
     for sd in (half, full):
         sd.vae.decoder.conv_in.weight *= 5e3
         sd.vae.decoder.norm_out.weight *= 0.1
@@ -266,7 +266,7 @@ def test_an_autoencoder_whose_halves_overflow_is_computed_in_fp32():
 
 
 def test_of_a_batch_only_what_overflows_is_decoded_again(monkeypatch):
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     sd.vae.decoder.conv_in.weight *= 5e3
     sd.vae.decoder.norm_out.weight *= 0.1
     latents = torch.cat([1e-3 * draws(0, 1)[0], draws(1, 1)[0], 1e-3 * draws(2, 1)[0]])

@@ -21,6 +21,7 @@ from controlnet.inference.tiles import in_tiles, shares_of, spans, tiles_of
 from controlnet.inference.upscale import larger_size, upscaled
 from controlnet.model import ControlNet
 from controlnet.training.simulation import StorageCounter, make_fake
+from ldm.checkpoints.load import without_weights
 from ldm.config import SD15, TINY
 from ldm.stable_diffusion import StableDiffusion
 
@@ -113,7 +114,7 @@ def test_tiles_make_another_image_of_large_sizes_alone(sd, net):
 
 def test_memory_is_bounded_by_the_tile():
     """Counted: an image of twice the area takes as much, beside its own latents and its hints' features."""
-    with torch.device("meta"):
+    with without_weights():
         sd = StableDiffusion(SMALLEST).requires_grad_(False)
         net = ControlNet.from_unet(sd.unet).requires_grad_(False)
     most = {}

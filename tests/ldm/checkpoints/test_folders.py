@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import assert_same, small_control, small_sd
+from small import SMALLEST, assert_same, small_control, small_sd
 
 from controlnet.checkpoint import find_control
 from controlnet.model import ControlNet
@@ -19,7 +19,7 @@ STEM = "diffusion_pytorch_model"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     sd.save(folder / "base", layout="diffusers")
     small_control(sd).save(folder / "control", layout="diffusers")
     small_control(sd).save(folder / "control.safetensors")
@@ -58,7 +58,7 @@ def test_a_base_in_one_variant_alone(models, tmp_path, variant):
     shutil.copytree(models / "base", tmp_path / "base")
     for file in (tmp_path / "base").glob("*/*.safetensors"):
         file.rename(file.with_suffix(f".{variant}.safetensors"))
-    assert_same(StableDiffusion.load(tmp_path / "base"), small_sd())
+    assert_same(StableDiffusion.load(tmp_path / "base"), small_sd(SMALLEST))
 
 
 def diffusers_trainer(models, folder):
@@ -92,5 +92,5 @@ def test_what_trainers_save_in_between_is_a_control(models, tmp_path, monkeypatc
     write(models, tmp_path / "checkpoint-500")
     monkeypatch.chdir(tmp_path)
     assert find_control("checkpoint-500", UNetConfig()) == find_control("./checkpoint-500", UNetConfig())
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     assert_same(ControlNet.load("checkpoint-500", sd), small_control(sd))

@@ -13,7 +13,7 @@ import torch
 from minis import relative
 from reference import FIXTURES, MINI_SD1, fill, filled, load_manifest
 from safetensors.torch import load_file, save_file
-from small import SMALL, SMALLEST, assert_same, error_of, small_control, small_sd
+from small import SMALLEST, assert_same, error_of, small_control, small_sd
 from torch.utils._python_dispatch import TorchDispatchMode
 from written import CONTEXT_KEY, MINIS, empty_unet, file_of, load_mini, rewrite, write_minis
 
@@ -41,10 +41,10 @@ def minis(folder):
     return {name: load_mini(folder, name) for name in MINIS}
 
 
-SMALL_SD2 = replace(SMALL, text=TextConfig("open_clip", width=16, heads=2, layers=2, vocabulary=600))
+SMALL_SD2 = replace(SMALLEST, text=TextConfig("open_clip", width=16, heads=2, layers=2, vocabulary=600))
 
 
-def load_changed(tmp_path, change, config=SMALL):
+def load_changed(tmp_path, change, config=SMALLEST):
     """A small model's file after `change` was done to its tensors."""
     path = tmp_path / "changed.safetensors"
     small_sd(config).save(path)
@@ -373,13 +373,13 @@ def test_missing_unexpected_and_misshapen_keys_are_named(tmp_path):
         for i in range(5):
             tensors[f"extra.{i}"] = torch.zeros(1)
         del tensors[prefix + "out.2.bias"]
-        tensors[prefix + "out.0.bias"] = torch.zeros(15)
+        tensors[prefix + "out.0.bias"] = torch.zeros(7)
 
     message = error_of(load_changed, tmp_path, change)
     assert "does not fit, it is damaged, or made for another architecture: " in message
     assert f"1 key missing ({prefix}out.2.bias)" in message
     assert "5 keys unexpected (extra.0, extra.1, extra.2, ...)" in message
-    assert f"1 key misshapen ({prefix}out.0.bias is [15], expected [16])" in message
+    assert f"1 key misshapen ({prefix}out.0.bias is [7], expected [8])" in message
 
 
 def test_fused_tensors_are_checked_whole(tmp_path):
@@ -396,15 +396,15 @@ def test_what_is_not_known_to_be_useless_is_named_when_it_is_left_out(tmp_path):
     assert str(warning.message).endswith(
         "more than the model reads, left out: betas2, cond_stage_model.position_ids, loss.logvar, ... (4 in all)"
     )
-    small_control(small_sd()).save(tmp_path / "control.safetensors")
+    small_control(small_sd(SMALLEST)).save(tmp_path / "control.safetensors")
     rewrite(tmp_path / "control.safetensors", lambda tensors: {**tensors, "control_model.extra": torch.zeros(1)})
     with pytest.warns(UserWarning, match="more than the model reads, left out: control_model.extra$"):
-        ControlNet.load(tmp_path / "control.safetensors", empty_unet(SMALL), "cpu")
+        ControlNet.load(tmp_path / "control.safetensors", empty_unet(SMALLEST), "cpu")
 
 
 def test_likely_causes(tmp_path):
     first = "model.diffusion_model.input_blocks.0.0.weight"
-    message = error_of(load_changed, tmp_path, lambda tensors: tensors.update({first: torch.zeros(16, 9, 3, 3)}))
+    message = error_of(load_changed, tmp_path, lambda tensors: tensors.update({first: torch.zeros(8, 9, 3, 3)}))
     assert "it is an inpainting model with 9 input channels, expected a text-to-image model with 4" in message
     for prefix, part in (("first_stage_model.", "autoencoder"), ("cond_stage_model.", "text encoder")):
 
@@ -413,7 +413,7 @@ def test_likely_causes(tmp_path):
 
         message = error_of(load_changed, tmp_path, change)
         assert f"it has no {part} (or another one), expected a whole checkpoint" in message
-    small_sd().save(tmp_path / "small.safetensors")
+    small_sd(SMALLEST).save(tmp_path / "small.safetensors")
     message = error_of(StableDiffusion.from_checkpoint, open_checkpoint(tmp_path / "small.safetensors"), MINI_SD1)
     assert "it is a model (context width 16), expected a model (context width 64)" in message
 
@@ -476,20 +476,20 @@ def test_encode_text(minis):
 
 
 def test_half_precision_takes_any_dtype():
-    model = small_sd().bfloat16()
+    model = small_sd(SMALLEST).bfloat16()
     assert model.encode(torch.zeros(1, 3, 32, 32), sample=False).dtype == torch.bfloat16
     assert model.decode(torch.zeros(1, 4, 4, 4)).dtype == torch.bfloat16
 
 
 def test_device_and_type_are_the_unets_also_when_it_is_packed():
-    assert (small_sd().half().device, small_sd().half().dtype) == (torch.device("cpu"), torch.float16)
-    model = small_sd()
+    assert (small_sd(SMALLEST).half().device, small_sd(SMALLEST).half().dtype) == (torch.device("cpu"), torch.float16)
+    model = small_sd(SMALLEST)
     pack(model.unet)
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
 
 
 def test_gradients_pass_through_the_autoencoder():
-    model, latents = small_sd(), torch.zeros(1, 4, 4, 4, requires_grad=True)
+    model, latents = small_sd(SMALLEST), torch.zeros(1, 4, 4, 4, requires_grad=True)
     model.decode(latents).sum().backward()
     assert latents.grad.abs().sum() > 0
 

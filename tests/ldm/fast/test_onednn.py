@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small import SMALL, small_control, small_sd
+from small import SMALLEST, small_control, small_sd
 from torch import nn
 
 import ldm.fast.onednn
@@ -86,7 +86,7 @@ def test_a_control_trains_the_same(slow):
     parameters, and their names."""
     results = []
     for quick in (False, True):
-        sd = small_sd().requires_grad_(False)
+        sd = small_sd(SMALLEST).requires_grad_(False)
         net = small_control(sd).requires_grad_(True)
         before = dict(net.named_parameters())
         if quick:
@@ -98,7 +98,7 @@ def test_a_control_trains_the_same(slow):
         z0, noise = torch.randn(2, 4, 4, 8, 16, generator=generator)
         context, hint = torch.randn(4, 77, 16, generator=generator), torch.rand(4, 3, 64, 128, generator=generator)
         t = torch.tensor([1, 300, 600, 999])
-        loss = ControlLoss(sd.unet, net, Schedule(SMALL.schedule))(z0, noise, t, context, hint)
+        loss = ControlLoss(sd.unet, net, Schedule(SMALLEST.schedule))(z0, noise, t, context, hint)
         loss.backward()
         results.append({"loss": loss.detach(), **{name: p.grad for name, p in net.named_parameters()}})
     for name, want in results[0].items():

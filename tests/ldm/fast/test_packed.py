@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import small_control, small_sd
+from small import SMALLEST, small_control, small_sd
 from torch import nn
 
 from controlnet import ControlNet
@@ -25,7 +25,7 @@ def plain_layers(*networks):
 @torch.no_grad()
 def test_a_guided_step_and_the_autoencoder_give_the_same():
     """Also for images of other shapes than the first, for which the weights were packed."""
-    sd, other = small_sd(), small_sd()
+    sd, other = small_sd(SMALLEST), small_sd(SMALLEST)
     net, other_net = small_control(sd), small_control(other)
     pack(other.unet, other.vae, other_net)
     assert not plain_layers(other.unet, other.vae, other_net)
@@ -75,7 +75,7 @@ def test_upsampling_without_doubling_the_map_is_the_same():
 @torch.no_grad()
 def test_what_is_packed_is_saved_as_it_was(tmp_path):
     """To the bit, before its weights are brought into blocks and after."""
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     sd.save(tmp_path / "plain.safetensors")
     pack(sd)
     sd.save(tmp_path / "unused.safetensors")
@@ -108,7 +108,7 @@ def test_other_types_and_devices_are_left_alone():
 
 def test_a_packed_base_still_takes_a_control_that_carries_its_base(tmp_path):
     """Its decoder is compared with the one in the file."""
-    sd = small_sd()
+    sd = small_sd(SMALLEST)
     small_control(sd).save(tmp_path / "control.safetensors")
     sd.save(tmp_path / "base.safetensors")
     whole = load_file(tmp_path / "base.safetensors") | load_file(tmp_path / "control.safetensors")

@@ -102,7 +102,7 @@ def test_long_prompts_go_on_in_chunks_and_others_are_cut_and_said():
     ids=lambda prompt: ascii(prompt[:8]),
 )
 def test_any_prompt_is_read_within_a_second(prompt):
-    """Of the processor's time: what takes four times as long for twice the text would take more."""
+    """Of the processor's time. What takes four times as long for twice the text would take many."""
     begun = time.process_time()
     with suppress(ValueError):  # for its number of chunks
         chunks_of(Tokenizer(SD15.text), prompt, long=True)

@@ -18,14 +18,18 @@ BATCH = 8  # images that are sampled at once, by two cores in three quarters of 
 
 def painter(sd: StableDiffusion, controls: Sequence[ControlNet], settings: dict) -> Paint:
     """-> samples -> images, some of them at once. With several `controls` a sample's hint holds theirs one after the
-    other, three channels each."""
+    other, three channels each.
+
+    Without any prompt the hints take its place: they act in its branch alone, so that guidance strengthens them
+    (arXiv 2302.05543v3, section 3.4).
+    """
 
     def paint(samples: Sequence[Sample]) -> list[np.ndarray]:
-        images = []
+        images, mode = [], "balanced" if any(sample.caption for sample in samples) else "prompt"
         for start in tqdm(range(0, len(samples), BATCH), leave=False):
             some = samples[start : start + BATCH]
             hints = np.split(np.stack([sample.hint for sample in some]), len(controls), axis=3)  # each (B, H, W, 3)
-            acting = [Control.in_mode(net, to_hints(hint)) for net, hint in zip(controls, hints, strict=True)]
+            acting = [Control.in_mode(net, to_hints(hint), mode) for net, hint in zip(controls, hints, strict=True)]
             images += images_of(sd, [sample.caption for sample in some], acting, seed=start, **settings)
         return images
 

@@ -151,3 +151,14 @@ def test_without_a_judge_the_rest_is_measured(tmp_path, monkeypatch, capsys):
     assert "python -m tools.judge" in said.err and "22 basic colours" in said.out and "scene's prompt" not in said.out
     assert evaluate.main([*base, "--control", Seg.name, "control.safetensors"]) == 2
     assert "judge.safetensors is missing" in capsys.readouterr().err
+
+
+def test_without_a_prompt_guidance_strengthens_the_hint():
+    sd = small_sd()
+    pose, sample = small_control(sd), evaluate.People(SMALL.resolution, held_out=True)[0]
+    settings = dict(steps=1, cfg=4.0)
+    for caption, mode in (("", "prompt"), ("a cat", "balanced")):
+        (made,) = evaluate.painter(sd, [pose], settings)([replace(sample, caption=caption)])
+        control = Control.in_mode(pose, to_hints([sample.hint]), mode)
+        (wanted,) = generate(sd, caption, [control], seed=0, **settings)
+        assert largest_difference(made, wanted) <= 1

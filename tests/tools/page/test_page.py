@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -28,6 +28,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium h
 ROOT = Path(__file__).parents[3]
 ALONE = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
 SECONDS = 60_000  # in milliseconds: what a busy machine may need
+# Without a GPU the processor draws each frame: ten in a second are enough, of half as many pixels each way.
+SCREEN = dict(viewport={"width": 1280, "height": 800}, device_scale_factor=0.5, reduced_motion="reduce")
+SLOW = "requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 100);"
+SLOW += "cancelAnimationFrame = clearTimeout"
+FRAMES = 300  # milliseconds: a few of them
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +43,29 @@ def served(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tools.page", "--port", str(port), "--out", "out", "--runs", "runs"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "2"}
-    with open(folder / "said", "w") as said:
-        server = subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT, env=environment)
+    server = forked.start(serve, folder, port)
     try:
         wait_for(lambda: answers(port), server)
         yield f"http://127.0.0.1:{port}", folder / "out", folder / "runs"
     finally:
         server.terminate()
-        assert server.wait(30) in (0, 130)
+        server.join(30)
+        assert server.exitcode in (0, 130)
     said = (folder / "said").read_text()
     assert said.startswith(f"http://127.0.0.1:{port}\n") and "public link" not in said
+
+
+def serve(folder, port):
+    """The program, which looks at runs more often."""
+    os.chdir(folder)
+    os.environ["https_proxy"] = "http://127.0.0.1:9"
+    with open("said", "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    from tools.page import __main__, runs
+
+    runs.SECONDS = 0.5
+    sys.exit(__main__.main(["--port", str(port), "--out", "out", "--runs", "runs"]))
 
 
 def write_run(folder):
@@ -70,7 +86,7 @@ def answers(port):
 def wait_for(condition, process=None):
     end = time.monotonic() + SECONDS / 1000
     while not (found := condition()):
-        assert time.monotonic() < end and (process is None or process.poll() is None)
+        assert time.monotonic() < end and (process is None or process.is_alive())
         time.sleep(0.1)
     return found
 
@@ -106,15 +122,16 @@ def visit(served, browser, wrong):
         route.abort()
 
     def new():
-        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
+        contexts.append(browser.new_context(**SCREEN))
+        contexts[-1].add_init_script(SLOW)
         contexts[-1].route(re.compile(r"^(?!http://127\.0\.0\.1:|data:|blob:)"), blocked)
         page = contexts[-1].new_page()
         page.set_default_timeout(SECONDS)
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(served[0])
-        page.wait_for_function(f"{CANVAS}?.getContext('2d').getImageData(0, 0, 1, 1).data[3]")
-        page.wait_for_timeout(300)  # the rest of the page tells nobody when it is ready
+        wait_in(page, f"{CANVAS}?.getContext('2d').getImageData(0, 0, 1, 1).data[3]")
+        page.wait_for_timeout(FRAMES)  # the rest of the page tells nobody when it is ready
         return page
 
     yield new
@@ -126,6 +143,17 @@ def visit(served, browser, wrong):
 def page(visit):
     """Of a visitor who stays all along."""
     return visit()
+
+
+@pytest.fixture(scope="module")
+def other(visit):
+    """Of another, at the same time."""
+    return visit()
+
+
+def wait_in(page, expression, arg=None):
+    """Until the expression holds in the browser, which is asked now and then: between all frames it would draw each."""
+    page.wait_for_function(expression, arg=arg, polling=100)
 
 
 def go_to(page, tab):
@@ -156,14 +184,24 @@ def draw_circle(page):
 
 
 def make(page, seen="#picture", steps=2):
-    """Presses the button -> the address of the finished picture."""
+    """-> the address of the finished picture."""
+    return made(page, ask(page, seen, steps), seen)
+
+
+def ask(page, seen="#picture", steps=2):
+    """Presses the button -> the address of the picture that was there before, if there was one."""
     before = page.locator(f"{seen} img").get_attribute("src") if page.locator(f"{seen} img").count() else None
     set_number(page, "steps", steps)
     page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
-    page.wait_for_function(
+    return before
+
+
+def made(page, before, seen="#picture"):
+    wait_in(
+        page,
         "([seen, before]) => { const s = document.querySelector(seen + ' img')?.src;"
         " return s && s !== before && /[/][0-9]{4}[.]png$/.test(s); }",
-        arg=[seen, before],
+        [seen, before],
     )
     return page.locator(f"{seen} img").get_attribute("src")
 
@@ -185,7 +223,7 @@ def inputs_of(picture):
     return settings, [np.asarray(Image.open(picture.parents[1] / hint)) for hint in settings["hint"]]
 
 
-def test_the_disc_lies_on_the_circle_that_was_drawn(served, page, visit):
+def test_the_disc_lies_on_the_circle_that_was_drawn(served, page, other):
     draw_circle(page)
     page.fill("#prompt textarea", "red circle with blue background")
     address = make(page, steps=5)
@@ -197,11 +235,10 @@ def test_the_disc_lies_on_the_circle_that_was_drawn(served, page, visit):
 
     # What is downloaded is the file with its text, which fills the form of another visitor.
     assert page.request.get(address).body() == picture.read_bytes()
-    other = visit()
     other.locator("input[type=file][accept='.png']").first.set_input_files(picture)
-    other.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('red circle')")
+    wait_in(other, "document.querySelector('#prompt textarea').value.startsWith('red circle')")
     drawn = page.evaluate(f"{CANVAS}.toDataURL()")
-    assert other.wait_for_function(f"{CANVAS}.toDataURL() === {json.dumps(drawn)}")
+    wait_in(other, f"{CANVAS}.toDataURL() === {json.dumps(drawn)}")
 
 
 def test_a_pose_is_dragged(served, page):
@@ -213,21 +250,22 @@ def test_a_pose_is_dragged(served, page):
     assert hint[int(0.25 * 512), int(0.15 * 512)].any() and not hint[int(0.58 * 512), int(0.31 * 512)].any()
 
 
-def test_a_photograph_becomes_a_hint_and_what_is_painted_is_made_anew(served, visit):
+def test_a_photograph_becomes_a_hint_and_what_is_painted_is_made_anew(served, visit, tmp_path):
     page = visit()
+    Image.open(ROOT / "assets" / "cat.jpg").resize((192, 128)).save(tmp_path / "cat.png")
     go_to(page, "Photo")
     page.wait_for_selector("#photo canvas")
     page.wait_for_selector("#hint-1 canvas")
-    page.wait_for_timeout(150)  # editors tell nobody when they are ready
-    page.locator("#photo input[type=file]").first.set_input_files(ROOT / "assets" / "cat.jpg")
-    page.wait_for_function("!document.querySelector('#photo').innerText.includes('Upload')")
-    page.wait_for_timeout(150)
+    page.wait_for_timeout(FRAMES)  # editors tell nobody when they are ready
+    page.locator("#photo input[type=file]").first.set_input_files(tmp_path / "cat.png")
+    wait_in(page, "!document.querySelector('#photo').innerText.includes('Upload')")
+    page.wait_for_timeout(FRAMES)
     page.locator("#detect-1").click()
-    page.wait_for_function("!document.querySelector('#hint-1').innerText.includes('Upload')")
-    page.wait_for_timeout(150)
+    wait_in(page, "!document.querySelector('#hint-1').innerText.includes('Upload')")
+    page.wait_for_timeout(FRAMES)
     drag(page, "#hint-1 canvas", [(0.4, 0.5), (0.5, 0.5), (0.6, 0.5)])
     drag(page, "#photo canvas", [(0.5, 0.5), (0.55, 0.55)])
-    page.wait_for_timeout(150)
+    page.wait_for_timeout(FRAMES)
     page.get_by_label("begin from").click()
     page.get_by_text("the photograph, for what is painted").click()
     settings, (hint,) = inputs_of(file_of(served[1], make(page, "#photo-picture")))
@@ -243,11 +281,10 @@ def test_a_photograph_becomes_a_hint_and_what_is_painted_is_made_anew(served, vi
 def test_cancel_works_at_the_next_step(served, page):
     draw_circle(page)
     before = sorted(served[1].glob("*.png"))
-    set_number(page, "steps", 50)
-    page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
-    page.wait_for_function("/step [0-9]+ of 50/.test(document.querySelector('#picture-notes').innerText)")
+    ask(page, steps=50)
+    wait_in(page, "/step [0-9]+ of 50/.test(document.querySelector('#picture-notes').innerText)")
     page.get_by_role("button", name="cancel", exact=True).filter(visible=True).click()
-    page.wait_for_function("document.querySelector('#picture-notes').innerText.includes('cancelled')")
+    wait_in(page, "document.querySelector('#picture-notes').innerText.includes('cancelled')")
     make(page)
     assert len(sorted(served[1].glob("*.png"))) == len(before) + 1
 
@@ -256,27 +293,23 @@ def test_a_bad_file_is_a_sentence(page, tmp_path):
     go_to(page, "Draw")
     (tmp_path / "bad.png").write_text("no picture")
     page.locator("input[type=file][accept='.png']").first.set_input_files(tmp_path / "bad.png")
-    page.wait_for_function("document.body.innerText.includes('\"bad.png\" is not readable as an image')")
+    wait_in(page, "document.body.innerText.includes('\"bad.png\" is not readable as an image')")
     go_to(page, "Files")
     page.locator("#dropped input[type=file]").set_input_files(tmp_path / "bad.png")
     page.wait_for_selector("text=bad.png")
     page.locator("#checkpoint input").click()
     page.get_by_role("option", name="tiny-pose.safetensors").click()
-    page.wait_for_function("/kind +ControlNet/.test(document.querySelector('#facts textarea').value)")
+    wait_in(page, "/kind +ControlNet/.test(document.querySelector('#facts textarea').value)")
 
 
-def test_two_visitors_have_their_own_pictures(served, visit):
-    pages = [visit(), visit()]
-    for page, colour in zip(pages, ("red", "lime"), strict=True):
-        drag(page, "#sketch canvas", CIRCLE)
+def test_two_visitors_have_their_own_pictures(served, page, other):
+    pages, colours = (page, other), ("red", "lime")
+    for page, colour in zip(pages, colours, strict=True):
+        draw_circle(page)
         page.fill("#prompt textarea", f"{colour} circle with blue background")
-        set_number(page, "steps", 2)
-    for page in pages:
-        page.get_by_role("button", name="make", exact=True).filter(visible=True).click()
-    finished = "/[/][0-9]{4}[.]png$/.test(document.querySelector('#picture img')?.src)"
-    for page, colour in zip(pages, ("red", "lime"), strict=True):
-        page.wait_for_function(finished)
-        settings, _ = inputs_of(file_of(served[1], page.locator("#picture img").get_attribute("src")))
+    before = [ask(page) for page in pages]
+    for page, colour, old in zip(pages, colours, before, strict=True):
+        settings, _ = inputs_of(file_of(served[1], made(page, old)))
         assert settings["prompt"].startswith(colour)
 
 
@@ -284,12 +317,12 @@ def test_a_run_is_seen_as_curves_and_grids(page):
     go_to(page, "Runs")
     page.locator("#run input").click()
     page.get_by_role("option", name="before").click()
-    page.wait_for_function("document.querySelector('#status').innerText === 'ended after step 2 of 2'")
+    wait_in(page, "document.querySelector('#status').innerText === 'ended after step 2 of 2'")
     page.wait_for_selector("#charts polyline")
-    page.wait_for_function("document.querySelector('#grid img')?.naturalWidth === 16")
+    wait_in(page, "document.querySelector('#grid img')?.naturalWidth === 16")
     page.get_by_label("number input for which grid").fill("1")
     page.get_by_label("number input for which grid").press("Tab")
-    page.wait_for_function("document.querySelector('#grid img')?.naturalWidth === 8")
+    wait_in(page, "document.querySelector('#grid img')?.naturalWidth === 8")
 
 
 def test_a_training_is_started_watched_and_stopped(served, page):
@@ -299,16 +332,16 @@ def test_a_training_is_started_watched_and_stopped(served, page):
     for label, value in (("steps", "500"), ("batch size", "1"), ("images", "4")):
         page.get_by_label(label, exact=True).filter(visible=True).fill(value)
     expected = "python train.py --data=fill50k --base=tiny --steps=500 --batch-size=1 --images=4 --precision=fp32"
-    page.wait_for_function(f"document.querySelector('#command textarea').value === '{expected} --out=runs/mine'")
+    wait_in(page, f"document.querySelector('#command textarea').value === '{expected} --out=runs/mine'")
     page.get_by_role("button", name="start", exact=True).click()
-    page.wait_for_function("/step [0-9]+ of 500, about/.test(document.querySelector('#status').innerText)")
+    wait_in(page, "/step [0-9]+ of 500, about/.test(document.querySelector('#status').innerText)")
     points = "(document.querySelector('#charts polyline')?.points.length ?? 0)"
-    page.wait_for_function(f"{points} > {max(2, page.evaluate(points))}")
+    wait_in(page, f"{points} > {max(2, page.evaluate(points))}")
     process = holder(served[2] / "mine")
     assert os.getsid(process) == process  # what ends the page does not end it
     page.get_by_role("button", name="stop", exact=True).click()
-    page.wait_for_function("document.querySelector('#status').innerText.startsWith('ended after step')")
-    page.wait_for_function("document.querySelector('#output textarea').value.includes('go on with --resume')")
+    wait_in(page, "document.querySelector('#status').innerText.startsWith('ended after step')")
+    wait_in(page, "document.querySelector('#output textarea').value.includes('go on with --resume')")
 
 
 def test_nothing_outside_its_folders_is_served(served, page):

@@ -6,6 +6,7 @@ import subprocess
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -36,9 +37,9 @@ def folder(tmp_path_factory):
 def little(monkeypatch):
     """What costs the most time is done once, not in every way."""
     monkeypatch.setattr(programs, "TRAININGS", {"bf16": programs.TRAININGS["bf16"]})
-    monkeypatch.setattr(
-        programs, "FEATURES", {"reuse": ["--reuse", "2"], "inpainting": programs.FEATURES["inpainting"]}
-    )
+    monkeypatch.setattr(programs, "FEATURES", {"inpainting": programs.FEATURES["inpainting"]})
+    few = replace(job.SIZES["tiny"], large=(64,), batches=(1,))
+    monkeypatch.setitem(job.SIZES, "tiny", few)
     monkeypatch.setattr(programs, "resumed", resumed_with_deterministic)
     monkeypatch.setattr(exact, "FORWARD", {"fp32": 2e-5, "bf16": 4e-2})
     monkeypatch.setattr(device, "WARM_UPS", 1)
@@ -94,7 +95,7 @@ def test_the_whole_program(run, tmp_path):
         "forward": "eps at t = 981, cfg 7.5, bf16",
         "step": "cosine of all gradients, bf16",
         "infer": "inpainting: --again is equal",
-        "peers": "a training step, batch 2, latents before: ours, GB",
+        "peers": "a training step, batch 1, latents before: ours, GB",
         "memory": "batch 1, checkpointing, accumulate 2: predicted in all, GB",
         "profile": "a training step: attention without a fused kernel",
         "fill50k": "at its end: validation_loss",

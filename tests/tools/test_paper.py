@@ -20,6 +20,7 @@ from tools.paper import architectures, composition, convergence, cost, guidance,
 from tools.paper.page import EXPERIMENTS, anchor
 
 counted = cache(cost.counted)
+ONE_LEVEL = replace(SMALLEST, unet=replace(SMALLEST.unet, multipliers=(1,), attention=(True,), heads=(2,)))
 TOY = lab.Scale(seeds=2, steps=2, images=8, samples=2, sampling_steps=1)
 
 
@@ -145,10 +146,10 @@ def test_numbers_of_another_judge_are_others(tmp_path, monkeypatch):
 
 
 def test_the_cost_of_a_step_is_that_of_what_gets_gradients():
-    control, encoder = (counted(SMALLEST, 1, step) for step in (cost.CONTROL, cost.ENCODER))
+    control, encoder = (counted(ONE_LEVEL, 1, step) for step in (cost.CONTROL, cost.ENCODER))
     assert control.trained == encoder.trained
     assert control.memory < encoder.memory and control.operations < encoder.operations
-    frozen = counted(SMALLEST, 1, cost.CONTROL, "frozen")
+    frozen = counted(ONE_LEVEL, 1, cost.CONTROL, "frozen")
     assert frozen.trained < control.trained and frozen.memory < control.memory
     assert frozen.operations < control.operations
 
@@ -176,11 +177,11 @@ def test_the_architectures_are_timed_as_they_are_trained(monkeypatch, architectu
     monkeypatch.setattr(cost, "BATCH", 1)
     trained = []
     monkeypatch.setattr(torch.optim, "AdamW", lambda given, **_: trained.extend(given) or SimpleNamespace(step=int))
-    sd = small_sd(SMALLEST)
+    sd = small_sd(ONE_LEVEL)
     cost.step_of(SimpleNamespace(device=torch.device("cpu"), sd=sd), cost.CONTROL, architecture)()
     count = sum(parameter.numel() for parameter in trained)
-    expected = counted(SMALLEST, 1, cost.CONTROL, architecture).trained
-    assert count == expected != counted(SMALLEST, 1, cost.CONTROL).trained
+    expected = counted(ONE_LEVEL, 1, cost.CONTROL, architecture).trained
+    assert count == expected != counted(ONE_LEVEL, 1, cost.CONTROL).trained
     assert all(parameter.grad is not None for parameter in trained)
 
 

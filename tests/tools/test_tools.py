@@ -17,8 +17,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     sd = small_sd()
     sd.save(folder / "tiny.safetensors")
-    for name in TINY_CONTROL_OF.values():
-        small_control(sd).save(folder / f"{name}.safetensors")
+    for world in ("fill50k", "people"):
+        small_control(sd).save(folder / f"{TINY_CONTROL_OF[world]}.safetensors")
     return folder
 
 
@@ -74,14 +74,14 @@ def test_evaluate_knows_its_worlds(capsys):
     assert 'there is no dataset "moon"' in capsys.readouterr().err
 
 
-def test_the_strip_shows_hints_beside_images_in_a_row_for_each_control(models, tmp_path):
+def test_the_strip_shows_hints_beside_images_in_a_row_for_each_control_that_is_there(models, tmp_path):
     path = tmp_path / "strip.png"
     assert strip.main(["--weights", str(models), "--columns", "1", "--out", str(path)]) == 0
     side = SMALL.resolution
     pixels = np.asarray(Image.open(path))
     row = side + strip.CAPTION
-    assert pixels.shape == (len(TINY_CONTROL_OF) * row, 2 * side, 3)
-    for i, name in enumerate(TINY_CONTROL_OF):
+    assert pixels.shape == (2 * row, 2 * side, 3)
+    for i, name in enumerate(("fill50k", "people")):
         hint = WORLDS[name](side, colours=BASIC_COLOURS, held_out=True)[0].hint
         assert np.array_equal(pixels[i * row : i * row + side, :side], hint)
 

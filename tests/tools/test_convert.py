@@ -91,10 +91,9 @@ def test_sd2_to_diffusers_and_back_lacks_the_unused_layer_alone(folder, tmp_path
     assert StableDiffusion.load(tmp_path / "folder").config.schedule.prediction == "v"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_pickle_with_all_that_a_trainer_leaves_becomes_the_model_alone(tmp_path, monkeypatch, dtype):
+def test_a_pickle_with_all_that_a_trainer_leaves_becomes_the_model_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.checkpoints.recognise.SD15", SMALL_SD1)  # the file does not say what it is
-    StableDiffusion(SMALL_SD1).save(tmp_path / "want.safetensors", dtype)
+    StableDiffusion(SMALL_SD1).save(tmp_path / "want.safetensors", torch.bfloat16)
     tensors = load_file(tmp_path / "want.safetensors")
     averages = {f"model_ema.{k[6:].replace('.', '')}": v + 1 for k, v in tensors.items() if k.startswith("model.")}
     tables = {"betas": torch.zeros(1000), "model_ema.decay": torch.ones(()), "alphas_cumprod": torch.ones(1000)}

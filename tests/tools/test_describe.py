@@ -1,6 +1,7 @@
 """tools.describe: what it says of each kind of file is so, and it reads no more of one than it must."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -112,8 +113,8 @@ def test_what_a_reader_sees(folder, capsys):
         ("text_encoder/config.json", {"num_hidden_layers": "3"}, "only SD 1.x and 2.x are supported"),
     ],
 )
-def test_a_whole_folder_says_why_it_is_not_usable(tmp_path, capsys, file, values, reason):
-    path, config = other_programs_folder(tmp_path), tmp_path / "folder" / file
+def test_a_whole_folder_says_why_it_is_not_usable(folder, tmp_path, capsys, file, values, reason):
+    path, config = other_programs_folder(folder, tmp_path), tmp_path / "folder" / file
     config.write_text(json.dumps(json.loads(config.read_text()) | values))
     (found,) = facts(capsys, path)
     assert found["kind"] == "base" and reason in found["not_usable"]
@@ -122,9 +123,9 @@ def test_a_whole_folder_says_why_it_is_not_usable(tmp_path, capsys, file, values
     assert str(loading.value) == found["not_usable"]
 
 
-def test_what_a_folder_says_may_be_null(tmp_path, capsys):
+def test_what_a_folder_says_may_be_null(folder, tmp_path, capsys):
     """As diffusers writes what it leaves at its default: "upcast_attention", say."""
-    path = other_programs_folder(tmp_path)
+    path = other_programs_folder(folder, tmp_path)
     nulls = {
         "unet/config.json": ("sample_size", "upcast_attention", "num_attention_heads", "dual_cross_attention"),
         "scheduler/scheduler_config.json": ("rescale_betas_zero_snr", "trained_betas"),
@@ -142,9 +143,9 @@ def test_a_hint_at_the_input_enters_by_one_zero_convolution(tmp_path, capsys):
     assert found["zero_convs"] == {"hint": 0} and found["training"].startswith("not trained")
 
 
-def other_programs_folder(tmp_path):
+def other_programs_folder(folder, tmp_path):
     """A base in diffusers' layout without our metadata."""
-    small_sd(SMALLEST).save(tmp_path / "folder", layout="diffusers")
+    shutil.copytree(folder / "base", tmp_path / "folder")
     weights = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({key: value.clone() for key, value in load_file(weights).items()}, weights)
     return tmp_path / "folder"

@@ -146,9 +146,10 @@ def test_numbers_of_another_judge_are_others(tmp_path, monkeypatch):
 
 
 def test_the_cost_of_a_step_is_that_of_what_gets_gradients():
-    control, encoder = (counted(ONE_LEVEL, 1, step) for step in (cost.CONTROL, cost.ENCODER))
-    assert control.trained == encoder.trained
-    assert control.memory < encoder.memory and control.operations < encoder.operations
+    control, decoder, encoder = (counted(ONE_LEVEL, 1, step) for step in cost.STEPS[1:])
+    assert control.trained == decoder.trained == encoder.trained
+    assert control.memory < decoder.memory < encoder.memory
+    assert control.operations < decoder.operations < encoder.operations
     frozen = counted(ONE_LEVEL, 1, cost.CONTROL, "frozen")
     assert frozen.trained < control.trained and frozen.memory < control.memory
     assert frozen.operations < control.operations

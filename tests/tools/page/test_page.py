@@ -158,6 +158,7 @@ def wait_in(page, expression, arg=None):
 
 def go_to(page, tab):
     page.get_by_role("tab", name=tab).click()
+    page.wait_for_timeout(FRAMES)  # what it shows tells nobody when it is ready
 
 
 def drag(page, canvas, places):

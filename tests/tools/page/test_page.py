@@ -211,8 +211,10 @@ def set_number(page, label, value):
     field = page.get_by_label(f"number input for {label}", exact=False).filter(visible=True)
     if not field.count():
         page.get_by_role("button", name="more").filter(visible=True).click()
+        page.wait_for_timeout(FRAMES)  # else it opens with its own number
     field.first.fill(str(value))
     field.first.press("Tab")
+    assert field.first.input_value() == str(value)
 
 
 def file_of(out, address):

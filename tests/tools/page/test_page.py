@@ -28,11 +28,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium h
 ROOT = Path(__file__).parents[3]
 ALONE = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
 SECONDS = 60_000  # in milliseconds: what a busy machine may need
-# Without a GPU the processor draws each frame: ten in a second are enough, of half as many pixels each way.
+# Without a GPU the processor draws each frame: half as many pixels each way are enough.
 SCREEN = dict(viewport={"width": 1280, "height": 800}, device_scale_factor=0.5, reduced_motion="reduce")
-SLOW = "requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 100);"
-SLOW += "cancelAnimationFrame = clearTimeout"
-FRAMES = 300  # milliseconds: a few of them
+FRAMES = 300  # milliseconds: a few of them, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +121,6 @@ def visit(served, browser, wrong):
 
     def new():
         contexts.append(browser.new_context(**SCREEN))
-        contexts[-1].add_init_script(SLOW)
         contexts[-1].route(re.compile(r"^(?!http://127\.0\.0\.1:|data:|blob:)"), blocked)
         page = contexts[-1].new_page()
         page.set_default_timeout(SECONDS)

@@ -8,6 +8,7 @@ installed.
 import os
 import re
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -65,12 +66,17 @@ class Pair:
         self.theirs.set_progress_bar_config(disable=True)
 
 
-@pytest.fixture(scope="module", params=MINIS)
-def pair(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """By style, each made once: tests do not change them."""
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
-    with torch.no_grad():
-        yield Pair(tmp_path_factory.mktemp(request.param), request.param)
+    return cache(lambda style: Pair(tmp_path_factory.mktemp(style), style))
+
+
+@pytest.fixture(params=MINIS)
+def pair(request, pairs):
+    return pairs(request.param)
 
 
 def noise(*shape, seed=0):

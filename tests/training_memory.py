@@ -25,7 +25,7 @@ from ldm import StableDiffusion
 from train import Training
 
 CPU, STEPS = torch.device("cpu"), 2
-UNET = replace(SMALL.unet, channels=144, multipliers=(1,), attention=(True,), heads=(2,))  # one level: its layers take most of the time
+UNET = replace(SMALL.unet, channels=144, multipliers=(1,), attention=(True,), heads=(2,))
 CONFIG = replace(SMALL, unet=UNET)
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 

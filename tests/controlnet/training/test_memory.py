@@ -27,7 +27,7 @@ from ldm import StableDiffusion
 from ldm.unet import set_checkpointing
 
 SIZE = (64, 64)
-ONE_LEVEL = replace(SMALL.unet, multipliers=(1,), attention=(True,), heads=(2,))
+ONE_LEVEL = replace(SMALL.unet, multipliers=(1,), attention=(False,), heads=(2,))  # attention in the middle alone
 SHALLOW = replace(SMALL, unet=ONE_LEVEL)  # what is fake takes time by the layer, not by its size
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF = {"precision": "fp16", "batch_size": 4, "accumulate": 2}
@@ -102,7 +102,7 @@ def test_the_locked_half_computes_in_its_own_precision(monkeypatch):
     """As it does in a run: autocast would make its norms fp32, of which the decoder keeps the results."""
     half = predicted(**HALF)
     monkeypatch.setattr("controlnet.objective.own_precision", lambda *_: nullcontext())
-    assert predicted.__wrapped__(**HALF).activations > 1.03 * half.activations
+    assert predicted.__wrapped__(**HALF).activations > 1.02 * half.activations
 
 
 @pytest.mark.parametrize("checkpointing, before", [(False, False), (True, False), (True, True)])
@@ -211,8 +211,10 @@ def test_the_counter_sees_what_comes_and_goes():
 
 
 def test_every_saving_saves():
+    attentive = replace(SHALLOW, unet=replace(ONE_LEVEL, attention=(True,)))  # with more to compute again
+    whole, checkpointed = (predicted(attentive, batch_size=4, device=CPU, checkpointing=on) for on in (False, True))
+    assert checkpointed.activations < 0.9 * whole.activations
     full = predicted(device=CPU, batch_size=4, accumulate=1)
-    assert predicted(device=CPU, batch_size=4, checkpointing=True).activations < 0.9 * full.activations
     assert predicted(device=CPU, **HALF).activations < 0.7 * full.activations
     assert resting(device=CPU, optimizer="adamw8bit").optimizer * 4 == full.optimizer
     muon = resting(device=CPU, optimizer="muon")

@@ -110,8 +110,10 @@ def hint_places(name: str, source: Path, out_dir: Path) -> tuple[dict[Path, Path
         if place.resolve() == source.resolve():
             raise ValueError(f'the hint would replace "{source}": choose another OUT_DIR')
         return {place: source}, []
+    from controlnet.training.pairs.folders import visible_files
+
     suffixes = find_detector(name).suffixes
-    every = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    every = [source / path for path in sorted(visible_files(source))]
     files = [path for path in every if path.suffix.lower() in suffixes]
     if not files:
         raise ValueError(f'there is no file for {name} in "{source}", expected {", ".join(suffixes)}')

@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels.
 
 import glob
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -68,9 +69,10 @@ class CheckedHint:
 def hint_runs(options: Options) -> list[Options]:
     """One for each image of a --hint that is a folder or a pattern like "poses/*.png", whose other hints stay.
 
-    Raises ValueError for a folder or pattern without such files, and for more than one of them.
+    Raises ValueError for a folder or pattern without such files, for more than one of them, and if images are put where
+    the next run would take them for hints.
     """
-    files = [files_of(hint.hint, hint.detect) for hint in options_for_each_hint(options)]
+    files = [files_of(hint.hint, hint.detect, options.out) for hint in options_for_each_hint(options)]
     several = [i for i, found in enumerate(files) if found is not None]
     if not several:
         return [options]
@@ -81,7 +83,7 @@ def hint_runs(options: Options) -> list[Options]:
     return [replace(options, hint=[*options.hint[:i], file, *options.hint[i + 1 :]]) for file in files[i]]
 
 
-def files_of(name: str, detect: str) -> list[str] | None:
+def files_of(name: str, detect: str, out: Path) -> list[str] | None:
     """The files that the detector reads in a folder, or after a pattern; None for the name of one file."""
     path = Path(name)
     if not name.strip():
@@ -94,6 +96,13 @@ def files_of(name: str, detect: str) -> list[str] | None:
         return None
     suffixes = {"none": (*IMAGES, ".npy"), "inpaint": IMAGES}.get(detect)
     suffixes = suffixes or DETECTORS[parse_detector(detect)[0]].suffixes
+    image = Path(os.path.abspath(out / "0001.png"))
+    same = out.resolve() == path.resolve() if path.is_dir() else image.match(os.path.abspath(name))
+    if same and ".png" in suffixes:
+        raise ValueError(
+            f'--out is "{out}", from which --hint "{name}" would the next time take its images for hints: give another '
+            "folder"
+        )
     visible = (file for file in map(Path, found) if file.is_file() and not file.name.startswith("."))
     files = sorted(str(file) for file in visible if file.suffix.lower() in suffixes)
     if not files:

@@ -21,6 +21,7 @@ from .identity import digests_of_files
 from .opening import split
 from .pair_files import check_same_shape, read_hint, read_pixels
 from .pairs import BadSample, Entry
+from .pairs.folders import visible_files
 from .previews import as_rgb
 from .sources import FolderSource
 
@@ -105,7 +106,7 @@ def look_at_folder(folder: Path, entries: Sequence[Entry]) -> Iterator[Finding]:
     )
     yield from captions(entries)
     used = {file.resolve() for entry in entries for file in (entry.image, entry.hint) if file is not None}
-    others = (file for file in sorted(folder.rglob("*")) if not file.name.startswith("."))
+    others = (folder / file for file in sorted(visible_files(folder)))
     left = [str(file) for file in others if file.suffix.lower() in (*IMAGES, ".npy") and file.resolve() not in used]
     yield Finding(
         "pictures that are in no pair", left, "they are left out: give them their image, hint or line, or remove them"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from controlnet.ablations import BASELINES
 from controlnet.common.devices import optional
@@ -64,6 +65,11 @@ def resolve(given: dict) -> TrainSettings:
 
 def check_together(settings: TrainSettings) -> None:
     """Raises ValueError for those that contradict each other."""
+    if not settings.resume and settings.out.resolve() == Path(settings.data).resolve():
+        raise ValueError(
+            f'--out is the folder of --data, "{settings.data}", and the pictures of the run would become a part of '
+            "them: give another folder as --out"
+        )
     if settings.fit and not settings.dry_run:
         raise ValueError("--fit only tells which batch size fits: add --dry-run, then train with that --batch-size")
     if settings.ema and settings.sd_unlocked:

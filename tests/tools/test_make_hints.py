@@ -203,3 +203,11 @@ def test_help_lists_the_detectors(capsys):
     with pytest.raises(SystemExit):
         run("--help")
     assert "low=100.0, high=200.0, colour=False" in capsys.readouterr().out
+
+
+def test_the_pictures_of_a_run_get_no_hints(images, tmp_path, capsys):
+    (images / "run/state").mkdir(parents=True)
+    (images / "run/settings.json").touch()
+    Image.new("RGB", (64, 64)).save(images / "run/example.png")
+    assert run("canny", images, tmp_path / "hints") == 0
+    assert "2 hints made" in capsys.readouterr().out

@@ -77,9 +77,14 @@ def held_out(folder: Path) -> list[str]:
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """All below `folder`, and below links in it, relative to it."""
+    """All below `folder`, and below links in it, relative to it. The folder of a training run counts as one file: the
+    pictures in it would change what the next run trains on, and this one when it is resumed."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
+        if Path(root) != folder and "settings.json" in names and "state" in folders:
+            folders[:] = []
+            yield Path(root).relative_to(folder)
+            continue
         seen.add(os.path.realpath(root))
         folders[:] = [
             name

@@ -438,3 +438,18 @@ def test_an_address_and_a_pipe_are_refused_as_they_were_typed(option, control):
 def test_a_photograph_for_a_detector_of_maps_is_a_sentence(name):
     with pytest.raises(ValueError, match="detector openpose finds" if name == "pose" else "detector midas finds depth"):
         inputs(hint=[CAT], detect=[name])
+
+
+@pytest.mark.parametrize("hint", ["hints", "hints/*.png", "./h*/*"])
+def test_images_are_not_put_where_the_next_run_takes_them_for_hints(folder, hint):
+    for out in ("hints", "hints/../hints/"):
+        with pytest.raises(ValueError, match="take its images for hints: give another folder"):
+            hint_runs(Options(hint=[hint], out=Path(out)))
+    assert hint_runs(Options(hint=[hint], out=Path("hints/made")))
+    assert hint_runs(Options(hint=[hint], out=Path("out")))
+    assert hint_runs(Options(hint=["hints"], detect=["pose"], out=Path("hints")))  # these are JSON
+
+
+def test_a_pattern_says_nothing_of_other_folders(place):
+    noise().save("a.png")
+    assert hint_runs(Options(hint=["*.png"], out=Path("out")))

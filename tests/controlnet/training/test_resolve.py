@@ -84,3 +84,8 @@ def test_a_rate_that_rises_again_is_said(base, tmp_path, capsys, schedule, steps
 def test_a_run_says_what_it_was_started_with(tmp_path, name, before, now, words):
     with pytest.raises(ValueError, match=f"was started {words}: leave it out"):
         RunFolder(tmp_path).check_fixed({name: now}, {name: before})
+
+
+def test_a_run_is_no_folder_of_data(base, tmp_path):
+    with pytest.raises(ValueError, match="--out is the folder of --data, .*: give another folder as --out"):
+        settings_of(base, tmp_path, f"--data {tmp_path}/./ --epochs 1")

@@ -283,3 +283,14 @@ def test_a_picture_of_any_raster_format_is_one(tmp_path, end):
 def test_a_page_of_postscript_is_no_picture(tmp_path):
     with pytest.raises(ValueError, match="no layout that is known"):
         recognise(lay(tmp_path, {"images/0.eps": "", "images/1.pdf": "", "hints/0.ps": ""}), Wanted())
+
+
+def test_a_run_inside_its_data_is_no_part_of_them(tmp_path):
+    """Grids and examples are pictures, too: the next run, or this one resumed, would train on them."""
+    lay(tmp_path, {"0.jpg": "", "0_hint.png": "", "0.txt": "zero"})
+    before = recognise(tmp_path, Wanted()).entries
+    made = {"settings.json": "{}", "state/000001.pt": "", "samples/000001.png": "", "example.png": ""}
+    lay(tmp_path / "more/run", made)
+    listing = recognise(tmp_path, Wanted())
+    assert listing.entries == before and not listing.problems
+    assert listing.left_out == ["other files (1: more/run)"]

@@ -47,12 +47,22 @@ def csv_rows(path: Path) -> Iterator[Row]:
     """With commas, semicolons (as spreadsheets write them in much of Europe) or tabs, whichever the first line has."""
     text = read_text(path)
     header = lines_of(text)[0]
-    rows = csv.DictReader(io.StringIO(text, newline="\n"), delimiter=max(",;\t", key=header.count))
+    delimiter = max(",;\t", key=header.count)
+    rows = csv.DictReader(io.StringIO(text, newline="\n"), delimiter=delimiter, skipinitialspace=True, strict=True)
+    read = 1  # line, the header
     try:
         for values in rows:
-            yield f"{path}:{rows.line_num}", values
+            read = rows.line_num
+            yield f"{path}:{read}", csv_row(values, delimiter)
     except csv.Error as error:
-        raise unreadable(path, error) from error
+        raise unreadable(path, f"in the row from line {read + 1} on, {error}") from error
+
+
+def csv_row(values: dict, delimiter: str) -> object:
+    if not any(more := values.pop(None, [])):
+        return values
+    found, sign = len(values) + len(more), "a tab" if delimiter == "\t" else f'"{delimiter}"'
+    return BadSample(f"has {found} cells, its header {len(values)}: put a text with {sign} in it into double quotes")
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
@@ -65,7 +75,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         yield f"{path}, row {number}", values
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
+def unreadable(path: Path, error: Exception | str) -> ValueError:
     first = next(iter(str(error).splitlines()), type(error).__name__)
     return ValueError(f'"{path}" is not readable as {path.suffix[1:].upper()} ({first}): write it again')
 

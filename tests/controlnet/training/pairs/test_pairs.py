@@ -294,3 +294,22 @@ def test_a_run_inside_its_data_is_no_part_of_them(tmp_path):
     listing = recognise(tmp_path, Wanted())
     assert listing.entries == before and not listing.problems
     assert listing.left_out == ["other files (1: more/run)"]
+
+
+@pytest.mark.parametrize("suffix, comma, said", [("csv", ",", '","'), ("csv", ";", '";"'), ("tsv", "\t", "a tab")])
+def test_a_row_of_more_cells_than_its_header_is_no_pair(tmp_path, suffix, comma, said):
+    """An unquoted comma would cut its caption. Empty cells at the end, and spaces before a quote, mean nothing."""
+    rows = ["image,hint,text", "a.png,b.png,a cat, with a hat", 'a.png, b.png, "a cat%s a hat",,', "a.png,b.png"]
+    lay(tmp_path, {f"metadata.{suffix}": "\n".join(rows).replace(",", comma).replace("%s", comma)})
+    assert pairs_of(tmp_path) == [("a.png", "b.png", f"a cat{comma} a hat")]
+    longer, shorter = recognise(tmp_path, Wanted()).problems
+    assert f"metadata.{suffix}:2 has 4 cells, its header 3: put a text with {said} in it into double quotes" in longer
+    assert f"metadata.{suffix}:4 has no caption" in shorter
+
+
+@pytest.mark.parametrize("row", ['a.png,b.png,"a cat', 'a.png,b.png,"a cat\na.png,b.png,"a dog"'])
+def test_a_quote_that_is_not_closed_is_named_with_its_line(tmp_path, row):
+    with pytest.raises(ValueError, match=r'metadata.csv" is not readable as CSV \(in the row from line 3 on, .*\): '):
+        recognise(
+            lay(tmp_path, {"metadata.csv": f"image,hint,text\na.png,b.png,zero\n{row}\na.png,b.png,one\n"}), Wanted()
+        )

@@ -6,13 +6,14 @@ is "state", our own names, as the state of a training run has them.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ldm.checkpoints.diffusers import encoder_values
 from ldm.checkpoints.key_maps import KeyMap, Layout, Rows, diffusers_encoder_rows, encoder_length, encoder_rows
 from ldm.checkpoints.kinds import kind, pretender
 from ldm.checkpoints.load import BASE_PARTS, FAMILIES, input_channels, other_use
-from ldm.checkpoints.open import Checkpoint
+from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.recognise import described_config, description_errors, identify
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, SD15, UNetConfig, dataclass_from_dict
@@ -131,7 +132,8 @@ CONTROL_FORMS = (
 def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | None = None) -> ControlFile:
     """The ControlNet in this file, whatever else is there.
 
-    `global_average_pooling` overrides what our metadata or diffusers' configuration say; without a word there is none.
+    `global_average_pooling` overrides what our metadata, diffusers' configuration or the run of a state say; without a
+    word there is none.
     Raises CheckpointError if there is no ControlNet in it, or if it describes itself in a way that makes no sense.
     """
     if pretender(checkpoint):
@@ -148,10 +150,21 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
             config = control_from_diffusers(checkpoint.configs[prefix.rstrip(".")])
         else:
             config = control_by_shape(checkpoint, layout, prefix)
+            if layout == "state":
+                config = replace(config, global_average_pooling=run_is_pooled(checkpoint.path))
         if global_average_pooling is not None:
             config = replace(config, global_average_pooling=global_average_pooling)
     low_rank = MARK in checkpoint.tensors
     return ControlFile(config, layout, prefix, "difference" in checkpoint.tensors and not low_rank, low_rank)
+
+
+def run_is_pooled(state: Path) -> bool:
+    """As the ControlNet says that the run of a state has saved; False for a state that was moved away from it."""
+    run = state.resolve().parent.parent
+    saved = run / "control.safetensors"
+    if not saved.is_file() or not (run / "settings.json").is_file():
+        return False
+    return recognise_control(open_checkpoint(saved)).config.global_average_pooling
 
 
 def what_else(checkpoint: Checkpoint) -> str:

@@ -339,3 +339,16 @@ def test_what_ships_is_found_by_its_name():
 def test_a_configuration_that_makes_no_sense_cannot_be_built(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         ControlConfig(**values)
+
+
+def test_of_a_state_the_file_that_its_run_has_saved_says_whether_it_is_pooled(tmp_path, monkeypatch):
+    sd = small_sd(SMALLEST)
+    pooled = ControlNet.from_unet(sd.unet, ControlConfig(global_average_pooling=True))
+    pooled.save(tmp_path / "control.safetensors")
+    (tmp_path / "settings.json").touch()
+    (tmp_path / "state").mkdir()
+    torch.save({"step": 3, "control": pooled.state_dict()}, tmp_path / "state/000003.pt")
+    monkeypatch.chdir(tmp_path / "state")
+    for path in (tmp_path / "state/000003.pt", "000003.pt"):
+        assert ControlNet.load(path, sd).config == pooled.config
+        assert not ControlNet.load(path, sd, global_average_pooling=False).config.global_average_pooling

@@ -76,10 +76,10 @@ def open_folder(settings: TrainSettings, folder: Path, listing: Listing, size: S
     source = partial(FolderSource, str(folder), hint_channels=settings.hint_channels, detect=settings.detect)
     unusable = f" and {len(listing.problems)} others ({listing.problems[0]})" if listing.problems else ""
     train, validation = split(listing.entries, settings.validation, unusable)
-    train = [entry for entry in train for _ in range(entry.repeats)]
+    train = [entry for entry in train[: settings.images] for _ in range(entry.repeats)]
     buckets = bucket_sizes(size, multiple) if settings.buckets else ()
     transform = Transform(size, settings.random_crop, settings.flip, buckets)
-    trained_on = source(entries=train[: settings.images], transform=transform)
+    trained_on = source(entries=train, transform=transform)
     if not settings.label_maps:
         check_no_label_maps(trained_on)
     held_out = source(entries=validation, transform=Transform(size))

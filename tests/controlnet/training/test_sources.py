@@ -251,3 +251,10 @@ def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
 @pytest.mark.parametrize("name, needs", [(None, False), ("canny:low=5", False), ("softedge", True), ("SAM", True)])
 def test_hints_of_networks_are_made_beside_the_device(name, needs):
     assert FolderSource("x", [], Transform((64, 64)), detect=name).uses_network == needs
+
+
+def test_the_first_images_are_counted_before_they_are_repeated(tmp_path):
+    for i, name in enumerate(["10_a", "10_a", "5_b", "5_b"]):
+        save(tmp_path / f"{name}/{i}.png", np.zeros((64, 64, 3), np.uint8))
+    settings = TrainSettings(data=str(tmp_path), detect="canny", prompt="", validation=0, images=3)
+    assert [entry.image.stem for entry in open_sources(settings, (64, 64)).train.entries] == [*"00112"]

@@ -2,7 +2,7 @@
 
     python -m tools.check_data my/pairs
     python -m tools.check_data my/pairs --size 768x512 --buckets --sheet sheet.png
-    python -m tools.check_data photographs --detect canny --sheet sheet.png
+    python -m tools.check_data photographs --detect canny --prompt "" --sheet sheet.png
 
 Found are pairs that cannot be used; hints that are black, of one colour, inverted or label maps; images that are there
 twice, share a hint or are left out; captions that are too long or garbled; what crops take, and what is enlarged.
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlnet.common.program import new_parser, positive, size_argument
+from controlnet.common.program import new_parser, positive, share, size_argument
 from tools.cli import run_tool
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--size", type=size_argument, default="512", metavar="N|WxH", help="of the training (default: %(default)s)")
     add("--buckets", action="store_true", help="as in train.py: sizes in the shapes of the images")
     add("--detect", metavar="NAME", help="as in train.py: the hints are made from the images")
+    add("--prompt", metavar="TEXT", help="as in train.py: one for all pairs, in place of captions; it may be empty")
+    add("--prompt-dropout", type=share, default=0.5, metavar="P", help="as in train.py: 1 needs no captions")
     add("--hint-channels", type=positive, default=3, metavar="N", help="(default: %(default)s)")
     add("--sheet", type=Path, metavar="FILE", help=f"write a picture of {PAIRS_OF_SHEET} pairs as training sees them")
     return run_tool(parser, argv, check)
@@ -55,10 +57,14 @@ def check(args: argparse.Namespace) -> int:
 
     if args.sheet and args.sheet.is_dir():
         raise ValueError(f"--sheet is {args.sheet}, a folder: give the name of a file")
+    if args.sheet and args.sheet.resolve().is_relative_to(args.folder.resolve()):
+        raise ValueError(
+            f"--sheet is {args.sheet}, in the folder of pairs, of which it would become a part: name another place"
+        )
     size = image_size(args.size, TINY)  # which makes all sizes that the others make
     multiple = 32 if min(size) < 256 else 64  # of buckets' sides: as the small base has them, and SD
     transform = Transform(size, buckets=bucket_sizes(size, multiple) if args.buckets else ())
-    listing = list_folder(args.folder, need_hints=args.detect is None)
+    listing = list_folder(args.folder, args.detect is None, args.prompt_dropout < 1, args.prompt)
     source = FolderSource(str(args.folder), listing.entries, transform, args.hint_channels, args.detect)
 
     def progress(looks: Iterable, total: int) -> Iterable:

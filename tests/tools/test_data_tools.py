@@ -210,3 +210,25 @@ def test_a_folder_of_nothing_is_one_sentence(tmp_path, capsys):
     assert check_data.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "prompt.json:1" in error and "tools.check_data" not in error
+
+
+@pytest.mark.parametrize("words", [["--prompt", ""], ["--prompt-dropout", "1"]])
+def test_photographs_without_captions_are_checked_as_they_are_trained_on(tmp_path, capsys, words):
+    for i in range(2):
+        draw_hint(tmp_path / f"{i}.png", 100 + i, 255)
+    command = [str(tmp_path), "--size", "64", "--detect", "canny"]
+    assert check_data.main(command) == 2
+    assert "or --prompt TEXT for all pairs, or --prompt-dropout 1" in capsys.readouterr().err
+    assert check_data.main(command + words) == 0
+    assert capsys.readouterr().out == "2 pairs are good, 0 are bad\n"
+
+
+def test_a_sheet_is_no_picture_of_the_pairs(tmp_path, capsys):
+    sheet = tmp_path / "hints/sheet.png"
+    assert check_data.main([str(pairs(tmp_path, 2)), "--size", "64", "--sheet", str(sheet)]) == 2
+    assert "in the folder of pairs, of which it would become a part" in capsys.readouterr().err and not sheet.exists()
+
+
+def test_a_name_that_is_no_folder_is_told_what_is_read(tmp_path, capsys):
+    assert check_data.main([str(tmp_path / "fill50k")]) == 2
+    assert capsys.readouterr().err.endswith('fill50k" does not exist: give a folder of pairs\n')

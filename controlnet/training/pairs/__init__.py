@@ -22,7 +22,7 @@ def recognise(folder: Path, wanted: Wanted) -> Listing:
     """What a folder holds, or a tar file. Raises ValueError if it is neither, of no layout, or empty."""
     if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".tar"):
         found = "is a file" if folder.is_file() else "does not exist"
-        raise ValueError(f'"{folder}" {found}: give a folder of pairs, or the name of a synthetic dataset')
+        raise ValueError(f'"{folder}" {found}: give a folder of pairs')
     listing = next((found for layout in LAYOUTS if (found := layout(folder, wanted))), None)
     if listing is None:
         raise ValueError(
@@ -35,12 +35,15 @@ def recognise(folder: Path, wanted: Wanted) -> Listing:
     return listing
 
 
-def list_folder(folder: str | Path, need_hints: bool = True) -> Listing:
+def list_folder(
+    folder: str | Path, need_hints: bool = True, need_captions: bool = True, prompt: str | None = None
+) -> Listing:
     """The pairs that lie in files of their own; without `need_hints` hints are left out, whether there are any or not.
+    A `prompt` stands for all captions.
 
     Raises ValueError as `recognise` does, and for tar shards.
     """
-    listing = recognise(Path(folder), Wanted(need_hints))
+    listing = recognise(Path(folder), Wanted(need_hints, need_captions, prompt))
     if listing.shards:
         raise ValueError(f'"{folder}" holds tar shards, expected files: unpack one of them to look into it')
     return listing

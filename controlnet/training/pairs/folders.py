@@ -78,9 +78,10 @@ def held_out(folder: Path) -> list[str]:
 
 def visible_files(folder: Path) -> Iterator[Path]:
     """All below `folder`, and below links in it, relative to it. The folder of a training run counts as one file: the
-    pictures in it would change what the next run trains on, and this one when it is resumed."""
+    pictures in it would change what the next run trains on, and this one when it is resumed. Raises ValueError for a
+    folder that cannot be read."""
     seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if Path(root) != folder and "settings.json" in names and "state" in folders:
             folders[:] = []
             yield Path(root).relative_to(folder)
@@ -94,6 +95,12 @@ def visible_files(folder: Path) -> Iterator[Path]:
         for name in names:
             if not HIDDEN.match(name):
                 yield Path(root, name).relative_to(folder)
+
+
+def refuse(error: OSError) -> None:
+    raise ValueError(
+        f'the folder "{error.filename}" cannot be read ({error.strerror}): make it readable, or move it away'
+    ) from error
 
 
 def sort_by_role(files: list[Path]) -> tuple[dict[Path, Path], Files, Files, list[Path]]:

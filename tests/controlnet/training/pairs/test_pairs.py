@@ -1,6 +1,8 @@
 """The layouts of data sets: each a line of files, and the pairs that are found in them."""
 
+import errno
 import json
+import os
 import sys
 import unicodedata
 from types import SimpleNamespace
@@ -313,3 +315,17 @@ def test_a_quote_that_is_not_closed_is_named_with_its_line(tmp_path, row):
         recognise(
             lay(tmp_path, {"metadata.csv": f"image,hint,text\na.png,b.png,zero\n{row}\na.png,b.png,one\n"}), Wanted()
         )
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    lay(tmp_path, {"images/0.png": "", "secret/1.png": ""})
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match='secret" cannot be read .Permission denied.: make it readable, or move it'):
+        recognise(tmp_path, Wanted(hints=False, captions=False))

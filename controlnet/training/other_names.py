@@ -58,7 +58,7 @@ NOT_NEEDED = {
     "--lr is taken as it is, for any batch": "scale_lr",
     "columns are known by their usual names": "image_column conditioning_image_column caption_column",
     "runs are named by --out": "tracker_project_name log_tracker_name",
-    "files are safetensors (`python -m tools.convert` makes others)": "save_model_as",
+    "files are always safetensors, which other programs read": "save_model_as",
 }
 
 

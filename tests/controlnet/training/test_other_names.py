@@ -24,6 +24,7 @@ TYPED = [
     ("--resume-from-checkpoint=latest", "--resume-from-checkpoint is --resume, with the run's --out here"),
     ("--batch_size 4", "there is no --batch_size, say --batch-size"),
     ("--stepz 4 --lr 1", "there is no --stepz, say --steps"),
+    ("--save_model_as ckpt", "--save_model_as is not needed, files are always safetensors, which other programs read"),
     ("--scale_lr", "--scale_lr is not needed, --lr is taken as it is, for any batch"),
     ("--tensorboard", "--tensorboard is --log tensorboard here"),
 ]

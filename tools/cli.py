@@ -84,6 +84,7 @@ def written(out: Path, force: bool) -> Iterator[Path]:
     """The path to save a result under, which becomes `out` once it is complete. Prints its size.
 
     Whatever saves a file already writes it atomically, so only a folder that is replaced needs a temporary name.
+    Raises ValueError if files of that folder would be lost, having no successor of their name.
     """
     check_output(out, force)
     note(f"writing {out} ...")
@@ -91,16 +92,26 @@ def written(out: Path, force: bool) -> Iterator[Path]:
         yield out
     else:
         from ldm.checkpoints.files import temporary_folder
+        from ldm.checkpoints.stored import first_few
 
         with temporary_folder(out) as beside:
             new, old = beside / "new", out.with_name(f".{out.name}.{os.getpid()}.old")
             try:
                 yield new
+                if lost := files_in(out) - files_in(new):
+                    raise ValueError(
+                        f'"{out}" holds more than the result, which would be lost ({first_few(sorted(lost))}'
+                        "): move that away, or give another name"
+                    )
                 os.replace(out, old)
                 os.replace(new, out)
             finally:
                 if old.exists() and not out.exists():
                     os.replace(old, out)
         shutil.rmtree(old, ignore_errors=True)  # not before: if it cannot go back, it is the only copy
-    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    files = [out] if out.is_file() else [out / name for name in files_in(out)]
     print(f"{out}: {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}

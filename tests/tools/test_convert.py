@@ -231,6 +231,7 @@ def test_a_failed_swap_brings_the_old_folder_back_or_leaves_it_beside(tmp_path, 
     monkeypatch.setattr(cli.os, "replace", fail)
     with pytest.raises(KeyboardInterrupt), cli.written(tmp_path / "model", force=True) as new:
         new.mkdir()
+        (new / "config.json").write_text("new")
     (left,) = tmp_path.iterdir()
     assert (left.name == "model") == way_back and (left / "config.json").read_text() == old
 
@@ -290,3 +291,18 @@ def stripped(path, tmp_path):
 def test_debug_shows_where_an_error_comes_from(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         run(tmp_path / "none.ckpt", "--out", tmp_path / "out.safetensors", "--debug")
+
+
+def test_a_folder_is_not_replaced_by_what_lacks_some_of_its_files(folder, tmp_path, capsys):
+    """Neither what else lies in it, nor a base by a ControlNet."""
+    base, control, out = folder / "base.safetensors", folder / "control.safetensors", tmp_path / "model"
+    run(control, "--out", out)
+    (out / "loras").mkdir()
+    (out / "loras/ink.safetensors").write_text("precious")
+    assert "lost (loras/ink.safetensors): move" in error(capsys, control, "--out", out, "--force")
+    assert "lost (config.json, diffusion_pytorch_model.safetensors, loras" in error(
+        capsys, base, "--out", out, "--force"
+    )
+    assert (out / "loras/ink.safetensors").read_text() == "precious" and [*tmp_path.iterdir()] == [out]
+    (out / "loras/ink.safetensors").unlink()
+    assert run(control, "--out", out, "--force") == 0

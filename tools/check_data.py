@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from controlnet.common.program import new_parser, positive, share, size_argument
-from tools.cli import run_tool
+from tools.cli import check_picture, run_tool
 
 if TYPE_CHECKING:
     from controlnet.training.findings import Finding
@@ -55,8 +55,8 @@ def check(args: argparse.Namespace) -> int:
     from controlnet.training.transform import Transform, bucket_sizes
     from ldm.config import TINY
 
-    if args.sheet and args.sheet.is_dir():
-        raise ValueError(f"--sheet is {args.sheet}, a folder: give the name of a file")
+    if args.sheet:
+        check_picture(args.sheet, "--sheet")
     if args.sheet and args.sheet.resolve().is_relative_to(args.folder.resolve()):
         raise ValueError(
             f"--sheet is {args.sheet}, in the folder of pairs, of which it would become a part: name another place"

@@ -58,9 +58,23 @@ def check_output(out: Path, force: bool) -> None:
             raise ValueError(f'"{out}" is a {"folder" if out.is_dir() else "file"}: give another name')
         if out.is_dir() and not holds_model(out):
             raise ValueError(f'"{out}" is a folder that holds no model, so it is not replaced: give another name')
+    check_place(out)
+
+
+def check_place(out: Path) -> None:
     place = free_place(out.absolute().parent)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f'"{out}" cannot be written: "{place}" is no folder that you may write to, give another')
+
+
+def check_picture(out: Path, option: str) -> None:
+    """To be called before the work begins. Raises ValueError if no PNG can be written to `out`; says if one will be
+    replaced."""
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ValueError(f'{option} is "{out}", expected the name of a file ending in .png')
+    check_place(out)
+    if out.exists():
+        note(f"{out} will be replaced")
 
 
 def holds_model(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from controlnet.common.images import save_png
 from controlnet.common.program import new_parser, positive
 from controlnet.training.previews import text_image
 from controlnet.training.run_state import RunFolder
-from tools.cli import run_tool
+from tools.cli import check_picture, run_tool
 
 CAPTION = 20  # pixels above each column
 
@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_strip(args: argparse.Namespace) -> None:
-    """Raises ValueError for a folder without grids."""
+    """Raises ValueError for a folder without grids, or a place where no PNG can be written."""
+    check_picture(args.out, "--out")
     run_folder = RunFolder(args.run)
     grids = run_folder.grids()
     if not grids:

@@ -19,7 +19,7 @@ from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Sample
 from controlnet.worlds.colours import BASIC_COLOURS
 from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
-from tools.cli import run_tool
+from tools.cli import check_picture, run_tool
 
 CAPTION = 54  # pixels below each pair
 
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_strip(args: argparse.Namespace) -> None:
+    check_picture(args.out, "--out")
     sd = StableDiffusion.load(args.weights / "tiny.safetensors")
     rows = []
     for name, control_name in TINY_CONTROL_OF.items():

@@ -200,7 +200,7 @@ def test_a_size_that_no_base_makes_is_a_sentence(tmp_path, capsys, size):
 def test_a_place_without_a_sheet_is_seen_before_the_pairs_are(tmp_path, capsys):
     assert check_data.main([str(pairs(tmp_path, 2)), "--size", "64", "--sheet", str(tmp_path)]) == 2
     said = capsys.readouterr()
-    assert "a folder: give the name of a file" in said.err and said.out == ""
+    assert "expected the name of a file ending in .png" in said.err and said.out == ""
 
 
 def test_a_folder_of_nothing_is_one_sentence(tmp_path, capsys):

@@ -39,6 +39,24 @@ def test_help_of_those_that_need_torch(capsys):
     check_help(capsys.readouterr().out, WITH_TORCH)
 
 
+@pytest.mark.parametrize("words", ["strip --out", "convergence --out", "check_data . --sheet"])
+def test_a_picture_is_a_png_in_a_place_that_is_seen_before_the_work(tmp_path, capsys, words):
+    (tmp_path / "a.jpg").write_text("precious")
+    (tmp_path / "a.png").write_text("")
+    name, *options = words.split()
+    main = importlib.import_module(f"tools.{name}").main
+    for out, found in (("a.jpg", "expected the name of a file ending in .png"), ("a.png/b.png", "no folder that you")):
+        assert main([*options, str(tmp_path / out)]) == 2
+        assert found in capsys.readouterr().err
+    assert (tmp_path / "a.jpg").read_text() == "precious"
+
+
+def test_a_picture_that_is_replaced_is_named(tmp_path, capsys):
+    (tmp_path / "a.png").write_text("")
+    importlib.import_module("tools.convergence").main([str(tmp_path), "--out", str(tmp_path / "a.png")])
+    assert f"{tmp_path / 'a.png'} will be replaced" in capsys.readouterr().err
+
+
 def check_help(text, names):
     """It names the program, an example and --debug."""
     for name in names:

@@ -15,9 +15,10 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+from .errors import DISK_ADVICE, in_a_sentence
+
 SPINS = "3000"  # before a waiting thread sleeps: 0 costs a fifth on an idle machine, 10,000 a half on a busy one
 LONGEST_NOTE = 3000  # characters
-REQUIRED = ("torch", "torchvision", "numpy", "PIL", "einops", "safetensors", "tqdm")  # by the names of their modules
 DTYPE_NAMES = ("fp32", "fp16", "bf16")  # of weights in files
 PRECISION_NAMES = ("fp32", "tf32", "fp16", "bf16")  # of a computation; devices.PRECISIONS has the networks' types
 PRECISION_HELP = (
@@ -241,7 +242,7 @@ def run(
     debug: bool = False,
     stopped: str = "nothing half-written is left",
     memory_advice: str = "close other programs, or take less at once",
-    disk_advice: str = "",
+    disk_advice: str = DISK_ADVICE,
 ) -> int:
     """The exit status of `work`. What a user can put right is one sentence and 2, a stop from the keyboard 130.
 
@@ -264,33 +265,6 @@ def run(
     except KeyboardInterrupt:
         note(f"\n{name}: stopped, {stopped}")
         return 130
-
-
-def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str) -> str | None:
-    """What a user can do something about; None for errors of our own."""
-    if out_of_memory(error):
-        return f"out of memory: {memory_advice}"
-    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
-        return f"{error}: install what is needed with `pip install -r requirements.txt`"
-    if isinstance(error, OSError) and disk_advice:
-        return f"{error}: {disk_advice}"
-    if isinstance(error, OverflowError):
-        return f"a number is too large ({error}): give a smaller one"
-    return str(error) if isinstance(error, ValueError | OSError | FloatingPointError) else None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """By its words: CPUs and some devices have no exception of their own for it."""
-    words = (
-        "out of memory",
-        "can't allocate memory",
-        "Cannot allocate memory",
-        "not enough memory",
-        "STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
-        "ALLOCATION_FAILED",  # of cuDNN from 9 on
-        "unable to find an engine",  # cuDNN again, which then has no room for a workspace
-    )
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def free_place(path: Path) -> Path:

@@ -33,7 +33,8 @@ from pathlib import Path
 
 import torch
 
-from controlnet.common.program import flag_of, note, out_of_memory
+from controlnet.common.errors import out_of_memory
+from controlnet.common.program import flag_of, note
 from ldm.checkpoints.files import new_file, new_link, remove_leftovers
 
 from .distributed import launch

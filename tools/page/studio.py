@@ -13,8 +13,9 @@ from threading import Event, Thread, get_ident
 
 from PIL import Image
 
+from controlnet.common.errors import in_a_sentence
 from controlnet.common.images import save_png
-from controlnet.common.program import from_json, in_a_sentence
+from controlnet.common.program import from_json
 from controlnet.inference import run
 from controlnet.inference.again import FILES
 from controlnet.inference.memory import bytes_held
@@ -162,4 +163,4 @@ class Notes(io.TextIOBase):
 
 def sentence_of(error: Exception) -> str:
     advice = "choose a smaller size or base, or close other programs"
-    return in_a_sentence(error, advice, "") or f"this should not happen, please report it: {error!r}"
+    return in_a_sentence(error, advice) or f"this should not happen, please report it: {error!r}"

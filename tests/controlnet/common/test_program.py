@@ -79,3 +79,23 @@ def test_names_that_no_encoding_has_are_printed_all_the_same(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", errors="strict", write_through=True))
     assert run("train.py", lambda: print("a \ud83d cat", os.fsdecode(b"caf\xe9.png"))) == 0
     assert out.getvalue() == rb"a \ud83d cat caf\udce9.png" + b"\n"
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(28, "No space left on device"), "No space left on device: make room"),
+        (OSError("000002.pt could not be written (failed)"), "000002.pt could not be written (failed): make room"),
+        (PermissionError(13, "Permission denied", "a.json"), "Permission denied: 'a.json': change what you may do"),
+        (OSError("[Errno 13] Permission denied: 'a.png'"), "Permission denied: 'a.png': change what you may do"),
+        (OSError(30, "Read-only file system", "a"), "Read-only file system: 'a': change what you may do"),
+        (FileNotFoundError(2, "No such file or directory", "a.png"), "No such file or directory: 'a.png'\n"),
+    ],
+)
+def test_only_a_full_disk_wants_room(error, said, capsys):
+    def work():
+        raise error
+
+    for advice in ({}, {"disk_advice": "make room, or give another --out"}):
+        assert run("train.py", work, **advice) == 2
+        assert capsys.readouterr().err.startswith(f"train.py: {said}")

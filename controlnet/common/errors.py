@@ -1,0 +1,44 @@
+"""Errors that a user can put right, as a sentence each. Nothing here imports PyTorch."""
+
+import re
+
+REQUIRED = ("torch", "torchvision", "numpy", "PIL", "einops", "safetensors", "tqdm")  # by the names of their modules
+DISK_ADVICE = "make room there, or give another place"
+
+
+def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str = DISK_ADVICE) -> str | None:
+    """What a user can do something about; None for errors of our own."""
+    if out_of_memory(error):
+        return f"out of memory: {memory_advice}"
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        return f"{error}: install what is needed with `pip install -r requirements.txt`"
+    if isinstance(error, OSError):
+        return of_a_file(error, disk_advice)
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({error}): give a smaller one"
+    return str(error) if isinstance(error, ValueError | FloatingPointError) else None
+
+
+def of_a_file(error: OSError, disk_advice: str) -> str:
+    """By its words: of what a worker raised, and of PyTorch's own errors, there is no number. Only a full disk wants
+    room."""
+    said = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    if any(words in said for words in ("Permission denied", "not permitted", "Read-only")):
+        return f"{said}: change what you may do there, or give another place"
+    if any(words in said for words in ("No space left", "quota exceeded", "could not be written")):
+        return f"{said}: {disk_advice}"
+    return said
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """By its words: CPUs and some devices have no exception of their own for it."""
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "Cannot allocate memory",
+        "not enough memory",
+        "STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
+        "ALLOCATION_FAILED",  # of cuDNN from 9 on
+        "unable to find an engine",  # cuDNN again, which then has no room for a workspace
+    )
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

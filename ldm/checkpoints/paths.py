@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .stored import CheckpointError
 
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")  # no repository is called like that
 # Addresses of what tools/download.py knows, by its names.
 DOWNLOADS = (
     (r"stable-diffusion-inpainting", "sd15-inpainting"),
@@ -42,6 +43,6 @@ def where_to_find(path: Path) -> str:
             return f"`python -m tools.download {match.expand(name)}` downloads it, then give that name"
     if is_url:
         return "it is a URL, so download the file and give its path"
-    if is_repository:
+    if is_repository and path.suffix not in FILE_SUFFIXES:
         return f"if it is a repository on Hugging Face, `hf download {path} --local-dir FOLDER` and give FOLDER"
     return "give the path of a checkpoint or of a folder with one (`python -m tools.download --list` shows some)"

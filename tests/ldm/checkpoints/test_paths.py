@@ -63,6 +63,8 @@ ADVICE = {
     "https://civitai.com/api/download/models/1": "it is a URL, so download the file and give its path",
     "owner/some.model": "`hf download owner/some.model --local-dir FOLDER` and give FOLDER",
     "nowhere.safetensors": "give the path of a checkpoint",
+    "models/foo.safetensors": "give the path of a checkpoint",
+    "models/vae.pt": "give the path of a checkpoint",
 }
 
 

@@ -61,7 +61,12 @@ class Tokenizer:
             self.known = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Ids (B, positions), int64: start, text, end, padding. A text that is too long is truncated before the end."""
+        """Ids (B, positions), int64: start, text, end, padding. A text that is too long is truncated before the end.
+
+        Raises TypeError for a single text, whose letters would be taken for prompts.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts is {prompts!r:.80}, expected a list of texts: put it in brackets")
         return torch.tensor([self.framed(self.encode(prompt)[: self.positions - 2]) for prompt in prompts])
 
     def framed(self, ids: list[int]) -> list[int]:

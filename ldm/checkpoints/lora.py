@@ -75,8 +75,10 @@ def read_loras(names: Sequence[str], unet: UNet, text_encoder: TextEncoder) -> l
     """Each of FILE or FILE:STRENGTH, where FILE may be a name in weights/ or weights/loras/. No weights are read.
 
     Raises CheckpointError if there is no such file, if it is something else or for another family, or if anything in
-    it fits nowhere; ValueError for a strength that is not finite.
+    it fits nowhere; ValueError for a strength that is not finite, TypeError for names that are no list of texts.
     """
+    if isinstance(names, str | Path) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'loras is {names!r:.80}, expected a list of texts such as ["ink.safetensors:0.8"]')
     modules = modules_by_name(unet, text_encoder)
     loras = []
     for name, strength in map(split_strength, names):

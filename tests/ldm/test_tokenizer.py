@@ -170,3 +170,8 @@ def test_pairs_are_merged_one_after_the_other_in_the_order_of_the_table():
             word = "".join(draw.choices(letters, k=draw.choice([1, 2, 3, 5, 9, 30])))
             for tokenizer in (CLIP, SMALL):
                 assert tokenizer.merge(word) == merged(tokenizer, word), word
+
+
+def test_the_letters_of_a_text_are_no_prompts():
+    with pytest.raises(TypeError, match="prompts is 'a bird', expected a list of texts"):
+        SMALL("a bird")

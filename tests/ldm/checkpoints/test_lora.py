@@ -5,6 +5,7 @@ import json
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import small
@@ -384,3 +385,11 @@ def test_numbers_that_are_none_or_too_large(tmp_path):
         {f"{Q}.lora_down.weight": torch.ones(2, 16, dtype=torch.int8), f"{Q}.lora_up.weight": torch.ones(16, 2)}, file
     )
     assert "it is not of a floating-point type" in error_of(read_loras, [str(file)], *nets)
+
+
+@pytest.mark.parametrize("names", ["ink.safetensors", Path("ink.safetensors"), [("ink.safetensors", 0.5)]])
+def test_names_are_a_list_of_texts(names):
+    with pytest.raises(
+        TypeError, match=r'loras is .*ink.*, expected a list of texts such as \["ink.safetensors:0.8"\]'
+    ):
+        read_loras(names, *fresh(SMALL))

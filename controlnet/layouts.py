@@ -81,8 +81,9 @@ def control_values(unet: UNetConfig, control: ControlConfig) -> dict:
     }
     if control_from_diffusers(values) != control:
         raise CheckpointError(
-            f"diffusers cannot describe a ControlNet with {control}, expected a full copy and a hint encoder whose "
-            'channels come in pairs (A A B B C C D): save it with layout="ldm"'
+            f"diffusers cannot describe a ControlNet of the architecture {control.architecture} whose hint encoder has "
+            f"{', '.join(map(str, control.hint_widths))} channels, expected a full copy and channels in pairs (A A B "
+            "B C C D): save it in the original layout, as a file whose name ends in .safetensors"
         )
     return values
 

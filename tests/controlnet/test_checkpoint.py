@@ -352,3 +352,12 @@ def test_of_a_state_the_file_that_its_run_has_saved_says_whether_it_is_pooled(tm
     for path in (tmp_path / "state/000003.pt", "000003.pt"):
         assert ControlNet.load(path, sd).config == pooled.config
         assert not ControlNet.load(path, sd, global_average_pooling=False).config.global_average_pooling
+
+
+def test_what_diffusers_cannot_describe_is_said_in_words(sd, tmp_path):
+    """An advice that holds in Python and for tools.convert alike."""
+    said = error_of(
+        ControlNet.from_unet(sd.unet, ControlConfig(architecture="lite")).save, tmp_path, layout="diffusers"
+    )
+    assert "of the architecture lite" in said and said.endswith("as a file whose name ends in .safetensors")
+    assert "ControlConfig" not in said and "layout=" not in said

@@ -127,6 +127,7 @@ CONTROL_FORMS = (
     ("diffusers", "controlnet.", "controlnet_cond_embedding."),
     ("state", "average.", "hint_encoder.convs."),  # where there is a moving average, it is what a run saves
     ("state", "control.", "hint_encoder.convs."),
+    ("state", "", "hint_encoder.convs."),  # its state_dict alone, as torch.save writes it
 )
 
 

@@ -152,6 +152,9 @@ def save_whole(path: Path, base: StableDiffusion, control: ControlNet) -> None:
 # -------------------------------------------------------------------------------------------------------- contents
 
 
+STATE_PARTS = {"average.": "moving average (EMA)", "decoder.": "UNet's decoder"}  # as PARTS, beside a run's ControlNet
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a file holds, from its headers alone: for programs that show it."""
@@ -176,10 +179,11 @@ def contents(checkpoint: Checkpoint, preset: Config | None = None) -> Contents:
     control, bad_control = attempt(recognise_control, checkpoint)
     names = [name for name, found in (("base", base), ("ControlNet", control)) if found]
     parameters, dtypes = Counter(), Counter()
+    parts = PARTS | STATE_PARTS if control and control.layout == "state" else PARTS
     for key, tensor in checkpoint.tensors.items():
         if tensor.dtype.is_floating_point and key not in IGNORED:
-            start = next((start for start in PARTS if key.startswith(start)), None)
-            parameters[PARTS.get(start, "ControlNet" if control and not base else "other")] += tensor.numel
+            start = next((start for start in parts if key.startswith(start)), None)
+            parameters[parts.get(start, "ControlNet" if control and not base else "other")] += tensor.numel
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
     widths = context_widths(checkpoint)
     what, problem = " with a ".join(names) or kind(checkpoint), None

@@ -44,9 +44,12 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
         "bytes": size,
         "kind": found.kind,
         "family": found.family if found.layout else None,
-        "layout": {"ldm": "original", "diffusers": "diffusers", "state": "a state of train.py", None: None}[
-            found.layout
-        ],
+        "layout": {
+            "ldm": "original",
+            "diffusers": "diffusers",
+            "state": "our own names, as in a state of train.py",
+            None: None,
+        }[found.layout],
         **(base_facts(found.base) if found.base else {}),
         **(control_facts(checkpoint, found.control, control_unet) if found.control else {}),
         "not_usable": problem,

@@ -73,7 +73,7 @@ KINDS: Rows = (
     (r"^\.(image_proj|ip_adapter)[._]", IP_ADAPTER),
     (r"^\.lora_(?!controlnet$)|.[._]lora[._]|\.hada_w|\.lokr_w|\.oft_|\.dora_scale", LORA),
     (r"^\.emb_params$|^\.string_to_(param|token)\.|^\.<.*>$|^\.clip_[lg]$", TEXTUAL_INVERSION),
-    (r"^\.(control_model\.)?input_hint_block\.|^\.controlnet\.|^\.controlnet_cond_embedding\.", CONTROL),
+    (r"^\.(control_model\.)?input_hint_block\.|^\.controlnet\.|^\.(controlnet_cond_embedding|hint_encoder)\.", CONTROL),
     (r"^\.control\.encoder\.", "the state of a training run, for its --resume: give the run's control.safetensors"),
     (r"^\.(optimizer\.)?state\.\d+\.", "the state of an optimizer: give the weights beside it"),
     (rf"^\.[\w.-]+\.({DEEPER})", "a file with the tensors of several models: save those of one with torch.save"),

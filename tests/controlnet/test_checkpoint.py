@@ -361,3 +361,9 @@ def test_what_diffusers_cannot_describe_is_said_in_words(sd, tmp_path):
     )
     assert "of the architecture lite" in said and said.endswith("as a file whose name ends in .safetensors")
     assert "ControlConfig" not in said and "layout=" not in said
+
+
+def test_a_state_dict_alone_is_a_control(sd, control, tmp_path):
+    torch.save(control.state_dict(), tmp_path / "nb.pt")
+    assert_same(ControlNet.load(tmp_path / "nb.pt", sd), control)
+    assert "a ControlNet: pass it as --control" in error_of(StableDiffusion.load, tmp_path / "nb.pt")

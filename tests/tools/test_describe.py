@@ -9,6 +9,7 @@ import torch
 from reference import load_manifest
 from safetensors.torch import load_file, save_file
 from small import SMALLEST, small_control, small_sd
+from torch.optim.swa_utils import AveragedModel
 
 from controlnet import ControlNet
 from controlnet.config import ControlConfig
@@ -16,7 +17,7 @@ from ldm import StableDiffusion
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.stored import StoredTensor
 from tools import describe
-from tools.checkpoints import save_whole
+from tools.checkpoints import contents, save_whole
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +275,12 @@ def test_a_file_that_cannot_be_read_does_not_hide_the_others(folder, tmp_path, c
     assert [line.split(": ")[0] for line in shown.err.splitlines() if line.startswith("describe")] == ["describe"] * 2
     assert describe.main(files[:1]) == 2
     assert "incomplete or damaged" in capsys.readouterr().err
+
+
+def test_the_parts_of_a_state_are_counted_apart(tmp_path):
+    control = small_control(small_sd(SMALLEST))
+    state = {"step": 2, "control": control.state_dict(), "decoder": {"x.bias": torch.ones(2)}}
+    torch.save({**state, "average": AveragedModel(control).state_dict()}, tmp_path / "000002.pt")
+    size = sum(parameter.numel() for parameter in control.parameters())
+    found = contents(open_checkpoint(tmp_path / "000002.pt")).parameters
+    assert found == {"ControlNet": size, "moving average (EMA)": size, "UNet's decoder": 2}

@@ -41,7 +41,7 @@ from tools.cli import add_device, run_tool
 from tools.evaluate_recipes import report_recipe
 from tools.evaluate_scenes import report_prompts, report_scene_control, samples_of
 from tools.judge import JUDGE, load_judge
-from tools.paint import Paint, painter
+from tools.paint import Paint, mismatched, painter
 
 
 class PoseAndScribble(People):
@@ -167,18 +167,18 @@ def colours_right(image: np.ndarray, sample: Sample, colours: tuple[str, ...]) -
 
 def report_control(world: World, paint: Paint, count: int) -> None:
     """How well images follow their hints: the figures' IoU with the true ones and, for people, how far the key points
-    are from the figure. In parentheses is the floor: the same against the next sample's figure."""
+    are from the figure. In parentheses is the floor: the same against the next sample's figure, if there is another."""
     samples = samples_of(world, count, scenes=False)
-    others = samples[1:] + samples[:1]
+    others = mismatched(samples)
     for prompts, prompted in (("with prompt", True), ("without", False)):
         shown = samples if prompted else [replace(sample, caption="") for sample in samples]
         images = paint(shown)
         masks = [foreground(image) for image in images]
-        own, floor = (figures_iou(masks, figures) for figures in (samples, others))
-        line = f"control, {world.name} {prompts}: mean IoU {own:.3f} (mismatched {floor:.3f})"
+        line = f"control, {world.name} {prompts}: mean IoU {figures_iou(masks, samples):.3f}"
+        line += f" (mismatched {figures_iou(masks, others):.3f})" if others else ""
         if samples[0].keypoints is not None:
-            own, floor = (mean_distance(masks, people) for people in (samples, others))
-            line += f", key points {own:.1f} pixels away ({floor:.1f})"
+            line += f", key points {mean_distance(masks, samples):.1f} pixels away"
+            line += f" ({mean_distance(masks, others):.1f})" if others else ""
         if prompted:
             agreement = [colour_agreement(i, s.image, s.mask) for i, s in zip(images, samples, strict=True)]
             line += f", colours right on {np.mean(agreement):.0%} of the figure"

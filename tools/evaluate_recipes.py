@@ -28,7 +28,7 @@ from controlnet.training.sources import good_samples
 from controlnet.worlds import WORLDS, Sample
 from controlnet.worlds.measures import foreground, iou, palette_distance, psnr
 from ldm import StableDiffusion
-from tools.paint import after_autoencoder, painter
+from tools.paint import after_autoencoder, mismatched, painter
 
 TOLD = 8  # levels by which before and after differ where something is to change
 SHARPNESS = "sharpness (0 the hint's, 1 the picture's; noise raises it, too)"
@@ -47,9 +47,11 @@ def report_recipe(sd: StableDiffusion, recipe: str, file: str, count: int, setti
             "another instruction": measured(measure, paint(told_another(samples)), samples),
             "the hint itself": measured(measure, after_autoencoder(sd, [sample.hint for sample in samples]), samples),
         }
-    else:
-        beside = {"mismatched": measured(measure, images, samples[1:] + samples[:1])}
+    elif others := mismatched(samples):
+        beside = {"mismatched": measured(measure, images, others)}
         beside["mismatched"].pop(SHARPNESS, None)  # which any sharp picture has
+    else:
+        beside = {}
     beside["true pictures"] = measured(measure, after_autoencoder(sd, [sample.image for sample in samples]), samples)
 
     for name, values in measured(measure, images, samples).items():

@@ -19,7 +19,7 @@ from controlnet.worlds.scenes.layout import place_at
 from controlnet.worlds.world import Thing
 from ldm import StableDiffusion
 from tools.judge import COLOUR_NAMES, Judge
-from tools.paint import Paint, after_autoencoder
+from tools.paint import Paint, after_autoencoder, mismatched
 
 LEAST = 0.002  # of a picture's pixels: a thing of 6x6 of 128x128 is there
 
@@ -69,14 +69,16 @@ def best_seen(sd: StableDiffusion, judge: Judge, samples: Sequence[Sample]) -> l
 
 
 def compared(measure: Callable[..., Sequence[float]], seen: list[Seen], best: list[Seen], wanted: list) -> list[str]:
-    """`measure` of each picture against what was wanted of it, as text: its mean, the floor and the ceiling."""
-    others = wanted[1:] + wanted[:1]
+    """`measure` of each picture against what was wanted of it, as text: its mean, the floor, if there is
+    another picture, and the ceiling."""
+    others = mismatched(wanted)
 
     def mean(pictures: list[Seen], asked: list) -> np.ndarray:
         return np.mean([measure(one, what) for one, what in zip(pictures, asked, strict=True)], axis=0)
 
-    figures = zip(mean(seen, wanted), mean(seen, others), mean(best, wanted), strict=True)
-    return [f"{own:.3f} (mismatched {floor:.3f}, autoencoder {ceiling:.3f})" for own, floor, ceiling in figures]
+    own, ceiling = mean(seen, wanted), mean(best, wanted)
+    floors = [f"mismatched {floor:.3f}, " for floor in mean(seen, others)] if others else [""] * len(own)
+    return [f"{a:.3f} ({floor}autoencoder {b:.3f})" for a, floor, b in zip(own, floors, ceiling, strict=True)]
 
 
 def things_found(seen: Seen, things: Sequence[Thing]) -> tuple[float, float, float]:

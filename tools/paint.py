@@ -40,3 +40,8 @@ def painter(sd: StableDiffusion, controls: Sequence[ControlNet], settings: dict)
 def after_autoencoder(sd: StableDiffusion, images: list[np.ndarray]) -> list[np.ndarray]:
     """One by one, as large ones need."""
     return [np.asarray(to_pil(sd.decode(sd.encode(to_images([one]), sample=False))[0])) for one in images]
+
+
+def mismatched(items: list) -> list:
+    """With each the next one, for a floor; empty where there is no other."""
+    return items[1:] + items[:1] if len(items) > 1 else []

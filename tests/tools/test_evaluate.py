@@ -162,3 +162,12 @@ def test_without_a_prompt_guidance_strengthens_the_hint():
         control = Control.in_mode(pose, to_hints([sample.hint]), mode)
         (wanted,) = generate(sd, caption, [control], seed=0, **settings)
         assert largest_difference(made, wanted) <= 1
+
+
+def test_a_single_picture_has_no_floor(samples, capsys):
+    """It would be its own figure."""
+    truth = samples[0].truth
+    assert compared(things_iou, [seen_in(truth)], [seen_in(truth)], [truth]) == ["1.000 (autoencoder 1.000)"]
+    evaluate.report_control(evaluate.People(64), lambda asked: [sample.image for sample in asked], 1)
+    said = capsys.readouterr().out
+    assert "mean IoU" in said and "pixels away" in said and "(" not in said

@@ -171,3 +171,11 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(capsys):
         with pytest.raises(SystemExit, match="2"):
             evaluate.main([*base, "--recipe", "tile", "runs/tile", *words])
         assert f"{words[0]}: not allowed with argument --recipe" in capsys.readouterr().err
+
+
+def test_a_single_picture_has_no_floor(sd, files, monkeypatch, capsys):
+    """It would be measured against itself."""
+    monkeypatch.setattr(evaluate_recipes, "painter", lambda *_: lambda samples: [sample.image for sample in samples])
+    evaluate_recipes.report_recipe(sd, "tile", str(files / "other.safetensors"), 1, {})
+    said = capsys.readouterr().out
+    assert "(true pictures" in said and "mismatched" not in said

@@ -1,6 +1,7 @@
 """Reading image files: the one place that opens them. Nothing here imports PyTorch."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JP
 FORMATS += ["PSD", "QOI", "SGI", "DDS"]
 MAX_SIDE = 16384
 MAX_PIXELS = 100_000_000
+
+Ground = Callable[[Image.Image], str]  # image -> the colour behind its transparent parts
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -46,17 +49,17 @@ def fits(width: int, height: int) -> bool:
     return max(width, height) <= MAX_SIDE and width * height <= MAX_PIXELS
 
 
-def read_image(path: str | Path, hint: bool = False) -> Image.Image:
-    """The image in a file as 8-bit RGB, with white behind its transparent parts, or what `to_rgb` takes for a hint.
+def read_image(path: str | Path, ground: Ground | None = None) -> Image.Image:
+    """The image in a file as 8-bit RGB, with white behind its transparent parts, or what `ground` says.
 
     Raises ValueError as `open_image` does, and for 32 bits a channel, whose range nothing tells.
     """
-    return checked_rgb(open_image(path), path, hint)
+    return checked_rgb(open_image(path), path, ground)
 
 
-def checked_rgb(image: Image.Image, path: str | Path, hint: bool = False) -> Image.Image:
+def checked_rgb(image: Image.Image, path: str | Path, ground: Ground | None = None) -> Image.Image:
     check_depth(image, path)
-    return to_rgb(image, hint)
+    return to_rgb(image, ground)
 
 
 def check_depth(image: Image.Image, path: str | Path) -> None:
@@ -71,19 +74,17 @@ def in_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
-def to_rgb(image: Image.Image, hint: bool = False) -> Image.Image:
-    """An image of 8 or 16 bits a channel as 8-bit RGB, with white behind its transparent parts.
-
-    Behind those of a hint is what its strokes stand out from.
-    """
+def to_rgb(image: Image.Image, ground: Ground | None = None) -> Image.Image:
+    """An image of 8 or 16 bits a channel as 8-bit RGB, with white behind its transparent parts, or what `ground` says:
+    `ground_of_hint` or `ground_of_drawing`."""
     image = in_8_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    ground, result = ground_of_hint(image) if hint else "white", Image.new("RGB", image.size)
+    colour, result = ground(image) if ground else "white", Image.new("RGB", image.size)
     for top in range(0, image.height, 1024):  # strips, as the steps between would take a gigabyte for a large image
         box = (0, top, image.width, min(top + 1024, image.height))
         strip = image.crop(box).convert("RGBA")
-        result.paste(Image.alpha_composite(Image.new("RGBA", strip.size, ground), strip).convert("RGB"), box)
+        result.paste(Image.alpha_composite(Image.new("RGBA", strip.size, colour), strip).convert("RGB"), box)
     return result
 
 
@@ -104,6 +105,14 @@ def ground_of_hint(image: Image.Image) -> str:
     strongest, weakest = colours.max(axis=1, initial=0), colours.min(axis=1, initial=255)
     light = ((strongest > 127) | (strongest - weakest > 48)).sum() / max(1, len(colours))
     return "white" if len(colours) and (light < 0.02 or (light < 0.5 and share <= 0.5)) else "black"
+
+
+def ground_of_drawing(image: Image.Image) -> str:
+    """Of one whose strokes a detector finds, by their darkest channel: white behind coloured ones too; where most is
+    visible, that shows the ground."""
+    colours, share = visible_part(image)
+    light = (colours.min(axis=1, initial=255) > 127).sum() / max(1, len(colours))
+    return "black" if light >= 0.02 and (light >= 0.5) != (share > 0.5) else "white"
 
 
 def erased_part(image: Image.Image) -> Image.Image | None:

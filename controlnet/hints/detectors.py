@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from controlnet.common.image_files import read_image
+from controlnet.common.image_files import Ground, ground_of_drawing, read_image
 
 from . import learned
 from .filters import blur, canny_hint, gray, invert, scribble, shuffle, threshold_hint, tile
@@ -63,7 +63,7 @@ DETECTORS = {
     "lineart": Detector(learned.lineart, "a photograph as a line drawing *"),
     "sam": Detector(learned.sam, "segments of a photograph, in random colours *"),
 }
-OF_STROKES = {"scribble", "threshold", "invert"}  # of drawings, whose transparent ground is read as a hint's
+OF_STROKES = {"scribble", "threshold", "invert"}  # of drawings, which may have a transparent ground
 LEARNED_NOTE = "* learned, by the optional package controlnet_aux (pip install controlnet_aux)"
 
 # What others call these, in lower case. In place of a network that we lack stands one for the same kind of hint.
@@ -113,7 +113,7 @@ def detect_file(
     """
     detector = find_detector(name)
     if detector.works_on_photographs:
-        source = read_image(path, hint=name in OF_STROKES)
+        source = read_image(path, ground_for(name))
         return detect(name, np.asarray(fit(source) if fit else source), **options)
     hint = detect(name, detector.read(Path(path)), **options)
     return np.asarray(fit(Image.fromarray(hint))) if fit else hint
@@ -124,6 +124,11 @@ def find_detector(name: str) -> Detector:
     if name not in DETECTORS:
         raise ValueError(f'there is no detector "{name}", expected {", ".join(DETECTORS)}')
     return DETECTORS[name]
+
+
+def ground_for(name: str) -> Ground | None:
+    """What a detector of this name is to see behind what is transparent, for `to_rgb`."""
+    return ground_of_drawing if name in OF_STROKES else None
 
 
 def is_rgb(source: Any) -> bool:

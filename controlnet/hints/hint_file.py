@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from controlnet.common.files import read_arrays
-from controlnet.common.image_files import check_depth, in_8_bits, open_image, to_rgb
+from controlnet.common.image_files import check_depth, ground_of_hint, in_8_bits, open_image, to_rgb
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
@@ -49,7 +49,7 @@ def with_channels(stored: Image.Image | np.ndarray, channels: int, name: str) ->
     green, blue and the opacity as they are stored. Raises ValueError where there is another number.
     """
     if isinstance(stored, Image.Image) and channels in IMAGE_MODES:
-        image = in_8_bits(stored) if channels == 4 else to_rgb(stored, hint=True)
+        image = in_8_bits(stored) if channels == 4 else to_rgb(stored, ground_of_hint)
         return np.array(image.convert(IMAGE_MODES[channels])).reshape(*stored.size[::-1], channels)
     found = len(stored.getbands()) if isinstance(stored, Image.Image) else stored.shape[2]
     if isinstance(stored, Image.Image) or found != channels:

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from controlnet.common.image_files import to_rgb
+from controlnet.common.image_files import Ground, ground_of_hint, to_rgb
 from controlnet.common.images import Size, fitted, margins, size_text, size_within, to_hints, to_uint8
 from controlnet.common.program import FITS
 
 from . import DETECTORS, detect, detect_file, find_detector, inpaint, parse_detector
-from .detectors import OF_STROKES
+from .detectors import ground_for
 from .hint_file import IMAGE_MODES, open_hint
 from .maps import read_map
 
@@ -65,7 +65,7 @@ class HintImage:
             return cls(as_rgb(image), name, mask=mask, fit=fit)
         name, options = parse_detector(detect)
         if find_detector(name).works_on_photographs:
-            return cls(as_rgb(image, of_strokes=name in OF_STROKES), name, options, fit=fit)
+            return cls(as_rgb(image, ground_for(name)), name, options, fit=fit)
         return cls(Image.fromarray(detected_from_map(name, image, options)), fit=fit)
 
     def at(self, size: Size, channels: int = 3) -> Tensor:
@@ -124,12 +124,12 @@ def to_gray(hint: Tensor) -> Tensor:
     return to_hints([np.array(Image.fromarray(to_uint8(hint[0])).convert("L"))[..., None]])
 
 
-def as_rgb(image: str | Path | Image.Image | np.ndarray, of_strokes: bool = False) -> Image.Image:
+def as_rgb(image: str | Path | Image.Image | np.ndarray, ground: Ground | None = None) -> Image.Image:
     """What `as_stored` takes, but for files of arrays, as RGB of 8 bits. White is behind what is transparent, as in
-    training, or for a drawing of strokes `to_rgb`'s ground of hints."""
+    training, or what `ground` says."""
     if isinstance(image, str | Path):
         check_is_image(image)
-    return to_rgb(as_stored(image), hint=of_strokes)
+    return to_rgb(as_stored(image), ground)
 
 
 def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.ndarray:
@@ -152,7 +152,7 @@ def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.
 def shown(stored: Image.Image | np.ndarray) -> Image.Image:
     """RGB: of an array of other channels the first three, or the mean of two."""
     if isinstance(stored, Image.Image):
-        return to_rgb(stored, hint=True)
+        return to_rgb(stored, ground_of_hint)
     first = stored if stored.shape[2] > 2 else stored.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
     return Image.fromarray(np.ascontiguousarray(first[..., :3]))
 

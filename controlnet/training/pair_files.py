@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from controlnet.common.image_files import FORMATS, read_image
+from controlnet.common.image_files import FORMATS, Ground, read_image
 from controlnet.common.images import Size
 from controlnet.hints import hint_file
 
 from .pairs import BadSample, Entry
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    """(H, W, 3). Raises BadSample."""
+def read_pixels(path: Path, ground: Ground | None = None) -> np.ndarray:
+    """(H, W, 3), as `read_image` reads it. Raises BadSample."""
     try:
-        return np.array(read_image(path))
+        return np.array(read_image(path, ground))
     except ValueError as error:
         raise BadSample(str(error)) from error
 

@@ -22,7 +22,7 @@ from ldm.stable_diffusion import StableDiffusion
 
 from .options import TrainSettings
 from .pair_files import read_hint, read_pixels
-from .sources import photograph_detector
+from .sources import ground_seen, photograph_detector
 from .transform import Transform
 
 
@@ -31,9 +31,10 @@ def own_samples(settings: TrainSettings, size: Size) -> list[Sample]:
     Raises ValueError for a file that cannot be read."""
     samples = []
     for file, prompt in settings.validate:
-        array = read_pixels(Path(file)) if settings.detect else read_hint(Path(file), settings.hint_channels)
+        detect, path = settings.detect, Path(file)
+        array = read_pixels(path, ground_seen(detect)) if detect else read_hint(path, settings.hint_channels)
         array = Transform(size).of(array.shape[:2])(array)
-        hint = photograph_detector(settings.detect)(array) if settings.detect else array
+        hint = photograph_detector(detect)(array) if detect else array
         samples.append(Sample(np.full((*size, 3), 255, np.uint8), hint, prompt))
     return samples
 

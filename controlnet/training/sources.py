@@ -13,8 +13,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from controlnet.common.image_files import Ground
 from controlnet.common.images import Size
 from controlnet.hints import detect, find_detector, inpaint_at_random, parse_detector
+from controlnet.hints.detectors import ground_for
 from controlnet.worlds import WORLDS, Sample
 
 from .identity import Identity, Key, digest, digest_of, digests_of_files
@@ -116,8 +118,9 @@ class FolderSource:
         image = read_pixels(entry.image)
         place = self.transform.of(image.shape[:2], generator)
         if self.make_hint is not None:  # on the image as the model sees it: edges are a pixel wide at its size
-            image = place(image)
-            return Sample(image, self.make_hint(image), entry.caption)
+            image, ground = place(image), ground_seen(self.detect)
+            seen = place(read_pixels(entry.image, ground)) if ground else image
+            return Sample(image, self.make_hint(seen), entry.caption)
         hint = read_hint(entry.hint, self.hint_channels)
         check_same_shape(image.shape[:2], hint, entry)
         return Sample(place(image), place(hint), entry.caption)
@@ -203,6 +206,11 @@ def photograph_detector(text: str) -> Callable[[np.ndarray], np.ndarray]:
 def is_inpaint(detect: str | None) -> bool:
     """Which is no detector of others' hints: it needs a hole, at random in training, else from a mask."""
     return detect is not None and detect.lower() == "inpaint"
+
+
+def ground_seen(detect: str | None) -> Ground | None:
+    """`ground_for` what --detect names."""
+    return None if detect is None or is_inpaint(detect) else ground_for(parse_detector(detect)[0])
 
 
 def is_network(detect: str | None) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from controlnet.common.image_files import to_rgb
+from controlnet.common.image_files import ground_of_hint, to_rgb
 from controlnet.common.images import to_uint8
 from controlnet.common.program import from_json, height_and_width
 from controlnet.hints.hint_image import HintImage
@@ -49,7 +49,7 @@ def hints_of(studio: Studio, parts: list[list]) -> dict:
     if not parts:
         return {}
     hints, names, scales, starts, ends, places = zip(*parts, strict=True)
-    given = dict(hint=[studio.keep(to_rgb(hint["composite"], hint=True)) for hint in hints])
+    given = dict(hint=[studio.keep(to_rgb(hint["composite"], ground_of_hint)) for hint in hints])
     given |= dict(control_scale=list(scales), control_start=list(starts), control_end=list(ends))
     masks = [painted(place) for place in places]
     given |= dict(control_mask=[mask and studio.keep(mask) for mask in masks] if any(masks) else [])

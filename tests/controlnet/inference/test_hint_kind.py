@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from controlnet.common.image_files import read_image
+from controlnet.common.image_files import ground_of_hint, read_image
 from controlnet.common.images import resized
 from controlnet.hints import DETECTORS, detect
 from controlnet.hints.pose import draw_pose
@@ -22,7 +22,7 @@ PHOTOGRAPHS = ["assets/cat.jpg", "assets/coffee.jpg", *(f"tests/fixtures/hints/{
 
 @cache
 def pixels_of(name):
-    return np.asarray(read_image(ROOT / name, hint=True))
+    return np.asarray(read_image(ROOT / name, ground_of_hint))
 
 
 def drawn(draw, size=256, ground="black"):

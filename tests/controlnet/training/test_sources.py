@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from controlnet.hints import detect
+from controlnet.common.images import to_uint8
+from controlnet.hints import detect, detect_file
+from controlnet.hints.hint_image import HintImage
 from controlnet.objective import seeded
 from controlnet.training.opening import open_sources, split
 from controlnet.training.options import TrainSettings
 from controlnet.training.pair_files import read_hint, size_of
 from controlnet.training.pairs import BadSample, Entry, list_folder
+from controlnet.training.previews import own_samples
 from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform
 from controlnet.worlds import WORLDS
@@ -258,3 +261,33 @@ def test_the_first_images_are_counted_before_they_are_repeated(tmp_path):
         save(tmp_path / f"{name}/{i}.png", np.zeros((64, 64, 3), np.uint8))
     settings = TrainSettings(data=str(tmp_path), detect="canny", prompt="", validation=0, images=3)
     assert [entry.image.stem for entry in open_sources(settings, (64, 64)).train.entries] == [*"00112"]
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 200), (250, 240, 60), (255, 255, 255), (0, 0, 0)])
+@pytest.mark.parametrize("name", ["scribble", "threshold", "invert", "gray"])
+def test_strokes_without_a_ground_are_the_same_hint_wherever_it_is_made(tmp_path, name, colour):
+    """In training, for --validate, in make_hints and in infer.py; and coloured strokes are dark ones."""
+    drawing = np.zeros((64, 64, 4), np.uint8)
+    drawing[30:33, :] = (*colour, 255)
+    path = tmp_path / "0.png"
+    save(path, drawing)
+    hint = FolderSource("x", [Entry(path, None, "")], Transform((64, 64)), detect=name).hint(0)
+    (shown,) = own_samples(TrainSettings(validate=[[str(path), ""]], detect=name), (64, 64))
+    assert np.array_equal(hint, shown.hint) and np.array_equal(hint, detect_file(name, path))
+    assert np.array_equal(hint, to_uint8(HintImage.of(path, name).at((64, 64))[0]))
+    if name == "scribble" and colour != (255, 255, 255):
+        assert (hint[30:33] == 255).all() and (hint == 255).mean() < 0.05
+    elif name == "threshold":
+        assert (hint[31] == 255).all() == (min(colour) > 127) and (hint[0] == 255).all() != (min(colour) > 127)
+
+
+def test_a_corner_cut_from_a_drawing_is_of_its_ground(tmp_path):
+    for ground in (0, 255):
+        drawing = np.full((64, 64, 4), ground, np.uint8)
+        drawing[..., 3] = 255
+        drawing[30:33, :, :3] = 255 - ground
+        drawing[50:, 50:, 3] = 0
+        save(tmp_path / "0.png", drawing)
+        assert np.array_equal(
+            detect_file("invert", tmp_path / "0.png"), 255 - np.where(drawing[..., 3:], drawing, ground)[..., :3]
+        )

@@ -102,8 +102,8 @@ def total_residuals(
 class Control:
     """One ControlNet in use: its hint, and how strongly, where, when and in which branch its residuals are added.
 
-    Raises TypeError for a hint of another kind, ValueError for one of another shape, another number of layer weights
-    than it has residuals, or a range outside 0 <= start < end <= 1.
+    Raises TypeError for a hint of another kind, ValueError for one of another shape or of whole numbers, another
+    number of layer weights than it has residuals, or a range outside 0 <= start < end <= 1.
     """
 
     net: ControlNet
@@ -124,6 +124,8 @@ class Control:
             raise TypeError(f"a hint is of type {found}, expected a tensor: for images there is Control.from_image")
         elif self.hint.ndim != 4 or self.hint.shape[1] != channels:
             raise ValueError(f"a hint has the shape {tuple(self.hint.shape)}, expected (1, {channels}, H, W) in [0, 1]")
+        elif not self.hint.is_floating_point():
+            raise ValueError(f"a hint is of {self.hint.dtype}, expected floats in [0, 1]: divide bytes by 255")
         expected = len(self.net.zero_convs) + 1
         if len(self.layers) not in (0, expected):
             raise ValueError(f"a control has {len(self.layers)} layer weights, expected {expected} for this base")
@@ -167,6 +169,16 @@ class Control:
             raise ValueError(f'the mode is "{mode}": load its ControlNet with global_average_pooling=True')
         prompt_only = MODES[mode].prompt_only or net.config.global_average_pooling
         return cls(net, hint, **{"layers": weights, "prompt_only": prompt_only, **settings})
+
+
+def check_values(hint: Tensor) -> None:
+    """Raises ValueError for values outside [0, 1], up to rounding, which are no -1 of an inpainting hint's hole."""
+    wrong = (hint > 1.001) | ((hint < -0.001) & ((hint + 1).abs() > 0.001))
+    if wrong.any():
+        raise ValueError(
+            f"a hint is from {hint.min():g} to {hint.max():g}, expected 0 to 1, and -1 only where all is made anew: "
+            "divide bytes by 255, and move what is from -1 to 1 with (hint + 1) / 2"
+        )
 
 
 def check_range(start: float, end: float) -> None:

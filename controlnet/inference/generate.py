@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from controlnet.common.images import Size
-from controlnet.guidance import Control, Predict, exact, guided
+from controlnet.guidance import Control, Predict, check_values, exact, guided
 from controlnet.hints.hint_image import HintImage
 from controlnet.reuse import reusing
 from ldm.samplers import Denoise, sample_loop, timesteps_for
@@ -86,10 +86,10 @@ def generate(
 
     `tile_diffusion` denoises images larger than the base's resolution in tiles of it (tiles.py), in less memory.
 
-    Raises TypeError for controls that are none, ValueError for a size that the model cannot make, hints of other sizes,
-    a negative `cfg`, a seed outside 0..2^63 - 1, a `batch_size` or `reuse` below 1, what cannot be compiled, or what
-    `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip, weights of words), FloatingPointError
-    with the layer's name for a result that is not finite.
+    Raises TypeError for controls that are none, ValueError for a size that the model cannot make, hints of other sizes
+    or values, a negative `cfg`, a seed outside 0..2^63 - 1, a `batch_size` or `reuse` below 1, what cannot be compiled,
+    or what `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip, weights of words),
+    FloatingPointError with the layer's name for a result that is not finite.
     """
     check_controls(controls)
     check_inpainting(sd.config, init)
@@ -151,13 +151,15 @@ def generate(
 
 
 def check_controls(controls: Sequence[Control]) -> None:
-    """Raises TypeError for anything but a sequence of controls."""
+    """Raises TypeError for anything but a sequence of controls, ValueError as `check_values` does."""
     for control in controls if isinstance(controls, Sequence) else [controls]:
         if control is controls or not isinstance(control, Control):
             raise TypeError(
                 f"found a {type(control).__name__} in controls, expected a list of Control: make each with "
                 "Control.from_image(net, image)"
             )
+        if isinstance(control.hint, Tensor):
+            check_values(control.hint)
 
 
 def at_size(control: Control, size: Size, init: Init | None) -> Control:

@@ -58,4 +58,6 @@ def larger_size(config: Config, size: Size, factor: float) -> Size:
 def enlarged(control: Control, size: Size) -> Control:
     if not isinstance(control.hint, Tensor):
         return control
-    return replace(control, hint=F.interpolate(control.hint, size, mode="bilinear", antialias=True))
+    hole = F.interpolate(control.hint, size, mode="nearest") < 0  # of an inpainting hint, all of -1
+    hint = F.interpolate(control.hint.clamp(min=0), size, mode="bilinear", antialias=True)
+    return replace(control, hint=hint.masked_fill(hole, -1))

@@ -19,6 +19,7 @@ from controlnet.guidance import MODES, residual_levels
 from controlnet.hints import detect, detectors, inpaint
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.image_to_image import Init
+from controlnet.inference.upscale import enlarged
 
 ASSETS = Path(__file__).parents[2] / "assets"
 SIZE = (64, 96)
@@ -277,3 +278,21 @@ def test_images_are_encoded_and_decoded_by_the_base(sd, monkeypatch):
         monkeypatch.setattr(part, name, lambda *arguments, n=name, f=plain: calls.append(n) or f(*arguments))
     generate(sd, "a", steps=2, init=Init(read_image(ASSETS / "cat.jpg")))
     assert calls == ["posterior", "decode"]
+
+
+def test_a_tensor_out_of_range_is_no_hint(sd, net):
+    hint = torch.rand(1, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"a hint is of torch.uint8, expected floats in \[0, 1\]: divide bytes by 255"):
+        Control(net, (255 * hint).byte())
+    for values in (255 * hint, 2 * hint - 1):
+        with pytest.raises(ValueError, match=r"a hint is from -?\d.* to \d.*, expected 0 to 1, and -1 only where"):
+            generate(sd, "a", [Control(net, values)], steps=1)
+    hint[..., 20:40] = -1
+    generate(sd, "a", [Control(net, hint + 1e-6)], steps=1)  # rounding is none
+
+
+def test_an_enlarged_hole_is_whole(net):
+    hint = torch.full((1, 3, 64, 64), 0.5)
+    hint[..., 32:] = -1
+    large = enlarged(Control(net, hint), (128, 128)).hint
+    assert (large[..., 64:] == -1).all() and (large[..., :60] == 0.5).all() and (large[..., :64] >= 0).all()

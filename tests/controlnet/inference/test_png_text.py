@@ -11,6 +11,7 @@ from controlnet.common.images import save_png
 from controlnet.guidance import MODES
 from controlnet.hints import DETECTORS, options_of
 from controlnet.inference.a1111 import MODULES, parameters, read_parameters
+from controlnet.inference.again import with_recorded
 from controlnet.inference.png_text import LARGEST_TEXT, png_texts, read_texts
 from controlnet.inference.sampler_names import A1111_SAMPLERS, sampler_name
 
@@ -269,3 +270,9 @@ def test_only_png_is_opened(tmp_path):
     for name in ("a.jpg", "b.png", "none.png"):
         with pytest.raises(ValueError, match="is not readable as an image"):
             read_texts(tmp_path / name)
+
+
+def test_a_record_of_nothing_is_one_of_another_version(tmp_path):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"controlnet": "{}"})
+    with pytest.raises(ValueError, match="was made by another version of infer.py, which did not know prompt"):
+        with_recorded({"again": str(tmp_path / "a.png")})

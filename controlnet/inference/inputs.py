@@ -57,7 +57,7 @@ class CheckedHint:
         """All that it is made from, by the names given."""
         mask = self.options.control_mask
         files = {self.options.hint: self.file, self.options.control: self.control_file}
-        return files | ({mask: Path(mask)} if mask else {})
+        return files | ({} if mask is None else {mask: Path(mask)})
 
     def control(self, net: ControlNet, size: Size) -> Control:
         given = self.options
@@ -180,7 +180,8 @@ def check_hint(
     part = hint_part(image, size, init)
     note_stretch(options.hint, part.image, size, image.fit)
     layer_weights(options.control_mode, options.control_layers or (), config.unet)
-    mask = read_control_mask(options.control_mask, size, image.fit, init) if options.control_mask else None
+    mask = options.control_mask
+    mask = None if mask is None else read_control_mask(mask, size, image.fit, init)
     # A detector's errors come before the weights are read. A hint that was not detected is looked at as it came: thin
     # lines suffer when they are resized.
     pixels = np.asarray(image.image) if image.detector is None else to_uint8(part.at(size)[0])

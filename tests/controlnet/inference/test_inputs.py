@@ -453,3 +453,10 @@ def test_images_are_not_put_where_the_next_run_takes_them_for_hints(folder, hint
 def test_a_pattern_says_nothing_of_other_folders(place):
     noise().save("a.png")
     assert hint_runs(Options(hint=["*.png"], out=Path("out")))
+
+
+@pytest.mark.parametrize("option", ["init", "mask", "control_mask"])
+def test_an_empty_name_of_a_file_is_none(option, control):
+    given = {"hint": [CAT], "control": [control], "control_mask": [""]} if option == "control_mask" else {option: ""}
+    with pytest.raises(ValueError, match="is a folder: give the path of an image"):
+        inputs(**given)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from controlnet.common.image_files import Ground, ground_of_hint, to_rgb
+from controlnet.common.image_files import Ground, ground_of_hint, mask_of_transparency, read_mask, to_rgb
 from controlnet.common.images import Size, fitted, margins, size_text, size_within, to_hints, to_uint8
 from controlnet.common.program import FITS
 
@@ -40,7 +40,7 @@ class HintImage:
         if self.detector == "inpaint" and self.mask is None:
             raise ValueError('the detector "inpaint" needs a mask: white where the image is to be made anew')
         if self.mask is not None:
-            check_mask(self.mask, self.image)
+            object.__setattr__(self, "mask", as_mask(self.mask, self.image))
         if self.fit not in FITS:
             raise ValueError(f'fit is "{self.fit}", expected one of {", ".join(FITS)}')
 
@@ -112,11 +112,17 @@ class HintImage:
         return to_hints([detect(self.detector, pixels, **self.options)])
 
 
-def check_mask(mask: Image.Image, image: Image.Image) -> None:
-    """Raises ValueError for a mask of another size than the image."""
+def as_mask(mask: str | Path | Image.Image | np.ndarray, image: Image.Image) -> Image.Image:
+    """Mode L of a file, as `read_mask` reads it, or of an image or array that `as_stored` takes. Raises ValueError and
+    TypeError as they do, and ValueError for a mask of another size than the image."""
+    if isinstance(mask, str | Path):
+        mask = read_mask(mask)
+    else:
+        mask = mask_of_transparency(stored := as_stored(mask)) or to_rgb(stored).convert("L")
     if mask.size != image.size:
         found, expected = size_text(mask.size[::-1]), size_text(image.size[::-1])
         raise ValueError(f"the mask is {found}, expected the image's {expected}: crop or resize it to that")
+    return mask
 
 
 def to_gray(hint: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from controlnet.common.images import Size, fitted, mean_colour, resized, to_images, to_mask
 from controlnet.common.program import FITS
-from controlnet.hints.hint_image import check_mask
+from controlnet.hints.hint_image import as_mask, as_rgb
 from ldm.samplers import BeforeStep, Noise
 from ldm.schedule import Schedule
 
@@ -28,18 +28,19 @@ class Init:
     With `only_masked` N a part of the image is made, at the size of `generate`, and put back: what is white in the mask
     and N pixels around it. The result then has the image's own size.
 
-    Raises ValueError for a strength outside [0, 1], a mask of another size than the image, `only_masked` or
-    `mask_blur` without anything masked, and an unknown `fit`.
+    Raises ValueError for a strength outside [0, 1], `only_masked` or `mask_blur` without anything masked, and an
+    unknown `fit`, and as `as_rgb` and `as_mask` do.
     """
 
-    image: Image.Image  # RGB; it is resized to the size of the image that is made
+    image: Image.Image  # RGB, or what `as_rgb` makes that of: it is resized to the size of the image that is made
     strength: float = 0.75  # the part of the steps that is done: 0 keeps the image, 1 begins from noise alone
-    mask: Image.Image | None = None  # mode L, as large as `image`: white is made anew, black is kept
+    mask: Image.Image | None = None  # mode L or what `as_mask` takes: white is made anew, black is kept
     mask_blur: float = 0  # standard deviation in the image's pixels: makes the mask's edges soft
     only_masked: int | None = None
     fit: str = "stretch"  # how it is resized, as in `images.fitted`; what is padded is made anew
 
     def __post_init__(self):
+        object.__setattr__(self, "image", as_rgb(self.image))
         if not 0 <= self.strength <= 1:
             raise ValueError(
                 f"the strength is {self.strength}, expected 0 (nothing is changed) to 1 (begin from noise)"
@@ -47,7 +48,7 @@ class Init:
         if self.fit not in FITS:
             raise ValueError(f'fit is "{self.fit}", expected one of {", ".join(FITS)}')
         if self.mask is not None:
-            check_mask(self.mask, self.image)
+            object.__setattr__(self, "mask", as_mask(self.mask, self.image))
         if (self.only_masked is not None or self.mask_blur) and not (self.mask and self.mask.getbbox()):
             what = "only the masked part is to be made" if self.only_masked is not None else "the mask is to be soft"
             raise ValueError(f"{what}, but nothing is masked: give a mask with white in it")

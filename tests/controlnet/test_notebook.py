@@ -296,3 +296,22 @@ def test_an_enlarged_hole_is_whole(net):
     hint[..., 32:] = -1
     large = enlarged(Control(net, hint), (128, 128)).hint
     assert (large[..., 64:] == -1).all() and (large[..., :60] == 0.5).all() and (large[..., :64] >= 0).all()
+
+
+def test_an_image_to_begin_with_is_taken_as_a_hint_is(sd, tmp_path):
+    """Of any mode, upright, from a file or an array; and so is its mask."""
+    seen, mask = Image.fromarray(np.asarray(photo())[..., [0, 0, 0]]), Image.new("L", (96, 64))
+    mask.paste(255, (0, 0, 48, 64))
+    turned = [image.transpose(Image.Transpose.ROTATE_90) for image in (seen, mask)]
+    for image in turned:
+        image.getexif()[0x0112] = 6  # to be turned by 90 degrees to the right
+    seen.save(tmp_path / "seen.png"), mask.save(tmp_path / "mask.png")
+    painted = Image.new("RGBA", (96, 64))
+    painted.paste("red", (0, 0, 48, 64))
+    others = [turned, [tmp_path / "seen.png", str(tmp_path / "mask.png")], [np.asarray(seen), mask.convert("RGB")]]
+    others += [[seen.convert("L"), mask.convert("1")], [seen.convert("RGBA"), painted]]
+    for init in (Init(image, mask=mask) for image, mask in others):
+        assert np.array_equal(init.image, seen) and np.array_equal(init.mask, mask)
+        assert (init.image.mode, init.mask.mode) == ("RGB", "L")
+    with pytest.raises(TypeError, match="the image is of type NoneType, expected a path, a PIL image or a NumPy array"):
+        Init(None)

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, use_device, use_precision
-from controlnet.common.images import Size, save_png, to_uint8
+from controlnet.common.images import Size, to_uint8
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_steps
 from controlnet.model import ControlNet
@@ -39,7 +39,7 @@ from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import check_unchanged, fingerprint, png_texts
 from .progress import Progress
 from .prompts import chunks_of, cut_texts
-from .saving import check_out, is_file_name, save_image, saving
+from .saving import check_out, is_file_name, save_image, save_named, saving
 from .sizes import check_cfg, check_seeds, default_cfg
 from .upscale import larger_size, upscaled
 
@@ -263,7 +263,7 @@ def save_hints(controls: tuple[Control, ...], image: Path) -> None:
         path = image.with_name(f"{image.stem}-hint{f'-{i + 1}' if len(controls) > 1 else ''}.png")
         hint = control.hint[0]  # of four channels the last is the opacity, of other numbers some are shown
         hint = hint if len(hint) == 4 else hint[:3] if len(hint) > 2 else hint[:1].expand(3, -1, -1)
-        save_png(Image.fromarray(to_uint8(hint)), path, {})
+        save_named(Image.fromarray(to_uint8(hint)), path, {})
         tqdm.write(f"the hint is saved as {path}", file=sys.stderr)
 
 

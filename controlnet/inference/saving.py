@@ -39,10 +39,15 @@ def save_image(image: Image.Image, out: Path, i: int, count: int, texts: dict[st
         if not is_file_name(out):
             return save_numbered(image, out, texts)
         path = out if count == 1 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
-        if path.exists():
-            tqdm.write(f"{path} is replaced", file=sys.stderr)
-        save_png(image, path, texts)
+        save_named(image, path, texts)
         return path
+
+
+def save_named(image: Image.Image, path: Path, texts: dict[str, str]) -> None:
+    """With a note if a file is replaced."""
+    if path.exists():
+        tqdm.write(f"{path} is replaced", file=sys.stderr)
+    save_png(image, path, texts)
 
 
 @contextmanager
@@ -83,6 +88,6 @@ def claim(file: Path, path: Path) -> None:
 
 
 def next_number(folder: Path) -> int:
-    """After the highest."""
-    taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
-    return max(taken, default=0) + 1
+    """After the highest, also of the hints that --save-hint has saved beside images: 0001-hint.png."""
+    stems = (path.stem.partition("-hint")[0] for path in folder.glob("*.png"))
+    return max((int(stem) for stem in stems if stem.isdecimal()), default=0) + 1

@@ -1,11 +1,15 @@
 """Where images go, with several processes at once."""
 
+from types import SimpleNamespace
+
 import forked
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from controlnet.inference import saving
+from controlnet.inference.run import save_hints
 from controlnet.inference.saving import save_image
 
 ROUNDS = 10
@@ -57,3 +61,13 @@ def test_a_full_disk_is_a_sentence_with_the_place_and_leaves_nothing(tmp_path, m
     with pytest.raises(ValueError, match=rf'saved as ".*{out}" \(No space left on device\): make room there, or give'):
         save_image(Image.fromarray(np.zeros((8, 8, 3), np.uint8)), tmp_path / out, 0, 1, {})
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_a_hint_beside_an_image_takes_no_other_s_place_in_silence(tmp_path, capsys):
+    """In a folder its image takes a number that no hint has; beside a file of a given name it is said."""
+    control = SimpleNamespace(hint=torch.zeros(1, 3, 8, 8))
+    (tmp_path / "0004-hint-2.png").write_bytes(b"mine")
+    assert save_image(Image.new("RGB", (8, 8)), tmp_path, 0, 1, {}) == tmp_path / "0005.png"
+    (tmp_path / "a-hint.png").write_bytes(b"mine")
+    save_hints((control,), tmp_path / "a.png")
+    assert f"{tmp_path / 'a-hint.png'} is replaced\n" in capsys.readouterr().err

@@ -33,7 +33,7 @@ from ldm.stable_diffusion import StableDiffusion
 
 from .generate import hint_part
 from .hint_kind import INVERTED, PHOTOGRAPH, doubt, kind_of, looks_like
-from .image_to_image import Init
+from .image_to_image import Init, steps_done
 from .inpainting import check_inpainting
 from .memory import check_memory
 from .options import HintOptions, Options, options_for_each_hint
@@ -239,6 +239,14 @@ def note_changes(name: str, init: Init, size: Size) -> None:
     if init.mask and init.image.width * init.image.height > 1.5 * size[0] * size[1]:
         found = size_text(init.image.size[::-1])
         note(f'"{name}" is {found}: the image will be {size_text(size)}; --only-masked keeps its size')
+
+
+def steps_of(flag: str, strength: float, steps: int) -> int:
+    """`steps_done`, with a note if there are none though some were asked for."""
+    done = steps_done(strength, steps)
+    if strength > 0 and not done:
+        note(f"{flag} {strength:g} leaves none of the {steps} steps: the image is only resized, raise it or --steps")
+    return done
 
 
 def note_stretch(name: str, image: Image.Image, size: Size, fit: str, most: float = 0.2) -> None:

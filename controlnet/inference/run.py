@@ -33,8 +33,8 @@ from .again import with_recorded
 from .compiled import check_compile
 from .extras import Extras, find_extras
 from .generate import default_batch_size, generate
-from .image_to_image import Init, steps_done
-from .inputs import CheckedHint, hint_runs, net_loader, read_inputs, read_start
+from .image_to_image import Init
+from .inputs import CheckedHint, hint_runs, net_loader, read_inputs, read_start, steps_of
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import check_unchanged, fingerprint, png_texts
 from .progress import Progress
@@ -112,12 +112,12 @@ def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> 
     if len(runs) > 1 and is_file_name(options.out):
         raise ValueError(f'there are {len(runs)} hints, and --out "{options.out}" is one file: give a folder')
     mask, init = read_start(options, config)
+    first_pass = steps_of("--strength", init.strength, steps) if init else steps
+    second_pass = steps_of("--upscale-strength", options.upscale_strength, steps) if options.upscale != 1 else 0
     fingerprint_of = cache(fingerprint)
 
     def job(options: Options) -> Job:
         size, hints = read_inputs(options, config, device, mask, init, held)
-        first_pass = steps_done(init.strength, steps) if init else steps
-        second_pass = steps_done(options.upscale_strength, steps) if options.upscale != 1 else 0
         note_idle_hints(hints, first_pass)
         used = {options.base: base.checkpoint.path} | used_files(options, hints, extras)
         files = {name: fingerprint_of(path) for name, path in used.items()}

@@ -17,6 +17,7 @@ from controlnet.hints.hint_image import HintImage
 from controlnet.hints.pose import draw_pose
 from controlnet.inference.inputs import hint_runs, read_inputs, read_start
 from controlnet.inference.options import Options
+from controlnet.inference.run import prepare
 
 ROOT = Path(__file__).parents[3]
 CAT = str(ROOT / "assets" / "cat.jpg")
@@ -460,3 +461,16 @@ def test_an_empty_name_of_a_file_is_none(option, control):
     given = {"hint": [CAT], "control": [control], "control_mask": [""]} if option == "control_mask" else {option: ""}
     with pytest.raises(ValueError, match="is a folder: give the path of an image"):
         inputs(**given)
+
+
+def test_a_strength_that_leaves_no_step_is_said(capsys):
+    """Before anything is made: of 4 steps 0.2 is none, and 0 asks for none."""
+    noise().save("init.png")
+    given = dict(init="init.png", size="64", steps=4, control_mask=[], device="cpu")
+    for options, said in {(0.2, 1.0, 0.5): "--strength 0.2", (0.5, 2.0, 0.2): "--upscale-strength 0.2"}.items():
+        strength, upscale, again = options
+        (job,) = prepare(Options(**given, strength=strength, upscale=upscale, upscale_strength=again), {})
+        assert f"{said} leaves none of the 4 steps: the image is only resized" in capsys.readouterr().err
+        assert job.steps == (2 if upscale == 2 else 0)
+    prepare(Options(**given, strength=0.0), {})
+    assert "leaves none" not in capsys.readouterr().err

@@ -10,6 +10,7 @@ contexts (B, M, D).
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal
 
 import numpy as np
@@ -102,8 +103,9 @@ def total_residuals(
 class Control:
     """One ControlNet in use: its hint, and how strongly, where, when and in which branch its residuals are added.
 
-    Raises TypeError for a hint of another kind, ValueError for one of another shape or of whole numbers, another
-    number of layer weights than it has residuals, or a range outside 0 <= start < end <= 1.
+    Raises TypeError for a network, hint or mask of another kind, ValueError for a hint of another
+    shape or of whole numbers, another number of layer weights than it has residuals, or a range outside
+    0 <= start < end <= 1.
     """
 
     net: ControlNet
@@ -116,12 +118,14 @@ class Control:
     mask: Tensor | None = None  # (1 or B, 1, H, W) in [0, 1]: where in the image it acts; None: everywhere
 
     def __post_init__(self):
+        check_net(self.net)
+        check_type("a hint", self.hint, Tensor | HintImage, "a tensor: for images there is Control.from_image")
+        check_type(
+            "a control's mask", self.mask, Tensor | None, "a tensor (1, 1, H, W): common.images.to_mask makes one"
+        )
         channels = self.net.config.hint_channels
         if isinstance(self.hint, HintImage):
             self.hint.check_channels(channels)
-        elif not isinstance(self.hint, Tensor):
-            found = type(self.hint).__name__
-            raise TypeError(f"a hint is of type {found}, expected a tensor: for images there is Control.from_image")
         elif self.hint.ndim != 4 or self.hint.shape[1] != channels:
             raise ValueError(f"a hint has the shape {tuple(self.hint.shape)}, expected (1, {channels}, H, W) in [0, 1]")
         elif not self.hint.is_floating_point():
@@ -164,6 +168,7 @@ class Control:
 
         Raises ValueError for an unknown mode and as `Control` does.
         """
+        check_net(net)
         weights = layer_weights(mode, layers, net.encoder.config)
         if MODES[mode].averaged and not net.config.global_average_pooling:
             raise ValueError(f'the mode is "{mode}": load its ControlNet with global_average_pooling=True')
@@ -171,13 +176,23 @@ class Control:
         return cls(net, hint, **{"layers": weights, "prompt_only": prompt_only, **settings})
 
 
-def check_values(hint: Tensor) -> None:
-    """Raises ValueError for values outside [0, 1], up to rounding, which are no -1 of an inpainting hint's hole."""
-    wrong = (hint > 1.001) | ((hint < -0.001) & ((hint + 1).abs() > 0.001))
+def check_type(what: str, value: Any, types: type | UnionType, expected: str) -> None:
+    """Raises TypeError for a value of other types."""
+    if not isinstance(value, types):
+        raise TypeError(f"{what} is of type {type(value).__name__}, expected {expected}")
+
+
+def check_net(net: ControlNet) -> None:
+    check_type("a control's network", net, ControlNet, "a ControlNet: ControlNet.load(path_or_name, sd) loads one")
+
+
+def check_values(what: str, values: Tensor) -> None:
+    """Raises ValueError for those outside [0, 1], up to rounding, which are no -1 of an inpainting hint's hole."""
+    wrong = (values > 1.001) | ((values < -0.001) & ((values + 1).abs() > 0.001))
     if wrong.any():
         raise ValueError(
-            f"a hint is from {hint.min():g} to {hint.max():g}, expected 0 to 1, and -1 only where all is made anew: "
-            "divide bytes by 255, and move what is from -1 to 1 with (hint + 1) / 2"
+            f"{what} is from {values.min():g} to {values.max():g}, expected 0 to 1 (or -1, for a hole to inpaint): "
+            "divide bytes by 255, and take (x + 1) / 2 of what is from -1 to 1"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from controlnet.common.images import Size
-from controlnet.guidance import Control, Predict, check_values, exact, guided
+from controlnet.guidance import Control, Predict, check_type, check_values, exact, guided
 from controlnet.hints.hint_image import HintImage
 from controlnet.reuse import reusing
 from ldm.samplers import Denoise, sample_loop, timesteps_for
@@ -86,12 +86,13 @@ def generate(
 
     `tile_diffusion` denoises images larger than the base's resolution in tiles of it (tiles.py), in less memory.
 
-    Raises TypeError for controls that are none, ValueError for a size that the model cannot make, hints of other sizes
-    or values, a negative `cfg`, a seed outside 0..2^63 - 1, a `batch_size` or `reuse` below 1, what cannot be compiled,
-    or what `sample` or `encode_prompts` do not accept (sampler, steps, eta, clip_skip, weights of words),
-    FloatingPointError with the layer's name for a result that is not finite.
+    Raises TypeError for controls, an `init`, a size or a seed that is none, ValueError for a size that the model
+    cannot make, hints of other sizes or values, a negative `cfg`, a seed outside 0..2^63 - 1, a `batch_size` or `reuse`
+    below 1, what cannot be compiled, or what `sample` or `encode_prompts` do not accept (sampler, steps, eta,
+    clip_skip, weights of words), FloatingPointError with the layer's name for a result that is not finite.
     """
-    check_controls(controls)
+    check_controls(controls, sd)
+    check_type("init", init, Init | None, "an Init: make it with Init(image)")
     check_inpainting(sd.config, init)
     size = image_size(sd.config, controls, size, init)
     check_seeds(seed, count)
@@ -113,7 +114,7 @@ def generate(
         batch_size = default_batch_size(sd, size, count, controls, cpu_offload, tile_diffusion)
 
     # Each image draws from its own generator, in a fixed order: x, the posteriors' noise, then the sampler's.
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(count)]
     noises, seen = draw(generators, latent_shape(sd.config, size)), None
     if init:
         start = init.resized(size)
@@ -150,8 +151,9 @@ def generate(
 # ---------------------------------------------------------------------------------------------------- controls
 
 
-def check_controls(controls: Sequence[Control]) -> None:
-    """Raises TypeError for anything but a sequence of controls, ValueError as `check_values` does."""
+def check_controls(controls: Sequence[Control], sd: StableDiffusion) -> None:
+    """Raises TypeError for anything but a sequence of controls, ValueError as `check_values` does, and for a ControlNet
+    of another dtype or on another device than `sd`."""
     for control in controls if isinstance(controls, Sequence) else [controls]:
         if control is controls or not isinstance(control, Control):
             raise TypeError(
@@ -159,7 +161,13 @@ def check_controls(controls: Sequence[Control]) -> None:
                 "Control.from_image(net, image)"
             )
         if isinstance(control.hint, Tensor):
-            check_values(control.hint)
+            check_values("a hint", control.hint)
+        if control.mask is not None:
+            check_values("a control's mask", control.mask)
+        like = next(control.net.parameters())
+        found, expected = (f"{net.dtype} on {net.device}" for net in (like, sd))
+        if found != expected and not torch.is_autocast_enabled(sd.device.type):
+            raise ValueError(f"a ControlNet is {found}, expected the base's {expected}: load it with that base")
 
 
 def at_size(control: Control, size: Size, init: Init | None) -> Control:

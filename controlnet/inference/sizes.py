@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels. Shapes: H W pixels, h = H/8, w = W/8.
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 from PIL import Image
 from torch import Tensor
@@ -38,7 +39,12 @@ def default_size(config: Config, image: Image.Image | None = None) -> Size:
 
 
 def image_size(config: Config, controls: Sequence[Control], size: Size | None, init: Init | None = None) -> Size:
-    """The size that is meant. Raises ValueError if the model cannot make it or a hint that is a tensor has another."""
+    """The size that is meant. Raises TypeError for what is none, ValueError if the model cannot make it or a hint that
+    is a tensor has another."""
+    if size is not None:
+        if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, Integral) for side in size):
+            raise TypeError(f"the size is {size!r}, expected (height, width) in pixels")
+        size = int(size[0]), int(size[1])
     hints = [control.hint for control in controls]
     sizes = [tuple(hint.shape[-2:]) for hint in hints if isinstance(hint, Tensor)]
     images = [init.part(init.image)] if init else []
@@ -77,7 +83,10 @@ def check_cfg(cfg: float) -> None:
 
 
 def check_seeds(seed: int, count: int) -> None:
-    """Raises ValueError if an image's seed is one that a generator does not take."""
+    """Raises TypeError for what is no whole number, ValueError if an image's seed is one that a generator does not
+    take."""
+    if not isinstance(seed, Integral):
+        raise TypeError(f"the seed is {seed!r}, expected a whole number")
     last = 2**63 - max(1, count)
     if last < 0:
         raise ValueError(f"the number of images is {count}, more than there are seeds: take fewer")

@@ -285,8 +285,10 @@ def test_a_tensor_out_of_range_is_no_hint(sd, net):
     with pytest.raises(ValueError, match=r"a hint is of torch.uint8, expected floats in \[0, 1\]: divide bytes by 255"):
         Control(net, (255 * hint).byte())
     for values in (255 * hint, 2 * hint - 1):
-        with pytest.raises(ValueError, match=r"a hint is from -?\d.* to \d.*, expected 0 to 1, and -1 only where"):
+        with pytest.raises(ValueError, match=r"a hint is from -?\d.* to \d.*, expected 0 to 1 .or -1, for a hole"):
             generate(sd, "a", [Control(net, values)], steps=1)
+    with pytest.raises(ValueError, match="a control's mask is from 0 to 255, expected 0 to 1"):
+        generate(sd, "a", [Control(net, hint, mask=torch.tensor([0, 255]).expand(1, 1, 64, 2).byte())], steps=1)
     hint[..., 20:40] = -1
     generate(sd, "a", [Control(net, hint + 1e-6)], steps=1)  # rounding is none
 
@@ -315,3 +317,37 @@ def test_an_image_to_begin_with_is_taken_as_a_hint_is(sd, tmp_path):
         assert (init.image.mode, init.mask.mode) == ("RGB", "L")
     with pytest.raises(TypeError, match="the image is of type NoneType, expected a path, a PIL image or a NumPy array"):
         Init(None)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda sd, net: Control("canny", torch.zeros(1, 3, 64, 64)),
+            "network is of type str, expected a ControlNet: C",
+        ),
+        (lambda sd, net: Control.from_image("canny", photo()), "a control's network is of type str, expected a Contr"),
+        (lambda sd, net: Control.from_image(net, photo(), mask=photo()), "mask is of type Image, expected a tensor"),
+        (lambda sd, net: generate(sd, "a", init=photo()), r"init is of type Image, expected an Init: .* Init\(image\)"),
+        (lambda sd, net: generate(sd, "a", size=128), r"the size is 128, expected \(height, width\) in pixels"),
+        (lambda sd, net: generate(sd, "a", size=(128.0, 64)), r"the size is \(128.0, 64\), expected \(height, width\)"),
+        (lambda sd, net: generate(sd, "a", seed=0.5), "the seed is 0.5, expected a whole number"),
+    ],
+)
+def test_what_is_of_another_type_is_said(sd, net, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(sd, net)
+
+
+def test_numbers_of_numpy_are_numbers(sd):
+    (made,) = generate(sd, "a", steps=1, size=[*np.full(2, 64)], seed=np.int64(3))
+    (want,) = generate(sd, "a", steps=1, size=(64, 64), seed=3)
+    assert np.array_equal(made, want)
+
+
+def test_a_control_of_another_precision_than_the_base_is_said(sd):
+    control = Control.from_image(small_control(sd).to(torch.bfloat16), photo())
+    with pytest.raises(ValueError, match="is torch.bfloat16 on cpu, expected the base's torch.float32 on cpu: load it"):
+        generate(sd, "a", [control], steps=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(sd, "a", [control], steps=1)

@@ -974,7 +974,7 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--hint left.png --detect inpaint", "--detect inpaint needs a --mask"),
         (
             "--hint left.png --detect inpaint --mask wide.png --control circles",
-            "the mask is 96x32 (width x height), expected the image's 64x64",
+            '"left.png": the mask is 96x32 (width x height), expected the image',
         ),
         ("--hint left.png --detect edges", 'there is no detector "edges", expected canny, '),
         ("--hint left.png --detect none:low=1", 'there is no detector "none", expected canny, '),
@@ -988,7 +988,10 @@ def test_strange_images_are_taken_as_a_person_expects():
             "--hint map.npy --detect canny",
             '"map.npy" is not an image: name the detector that reads it with detect: depth or normal ',
         ),
-        ("--hint strip.png", "an image is 400x4 (width x height), expected at most 16 times as long as wide: crop it"),
+        (
+            "--hint strip.png",
+            '"strip.png": an image is 400x4 (width x height), expected at most 16 times as long as wide: crop it',
+        ),
         ("--hint circle.png --control folder", '"folder" '),
         (
             "--hint left.png",

@@ -6,7 +6,8 @@ Sizes are (height, width) in pixels.
 import glob
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -129,7 +130,11 @@ def read_inputs(
     files = [find_hint(hint.hint) for hint in hints]
     images = [read_hint(hint, file, mask, options) for hint, file in zip(hints, files, strict=True)]
     first = init.part(init.image) if init else images[0].image if images else None
-    size = height_and_width(options.size) if options.size else default_size(config, first)
+    if options.size:
+        size = height_and_width(options.size)
+    else:
+        with naming(options.init or next(iter(files), None)):
+            size = default_size(config, first)
     check_size(config, size)
     largest = larger_size(config, size, options.upscale)
     dtype, low_memory = PRECISIONS[options.precision], options.low_memory
@@ -169,7 +174,17 @@ def read_hint(hint: HintOptions, file: Path, mask: Image.Image | None, options: 
     if hint.detect != "inpaint":
         return HintImage.of(file, hint.detect, fit=options.fit)
     image = read_image(file)
-    return HintImage(image, "inpaint", mask=fit_mask(options.mask, mask, image), fit=options.fit)
+    with naming(file):
+        return HintImage(image, "inpaint", mask=fit_mask(options.mask, mask, image), fit=options.fit)
+
+
+@contextmanager
+def naming(file: str | Path | None) -> Iterator[None]:
+    """Puts an image's file before a ValueError about it: it may be one of a folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f'"{file}": {error}') from error
 
 
 def check_hint(
@@ -192,7 +207,8 @@ def check_hint(
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)
     channels = found.config.hint_channels
-    image.check_channels(channels)
+    with naming(file):
+        image.check_channels(channels)
     if image.detector != "inpaint":
         source = None if image.detector is None else np.asarray(image.image)
         if sentence := doubt(options.hint, options.control, pixels, options.detect, source):

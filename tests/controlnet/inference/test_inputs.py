@@ -474,3 +474,18 @@ def test_a_strength_that_leaves_no_step_is_said(capsys):
         assert job.steps == (2 if upscale == 2 else 0)
     prepare(Options(**given, strength=0.0), {})
     assert "leaves none" not in capsys.readouterr().err
+
+
+def test_of_a_folder_the_hint_at_fault_is_named(control):
+    """Where the error is about the image and not about its file."""
+    noise((400, 4)).save("long.png")
+    left_half().save("mask.png")
+    np.save("five.npy", np.zeros((64, 64, 5), np.uint8))
+    for name, detector, message in (
+        ("long.png", "none", r'"long.png": an image is 400x4 .*, expected at most 16 times as long'),
+        ("long.png", "inpaint", r'"long.png": the mask is 64x64 .*, expected the image\'s 400x4'),
+        ("five.npy", "none", r'"five.npy": the ControlNet takes hints of 3 channels, but this one has 5'),
+    ):
+        mask = "mask.png" if detector == "inpaint" else None
+        with pytest.raises(ValueError, match=message):
+            inputs(hint=[name], detect=[detector], control=[control], mask=mask)

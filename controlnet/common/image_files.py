@@ -22,6 +22,8 @@ def open_image(path: str | Path) -> Image.Image:
     Raises ValueError if there is no such file, if it cannot be read completely as an image, or for more than `MAX_SIDE`
     pixels a side or `MAX_PIXELS` in all.
     """
+    if not str(path):  # which would be the current folder
+        raise ValueError("the path of an image is empty: give that of a file")
     if "://" in str(path):
         raise ValueError(f'"{path}" is an address, expected a file: download the image first')
     path = Path(path)

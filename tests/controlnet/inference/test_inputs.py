@@ -459,7 +459,7 @@ def test_a_pattern_says_nothing_of_other_folders(place):
 @pytest.mark.parametrize("option", ["init", "mask", "control_mask"])
 def test_an_empty_name_of_a_file_is_none(option, control):
     given = {"hint": [CAT], "control": [control], "control_mask": [""]} if option == "control_mask" else {option: ""}
-    with pytest.raises(ValueError, match="is a folder: give the path of an image"):
+    with pytest.raises(ValueError, match="the path of an image is empty: give that of a file"):
         inputs(**given)
 
 

@@ -186,16 +186,6 @@ def check_net(net: ControlNet) -> None:
     check_type("a control's network", net, ControlNet, "a ControlNet: ControlNet.load(path_or_name, sd) loads one")
 
 
-def check_values(what: str, values: Tensor) -> None:
-    """Raises ValueError for those outside [0, 1], up to rounding, which are no -1 of an inpainting hint's hole."""
-    wrong = (values > 1.001) | ((values < -0.001) & ((values + 1).abs() > 0.001))
-    if wrong.any():
-        raise ValueError(
-            f"{what} is from {values.min():g} to {values.max():g}, expected 0 to 1 (or -1, for a hole to inpaint): "
-            "divide bytes by 255, and take (x + 1) / 2 of what is from -1 to 1"
-        )
-
-
 def check_range(start: float, end: float) -> None:
     """Raises ValueError for what is no range of fractions of the steps."""
     if not 0 <= start < end <= 1:

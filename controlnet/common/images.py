@@ -102,6 +102,16 @@ def to_unit_range(stacked: np.ndarray) -> Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 255
 
 
+def check_values(what: str, values: Tensor) -> None:
+    """Raises ValueError for those outside [0, 1], up to rounding, which are no -1 of an inpainting hint's hole."""
+    wrong = (values > 1.001) | ((values < -0.001) & ((values + 1).abs() > 0.001))
+    if wrong.any():
+        raise ValueError(
+            f"{what} is from {values.min():g} to {values.max():g}, expected 0 to 1 (or -1, for a hole to inpaint): "
+            "divide bytes by 255, and take (x + 1) / 2 of what is from -1 to 1"
+        )
+
+
 def to_uint8(hint: Tensor) -> np.ndarray:
     """A hint (C, H, W) in [0, 1] -> uint8 (H, W, C); the inpainting hint's -1 becomes 0."""
     return (hint.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

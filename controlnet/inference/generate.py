@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from controlnet.common.images import Size
-from controlnet.guidance import Control, Predict, check_type, check_values, exact, guided
+from controlnet.common.images import Size, check_values
+from controlnet.guidance import Control, Predict, check_type, exact, guided
 from controlnet.hints.hint_image import HintImage
 from controlnet.reuse import reusing
 from ldm.samplers import Denoise, sample_loop, timesteps_for

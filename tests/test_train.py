@@ -959,7 +959,7 @@ BAD_CALLS = [
     (["--size", "100"], "multiples of"),
     (["--ema", "0.9", "--sd-unlocked"], "leave out one"),
     (["--device", "cuda:77"], "cuda:77"),
-    (["--out", "/dev/null/run"], "another folder"),
+    (["--out", "/dev/null/run"], "another place"),
     (["--control", "x.safetensors", "--architecture", "lite"], "leave out --architecture"),
     (["--only-mid-control", "--architecture", "concat"], "leave out --only-mid-control"),
     (["--cache", "/proc"], "empty or new folder as --cache"),
@@ -1179,4 +1179,4 @@ def test_an_unusable_out_is_found_before_latents_are_computed(base, tmp_path, ca
     nothing_is_computed(monkeypatch)
     assert run(base, out, "--steps", "1") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
-    assert len(error) == 1 and str(out / taken) in error[0] and "another folder as --out" in error[0]
+    assert len(error) == 1 and str(out / taken) in error[0] and "give another place" in error[0]

@@ -27,6 +27,8 @@ def of_a_file(error: OSError, disk_advice: str) -> str:
         return f"{said}: change what you may do there, or give another place"
     if any(words in said for words in ("No space left", "quota exceeded", "could not be written")):
         return f"{said}: {disk_advice}"
+    if any(words in said for words in ("File exists", "s a directory", "Not a directory")):
+        return f"{said}: something else is there, give another place"
     return said
 
 

@@ -218,5 +218,5 @@ def test_an_empty_name_is_not_left_out(folder, tmp_path, capsys):
     ):
         assert "the path of a checkpoint is empty" in error(capsys, tool, *arguments)
     for option in (["--hint", ""], ["--prompt", "a", "--init", "  "], ["--prompt", "a", "--init", base, "--mask", ""]):
-        assert "give the path of an image" in error(capsys, infer, "--base", base, *option)
+        assert "path of an image" in error(capsys, infer, "--base", base, *option)
     assert not list(tmp_path.iterdir())

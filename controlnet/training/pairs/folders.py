@@ -98,6 +98,8 @@ def visible_files(folder: Path) -> Iterator[Path]:
 
 
 def refuse(error: OSError) -> None:
+    if isinstance(error, NotADirectoryError):  # an archive, which another layout reads
+        return
     raise ValueError(
         f'the folder "{error.filename}" cannot be read ({error.strerror}): make it readable, or move it away'
     ) from error

@@ -57,10 +57,10 @@ def check(args: argparse.Namespace) -> int:
 
     if args.sheet:
         check_picture(args.sheet, "--sheet")
-    if args.sheet and args.sheet.resolve().is_relative_to(args.folder.resolve()):
-        raise ValueError(
-            f"--sheet is {args.sheet}, in the folder of pairs, of which it would become a part: name another place"
-        )
+        if args.sheet.resolve().is_relative_to(args.folder.resolve()):
+            raise ValueError(
+                f"--sheet is {args.sheet}, in the folder of pairs, of which it would become a part: name another place"
+            )
     size = image_size(args.size, TINY)  # which makes all sizes that the others make
     multiple = 32 if min(size) < 256 else 64  # of buckets' sides: as the small base has them, and SD
     transform = Transform(size, buckets=bucket_sizes(size, multiple) if args.buckets else ())

@@ -50,10 +50,8 @@ def load_base(path_or_preset: str, dtype: torch.dtype | None = None, ema: bool =
     Raises CheckpointError as `StableDiffusion.load` does.
     """
     note(f"reading {path_or_preset} ...")
-    base = open_base(path_or_preset, **arguments)
-    base.warn()
-    checkpoint = base.checkpoint.with_ema() if ema else base.checkpoint
-    return StableDiffusion.from_checkpoint(checkpoint, base.config, dtype=dtype or base_dtype(base.checkpoint))
+    dtype = dtype or base_dtype(open_base(path_or_preset, **arguments).checkpoint)
+    return StableDiffusion.load(path_or_preset, dtype=dtype, ema=ema, **arguments)
 
 
 def load_unet(path_or_preset: str) -> UNet:

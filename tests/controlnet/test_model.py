@@ -202,7 +202,7 @@ def test_one_hint_serves_a_whole_batch():
     unet, net, (x, t, context, hint) = mini_unet("sd1"), mini_control("sd1"), corner("sd1")
     one, repeated = hint[:1], hint[:1].repeat(2, 1, 1, 1)
     outputs = [guided(unet, context, context, cfg=2, controls=[Control(net, h)])(x, t) for h in (one, repeated)]
-    assert relative(*outputs) < 1e-6
+    assert relative(*outputs) < 3e-6  # batches of one and of two may be summed in another order
 
 
 @torch.no_grad()

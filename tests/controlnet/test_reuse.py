@@ -94,7 +94,7 @@ def test_half_precision_reuses_too(dtype):
     for x, t in way():
         output = predict(x.to(dtype), t, int(t[0]), CONTEXT.to(dtype), [], "prompt")
         assert output.dtype == dtype
-        assert relative(output.float(), full(x, t, int(t[0]), CONTEXT, [], "prompt")) < 0.05
+        assert relative(output.float(), full(x, t, int(t[0]), CONTEXT, [], "prompt")) < 0.06
 
 
 @pytest.mark.parametrize("every, full", [(2, 7), (3, 5), (4, 4)])

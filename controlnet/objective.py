@@ -65,7 +65,8 @@ class Draws:
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator of its own for, say, (seed, purpose, position)."""
+    """A CPU generator of its own for, say, (seed, purpose, position). The purpose is a number: 1 is the order of the
+    samples, 2 what is drawn here, 3 what a source draws for a sample."""
     sequence = np.random.SeedSequence(numbers)
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
@@ -76,8 +77,8 @@ def seeded(*numbers: int) -> torch.Generator:
 class EncodedPairs(NamedTuple):
     """Images and captions after the locked encoders."""
 
-    mean: Tensor  # (B, 4, h, w) and
-    logvar: Tensor  # (B, 4, h, w), of the autoencoder's posterior, unscaled
+    mean: Tensor  # (B, 4, h, w), of the autoencoder's posterior, unscaled
+    logvar: Tensor  # (B, 4, h, w), its log-variance
     context: Tensor  # (B, 77, D)
 
 
@@ -111,7 +112,8 @@ class ControlLoss(nn.Module):
         self.unet, self.control, self.schedule, self.min_snr = unet, control, schedule, min_snr
 
     def forward(self, z0: Tensor, noise: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
-        z_t, dtype = self.schedule.q_sample(z0, t, noise), next(self.unet.encoder.parameters()).dtype
+        z_t = self.schedule.q_sample(z0, t, noise)
+        dtype = next(self.unet.encoder.parameters()).dtype
         # Nothing that is trained lies before or inside the locked encoder, so it needs no gradients and keeps no
         # activations. The decoder is locked, too, but the residuals enter it: their gradients come back through it.
         with torch.no_grad(), own_precision(self.unet.encoder, z_t.device):
@@ -151,10 +153,3 @@ def min_snr_weights(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
     snr = (alpha / sigma) ** 2
     unweighted = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[schedule.config.prediction]
     return snr.clamp(max=gamma) / unweighted
-
-
-def zero_conv_norms(control: ControlNet) -> list[float]:
-    """The norm of each output's zero convolution, the middle's last. It grows when control sets in, which the loss
-    hardly shows."""
-    convs = [*control.zero_convs, control.middle_zero_conv]
-    return [float(nn.utils.get_total_norm(p.detach() for p in conv.parameters())) for conv in convs]

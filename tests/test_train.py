@@ -33,7 +33,7 @@ from written import write_small_lora
 import infer
 import train
 from controlnet.model import ControlNet
-from controlnet.objective import ControlLoss, zero_conv_norms
+from controlnet.objective import ControlLoss
 from controlnet.training import latent_cache, simulation
 from controlnet.training import options as train_options
 from controlnet.training.interruptions import Signals
@@ -43,7 +43,7 @@ from controlnet.training.options import TrainSettings
 from controlnet.training.pairs import list_folder
 from controlnet.training.resolve import open_base_of, resolve
 from controlnet.training.run_state import RunFolder
-from controlnet.training.validation import ValidationLoss
+from controlnet.training.validation import ValidationLoss, zero_conv_norms
 from ldm import StableDiffusion
 from ldm.config import ScheduleConfig
 

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlnet.common.devices import temporarily_on
 from controlnet.common.images import to_hints, to_images
 from controlnet.common.program import note
-from controlnet.objective import ControlLoss, Draws, loss_inputs, zero_conv_norms
+from controlnet.model import ControlNet
+from controlnet.objective import ControlLoss, Draws, loss_inputs
 from controlnet.worlds import Sample
 from ldm.stable_diffusion import StableDiffusion
 
@@ -94,3 +95,10 @@ class ValidationLoss:
         batches = [hint for *_, hint in self.inputs]
         for hint, following in zip(batches, [*batches[1:], batches[0]], strict=True):
             yield torch.cat([hint[1:], following[:1]])
+
+
+def zero_conv_norms(control: ControlNet) -> list[float]:
+    """The norm of each output's zero convolution, the middle's last. It grows when control sets in, which the loss
+    hardly shows."""
+    convs = [*control.zero_convs, control.middle_zero_conv]
+    return [float(nn.utils.get_total_norm(p.detach() for p in conv.parameters())) for conv in convs]

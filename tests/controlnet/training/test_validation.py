@@ -10,7 +10,7 @@ from controlnet.objective import ControlLoss, Draws
 from controlnet.training.convergence import Convergence
 from controlnet.training.lr_schedules import constant_schedule
 from controlnet.training.optimisation import Optimisation
-from controlnet.training.validation import ValidationLoss
+from controlnet.training.validation import ValidationLoss, zero_conv_norms
 from controlnet.worlds import WORLDS, Sample
 
 SIZE = (SMALLEST.resolution, SMALLEST.resolution)
@@ -82,3 +82,13 @@ def test_control_sets_in_where_hints_tell_what_to_paint(sd):
             values = made(loss)
             convergence.news(step + 1, values["validation_loss"], values["control_measure"])
     assert convergence.set_in in (6, 9, 12) and values["control_measure"] > 0.03
+
+
+def test_the_norms_of_zero_convolutions_are_those_of_weight_and_bias(sd):
+    control = ControlNet.from_unet(sd.unet)
+    torch.nn.init.constant_(control.zero_convs[1].bias, 3.0)
+    torch.nn.init.constant_(control.middle_zero_conv.weight, 1.0)
+    width = len(control.zero_convs[1].bias)
+    want = [0.0] * (len(control.zero_convs) + 1)
+    want[1], want[-1] = 3 * width**0.5, len(control.middle_zero_conv.bias)
+    assert zero_conv_norms(control) == pytest.approx(want)

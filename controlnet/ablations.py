@@ -1,7 +1,7 @@
 """What ControlNet is compared with: the baselines of the paper's ablation study (section 4.2, Figure 8), and three more
 that take away one of its ideas each: the base's weights, the training of the copy, the copy itself.
 
-`--architecture`   what is otherwise than in a ControlNet
+`--architecture`   how it differs from a ControlNet
 lite               a convolution in place of each copied block (the paper's)
 gaussian           ordinary convolutions in place of the zero convolutions (the paper's)
 random             the copy starts from random weights, not from the base's
@@ -73,7 +73,7 @@ class HintAtInput(ControlNet):
     A convolution of [x, features] is one of x plus one of the features. So a first convolution that is widened for the
     features gives what the base's own gives, plus what the hint encoder's last one gives, which starts at zero. The
     encoder behind it, locked as in the base, then sees the hint. The residuals are how much its outputs change by that:
-    with them the decoder gets exactly what such a base would give it. It would run its encoder once, not three times.
+    with them the decoder gets exactly what such a base, which would run its encoder once and not three times, gives it.
     """
 
     architecture = "concat"

@@ -46,11 +46,12 @@ class ControlCheckpoint:
         """A trained ControlNet for `base`, on the device of its UNet and in its dtype unless others are given.
 
         It comes from a file or folder in any published layout, from a training run's folder or one of its states, or
-        from `weights/` by its name there (`find_control`).
-        It is locked: in eval mode and without gradients (call `requires_grad_` to train it on). Of a file with a base
-        and its ControlNet only the latter is read, with a warning if that base is not the one given. To a file that
-        holds the difference to a base, or a Control-LoRA, the one given is added. `global_average_pooling` says what no
-        tensor does: see `recognise_control`.
+        from `weights/` by its name there (`find_control`). It is locked: in eval mode and without gradients (call
+        `requires_grad_` to train it on).
+
+        Of a file with a base and its ControlNet only the latter is read, with a warning if that base is not the one
+        given. To a file that holds the difference to a base, or a Control-LoRA, the one given is added.
+        `global_average_pooling` says what no tensor does: see `recognise_control`.
         Raises CheckpointError if there is no such file, no ControlNet in it, or one that does not fit the base.
         """
         unet = base if isinstance(base, UNet) else base.unet

@@ -43,7 +43,8 @@ def guided(
     batched: bool = True,
     make_predictor: Callable[[UNet], "Predict"] | None = None,
 ) -> Denoise:
-    """-> denoise(x, t): the UNet's raw output, eps or v, extrapolated from the negative prompt's by the scale `cfg`.
+    """-> denoise(x, t): the UNet's raw output, eps or v, extrapolated from the negative prompt's by the scale `cfg`,
+    in the paper's symbols eps_uc + beta_cfg (eps_c - eps_uc) (arXiv 2302.05543v3, section 3.4).
 
     At cfg 1 the negative prompt has no effect and is not computed. Otherwise both branches are one batch of twice the
     size, or two evaluations if not `batched`: the same result in less memory. `timesteps` are those that will be
@@ -91,7 +92,7 @@ def controlled(
 def total_residuals(
     x: Tensor, t: Tensor, context: Tensor, controls: Iterable["PreparedControl"], branch: Branch
 ) -> list[Tensor] | None:
-    """The sum over all controls, residual by residual (arXiv 2302.05543v3, section 3.4); None if there are none."""
+    """The sum over all controls, residual by residual (arXiv 2302.05543v3, section 3.4, Figure 6); None without any."""
     each = [control.residuals(x, t, context, branch) for control in controls if control.acts_in(branch)]
     return [sum(residuals[1:], residuals[0]) for residuals in zip(*each, strict=True)] or None
 
@@ -103,9 +104,8 @@ def total_residuals(
 class Control:
     """One ControlNet in use: its hint, and how strongly, where, when and in which branch its residuals are added.
 
-    Raises TypeError for a network, hint or mask of another kind, ValueError for a hint of another
-    shape or of whole numbers, another number of layer weights than it has residuals, or a range outside
-    0 <= start < end <= 1.
+    Raises TypeError for a network, hint or mask of another kind, ValueError for a hint of another shape or of whole
+    numbers, another number of layer weights than it has residuals, or a range outside 0 <= start < end <= 1.
     """
 
     net: ControlNet
@@ -234,8 +234,9 @@ class PreparedControl:
 def acting_timesteps(timesteps: Sequence[float], start: float, end: float) -> tuple[float, float]:
     """The timestep from which a control acts, and the one at which it no longer does: some samplers evaluate the UNet
     between those of their steps, too."""
+    ends = [*timesteps, -1]  # step i goes from ends[i] to ends[i + 1]
     steps = acting_steps(len(timesteps), start, end)
-    return (timesteps[steps[0]], [*timesteps, -1][steps[-1] + 1]) if steps else (-1, -1)
+    return (ends[steps[0]], ends[steps[-1] + 1]) if steps else (-1, -1)
 
 
 def acting_steps(n: int, start: float, end: float) -> list[int]:
@@ -276,10 +277,8 @@ def guess_weights(levels: list[int]) -> list[float]:
 
 
 def literal_resolution_weights(levels: list[int]) -> list[float]:
-    """w_i = 64 / h_i for a block of side h_i (arXiv 2302.05543v3, section 3.4), read literally: 1 to 8.
-
-    The base has never seen residuals of eight times their strength: images break.
-    """
+    """CFG resolution weighting (arXiv 2302.05543, section 3.4, Figure 5), w_i = 64 / h_i for a block of side h_i, read
+    literally: 1 to 8. The base has never seen residuals of eight times their strength: images break."""
     return [2.0**level for level in levels]
 
 

@@ -14,7 +14,8 @@ Where the released weights differ from the paper's text, this follows the weight
   channels; the paper's is four of 4x4 with ReLU and 16 to 128;
 - the sum x + Z(c) is made after the copy's first convolution, not before it, and once, not in each block.
 
-Shapes: B batch, H W pixels, h = H/8, w = W/8, C channels, M prompt tokens, D context width.
+Shapes: B batch, H W pixels, h = H/8, w = W/8, C channels, M prompt tokens, D context width, T width of the time
+embedding.
 """
 
 import copy

@@ -54,14 +54,15 @@ class Reusing:
         controls: Sequence[PreparedControl],
         branch: Branch,
     ) -> Tensor:
-        if not self.is_key_step(timestep, list(controls)):
-            return self.approximate(x, t, context, self.extrapolate(self.timestep))
+        if not self.advance(timestep, list(controls)):
+            return self.approximate(x, t, context, self.extrapolated())
         residuals = total_residuals(x, t, context, controls, branch)
         output, features = self.exact(x, t, context, residuals)
         self.kept = [*self.kept[-1:], (self.timestep, features)]
         return output
 
-    def is_key_step(self, timestep: float, controls: list[PreparedControl]) -> bool:
+    def advance(self, timestep: float, controls: list[PreparedControl]) -> bool:
+        """To the next evaluation -> whether it is a key step's."""
         # Sampling goes from high to low timesteps; some samplers look twice at one.
         new_image = timestep > self.timestep
         if new_image or controls != self.controls:
@@ -87,10 +88,10 @@ class Reusing:
         skip = sum(residual, encoder.blocks[0](x, time, context))
         return decoder.output(decoder.up(decoder.blocks[-1:], deep, [skip], time, context))
 
-    def extrapolate(self, timestep: float) -> list[Tensor]:
+    def extrapolated(self) -> list[Tensor]:
         """The last key step's features, moved along the line through the last two, damped."""
         (before, old), (last, new) = self.kept[0], self.kept[-1]
         if before == last:
             return new
-        further = DAMPING * (timestep - last) / (last - before)
+        further = DAMPING * (self.timestep - last) / (last - before)
         return [torch.lerp(a, b, 1 + further) for a, b in zip(old, new, strict=True)]

@@ -34,8 +34,8 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(c)) v for q (B, heads, N, c), k and v (B, heads, M, c) -> like q."""
-        # CUDA's kernels, fused or not, sum up logits in fp32 whatever q and k are. So do those of CPUs, whose backward
-        # pass in bf16 takes two to three times as long as in fp32; that of mps does not.
+        # CUDA's kernels, fused or not, sum up logits in fp32 whatever q and k are; those of mps do not. Those of CPUs
+        # do, but their backward pass takes two to three times as long in bf16 as in fp32.
         if self.fp32_logits and q.device.type != "cuda" and q.dtype != torch.float32:
             with torch.autocast(q.device.type, enabled=False):
                 return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)

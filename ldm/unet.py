@@ -162,7 +162,8 @@ class UNetDecoder(Checkpointed):
     def up(
         self, blocks: Sequence[nn.Module], x: Tensor, skips: Sequence[Tensor], time: Tensor, context: Tensor
     ) -> Tensor:
-        """Runs `blocks`, concatenating one skip connection to each input; skips are in the encoder's order."""
+        """Runs `blocks`, all of the decoder's or a part, concatenating one skip connection to each input; skips are in
+        the encoder's order."""
         for block, skip in zip(blocks, reversed(skips), strict=True):
             x = self.run_checkpointed(block, torch.cat([x, skip], dim=1), time, context)
         return x

@@ -12,7 +12,7 @@ from .optimisation import Optimisation
 
 
 class Step:
-    """A step of `optimisation` that makes `loss`, as `process` has wrapped it, smaller.
+    """A step of `optimisation` down the gradients of `loss`, as `process` has wrapped it.
 
     With `record`, on a single GPU, a step of one batch is replayed as a CUDA graph from its second time on: at four
     images of 512x512 the kernels of SD 1.5 take a CPU longer to ask for than an H200 to compute.
@@ -22,12 +22,11 @@ class Step:
         self, loss: nn.Module, optimisation: Optimisation, process: Process, accumulate: int = 1, record: bool = True
     ):
         self.loss, self.optimisation, self.process, self.accumulate = loss, optimisation, process, accumulate
-        self.replayed = self.complete
         # What waits for other processes or, as adamw8bit does, for the CPU cannot be recorded.
-        if record and process.world_size == accumulate == 1 and optimisation.can_skip:
-            self.replayed = recorded(self.complete, process.device)
-            if self.replayed != self.complete:
-                optimisation.prepare_recording()
+        can_record = record and process.world_size == accumulate == 1 and optimisation.can_skip
+        self.replayed = recorded(self.complete, process.device) if can_record else self.complete
+        if self.replayed != self.complete:
+            optimisation.prepare_recording()
 
     def __call__(self, next_inputs: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
         """`next_inputs` gives the loss's, batch by batch -> the mean loss and the norm of the gradients, both on the

@@ -64,6 +64,7 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
     training = Training(settings, process)
     start = training.restore()
     training.open_data(start)
+    training.open_loop()
 
     progress = Progress(training.run, settings, start) if process.is_main else None
     stopping = False
@@ -74,8 +75,9 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
             training.save(start, progress)
         for step in range(start, settings.steps):
             training.writer.check()
-            done, last = step + 1, step + 1 == settings.steps
             values, numbers = training.step()
+            done = step + 1
+            last = done == settings.steps
             # All agree, by the main process's clock.
             saving = signals.take_save_asked() or (process.is_main and training.saves.over(done))
             stopping, saving = process.any(signals.received is not None and not last, saving)
@@ -100,12 +102,13 @@ class Training:
     """One run: the locked base and its trainable copy, the optimizer, the data and the position in it."""
 
     def __init__(self, settings: TrainSettings, process: Process):
-        self.settings, self.process, self.run, self.writer = settings, process, RunFolder(settings.out), Writer()
+        self.settings, self.process = settings, process
+        self.run, self.writer = RunFolder(settings.out), Writer()
         torch.manual_seed(settings.seed)
 
         # Load the base, in fp32, with its LoRAs merged, and copy its encoder: the trainable copy stays in fp32.
-        described = dict(prediction=settings.prediction, zero_snr=settings.zero_snr, vae=settings.vae)
-        self.sd = StableDiffusion.load(settings.base, **described, loras=settings.lora)
+        given = dict(prediction=settings.prediction, zero_snr=settings.zero_snr, vae=settings.vae, loras=settings.lora)
+        self.sd = StableDiffusion.load(settings.base, **given)
         self.unet_fingerprint = ends_of_weights(self.sd.unet)
         self.base = self.sd.state_dict() if settings.sd_unlocked else {}  # to be saved as it is, not as it is locked
         self.control = new_control(self.sd.unet, settings, self.run).to(process.device)
@@ -143,8 +146,8 @@ class Training:
         return restore(*found, self.parts) if found else 0
 
     def open_data(self, start: int) -> None:
-        """Images and captions become latents and text states: all of them here and now, unless --no-cache. Mismatches
-        are found first."""
+        """Images and captions become latents and text states: all of them here and now, unless --no-cache. What does
+        not fit this run, or the one that is resumed, is found first."""
         settings, sd = self.settings, self.sd
         self.data = TrainingData(settings, sd, self.process)
         self.draws = Draws(self.data.latent_shape, sd.schedule.config.timesteps, settings.prompt_dropout, settings.seed)
@@ -163,11 +166,13 @@ class Training:
         if not settings.no_cache:
             for encoder in (sd.vae, sd.text_encoder):
                 encoder.cpu()  # only the grids need them now
-        self.take_step = Step(
-            self.wrapped_loss, self.optimisation, self.process, settings.accumulate, record=not settings.compile
-        )
+
+    def open_loop(self) -> None:
+        """The step, of the optimizer as it is restored, and the clocks."""
+        accumulate, record = self.settings.accumulate, not self.settings.compile
+        self.take_step = Step(self.wrapped_loss, self.optimisation, self.process, accumulate, record)
         keep_memory_in_the_loop(self.process.device)
-        self.saves, self.clock = Interval(settings.save_every), time.perf_counter()
+        self.saves, self.clock = Interval(self.settings.save_every), time.perf_counter()
 
     def step(self) -> tuple[dict, Later]:
         """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it; loss

@@ -46,6 +46,7 @@ def measured(settings: TrainSettings) -> int:
     settings.out.mkdir()
     training = Training(settings, Process(0, 1, CPU))
     training.open_data(0)
+    training.open_loop()
     progress = Progress(training.run, settings, 0)
     with progress, training.writer:
         for step in range(STEPS):

@@ -1143,7 +1143,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
     assert run("--count", "2") == 0
     assert notes(capsys.readouterr()) == []
-    monkeypatch.setattr("controlnet.inference.run.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("controlnet.inference.progress.SECONDS_BETWEEN_LINES", 0)
     assert run("--count", "2") == 0
     lines = notes(capsys.readouterr())
     assert [line.split(", ")[0] for line in lines] == ["step 1 of 4", "step 2 of 4", "step 3 of 4"]

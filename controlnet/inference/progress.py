@@ -1,6 +1,9 @@
 """What is told of images while they are made."""
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +12,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from controlnet.common.program import note
 from ldm.samplers import OnStep
+
+SECONDS_BETWEEN_LINES = 30  # where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -45,3 +51,23 @@ def reporter(
                 callback(Progress(i, step + 1, steps, one, one_x0, decode))
 
     return on_step
+
+
+@contextmanager
+def shown(total: int) -> Iterator[Callable[[], None]]:
+    """-> what is called after each step: a bar on a terminal, and now and then a line in a file or a pipe."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit="step") as bar:
+            yield bar.update
+        return
+    done, begun = 0, time.monotonic()
+    said = begun
+
+    def step() -> None:
+        nonlocal done, said
+        done, now = done + 1, time.monotonic()
+        if done < total and now - said >= SECONDS_BETWEEN_LINES:
+            said = now
+            note(f"step {done} of {total}, about {(now - begun) / done * (total - done) / 60:.1f} minutes left")
+
+    yield step

@@ -1,10 +1,7 @@
 """One run of infer.py: check everything, load the networks, make the images batch by batch."""
 
 import secrets
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from controlnet.common.devices import PRECISIONS, keep_freed_memory, lay_out, use_device, use_precision
-from controlnet.common.images import Size, to_uint8
+from controlnet.common.images import Size
 from controlnet.common.program import note
 from controlnet.guidance import Control, acting_steps
 from controlnet.model import ControlNet
@@ -37,15 +34,13 @@ from .image_to_image import Init
 from .inputs import CheckedHint, hint_runs, net_loader, read_inputs, read_start, steps_of
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import check_unchanged, fingerprint, png_texts
-from .progress import Progress
+from .progress import Progress, shown
 from .prompts import chunks_of, cut_texts
-from .saving import check_out, is_file_name, save_image, save_named, saving
+from .saving import check_out, is_file_name, save_hints, save_image, saving
 from .sizes import check_cfg, check_seeds, default_cfg
 from .upscale import larger_size, upscaled
 
 __all__ = ["load", "make_images", "prepare", "save", "with_recorded"]
-
-SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,8 @@ class Job:
 
 
 def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> list[Job]:
-    """`held` are the bytes of a base in memory, which will serve or give way.
+    """-> a job for each image of a --hint that is a folder or a pattern, else one. `recorded_files` are of
+    `with_recorded`, `held` the bytes of the page's base in memory, which will serve or give way.
 
     Raises ValueError for all that can be wrong and is quick to see, CheckpointError for files that do not fit.
     """
@@ -206,7 +202,7 @@ def make_images(
     jobs: list[Job], sd: StableDiffusion, watch: Callable[[Progress], None] | None = None
 ) -> Iterator[tuple[Job, int, Image.Image]]:
     """Each with its job and its number among the images of it. `watch` is called after each step."""
-    with progress(sum(job.options.count * job.steps for job in jobs)) as step:
+    with shown(sum(job.options.count * job.steps for job in jobs)) as step:
 
         def told(done: Progress) -> None:
             step()
@@ -257,37 +253,7 @@ def save(job: Job, i: int, image: Image.Image) -> None:
             save_hints(job.controls, path)
 
 
-def save_hints(controls: tuple[Control, ...], image: Path) -> None:
-    """As the model sees them: 0001-hint.png for 0001.png, with more than one hint 0001-hint-1.png and so on."""
-    for i, control in enumerate(controls):
-        path = image.with_name(f"{image.stem}-hint{f'-{i + 1}' if len(controls) > 1 else ''}.png")
-        hint = control.hint[0]  # of four channels the last is the opacity, of other numbers some are shown
-        hint = hint if len(hint) == 4 else hint[:3] if len(hint) > 2 else hint[:1].expand(3, -1, -1)
-        save_named(Image.fromarray(to_uint8(hint)), path, {})
-        tqdm.write(f"the hint is saved as {path}", file=sys.stderr)
-
-
 # --------------------------------------------------------------------------------------------------------- what is said
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """-> what is called after each step: a bar on a terminal, and now and then a line in a file or a pipe."""
-    if sys.stderr.isatty():
-        with tqdm(total=total, unit="step") as bar:
-            yield bar.update
-        return
-    done, begun = 0, time.monotonic()
-    said = begun
-
-    def step() -> None:
-        nonlocal done, said
-        done, now = done + 1, time.monotonic()
-        if done < total and now - said >= SECONDS_BETWEEN_LINES:
-            said = now
-            note(f"step {done} of {total}, about {(now - begun) / done * (total - done) / 60:.1f} minutes left")
-
-    yield step
 
 
 def note_idle_hints(hints: list[CheckedHint], steps: int) -> None:

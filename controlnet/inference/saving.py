@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from controlnet.common.images import save_png
+from controlnet.common.images import save_png, to_uint8
 from controlnet.common.program import free_place
+from controlnet.guidance import Control
 from ldm.checkpoints.files import temporary_folder
 
 
@@ -91,3 +92,13 @@ def next_number(folder: Path) -> int:
     """After the highest, also of the hints that --save-hint has saved beside images: 0001-hint.png."""
     stems = (path.stem.partition("-hint")[0] for path in folder.glob("*.png"))
     return max((int(stem) for stem in stems if stem.isdecimal()), default=0) + 1
+
+
+def save_hints(controls: tuple[Control, ...], image: Path) -> None:
+    """As the model sees them: 0001-hint.png for 0001.png, with more than one hint 0001-hint-1.png and so on."""
+    for i, control in enumerate(controls):
+        path = image.with_name(f"{image.stem}-hint{f'-{i + 1}' if len(controls) > 1 else ''}.png")
+        hint = control.hint[0]  # of four channels the last is the opacity, of other numbers some are shown
+        hint = hint if len(hint) == 4 else hint[:3] if len(hint) > 2 else hint[:1].expand(3, -1, -1)
+        save_named(Image.fromarray(to_uint8(hint)), path, {})
+        tqdm.write(f"the hint is saved as {path}", file=sys.stderr)

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from controlnet.inference import saving
-from controlnet.inference.run import save_hints
-from controlnet.inference.saving import save_image
+from controlnet.inference.saving import save_hints, save_image
 
 ROUNDS = 10
 

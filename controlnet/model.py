@@ -32,7 +32,7 @@ from .config import HINT_STRIDES, ControlConfig
 
 
 def zero_conv(c_in: int, c_out: int, kernel: int = 1) -> nn.Conv2d:
-    """A convolution that starts at zero. It learns all the same: its weight's gradient is proportional to its input."""
+    """Z of Eq. 2, which starts at zero. It learns all the same: its weight's gradient is proportional to its input."""
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
     zeros_(conv.weight)
     zeros_(conv.bias)
@@ -69,7 +69,7 @@ class HintEncoder(Checkpointed):
 
 
 class ControlNet(ControlCheckpoint, nn.Module):
-    """The trainable copy of a UNet's encoder, with its hint encoder and its zero convolutions.
+    """The trainable copy of a UNet's encoder, with its hint encoder and its zero convolutions (section 3.2, Figure 3).
 
     `load`, `save` and `transfer` to another base are in checkpoint.py.
     """

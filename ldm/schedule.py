@@ -55,8 +55,8 @@ class Schedule:
         return float(1 / (1 + np.exp(2 * log_ratio)))
 
     def timestep_at(self, alpha_bar: float) -> float:
-        """The inverse of `alpha_bar_at`: the timestep, usually fractional, that is as noisy. Rounded to six digits, one
-        comes back as it was."""
+        """The inverse of `alpha_bar_at`: the timestep, usually fractional, that is as noisy. It is rounded to six
+        digits, so that there and back again is the same timestep."""
         log_ratio = 0.5 * np.log(1 / alpha_bar - 1)
         return round(float(np.interp(log_ratio, np.log(self.noise_ratios), np.arange(len(self.noise_ratios)))), 6)
 

@@ -25,7 +25,7 @@ class Posterior:
 
     @classmethod
     def of(cls, moments: Tensor) -> "Posterior":
-        """Mean and log-variance, one behind the other: (B, 2 * 4, h, w)."""
+        """From what the encoder gives, mean and log-variance concatenated: (B, 2 * 4, h, w)."""
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 

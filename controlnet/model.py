@@ -14,8 +14,7 @@ Where the released weights differ from the paper's text, this follows the weight
   channels; the paper's is four of 4x4 with ReLU and 16 to 128;
 - the sum x + Z(c) is made after the copy's first convolution, not before it, and once, not in each block.
 
-Shapes: B batch, H W pixels, h = H/8, w = W/8, C channels, M prompt tokens, D context width, T width of the time
-embedding.
+Shapes: B batch, H W pixels, h = H/8, w = W/8, C channels, M prompt tokens, D context width.
 """
 
 import copy
@@ -117,7 +116,7 @@ class ControlNet(ControlCheckpoint, nn.Module):
     def residuals(self, x: Tensor, t: Tensor, context: Tensor, hint_features: Tensor) -> list[Tensor]:
         """`forward` from the hint encoder's features, (1 or B, C, h, w), which are the same at every step."""
         encoder = self.encoder
-        time = encoder.time_embedding(t)  # (B, T)
+        time = encoder.time_embedding(t)  # (B, 4 C) of the first block's C
         x = encoder.run_checkpointed(encoder.blocks[0], x, time, context)
         x = x + hint_features  # (B, C, h, w): the only place where the hint enters
         residuals = [self.zero_convs[0](x)]

@@ -223,11 +223,11 @@ def make_denoise(
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
 
-    def with_predictor(make_predictor: Callable[[UNet], Predict]) -> Denoise:
+    def with_predictor(make: Callable[[UNet], Predict]) -> Denoise:
         def of(tile: Tile | None) -> Denoise:
             acting = [tile.of_control(control, sd.config.vae.downscale) for control in controls] if tile else controls
             part = tile.of(seen) if tile and seen is not None else seen
-            denoise = guided(sd.unet, prompt, negative, cfg, acting, timesteps, batched, make_predictor)
+            denoise = guided(sd.unet, prompt, negative, cfg, acting, timesteps, batched, make)
             return lambda x, t, timestep: denoise(with_known(x.to(like.dtype), part), t, timestep)
 
         return in_tiles(tiles, of, like.device) if tiles else of(None)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from controlnet import ControlNet
-from controlnet.training.previews import images_for
+from controlnet.training.previews import Preview
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
 from controlnet.worlds.colours import BASIC_COLOURS
 from controlnet.worlds.measures import colour_agreement, foreground, iou
@@ -37,7 +37,7 @@ def test_pictures_follow_their_hints_and_prompts(sd, judge, name):
     control = ControlNet.load(WEIGHTS / f"{TINY_CONTROL_OF[name]}.safetensors", sd.unet)
     world = WORLDS[name](sd.config.resolution, colours=BASIC_COLOURS, held_out=True)
     samples = [world[i] for i in range(3)]
-    pictures = images_for(sd, control, samples, seed=0, steps=4)
+    pictures = list(Preview(sd, samples, len(samples), steps=4).images(control))
     own = [likeness(judge, *pair) for pair in zip(pictures, samples, strict=True)]
     next_ones = [likeness(judge, *pair) for pair in zip(pictures, samples[1:] + samples[:1], strict=True)]
     pairs = [(p, s) for p, s in zip(pictures, samples, strict=True) if s.truth is None]

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from controlnet import ControlNet
-from controlnet.common.images import save_png
+from controlnet import Control, ControlNet, generate
+from controlnet.common.images import save_png, to_hints
 from controlnet.common.program import new_parser, positive
-from controlnet.training.previews import image_for, text_image
+from controlnet.training.previews import text_image
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Sample
 from controlnet.worlds.colours import BASIC_COLOURS
 from ldm import StableDiffusion
@@ -50,7 +50,8 @@ def make_strip(args: argparse.Namespace) -> None:
 
 def pair(sd: StableDiffusion, control: ControlNet, sample: Sample) -> np.ndarray:
     """uint8 (H + CAPTION, 2 W, 3): a hint, the image made from it and its caption, and the caption below."""
-    shown = np.hstack([sample.hint, image_for(sd, control, sample, seed=0)])
+    (image,) = generate(sd, sample.caption, [Control.in_mode(control, to_hints([sample.hint]))])
+    shown = np.hstack([sample.hint, image])
     return np.vstack([shown, text_image([sample.caption], (CAPTION, shown.shape[1]))])
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from controlnet.common.images import Size, save_png, to_hints, to_uint8
 from controlnet.guidance import Control, exact
-from controlnet.inference.generate import generate, make_denoise, prompt_contexts
+from controlnet.inference.generate import make_denoise, prompt_contexts
 from controlnet.inference.noise import draw
 from controlnet.inference.offload import decode
 from controlnet.inference.sizes import default_cfg, latent_shape
@@ -61,9 +61,9 @@ class Preview:
 
     def images(self, control: ControlNet) -> Iterator[np.ndarray]:
         for first in range(0, len(self.samples), self.batch_size):
-            yield from images_for(
-                self.sd, control, self.samples[first : first + self.batch_size], seed=first, steps=self.steps
-            )
+            some = self.samples[first : first + self.batch_size]
+            hints, prompts = to_hints(sample.hint for sample in some), [sample.caption for sample in some]
+            yield from images_of(self.sd, prompts, [Control.in_mode(control, hints)], first, self.steps)
 
 
 def measure(sample: Sample, image: np.ndarray) -> dict[str, float]:
@@ -77,22 +77,6 @@ def measure(sample: Sample, image: np.ndarray) -> dict[str, float]:
     return values
 
 
-def image_for(sd: StableDiffusion, control: ControlNet, sample: Sample, seed: int, **settings) -> np.ndarray:
-    """One image (H, W, 3), uint8, for a sample's hint and caption; `settings` are `generate`'s."""
-    controls = [Control.in_mode(control, to_hints([sample.hint]))]
-    (image,) = generate(sd, sample.caption, controls, seed=seed, **settings)
-    return np.asarray(image)
-
-
-def images_for(
-    sd: StableDiffusion, control: ControlNet, samples: Sequence[Sample], seed: int, steps: int
-) -> list[np.ndarray]:
-    """What `image_for` makes of each, with the seeds `seed`, `seed` + 1 ...: equal to rounding, but sampled as one
-    batch."""
-    hints = to_hints(sample.hint for sample in samples)  # (B, C, H, W)
-    return images_of(sd, [sample.caption for sample in samples], [Control.in_mode(control, hints)], seed, steps)
-
-
 @torch.no_grad()
 def images_of(
     sd: StableDiffusion,
@@ -102,7 +86,8 @@ def images_of(
     steps: int,
     cfg: float | None = None,
 ) -> list[np.ndarray]:
-    """An image (H, W, 3), uint8, for each prompt and its hint of each control (B, C, H, W), sampled as one batch.
+    """An image (H, W, 3), uint8, for each prompt and its hint of each control (B, C, H, W), with the seeds `seed`,
+    `seed` + 1 ...: equal to `generate`'s, to rounding, but sampled as one batch.
 
     They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]

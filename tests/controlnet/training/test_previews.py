@@ -5,11 +5,12 @@ import pytest
 from PIL import Image
 from small import SMALL, small_control, small_sd
 
+from controlnet.common.images import to_hints
 from controlnet.config import ControlConfig
 from controlnet.guidance import Control
 from controlnet.inference.generate import generate
 from controlnet.training.options import TrainSettings
-from controlnet.training.previews import Preview, image_for, images_for, own_samples
+from controlnet.training.previews import Preview, own_samples
 from controlnet.worlds import WORLDS
 
 SIDE = SMALL.resolution
@@ -30,7 +31,10 @@ def test_a_batch_of_previews_is_each_made_alone(sd, tmp_path):
     assert calls == [4, 4, 2, 2]  # both branches of the guidance, two steps
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     shown = [grid[i * SIDE : (i + 1) * SIDE, SIDE : 2 * SIDE].astype(int) for i in range(3)]
-    alone = [image_for(sd, control, sample, seed, steps=2).astype(int) for seed, sample in enumerate(samples)]
+    alone = []
+    for seed, sample in enumerate(samples):
+        (image,) = generate(sd, sample.caption, [Control(control, to_hints([sample.hint]))], seed=seed, steps=2)
+        alone.append(np.asarray(image).astype(int))
     for image, wanted in zip(shown, alone, strict=True):
         assert np.abs(image - wanted).max() <= 1
     assert min(np.abs(alone[i] - alone[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 20
@@ -48,10 +52,9 @@ def test_a_pooled_control_acts_as_infer_uses_it(sd):
     control, sample = small_control(sd), WORLDS["people"](SIDE, 0)[0]
     control.config = ControlConfig(global_average_pooling=True)
     used = Control.from_image(control, sample.hint)
-    (wanted,) = generate(sd, sample.caption, [used], seed=3, steps=1)
-    assert used.prompt_only and np.array_equal(image_for(sd, control, sample, 3, steps=1), wanted)
-    (one,) = images_for(sd, control, [sample], 3, steps=1)
-    assert np.abs(one.astype(int) - np.asarray(wanted)).max() <= 1
+    (wanted,) = generate(sd, sample.caption, [used], steps=1)
+    (one,) = Preview(sd, [sample], batch_size=1, steps=1).images(control)
+    assert used.prompt_only and np.abs(one.astype(int) - np.asarray(wanted)).max() <= 1
 
 
 def test_hints_of_ones_own_are_cut_and_made_as_those_of_the_data(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 
 from controlnet.worlds.hints import edges
 from controlnet.worlds.measures import foreground, iou
+from tools.paint import mismatched
 
 from .experiment import Experiment
 from .lab import Lab
@@ -32,7 +33,7 @@ def measure(lab: Lab) -> dict:
             LEFT: [left],
             RIGHT: [right],
             HALVES: [left, right],
-            DISAGREEING: [(circles, outlines), (shapes, turned(edge_hints))],
+            DISAGREEING: [(circles, outlines), (shapes, mismatched(edge_hints))],
         }
         drawn = {name: lab.draw(acting, prompts) for name, acting in controls.items()}
         if seed == 0:
@@ -48,15 +49,10 @@ def halves(hints: Sequence[np.ndarray], left: bool) -> list[np.ndarray]:
     return [hint * kept[None, :, None] for hint in hints]
 
 
-def turned(items: list) -> list:
-    """Those of the next picture."""
-    return items[1:] + items[:1]
-
-
 def followed(images: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
     seen = [foreground(image) for image in images]
-    either = [a | b for a, b in zip(masks, turned(masks), strict=True)]
-    asked = {"own": masks, "next": turned(masks), "either": either}
+    either = [a | b for a, b in zip(masks, mismatched(masks), strict=True)]
+    asked = {"own": masks, "next": mismatched(masks), "either": either}
     return {name: float(np.mean(list(starmap(iou, zip(seen, wanted, strict=True))))) for name, wanted in asked.items()}
 
 

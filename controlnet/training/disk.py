@@ -55,7 +55,7 @@ def files_of_run(settings: TrainSettings, prediction: Prediction) -> dict[str, i
     ControlNet, and of an unlocked base."""
     run, stored = prediction.run, PRECISIONS[settings.save_dtype].itemsize
     control, decoder = size_of(run.loss.control), size_of(run.sd.unet.decoder) if settings.sd_unlocked else 0
-    state = control * (2 if settings.ema else 1) + decoder + optimizer_size(run.loss, settings)
+    state = control * (2 if settings.ema else 1) + decoder + optimizer_size(run.loss, settings.optimizer)
     parameters = sum(parameter.numel() for parameter in run.loss.control.parameters())
     count, controls = settings.keep + 1, settings.keep + 2
     files = {f"{count} states": count * state, f"{controls} ControlNets": controls * stored * parameters}

@@ -120,7 +120,8 @@ class Prediction:
         """From the peaks of a step, with its gradients, and of encoding a batch."""
         run, settings = self.run, self.settings
         encoders, for_images = self.encoders()
-        copy, moments = size_of(run.loss.control) * (2 if settings.ema else 1), optimizer_size(run.loss, settings)
+        copy = size_of(run.loss.control) * (2 if settings.ema else 1)
+        moments = optimizer_size(run.loss, settings.optimizer)
         optimizer = moments // (self.world_size if settings.shard else 1)
         snapshot = self.snapshot(copy, moments, optimizer)
         not_yet = 0 if settings.no_cache else optimizer + snapshot  # when images are encoded, which is before the steps
@@ -166,14 +167,14 @@ def peak_by_batch(trace: Callable[[int], list[int]]) -> Callable[[int], int]:
     return lambda n: max(two + (n - 2) * (three - two) for two, three in zip(twos, threes, strict=True))
 
 
-def optimizer_size(module: nn.Module, settings: TrainSettings) -> int:
+def optimizer_size(module: nn.Module, optimizer: str) -> int:
     """Bytes for the moments of what is trained: AdamW has two, in 8 bits a quarter of that, and Muon one for what it
     takes in AdamW's place."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     two = 2 * sum(parameter.nbytes for _, parameter in named)
-    if settings.optimizer == "muon":
+    if optimizer == "muon":
         return two - sum(parameter.nbytes for name, parameter in named if is_hidden_weight(name, parameter))
-    return two // 4 if settings.optimizer == "adamw8bit" else two
+    return two // 4 if optimizer == "adamw8bit" else two
 
 
 # ----------------------------------------------------------------------------------------------------------- estimates

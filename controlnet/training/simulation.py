@@ -120,12 +120,7 @@ class FakeRun:
         self.gradients = sum(parameter.nbytes for parameter in self.trained)
 
     def inputs(self, size: Size, batch_size: int) -> tuple[Tensor, ...]:
-        """z0, noise, t, context and hint: what `ControlLoss` gets, on the device."""
-        config = self.sd.config
-        z0 = torch.zeros(batch_size, *latent_shape(config, size))
-        context = torch.zeros(batch_size, config.text.positions, config.unet.context_width, dtype=self.dtype)
-        hint = torch.zeros(batch_size, self.loss.control.config.hint_channels, *size)
-        return z0, torch.zeros_like(z0), torch.zeros(batch_size, dtype=torch.int64), context, hint
+        return zero_inputs(self.sd.config, size, batch_size, self.dtype, self.loss.control.config.hint_channels)
 
     def inputs_size(self, size: Size) -> int:
         """Bytes, for one image."""
@@ -163,6 +158,16 @@ class FakeRun:
         with self.fake, StorageCounter() as counter:
             function(torch.zeros(shape, dtype=self.dtype))
         return counter.history
+
+
+def zero_inputs(
+    config: Config, size: Size, batch_size: int, dtype: torch.dtype = torch.float32, hint_channels: int = 3
+) -> tuple[Tensor, ...]:
+    """z0, noise, t, context, which is of `dtype`, and hint: what `ControlLoss` gets."""
+    z0 = torch.zeros(batch_size, *latent_shape(config, size))
+    context = torch.zeros(batch_size, config.text.positions, config.unet.context_width, dtype=dtype)
+    hint = torch.zeros(batch_size, hint_channels, *size)
+    return z0, torch.zeros_like(z0), torch.zeros(batch_size, dtype=torch.int64), context, hint
 
 
 def make_fake(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from small import SMALLEST, small_sd
 import train
 from controlnet.common.images import save_png
 from controlnet.training.charts import chart
+from controlnet.training.memory import optimizer_size
 from controlnet.training.run_state import RunFolder
 from tools.paper import __main__ as paper
 from tools.paper import architectures, composition, convergence, cost, guidance, lab, runs, segmentation
@@ -156,9 +157,9 @@ def test_the_cost_of_a_step_is_that_of_what_gets_gradients():
 
 
 def test_muon_keeps_one_moment_of_weights_between_layers():
-    trained = {"encoder.middle.weight": torch.zeros(2, 3), "encoder.middle.bias": torch.zeros(2)}
-    assert cost.moments_of(trained, "adamw") == 4 * 2 * (6 + 2)
-    assert cost.moments_of(trained, "muon") == 4 * (6 + 2 * 2)
+    part = torch.nn.ModuleDict({"middle": torch.nn.Linear(3, 2)})
+    assert optimizer_size(part, "adamw") == 4 * 2 * (6 + 2)
+    assert optimizer_size(part, "muon") == 4 * (6 + 2 * 2)
 
 
 def test_a_timed_step_moves_what_is_trained(monkeypatch):

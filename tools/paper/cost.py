@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from controlnet.ablations import start_as
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss, denoising_loss
-from controlnet.training.muon import is_hidden_weight
+from controlnet.training.memory import optimizer_size
 from controlnet.training.options import TrainSettings
 from controlnet.training.resolve import control_config
-from controlnet.training.simulation import FakeTensorMode, StorageCounter, make_fake, size_of
+from controlnet.training.simulation import FakeTensorMode, StorageCounter, make_fake, size_of, zero_inputs
 from ldm import StableDiffusion
 from ldm.config import SD15, Config
 from tools.acceptance.device import median_seconds
@@ -71,25 +71,17 @@ def loss_of(step: str, sd: StableDiffusion, control: ControlNet, architecture: s
     return make(sd.unet, control, sd.schedule)
 
 
-def inputs(config: Config, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-    """z0, noise, t, context and hint, all zero."""
-    side = config.resolution // config.vae.downscale
-    z0 = torch.zeros(batch, config.unet.latent_channels, side, side, device=device)
-    context = torch.zeros(batch, config.text.positions, config.unet.context_width, device=device)
-    hint = torch.zeros(batch, 3, config.resolution, config.resolution, device=device)
-    return z0, torch.zeros_like(z0), torch.zeros(batch, dtype=torch.int64, device=device), context, hint
+def inputs(config: Config, batch: int) -> tuple[Tensor, ...]:
+    return zero_inputs(config, (config.resolution, config.resolution), batch)
 
 
-def trained_in(loss: ControlLoss, step: str) -> dict[str, nn.Parameter]:
-    """By their names: gradients of other weights are computed, but move nothing."""
-    part = loss.unet if step == BASE else loss.control
-    return {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+def trained_part(loss: ControlLoss, step: str) -> nn.Module:
+    """Gradients of other weights are computed, but move nothing."""
+    return loss.unet if step == BASE else loss.control
 
 
-def moments_of(trained: dict[str, nn.Parameter], optimizer: str) -> int:
-    """Bytes. AdamW keeps two numbers for each parameter, Muon one for each weight between layers."""
-    single = [p.nbytes for name, p in trained.items() if optimizer == "muon" and is_hidden_weight(name, p)]
-    return 2 * sum(parameter.nbytes for parameter in trained.values()) - sum(single)
+def trained_in(part: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in part.parameters() if parameter.requires_grad]
 
 
 def counted(
@@ -107,10 +99,10 @@ def counted(
         loss = loss_of(step, sd, control, architecture)
         with StorageCounter() as counter:
             operations = count_flops(lambda: loss(*inputs(config, batch)).backward())
-    trained = trained_in(loss, step)
+    part = trained_part(loss, step)
     weights = size_of(sd) if step == BASE else size_of(sd, control)
-    memory = weights + moments_of(trained, optimizer) + counter.most
-    return Cost(sum(parameter.numel() for parameter in trained.values()), memory, operations)
+    memory = weights + optimizer_size(part, optimizer) + counter.most
+    return Cost(sum(parameter.numel() for parameter in trained_in(part)), memory, operations)
 
 
 def seconds_of(lab: Lab, step: str = CONTROL, architecture: str = "full") -> float:
@@ -127,8 +119,8 @@ def step_of(lab: Lab, step: str, architecture: str = "full") -> Callable[[], Non
     sd = copy.deepcopy(lab.sd)
     sd.schedule = sd.schedule.to(lab.device)
     loss = loss_of(step, sd, fresh(sd, architecture), architecture)
-    given = inputs(sd.config, BATCH, lab.device)
-    optimizer = torch.optim.AdamW(trained_in(loss, step).values(), lr=1e-5, fused=True)
+    given = [tensor.to(lab.device) for tensor in inputs(sd.config, BATCH)]
+    optimizer = torch.optim.AdamW(trained_in(trained_part(loss, step)), lr=1e-5, fused=True)
 
     def train() -> None:
         loss.zero_grad()

@@ -11,14 +11,12 @@ Each detector's docstring gives its options and its source. Only the learned one
 from .detectors import (
     DETECTORS,
     LEARNED_NOTE,
-    Detector,
     detect,
     detect_file,
     find_detector,
     options_of,
     options_text,
     parse_detector,
-    parse_options,
 )
 from .filters import inpaint, inpaint_at_random
 from .learned import NotInstalledError
@@ -26,7 +24,6 @@ from .learned import NotInstalledError
 __all__ = [
     "DETECTORS",
     "LEARNED_NOTE",
-    "Detector",
     "NotInstalledError",
     "detect",
     "detect_file",
@@ -36,5 +33,4 @@ __all__ = [
     "options_of",
     "options_text",
     "parse_detector",
-    "parse_options",
 ]

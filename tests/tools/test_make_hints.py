@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from controlnet.hints import DETECTORS, Detector, detect
+from controlnet.hints import DETECTORS, detect
+from controlnet.hints.detectors import Detector
 from controlnet.training.pairs import list_folder
 from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform

@@ -22,10 +22,9 @@ from controlnet.hints import (
     inpaint_at_random,
     options_of,
     parse_detector,
-    parse_options,
 )
 from controlnet.hints.canny import canny, connected, to_gray
-from controlnet.hints.detectors import ALIASES
+from controlnet.hints.detectors import ALIASES, parse_options
 from controlnet.hints.filters import fetched, pyramid_up, smooth_noise
 from controlnet.hints.learned import annotator, segmenter
 from controlnet.hints.openpose import read_pose

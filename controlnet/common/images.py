@@ -61,10 +61,6 @@ def fitted(image: Image.Image, size: Size, fit: str = "stretch", ground: tuple[i
     return resized(cropped(image, size) if fit == "crop" else image, size)
 
 
-def mean_colour(image: Image.Image) -> tuple[int, ...]:
-    return tuple(np.asarray(image).mean(axis=(0, 1)).round().astype(int).tolist())
-
-
 def cropped(image: Image.Image, size: Size) -> Image.Image:
     """The largest part from the middle in the shape of `size`, to whole pixels."""
     scale = min(image.height / size[0], image.width / size[1])

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageChops, ImageFilter, ImageStat
 from torch import Tensor
 
-from controlnet.common.images import Size, fitted, mean_colour, resized, to_images, to_mask
+from controlnet.common.images import Size, fitted, resized, to_images, to_mask
 from controlnet.common.program import FITS
 from controlnet.hints.hint_image import as_mask, as_rgb
 from ldm.samplers import BeforeStep, Noise
@@ -86,7 +86,7 @@ class Init:
 
     def resized(self, size: Size) -> "Init":
         """What is made of image and mask, exactly `size`."""
-        ground = mean_colour(self.image) if self.fit == "pad" else 0
+        ground = tuple(map(round, ImageStat.Stat(self.image).mean)) if self.fit == "pad" else 0
         image = fitted(self.part(self.image, size), size, self.fit, ground)
         mask = self.mask and fitted(self.part(self.soft_mask, size), size, self.fit, ground=255)
         return Init(image, self.strength, mask)

@@ -20,10 +20,10 @@ from controlnet.inference.generate import generate
 from controlnet.model import ControlNet
 from controlnet.training.memory import Prediction
 from controlnet.training.options import TrainSettings
+from controlnet.training.run_state import write_text
 from ldm import StableDiffusion
 from ldm.checkpoints.published import WEIGHTS
 from ldm.checkpoints.save import save_checkpoint
-from ldm.config import Config
 from ldm.fast.tiled_vae import decode_tiled, posterior_tiled
 from tools.bench_ours import NEGATIVE, PROMPT, ROOT, SEED, Training, inputs, load
 
@@ -106,16 +106,12 @@ def write_predictions(size: Size, folder: Path, device_type: str) -> None:
     """The memory of training steps, in bytes, by the words of `cases`: what tensors take, and the most in all."""
     os.nice(5)
     torch.set_num_threads(1)
-    sizes = (size.side, size.side)
-    found = {what: predicted(size.config, settings, sizes, device_type) for what, settings in cases(size).items()}
-    temporary = folder / "predictions.tmp"
-    temporary.write_text(json.dumps(found))
-    temporary.rename(folder / "predictions.json")
-
-
-def predicted(config: Config, settings: TrainSettings, size: tuple[int, int], device_type: str) -> tuple[int, int]:
-    memory = Prediction(config, settings, size, ControlConfig(), torch.device(device_type))(settings.batch_size)
-    return memory.counted, memory.most
+    sizes, found = (size.side, size.side), {}
+    for what, settings in cases(size).items():
+        predict = Prediction(size.config, settings, sizes, ControlConfig(), torch.device(device_type))
+        memory = predict(settings.batch_size)
+        found[what] = memory.counted, memory.most
+    write_text(folder / "predictions.json", json.dumps(found))
 
 
 def cases(size: Size) -> dict[str, TrainSettings]:

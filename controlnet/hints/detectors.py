@@ -97,7 +97,8 @@ def detect(name: str, source: Any, **options) -> np.ndarray:
     for option in options:
         if option not in known:
             raise ValueError(f'{name} has no option "{option}", expected {options_text(known)}')
-    if detector.works_on_photographs and not is_rgb(source):
+    is_rgb = isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,)
+    if detector.works_on_photographs and not is_rgb:
         found = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
         raise ValueError(f"{name} works on an image, uint8 (H, W, 3), found {found}")
     return detector.make(source, **options)
@@ -129,10 +130,6 @@ def find_detector(name: str) -> Detector:
 def ground_for(name: str) -> Ground | None:
     """What a detector of this name is to see behind what is transparent, for `to_rgb`."""
     return ground_of_drawing if name in OF_STROKES else None
-
-
-def is_rgb(source: Any) -> bool:
-    return isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3
 
 
 def options_of(name: str) -> dict[str, Any]:

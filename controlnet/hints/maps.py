@@ -92,17 +92,16 @@ def read_map(path: str | Path) -> np.ndarray:
     Raises ValueError for a file that is not readable, or that has no array of numbers or more than one.
     """
     path = Path(path)
-    values = load_array(path) if path.suffix.lower() in (".npy", ".npz") else image_values(path)
+    if path.suffix.lower() in (".npy", ".npz"):
+        arrays = read_arrays(path)
+        if len(arrays) != 1:
+            raise ValueError(f'"{path}" has {len(arrays)} arrays ({", ".join(arrays)}), expected one')
+        values = np.asarray(arrays.popitem()[1])  # a file within that is no array becomes one of bytes
+    else:
+        values = image_values(path)
     if values.dtype.kind not in "biuf":
         raise ValueError(f'"{path}" holds {values.dtype}, expected numbers')
     return values
-
-
-def load_array(path: Path) -> np.ndarray:
-    arrays = read_arrays(path)
-    if len(arrays) != 1:
-        raise ValueError(f'"{path}" has {len(arrays)} arrays ({", ".join(arrays)}), expected one')
-    return np.asarray(arrays.popitem()[1])  # a file within that is no array becomes one of bytes
 
 
 def image_values(path: Path) -> np.ndarray:

@@ -101,7 +101,8 @@ def read_pose(path: str | Path) -> Pose:
         bodies = [coco(keypoints_of(person[BODY], (18, 25))) for person in people if person.get(BODY)]
         hands = [keypoints_of(person[hand], (21,)) for person in people for hand in HANDS if person.get(hand)]
         faces = [keypoints_of(person[FACE], (70, 68)) for person in people if person.get(FACE)]
-        height, width = (side_of(frame, name) for name in ("height", "width"))
+        sides = (frame.get(f"canvas_{name}") or frame.get(name) or 0 for name in ("height", "width"))
+        height, width = (int(float(side)) for side in sides)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         what = error
         if isinstance(error, UnicodeDecodeError):
@@ -169,8 +170,3 @@ def keypoints_of(numbers: Sequence, counts: tuple[int, ...]) -> np.ndarray:
 def coco(keypoints: np.ndarray) -> np.ndarray:
     """(18 or 25, 3) -> (18, 3)"""
     return keypoints if len(keypoints) == 18 else keypoints[COCO_IN_BODY_25]
-
-
-def side_of(frame: dict, name: str) -> int:
-    """0 if unknown."""
-    return int(float(frame.get(f"canvas_{name}") or frame.get(name) or 0))

@@ -90,8 +90,10 @@ def named_embeddings(options: Options) -> dict[str, Path]:
         note(f'the prompts do not name the embedding "{name}": it has no effect')
     lying = {path.stem.lower(): path for path in reversed(list(embedding_files()))}  # weights/ comes first
     for word in sorted(find_names(lying, options) - given):
-        if lying[word].parent != published.WEIGHTS or is_embedding(lying[word]):
-            paths[f"{WORD}{word}"] = lying[word]
+        # In weights/ it may also be the name of a base or of a ControlNet.
+        path = lying[word]
+        if path.parent != published.WEIGHTS or kind(open_checkpoint(path)).startswith("a textual inversion"):
+            paths[f"{WORD}{word}"] = path
     known = [path.stem for path in paths.values()]
     for text in texts_of(options):
         if lost := TAGGED.search(names_in(known).sub("", text) if known else text):
@@ -117,8 +119,3 @@ def embedding_files() -> Iterator[Path]:
     for folder in (published.WEIGHTS, published.WEIGHTS / EMBEDDINGS):
         if folder.is_dir():
             yield from sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-
-
-def is_embedding(path: Path) -> bool:
-    """A word of a prompt may also be the name of a base or of a ControlNet."""
-    return kind(open_checkpoint(path)).startswith("a textual inversion")

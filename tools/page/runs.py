@@ -17,7 +17,7 @@ NUMBERS = {"steps": "steps", "batch size": "batch_size", "images": "images", "le
 def runs_tab(trainings: Trainings) -> None:
     with gr.Row():
         with gr.Column(scale=2):
-            run = gr.Dropdown(trainings.names(), value=newest(trainings), label="run", elem_id="run")
+            run = gr.Dropdown(trainings.names(), value=next(iter(trainings.names()), None), label="run", elem_id="run")
             status = gr.Markdown(elem_id="status")
             with gr.Row():
                 stop, resume = gr.Button("stop", min_width=90), gr.Button("go on", min_width=90)
@@ -57,10 +57,6 @@ def runs_tab(trainings: Trainings) -> None:
     stop.click(in_sentences()(trainings.stop), run)
     resume.click(in_sentences()(lambda run: trainings.start(run, {"resume": True})), run, concurrency_id="start")
     started.success(lambda name: gr.Dropdown(trainings.names(), value=name), name, run)
-
-
-def newest(trainings: Trainings) -> str | None:
-    return next(iter(trainings.names()), None)
 
 
 def training_form(trainings: Trainings) -> tuple:

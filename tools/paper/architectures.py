@@ -43,7 +43,8 @@ def measure(lab: Lab, name: str, architectures: Sequence[str], kinds: Sequence[s
 
     fidelity = lab.over_seeds(of_seed)
     trainings = {each: trainings_of(lab, each) for each in architectures}
-    costs = {each: cost_of(lab, each) for each in architectures}
+    counts = {each: counted(lab.sd.config, BATCH, architecture=each, optimizer=OPTIMIZER) for each in architectures}
+    costs = {each: vars(counts[each]) | {"seconds": seconds_of(lab, architecture=each)} for each in architectures}
     return {"kinds": kinds, "fidelity": fidelity, "trainings": trainings, "costs": costs, "device": machine(lab)}
 
 
@@ -54,11 +55,6 @@ def trainings_of(lab: Lab, architecture: str) -> dict[str, list]:
         "set_in": [set_in(log) for log in logs],
         "validation_loss": [at_end(log, "validation_loss") for log in logs],
     }
-
-
-def cost_of(lab: Lab, architecture: str) -> dict[str, float]:
-    counts = counted(lab.sd.config, BATCH, architecture=architecture, optimizer=OPTIMIZER)
-    return {**vars(counts), "seconds": seconds_of(lab, architecture=architecture)}
 
 
 def tables(numbers: dict) -> list[str]:

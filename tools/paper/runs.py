@@ -89,13 +89,10 @@ def arguments(run: Run, cache: Path | None, device: str) -> list[str]:
     """Of train.py: a run that was stopped goes on, with its own settings."""
     given = ["--resume"]
     if not run.folder.states():
-        given = [word for name, value in run.settings.items() for word in words_of(name, value)]
+        flags = {flag_of(name): value for name, value in run.settings.items()}
+        given = [word for flag, value in flags.items() for word in ([flag] if value is True else [flag, str(value)])]
     where = ["--out", str(run.path), "--device", device, "--keep", "1", "--save-every", "10m"]
     return [*given, *where, *(["--cache", str(cache)] if cache else [])]
-
-
-def words_of(name: str, value: object) -> list[str]:
-    return [flag_of(name)] if value is True else [flag_of(name), str(value)]
 
 
 def launch(argv: list[str]) -> int:

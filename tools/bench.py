@@ -10,8 +10,7 @@ packed weights and kept memory on a CPU, as infer.py and train.py do. Training a
 on both sides, as each does it, and needs 16 GB. Times are medians after a warm-up. Memory is the peak above what Python
 and its packages need, weights included; on CUDA what is allocated there. Outputs are compared in every round, except
 with --reuse, which is approximate: where they differ by more than rounding (in fp32 1e-4 of their norm) the exit status
-is 1. The share of the GEMM peak, on a CPU, is each side's own FLOPs in matrix products, convolutions and attention, by
-the time it took, over the rate of a large matrix product in the same processes.
+is 1.
 """
 
 import argparse
@@ -71,7 +70,7 @@ SECTIONS = tuple(dict.fromkeys(row.task for row in ROWS))
 COLUMNS = (
     *("", "ours", "diffusers", "speed, theirs / ours"),
     *("memory, ours", "diffusers", "ours / theirs"),
-    *("GEMM peak, ours", "diffusers", "difference"),
+    "difference",
 )
 # The largest relative L2 difference that is rounding alone.
 ROUNDING = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
@@ -145,27 +144,24 @@ def compared(row: Row, setup: dict[str, Any], rounds: int) -> tuple[list[str], f
     memory = [max(measurement.memory for measurement in side) for side in measured]
     if row.task == "start":
         memory = [math.nan, math.nan]  # of programs that are started, which is not measured
-    rate = max(side[0].gemm_rate for side in measured)
-    shares = [side[0].flops / median / rate for side, median in zip(measured, seconds, strict=True)]
     what, differing = row.what.format(**setup), math.nan
     outputs = [[measurement.outputs for measurement in side] for side in measured]
     if row.task == "reuse":
         what += f", PSNR {psnr(*(side[0]['images'] for side in outputs)):.1f} dB"
     elif len(sides) == 2:
         differing = max(map(difference, *outputs))
-    return cells(what, seconds, memory, shares, differing), differing
+    return cells(what, seconds, memory, differing), differing
 
 
 def in_turns(row: Row, sides: Sequence[tuple[str, dict]], setup: dict[str, Any], rounds: int) -> list[list]:
     """-> for each side its measurements, each from a new process.
 
-    A round has one of each, in alternating order, so what slows the machine slows both alike. FLOPs are counted in the
-    first.
+    A round has one of each, in alternating order, so what slows the machine slows both alike.
     """
     measured = [[] for _ in sides]
     for i in range(rounds):
         for (module, arguments), measurements in list(zip(sides, measured, strict=True))[:: -1 if i % 2 else 1]:
-            how = (module, row.task, arguments, setup, row.cold, i == 0 and not row.cold)
+            how = (module, row.task, arguments, setup, row.cold)
             measurements.append(in_a_process(f"{module}.{row.task}", "bench_case", "measure", *how))
     return measured
 
@@ -211,15 +207,13 @@ def psnr(images: np.ndarray, others: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / error)) if error else math.inf
 
 
-def cells(
-    what: str, seconds: Sequence[float], memory: Sequence[float], shares: Sequence[float], difference: float
-) -> list[str]:
+def cells(what: str, seconds: Sequence[float], memory: Sequence[float], difference: float) -> list[str]:
     """One line of COLUMNS, from bytes and seconds of ours and, if there are any, theirs; what is nan is left empty."""
-    (s, other_s), (m, other_m), (share, other_share) = ((*x, math.nan)[:2] for x in (seconds, memory, shares))
+    (s, other_s), (m, other_m) = ((*x, math.nan)[:2] for x in (seconds, memory))
     return [
         *(what, shown(s, ".3g", " s"), shown(other_s, ".3g", " s"), shown(other_s / s, ".2f")),
         *(shown(m / 1e9, ".2f", " GB"), shown(other_m / 1e9, ".2f", " GB"), shown(m / other_m, ".2f")),
-        *(shown(share, ".0%"), shown(other_share, ".0%"), shown(difference, ".1e")),
+        shown(difference, ".1e"),
     ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from controlnet.ablations import start_as
 from controlnet.model import ControlNet
@@ -20,7 +21,7 @@ from controlnet.training.simulation import FakeTensorMode, StorageCounter, make_
 from ldm import StableDiffusion
 from ldm.config import SD15, Config
 from tools.acceptance.device import median_seconds
-from tools.bench_case import count_flops, name_of
+from tools.bench_case import name_of
 
 from .experiment import Experiment
 from .lab import BATCH, Lab
@@ -103,6 +104,20 @@ def counted(
     weights = size_of(sd) if step == BASE else size_of(sd, control)
     memory = weights + optimizer_size(part, optimizer) + counter.most
     return Cost(sum(parameter.numel() for parameter in trained_in(part)), memory, operations)
+
+
+def count_flops(work: Callable) -> int:
+    """Of matrix products, convolutions and attention, forward and backward."""
+    aten = torch.ops.aten
+    kernels = {  # those of CPUs, which PyTorch does not count
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda y, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(y, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def seconds_of(lab: Lab, step: str = CONTROL, architecture: str = "full") -> float:

@@ -60,7 +60,9 @@ class HintImage:
         name = (detect or "none").lower()
         if name == "none":
             stored = as_stored(image)
-            return cls(shown(stored), mask=mask, fit=fit, layers=layers_of(stored))
+            is_image = isinstance(stored, Image.Image)
+            image = to_rgb(stored, ground_of_hint) if is_image else Image.fromarray(in_rgb(stored))
+            return cls(image, mask=mask, fit=fit, layers=layers_of(stored))
         if name == "inpaint":
             return cls(as_rgb(image), name, mask=mask, fit=fit)
         name, options = parse_detector(detect)
@@ -155,12 +157,13 @@ def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.
     return ImageOps.exif_transpose(image)
 
 
-def shown(stored: Image.Image | np.ndarray) -> Image.Image:
-    """RGB: of an array of other channels the first three, or the mean of two."""
-    if isinstance(stored, Image.Image):
-        return to_rgb(stored, ground_of_hint)
-    first = stored if stored.shape[2] > 2 else stored.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
-    return Image.fromarray(np.ascontiguousarray(first[..., :3]))
+def in_rgb(hint: np.ndarray) -> np.ndarray:
+    """A hint (H, W, C) as an image (H, W, 3): of more channels than three the first ones, of fewer the mean. A hole is
+    black."""
+    hint = to_uint8(to_hints([hint])[0])
+    if hint.shape[2] < 3:
+        hint = hint.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
+    return np.ascontiguousarray(hint[..., :3])
 
 
 def layers_of(stored: Image.Image | np.ndarray) -> tuple[Image.Image, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from controlnet.hints.detectors import IMAGES
 from controlnet.hints.hint_file import is_label_map
+from controlnet.hints.hint_image import in_rgb
 from controlnet.inference.hint_kind import fewer, is_flat, is_inverted
 from ldm.config import PRESETS
 from ldm.tokenizer import Tokenizer
@@ -22,7 +23,6 @@ from .opening import split
 from .pair_files import check_same_shape, read_hint, read_pixels
 from .pairs import BadSample, Entry
 from .pairs.folders import visible_files
-from .previews import as_rgb
 from .sources import FolderSource
 
 REPLACED = "\ufffd"  # what a decoder puts in place of bytes that it does not know
@@ -49,11 +49,11 @@ ODD_HINTS: dict[str, tuple[Callable[[np.ndarray], bool], str]] = {
         "nothing was found in the image: make them again with lower thresholds, or leave the pairs out",
     ),
     "hints of one colour": (
-        lambda hint: is_flat(as_rgb(hint)),
+        lambda hint: is_flat(in_rgb(hint)),
         "nothing can be learned from them: make them again, or leave the pairs out",
     ),
     "dark lines on white": (
-        lambda hint: is_inverted(fewer(as_rgb(hint))),
+        lambda hint: is_inverted(fewer(in_rgb(hint))),
         "published ControlNets read light lines on black: `python -m tools.make_hints invert` turns them",
     ),
 }
@@ -85,7 +85,7 @@ def hint_of(source: FolderSource, i: int) -> np.ndarray:
     """As it is stored, where lines are not thinned by resizing. Raises BadSample if image or hint cannot be used."""
     entry = source.entries[i]
     if entry.hint is None:
-        return as_rgb(source.sample(i).hint)
+        return in_rgb(source.sample(i).hint)
     hint = read_hint(entry.hint, source.hint_channels)
     check_same_shape(read_pixels(entry.image).shape[:2], hint, entry)
     return hint

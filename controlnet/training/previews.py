@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from controlnet.common.images import Size, save_png, to_hints, to_uint8
+from controlnet.common.images import Size, save_png, to_hints
 from controlnet.guidance import Control, exact
+from controlnet.hints.hint_image import in_rgb
 from controlnet.inference.generate import make_denoise, prompt_contexts
 from controlnet.inference.noise import draw
 from controlnet.inference.offload import decode
@@ -53,7 +54,7 @@ class Preview:
             measures.append(measure(sample, image))
             words = [sample.caption, *(f"{name} {value:.2f}" for name, value in measures[-1].items())]
             side = image.shape[:2]
-            rows.append(np.hstack([as_rgb(sample.hint), image, sample.image, text_image(words, side)]))
+            rows.append(np.hstack([in_rgb(sample.hint), image, sample.image, text_image(words, side)]))
         save_png(Image.fromarray(np.vstack(rows)), path, {})
         # of people and shapes in turn, only some have keypoints
         names = dict.fromkeys(name for values in measures for name in values)
@@ -100,15 +101,6 @@ def images_of(
     latents = samplers.sample_loop("ddim", denoise, x, timesteps, sd.schedule)
     denoise.check(latents)
     return [np.asarray(image) for one in latents.split(1) for image in decode(sd, one, tiled=False)]
-
-
-def as_rgb(hint: np.ndarray) -> np.ndarray:
-    """A hint (H, W, C) as an image (H, W, 3): of more channels than three the first ones, of fewer the mean. A hole is
-    black."""
-    hint = to_uint8(to_hints([hint])[0])
-    if hint.shape[2] >= 3:
-        return hint[..., :3]
-    return hint.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
 
 
 def text_image(paragraphs: list[str], size: tuple[int, int]) -> np.ndarray:

@@ -7,10 +7,11 @@ import numpy as np
 from PIL import Image
 
 from controlnet.common.images import fitted
+from controlnet.hints.hint_image import in_rgb
 from controlnet.worlds import Sample
 
 from .pairs import BadSample
-from .previews import as_rgb, text_image
+from .previews import text_image
 from .sources import Source
 
 COLUMNS, SIDE, GAP = 4, 224, 8  # pixels
@@ -41,6 +42,6 @@ def contact_sheet(samples: Sequence[Sample]) -> Image.Image:
 
 def cell(sample: Sample) -> np.ndarray:
     """(H, W, 3), of the same size for all; around an image that is not square it is gray."""
-    both = (Image.fromarray(array) for array in (sample.image, as_rgb(sample.hint)))
+    both = (Image.fromarray(array) for array in (sample.image, in_rgb(sample.hint)))
     pair = np.hstack([np.asarray(fitted(image, (SIDE, SIDE), "pad", (128, 128, 128))) for image in both])
     return np.vstack([pair, text_image([sample.caption], (SIDE // 4, 2 * SIDE))])

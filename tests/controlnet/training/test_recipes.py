@@ -12,11 +12,10 @@ from small import SMALLEST, small_sd
 from controlnet.common.image_files import read_mask
 from controlnet.common.images import to_hints
 from controlnet.hints import detect
-from controlnet.hints.hint_image import HintImage
+from controlnet.hints.hint_image import HintImage, in_rgb
 from controlnet.training.example import example_of, infer_command
 from controlnet.training.opening import open_sources
 from controlnet.training.options import TrainSettings, fields, parse_args
-from controlnet.training.previews import as_rgb
 from controlnet.training.recipes import RECIPES, settings_of
 from controlnet.training.resolve import control_config, resolve
 from controlnet.training.run_state import RunFolder
@@ -113,7 +112,7 @@ def test_a_hole_is_stored_and_read_to_the_bit():
     assert holed.min() == -1 and stored.dtype == np.float32 and np.array_equal(stored, holed)
     assert np.array_equal(hint_from_image(hint_as_image(plain)), plain)
     hole, image = (holed < 0).all(axis=2), Shapes(64)[0].image
-    assert (as_rgb(holed)[hole] == 0).all() and np.array_equal(as_rgb(holed)[~hole], image[~hole])
+    assert (in_rgb(holed)[hole] == 0).all() and np.array_equal(in_rgb(holed)[~hole], image[~hole])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

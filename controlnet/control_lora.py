@@ -5,7 +5,6 @@ encoder is the base's plus the product of "up" and "down". What stands there who
 zero convolutions, norms, biases), and what does not stand there at all is as in the base.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.key_maps import KeyMap
+from ldm.checkpoints.lora_change import Change, Misshapen
 from ldm.checkpoints.open import Checkpoint
 from ldm.checkpoints.stored import CheckpointError, StoredTensor
 
@@ -29,35 +29,29 @@ def with_encoder(checkpoint: Checkpoint, key_map: KeyMap, encoder: Mapping[str, 
     tensors = dict(checkpoint.tensors)
     for name, source in key_map.sources(encoder).items():
         weight, stem = encoder[name], source.key.removesuffix(".weight")
-        factors = [tensors.pop(f"{stem}.{factor}", None) for factor in ("up", "down")]
-        if source.key in tensors:
-            continue
-        if factors != [None, None]:
-            check_factors(checkpoint, stem, factors, weight.shape)
-        else:
-            factors = []
-        view = partial(changed, weight, factors)
-        tensors[source.key] = StoredTensor(checkpoint.path, torch.float32, tuple(weight.shape), view)
+        keys = {role: f"{stem}.{role}" for role in ("up", "down")}
+        factors = {role: tensors.pop(key) for role, key in keys.items() if key in tensors}
+        if source.key not in tensors:
+            change = change_of(checkpoint, stem, factors, weight) if factors else None
+            view = partial(changed, weight, change)
+            tensors[source.key] = StoredTensor(checkpoint.path, torch.float32, tuple(weight.shape), view)
     return replace(checkpoint, tensors=tensors)
 
 
-def check_factors(checkpoint: Checkpoint, stem: str, factors: list[StoredTensor | None], shape: torch.Size) -> None:
-    """Raises CheckpointError unless the product is a weight of `shape`, all sides but the first taken as one."""
-    up, down = (factor.shape if factor else () for factor in factors)
-    if len(up) > 1 and len(down) > 1:
-        product = up[0], math.prod(down[1:])
-        if math.prod(up[1:]) == down[0] and product == (shape[0], math.prod(shape[1:])):
-            return
-    raise CheckpointError(
-        f'"{checkpoint.path}" does not fit: {stem}.up is {list(up)} and {stem}.down {list(down)}, expected a product '
-        f"of {list(shape)}; it is damaged, or made for another architecture"
-    )
+def change_of(checkpoint: Checkpoint, stem: str, factors: dict[str, StoredTensor], weight: Tensor) -> Change:
+    try:
+        change = Change.from_tensors(factors)
+        change.check(weight)
+    except Misshapen as error:
+        up, down = (list(factors[role].shape) if role in factors else [] for role in ("up", "down"))
+        raise CheckpointError(
+            f'"{checkpoint.path}" does not fit: {stem}.up is {up} and {stem}.down {down}, expected a product of '
+            f"{list(weight.shape)}; it is damaged, or made for another architecture"
+        ) from error
+    return change
 
 
-def changed(weight: Tensor, factors: list[StoredTensor]) -> Tensor:
+def changed(weight: Tensor, change: Change | None) -> Tensor:
     """A new tensor, in fp32."""
     weight = weight.detach().to("cpu", torch.float32, copy=True)
-    if factors:
-        up, down = (factor.view().float().flatten(1) for factor in factors)  # (O, R), (R, I k k)
-        weight += (up @ down).reshape(weight.shape)
-    return weight
+    return weight if change is None else weight + change.of(weight)

@@ -40,7 +40,7 @@ from controlnet.training.interruptions import Signals
 from controlnet.training.lock import locked
 from controlnet.training.opening import split
 from controlnet.training.options import TrainSettings
-from controlnet.training.pairs import list_folder
+from controlnet.training.pairs import Wanted, recognise
 from controlnet.training.resolve import open_base_of, resolve
 from controlnet.training.run_state import RunFolder
 from controlnet.training.validation import ValidationLoss, zero_conv_norms
@@ -773,7 +773,7 @@ def test_bad_samples_are_skipped_and_counted_up_to_a_share(base, tmp_path, capsy
     data = [*own_pairs(tmp_path / "pairs", count=8), "--validation", "2"]
     entries = (tmp_path / "pairs" / "prompt.json").read_text()
     (tmp_path / "pairs" / "prompt.json").write_text(entries + "\n{broken\n")
-    trained_on, _ = split(list_folder(tmp_path / "pairs").entries, validation=2)
+    trained_on, _ = split(recognise(tmp_path / "pairs", Wanted()).entries, validation=2)
     trained_on[1].image.write_bytes(b"no picture")
     assert run(base, tmp_path / "few", "--steps", "1", *data, "--bad-share", "0.3") == 0
     assert steps_of(tmp_path / "few")[-1]["bad"] == 2
@@ -1015,7 +1015,7 @@ def no_simulation(monkeypatch):
 def test_a_dry_run_counts_missing_files_and_names_the_first(base, tmp_path, capsys, no_simulation):
     data, pictures = own_pairs(tmp_path / "pairs", count=8), tmp_path / "pairs" / "pictures"
     plan = ["--steps", "1", "--dry-run", *data, "--bad-share", "0.4", "--validation", "2"]
-    trained_on, _ = split(list_folder(tmp_path / "pairs").entries, validation=2)
+    trained_on, _ = split(recognise(tmp_path / "pairs", Wanted()).entries, validation=2)
     trained_on[0].image.unlink()
     trained_on[3].hint.unlink()
     assert run(base, tmp_path / "out", *plan) == 0

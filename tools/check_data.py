@@ -49,7 +49,7 @@ def check(args: argparse.Namespace) -> int:
     from controlnet.training.data import image_size
     from controlnet.training.findings import look_at_folder, look_at_pairs
     from controlnet.training.framing import framing
-    from controlnet.training.pairs import list_folder
+    from controlnet.training.pairs import Wanted, recognise
     from controlnet.training.sheet import contact_sheet, few_of
     from controlnet.training.sources import FolderSource
     from controlnet.training.transform import Transform, bucket_sizes
@@ -64,7 +64,9 @@ def check(args: argparse.Namespace) -> int:
     size = image_size(args.size, TINY)  # which makes all sizes that the others make
     multiple = 32 if min(size) < 256 else 64  # of buckets' sides: as the small base has them, and SD
     transform = Transform(size, buckets=bucket_sizes(size, multiple) if args.buckets else ())
-    listing = list_folder(args.folder, args.detect is None, args.prompt_dropout < 1, args.prompt)
+    listing = recognise(args.folder, Wanted(args.detect is None, args.prompt_dropout < 1, args.prompt))
+    if listing.shards:
+        raise ValueError(f'"{args.folder}" holds tar shards, expected files: unpack one of them to look into it')
     source = FolderSource(str(args.folder), listing.entries, transform, args.hint_channels, args.detect)
 
     def progress(looks: Iterable, total: int) -> Iterable:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from controlnet.training.pairs import list_folder
+from controlnet.training.pairs import Wanted, recognise
 from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform
 from controlnet.worlds import WORLDS
@@ -21,7 +21,7 @@ def test_a_world_on_disk_is_the_world(tmp_path, name):
     assert make_data.main([name, "--count", "3", "--size", "64", "--seed", "5", "--out", str(out)]) == 0
     first = json.loads((out / "prompt.json").read_text().splitlines()[0])
     assert first.keys() == {"source", "target", "prompt"}
-    source, world = FolderSource("x", list_folder(out).entries, Transform((64, 64))), WORLDS[name](64, 5)
+    source, world = FolderSource("x", recognise(out, Wanted()).entries, Transform((64, 64))), WORLDS[name](64, 5)
     assert len(source) == 3
     for i in range(3):
         sample = source.sample(i)

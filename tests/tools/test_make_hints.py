@@ -10,7 +10,7 @@ from PIL import Image
 
 from controlnet.hints import DETECTORS, detect
 from controlnet.hints.detectors import Detector
-from controlnet.training.pairs import list_folder
+from controlnet.training.pairs import Wanted, recognise
 from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform
 from tools import make_hints
@@ -62,7 +62,7 @@ def test_hints_of_any_size_are_what_training_accepts_and_sees(tmp_path):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{name}.png")
         (tmp_path / "images" / f"{name}.txt").write_text(name)
     assert run("canny", tmp_path / "images", tmp_path / "hints", "--size", "64") == 0
-    source = FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64)))
+    source = FolderSource("x", recognise(tmp_path, Wanted()).entries, Transform((64, 64)))
     for i, entry in enumerate(source.entries):
         shape, hint = pixels(entry.hint).shape, source.sample(i).hint
         top, left = ((side - 64) // 2 for side in shape[:2])

@@ -8,7 +8,7 @@ from .folders import list_folders
 from .shards import list_shards
 from .tables import READERS, STEMS, list_table
 
-__all__ = ["BadSample", "Entry", "Listing", "Wanted", "list_folder", "recognise"]
+__all__ = ["BadSample", "Entry", "Listing", "Wanted", "recognise"]
 
 # Each gives None for a folder that is laid out in another way. The first that fits is it.
 LAYOUTS = (
@@ -32,18 +32,4 @@ def recognise(folder: Path, wanted: Wanted) -> Listing:
     if not listing.entries and not listing.shards:
         problems = "; ".join(listing.problems[:3]) or "it lists none"
         raise ValueError(f'"{folder}" holds no pair to train on: {problems}')
-    return listing
-
-
-def list_folder(
-    folder: str | Path, need_hints: bool = True, need_captions: bool = True, prompt: str | None = None
-) -> Listing:
-    """The pairs that lie in files of their own; without `need_hints` hints are left out, whether there are any or not.
-    A `prompt` stands for all captions.
-
-    Raises ValueError as `recognise` does, and for tar shards.
-    """
-    listing = recognise(Path(folder), Wanted(need_hints, need_captions, prompt))
-    if listing.shards:
-        raise ValueError(f'"{folder}" holds tar shards, expected files: unpack one of them to look into it')
     return listing

@@ -21,8 +21,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pair needs beside its image. A `prompt` stands for the captions of all, whatever these are, and
-    `without_hints` says what to do where there are none at all."""
+    """What a pair needs beside its image: without `hints` they are left out, whether there are any or not. A `prompt`
+    stands for the captions of all, whatever these are, and `without_hints` says what to do where there are no hints."""
 
     hints: bool = True
     captions: bool = True

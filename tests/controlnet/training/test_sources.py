@@ -13,7 +13,7 @@ from controlnet.objective import seeded
 from controlnet.training.opening import open_sources, split
 from controlnet.training.options import TrainSettings
 from controlnet.training.pair_files import read_hint, size_of
-from controlnet.training.pairs import BadSample, Entry, list_folder
+from controlnet.training.pairs import BadSample, Entry, Wanted, recognise
 from controlnet.training.previews import own_samples
 from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform
@@ -76,7 +76,7 @@ def test_a_folder_gives_the_samples_that_lie_in_it(tmp_path):
     for i, (image, hint) in enumerate(fill50k_layout(tmp_path, 4)):
         save(image, np.full((64, 64, 3), 10 * i, np.uint8))
         save(hint, np.full((64, 64, 3), 10 * i + 5, np.uint8))
-    source = FolderSource("pairs", list_folder(tmp_path).entries, Transform((64, 64)))
+    source = FolderSource("pairs", recognise(tmp_path, Wanted()).entries, Transform((64, 64)))
     assert len(source) == 4
     for i in range(4):
         sample = source.sample(i)
@@ -225,7 +225,9 @@ def test_label_maps_are_asked_about(tmp_path):
 def test_a_detector_has_options_and_makes_three_channels(tmp_path):
     for image, _ in fill50k_layout(tmp_path, 2):
         save(image, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    source = FolderSource("x", list_folder(tmp_path, need_hints=False).entries, Transform((64, 64)), 3, "canny:low=255")
+    source = FolderSource(
+        "x", recognise(tmp_path, Wanted(hints=False)).entries, Transform((64, 64)), 3, "canny:low=255"
+    )
     assert not np.array_equal(source.hint(0), detect("canny", source.sample(0).image))
     assert np.array_equal(source.hint(0), detect("canny", source.sample(0).image, low=255))
     with pytest.raises(ValueError, match="hints of 3 channels, and --hint-channels is 1"):
@@ -238,7 +240,7 @@ def test_a_fingerprint_sees_changed_files_and_captions(tmp_path):
         save(hint, np.zeros((64, 64, 3), np.uint8))
 
     def current():
-        return FolderSource("x", list_folder(tmp_path).entries, Transform((64, 64))).identity().fingerprint
+        return FolderSource("x", recognise(tmp_path, Wanted()).entries, Transform((64, 64))).identity().fingerprint
 
     before = current()
     assert current() == before

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from controlnet.common.image_files import read_image
-from controlnet.training.pairs import Wanted, list_folder, recognise
+from controlnet.training.pairs import Wanted, recognise
 
 ROW = {"source": "s/0.png", "target": "t/0.png", "prompt": "zero"}
 PAIR = {"t/0.png": "", "s/0.png": ""}  # the files of ROW
@@ -219,7 +219,7 @@ def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
     rows = [json.dumps(row) for row in odd]
     deep = "[" * 200 + "]" * 200
     text = "\n".join([json.dumps(ROW), "", "{broken", *rows, deep])
-    listing = list_folder(lay(tmp_path, {"prompt.json": text}))
+    listing = recognise(lay(tmp_path, {"prompt.json": text}), Wanted())
     assert len(listing.entries) == 1
     expected = [
         "3 is not JSON",
@@ -261,7 +261,7 @@ def test_what_is_no_data_set_is_one_sentence(tmp_path, name):
     else:
         folder = folder / (content or "")
     with pytest.raises(ValueError, match=words) as caught:
-        list_folder(folder)
+        recognise(folder, Wanted())
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from controlnet.worlds import Sample
 from .identity import Identity, Key, digest_of, digests_of_files
 from .pairs import Wanted
 from .pairs.shards import pairs_in, unpacked
-from .sources import FolderSource
+from .sources import FolderSource, Source
 from .transform import Transform
 
 
@@ -36,13 +36,11 @@ def count_in(path: Path) -> int:
     return len(pairs_in(path))
 
 
-class ShardSource:
+class ShardSource(Source):
     """The pairs of all archives, one after the other. Their headers are read once to count them.
 
     A pair is unpacked to be read, so that its files are read as others are. Those of a cache are read in order.
     """
-
-    hints_are_files = False  # finding one takes the headers of its archive
 
     def __init__(
         self,
@@ -75,9 +73,6 @@ class ShardSource:
         shard, place = self.locate(index)
         with unpacked(shard.path, pairs_in(shard.path)[place], self.wanted) as entry:
             return self.files.read(entry, generator)
-
-    def hint(self, index: int) -> np.ndarray:
-        return self.sample(index).hint
 
     def name_of(self, index: int) -> str:
         shard, place = self.locate(index)

@@ -26,17 +26,17 @@ from .transform import Transform
 
 
 class Source(Protocol):
-    """Samples by index."""
-
     name: str
-    hints_are_files: bool  # reading a hint again is as fast as reading it from a cache
+    hints_are_files = False  # reading a hint again is as fast as reading it from a cache
     uses_network: bool  # for the hints: reading belongs into the process that has the device
 
     def __len__(self) -> int: ...
 
     def sample(self, index: int, generator: torch.Generator | None = None) -> Sample: ...
 
-    def hint(self, index: int) -> np.ndarray: ...
+    def hint(self, index: int) -> np.ndarray:
+        """That of `sample` without randomness. Raises BadSample."""
+        return self.sample(index).hint
 
     def size(self, index: int) -> Size: ...  # of image and hint
 
@@ -45,10 +45,8 @@ class Source(Protocol):
     def identity(self) -> Identity: ...
 
 
-class WorldSource:
+class WorldSource(Source):
     """The first `length` samples of a synthetic dataset, with its own hints or, with `detect`, made from the images."""
-
-    hints_are_files = False
 
     def __init__(
         self, name: str, size: Size, length: int, seed: int = 0, held_out: bool = False, detect: str | None = None
@@ -69,9 +67,6 @@ class WorldSource:
         sample = self.world[index]
         return sample if self.make_hint is None else replace(sample, hint=self.make_hint(sample.image))
 
-    def hint(self, index: int) -> np.ndarray:
-        return self.sample(index).hint
-
     def size(self, index: int) -> Size:
         return self.side, self.side
 
@@ -89,7 +84,7 @@ class WorldSource:
         return Identity(fingerprint, [Key(f"{world}-{i}", f"{hints}-{i}") for i in range(self.length)])
 
 
-class FolderSource:
+class FolderSource(Source):
     """Pairs on disk, with hints from files or, with `detect`, made from the images."""
 
     def __init__(
@@ -126,9 +121,8 @@ class FolderSource:
         return Sample(place(image), place(hint), entry.caption)
 
     def hint(self, index: int) -> np.ndarray:
-        """The hint of `sample` without randomness. Raises BadSample."""
         if self.make_hint is not None:
-            return self.sample(index).hint
+            return super().hint(index)
         entry = self.entries[index]
         image_size, hint = self.image_size(index) or size_of(entry.image), read_hint(entry.hint, self.hint_channels)
         check_same_shape(image_size, hint, entry)

@@ -80,7 +80,6 @@ def stage_names(text: str) -> tuple[str, ...]:
 
 
 def accept(args: argparse.Namespace) -> int:
-    """-> the exit status."""
     if args.out.suffix == ".md":
         raise ValueError(f"--out is {args.out}, where the table would replace the results: let it end in .json")
     end = time.monotonic() + 60 * args.minutes

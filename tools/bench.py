@@ -91,7 +91,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """-> the exit status."""
     os.environ.update(QUIET)
     tiny = args.case == "tiny"
     with TemporaryDirectory() as temporary:

@@ -251,7 +251,6 @@ def read_all(*models: nn.Module) -> None:
 
 
 def start(setup: Setup, infer: bool) -> Work:
-    """A whole program, from its start to its end."""
     command = [sys.executable, "-c", "import torch"]
     if infer:
         command = [sys.executable, str(ROOT / "infer.py"), "--hint", "circle.png", "--steps", "1"]

@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """The exit status."""
     from tqdm import tqdm
 
     from controlnet.common.images import save_png

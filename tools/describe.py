@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(args: argparse.Namespace) -> int:
-    """The exit status."""
     from tools.description import differences, facts_of
 
     if args.diff is not None:

@@ -19,8 +19,6 @@ def scalars(values: dict) -> dict[str, float]:
 
 
 class Curve:
-    """Numbers, each with its step."""
-
     def __init__(self):
         self.steps, self.values = array("q"), array("d")  # a million points take 16 MB
 
@@ -30,8 +28,6 @@ class Curve:
 
 
 class Curves(defaultdict[str, Curve]):
-    """By name."""
-
     def __init__(self):
         super().__init__(Curve)
 

@@ -94,5 +94,4 @@ class Progress:
 
 
 def smoothed(before: float | None, now: float) -> float:
-    """Smooth enough to read."""
     return now if before is None else 0.95 * before + 0.05 * now

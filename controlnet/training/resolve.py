@@ -102,7 +102,6 @@ def note_rising_rate(run: RunFolder, before: TrainSettings, now: TrainSettings) 
 
 
 def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
-    """Fills in the defaults that depend on the base."""
     defaults = LAPTOP if config.name == "tiny" else PAPER
     return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
 

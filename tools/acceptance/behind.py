@@ -61,7 +61,6 @@ def denoiser(job: Job, sd: StableDiffusion, control: ControlNet, cfg: float = CF
 
 
 def other_output(job: Job, dtype: torch.dtype) -> Tensor:
-    """Of SD 2.1's UNet alone, for two images."""
     x = inputs(job.size.side, 2)[2].to(job.device, dtype)
     context = torch.randn(2, 77, job.size.other.context_width, generator=torch.Generator().manual_seed(SEED))
     t = torch.full((2,), 501, device=job.device)

@@ -100,7 +100,6 @@ def waits(work: Callable[[], Any], device: torch.device) -> list[str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device, by name and in numbers."""
     if device.type != "cuda":
         return {"device": name_of(device), "threads": torch.get_num_threads()}
     free, total = torch.cuda.mem_get_info(device)

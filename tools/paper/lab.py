@@ -33,8 +33,6 @@ OPTIMIZER, LR, WARMUP = "muon", 1e-3, 50
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is done."""
-
     seeds: int
     steps: int  # of a training
     images: int  # that it sees again and again

@@ -20,16 +20,12 @@ CAPTIONS = {*TEXTS, ".text", ".prompt", ".json"}
 
 
 class Member(NamedTuple):
-    """A file in an archive."""
-
     name: str
     offset: int
     size: int
 
 
 class Packed(NamedTuple):
-    """A pair in an archive."""
-
     image: Member
     hint: Member | None
     caption: Member | None

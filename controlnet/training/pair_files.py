@@ -3,6 +3,7 @@
 Sizes are (height, width) in pixels. Arrays are uint8 (H, W, C).
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,28 @@ def read_pixels(path: Path, ground: Ground | None = None) -> np.ndarray:
 
 
 def size_of(path: Path) -> Size:
-    """Of an image, upright, from its header alone: that a PNG says behind its pixels to be turned is not seen. Raises
-    BadSample."""
+    """Of an image, upright, from its header and those of a PNG's chunks: no pixel is decoded. Raises BadSample."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             exif = Image.Image.getexif(image)  # a PNG's own would decode all pixels to look behind them
+            if image.format == "PNG" and not exif:
+                exif.load(last_exif(path))
             turned = image.format != "TIFF" and exif.get(ExifTags.Base.Orientation, 1) > 4  # a TIFF's size is upright
             return image.size if turned else image.size[::-1]
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise BadSample(f'"{path}" is not readable as an image ({error})') from error
+
+
+def last_exif(png: Path) -> bytes:
+    """What the last eXIf chunk holds, which may stand behind the pixels; b"" if there is none."""
+    found = b""
+    with open(png, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:  # a chunk's length and name; after what it holds come 4 bytes of checksum
+            length, is_exif = int.from_bytes(head[:4]), head[4:] == b"eXIf"
+            found = file.read(length) if is_exif else found
+            file.seek(4 if is_exif else length + 4, os.SEEK_CUR)
+    return found
 
 
 def check_file(path: Path) -> None:

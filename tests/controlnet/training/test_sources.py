@@ -1,10 +1,11 @@
 """Samples from folders and synthetic datasets: the split, one transform for image and hint."""
 
 import json
+import os
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from controlnet.common.images import to_uint8
 from controlnet.hints import detect, detect_file
@@ -107,6 +108,13 @@ def test_the_size_of_an_image_takes_its_header_alone(tmp_path, monkeypatch):
         for how, size in (({}, (60, 100)), ({"exif": exif}, (100, 60))):
             Image.fromarray(marked()).save(tmp_path / name, **how)
             assert size_of(tmp_path / name) == size
+    png = tmp_path / "behind.png"  # other programs tell behind the pixels how a picture is turned
+    Image.fromarray(marked()).save(png)
+    with open(png, "r+b") as file:
+        file.seek(-12, os.SEEK_END)
+        PngImagePlugin.putchunk(file, b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        PngImagePlugin.putchunk(file, b"IEND")
+    assert size_of(png) == (100, 60)
     source = FolderSource("x", [Entry(tmp_path / "a.png", tmp_path / "hint.npy", "c")], Transform((60, 100)))
     np.save(tmp_path / "hint.npy", marked(100, 60))
     assert source.size(0) == (60, 100) and source.hint(0).shape == (60, 100, 3)

@@ -134,11 +134,13 @@ class Training:
         self.parts = {"control": self.control, "optimisation": self.optimisation, "position": self.position}
         if settings.sd_unlocked:
             self.parts["decoder"] = self.sd.unet.decoder
-        # What is saved, validated and shown in the grids: the copy or its average.
-        self.average, self.shown_loss = None, self.loss
+        # What is saved, validated and shown in the grids: the copy or its average. Validation weighs all timesteps
+        # alike, so that runs can be compared, and the parts of one that goes on with another --min-snr.
+        self.average, shown = None, self.control
         if settings.ema:
             self.average = self.parts["average"] = AveragedModel(self.control)
-            self.shown_loss = ControlLoss(self.sd.unet, self.average.module, self.sd.schedule, settings.min_snr)
+            shown = self.average.module
+        self.shown_loss = ControlLoss(self.sd.unet, shown, self.sd.schedule)
 
     def restore(self) -> int:
         """-> how many steps are done: none in a new run."""

@@ -670,9 +670,16 @@ def test_training_goes_on_from_a_control(base, sd, tmp_path, cache):
 
 
 def test_the_average_is_what_is_saved_and_validated(base, sd, tmp_path, cache, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ValidationLoss, "__call__", lambda self, loss: seen.append(zero_conv_norms(loss.control)) or {})
-    assert run(base, tmp_path, "--steps", "2", "--ema", "0.5", "--validation", "1", *cache) == 0
+    seen, weighted = [], []
+
+    def validated(self, loss):
+        seen.append(zero_conv_norms(loss.control))
+        weighted.append(loss.min_snr)
+        return {}
+
+    monkeypatch.setattr(ValidationLoss, "__call__", validated)
+    assert run(base, tmp_path, "--steps", "2", "--ema", "0.5", "--min-snr", "5", "--validation", "1", *cache) == 0
+    assert set(weighted) == {None}  # whatever the training's weights: losses are to be compared
     state, key = newest_state(tmp_path), "middle_zero_conv.weight"
     average = state["average"][f"module.{key}"]
     assert torch.equal(control_of(tmp_path)["control_model.middle_block_out.0.weight"], average)

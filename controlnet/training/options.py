@@ -174,7 +174,9 @@ class TrainSettings:
         metavar="DECAY",
     )
     min_snr: float | None = in_method(
-        "weigh timesteps by min(SNR, GAMMA), usually 5", type=positive_number, metavar="GAMMA"
+        "weigh timesteps by min(SNR, GAMMA), usually 5; not in the validation loss",
+        type=positive_number,
+        metavar="GAMMA",
     )
     sd_unlocked: bool = in_method("train the base's decoder too", False, fixed=True)
     only_mid_control: bool = in_method("control the middle block alone", False, fixed=True)

@@ -37,7 +37,8 @@ def resolve(given: dict) -> TrainSettings:
     if settings.resume:
         before = from_json(TrainSettings, run.written()["settings"], str(run.settings_file))
         run.check_fixed(given, before)
-        length = {"steps": None, "epochs": None} if given.keys() & {"steps", "epochs"} else {}
+        # Of epochs the steps that are left depend on how large they are by now.
+        length = {"epochs": None} if "steps" in given else {"steps": None} if {**before, **given}.get("epochs") else {}
         settings = TrainSettings(**{**before, **length, **given, "resume": True})
         if settings.buckets and settings.batch_size != (size := before.get("batch_size")):
             raise ValueError(
@@ -51,7 +52,8 @@ def resolve(given: dict) -> TrainSettings:
         added = settings_of(settings.recipe, given, min(image_size(settings.size, config)))
         settings = replace(settings, **added)
     if settings.epochs and settings.steps is None:
-        settings = replace(settings, steps=steps_of_epochs(with_defaults(settings, config), config))
+        reached = run.reached() if settings.resume else (0, 0)
+        settings = replace(settings, steps=steps_of_epochs(with_defaults(settings, config), config, *reached))
     settings = with_defaults(settings, config)
     if settings.resume:
         note_rising_rate(run, with_defaults(TrainSettings(**before), config), settings)
@@ -80,13 +82,15 @@ def check_together(settings: TrainSettings) -> None:
         raise ValueError("with --architecture concat no block is controlled by itself: leave out --only-mid-control")
 
 
-def steps_of_epochs(settings: TrainSettings, config: Config) -> int:
-    """How many it takes for all processes to see as many samples, the last step perhaps some more."""
+def steps_of_epochs(settings: TrainSettings, config: Config, done: int = 0, seen: int = 0) -> int:
+    """How many it takes for all processes to see as many samples, the last step perhaps some more: with those that are
+    `done`, in which they have `seen` some, perhaps in smaller batches or in fewer processes."""
     if settings.no_cache and settings.data in WORLDS and settings.images is None:
         raise ValueError(f"{settings.data} is drawn without end, and has no epochs: say --images N, or --steps")
     pairs = len(open_sources(settings, image_size(settings.size, config)).train)
     per_step = settings.batch_size * settings.accumulate * launched_processes()
-    return math.ceil(settings.epochs * pairs / per_step)
+    left = settings.epochs * pairs - seen
+    return done + max(math.ceil(left / per_step), 0)
 
 
 def note_rising_rate(run: RunFolder, before: TrainSettings, now: TrainSettings) -> None:

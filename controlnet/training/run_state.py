@@ -263,6 +263,15 @@ class RunFolder:
             )
         return None
 
+    def reached(self) -> tuple[int, int]:
+        """Of the newest state, of which little is read: the steps done and the samples seen. 0 if there is none or it
+        is damaged."""
+        for path in self.states()[-1:]:
+            with suppress(Exception):  # as in `read_state`
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return state["step"], state["position"]["seen"]
+        return 0, 0
+
     def how_to_go_on(self) -> str:
         return f"go on with --resume --out {self.path}" if self.states() else "the same command goes on where it was"
 

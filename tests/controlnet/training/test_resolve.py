@@ -7,7 +7,7 @@ from small import SMALLEST, small_sd
 
 from controlnet.training.options import LAPTOP, PAPER, TrainSettings, parse_args
 from controlnet.training.resolve import resolve, with_defaults
-from controlnet.training.run_state import RunFolder
+from controlnet.training.run_state import Position, RunFolder, save_state
 from ldm.config import TINY
 
 
@@ -52,6 +52,14 @@ def test_a_run_goes_on_for_as_long_as_was_said_last(base, tmp_path):
     for words, length in (("", (8, 2)), ("--epochs 3", (12, 3)), ("--steps 5", (5, None))):
         settings = settings_of(base, tmp_path, f"--resume {words}")
         assert (settings.steps, settings.epochs) == length
+
+
+def test_epochs_are_as_long_where_a_run_goes_on_with_other_batches(base, tmp_path):
+    first = settings_of(base, tmp_path, "--epochs 2 --images 8 --batch-size 2")
+    RunFolder(tmp_path).begin(0, first, {})
+    save_state(tmp_path / "state" / "000003.pt", 3, position=Position(seen=6))  # of 16: ten are left
+    for words, steps in (("", 8), ("--batch-size 4", 6), ("--accumulate 5", 4), ("--epochs 0.5", 3)):
+        assert settings_of(base, tmp_path, f"--resume {words}").steps == steps
 
 
 def test_what_settings_json_leaves_open_is_the_default_of_the_base(base, tmp_path):

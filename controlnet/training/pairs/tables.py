@@ -120,8 +120,10 @@ def entry_of(values: object, find: Finder, wanted: Wanted) -> Entry:
     for role in ("image", "hint") if wanted.hints else ("image",):
         if not names[role]:
             advice = ", or add --detect" if role == "hint" else ""
-            raise BadSample(f"names no {role}, expected a file's name as {COLUMNS[role].replace(' ', ', ')}{advice}")
-    caption = wanted.caption(names["caption"], f"has no caption: expected {COLUMNS['caption'].replace(' ', ', ')}")
+            expected = f"names no {role}, expected a file's name as {COLUMNS[role].replace(' ', ', ')}"
+            raise BadSample((no_text(row, role) or expected) + advice)
+    expected = f"has no caption: expected {COLUMNS['caption'].replace(' ', ', ')}"
+    caption = wanted.caption(names["caption"], no_text(row, "caption") or expected)
     image, hint = find(names["image"]), find(names["hint"]) if wanted.hints else None
     if image == hint and names["image"] != names["hint"]:
         raise BadSample(f'names "{names["image"]}" and "{names["hint"]}", and both lead to {image}')
@@ -130,5 +132,18 @@ def entry_of(values: object, find: Finder, wanted: Wanted) -> Entry:
 
 def text_in(row: dict, role: str) -> str:
     """The first column of that role with a text in it, or ""."""
-    keys = (name + end for name in COLUMNS[role].split() for end in ENDS)
-    return next((row[key] for key in keys if isinstance(row.get(key), str) and row[key].strip()), "")
+    return next((row[key] for key in keys_of(role) if isinstance(row.get(key), str) and row[key].strip()), "")
+
+
+def no_text(row: dict, role: str) -> str:
+    """What the first column of that role has in place of a text; "" if nothing."""
+    key = next((key for key in keys_of(role) if not isinstance(row.get(key), str | None)), None)
+    if key is None:
+        return ""
+    if isinstance(row[key], dict) and row[key].keys() & {"bytes", "path"}:  # as Hugging Face packs pictures
+        return f'holds a picture itself as "{key}", expected a file\'s name: save the pictures as files'
+    return f'has {type(row[key]).__name__} as "{key}", expected one text'
+
+
+def keys_of(role: str) -> list[str]:
+    return [name + end for name in COLUMNS[role].split() for end in ENDS]

@@ -216,6 +216,7 @@ def test_sd_scripts_repeats_count_in_their_ratio(tmp_path):
 def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
     odd = [{"target": "a", "prompt": "x"}, ROW | {"prompt": " "}, [1], {"prompt": "x"}]
     odd += [ROW | {"source": name} for name in ("x" * 256, "a/" * 2500 + "0.png", "\ud83d.png")]
+    odd += [ROW | {"target": {"bytes": "", "path": "0.png"}}, ROW | {"prompt": ["a", "b"]}, ROW | {"source": 5}]
     rows = [json.dumps(row) for row in odd]
     deep = "[" * 200 + "]" * 200
     text = "\n".join([json.dumps(ROW), "", "{broken", *rows, deep])
@@ -230,7 +231,10 @@ def test_what_describes_no_pair_is_listed_with_its_line(tmp_path):
         f'8 names "{"x" * 40} ...", which no file',
         f'9 names "{"a/" * 20} ...", which no file',
         '10 names "\ud83d.png ...", which no file',
-        "11 cannot be read",
+        '11 holds a picture itself as "target", expected a file\'s name',
+        '12 has list as "prompt", expected one text',
+        '13 has int as "source", expected one text, or add --detect',
+        "14 cannot be read",
     ]
     for problem, words in zip(listing.problems, expected, strict=True):
         assert problem.startswith(f"{tmp_path}/prompt.json:{words}")

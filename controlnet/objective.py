@@ -68,7 +68,7 @@ def seeded(*numbers: int) -> torch.Generator:
     """A CPU generator of its own for, say, (seed, purpose, position). The purpose is a number: 1 is the order of the
     samples, 2 what is drawn here, 3 what a source draws for a sample."""
     sequence = np.random.SeedSequence(numbers)
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 
 
 # ------------------------------------------------------------------------------------------- what the networks get

@@ -8,7 +8,7 @@ contexts (B, M, D).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -174,6 +174,13 @@ class Control:
             raise ValueError(f'the mode is "{mode}": load its ControlNet with global_average_pooling=True')
         prompt_only = MODES[mode].prompt_only or net.config.global_average_pooling
         return cls(net, hint, **{"layers": weights, "prompt_only": prompt_only, **settings})
+
+    def of_images(self, images: slice) -> "Control":
+        """For some of B images: where there is a hint or a mask for each, theirs."""
+        hint, mask = (
+            every[images] if isinstance(every, Tensor) and len(every) > 1 else every for every in (self.hint, self.mask)
+        )
+        return replace(self, hint=hint, mask=mask)
 
 
 def check_type(what: str, value: Any, types: type | UnionType, expected: str) -> None:

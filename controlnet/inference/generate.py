@@ -68,11 +68,12 @@ def generate(
     """`count` RGB images of `size`. By default that is the size of hints that are tensors, or it is fitted to `init` or
     to the first hint's image, or it is a square. (With `init.only_masked` it is the size at which a part is made.)
 
-    Image i has the seed `seed + i`, whatever `count` is. `batch_size` of them are made at once, by default
-    `default_batch_size`; how many others are in its batch changes an image by rounding alone. Latents are fp32 even
-    where the networks are not. `cfg` None is `default_cfg`. prompts.py says how prompts are read. The ControlNets must
-    be on the device and in the dtype of `sd`; hints and masks are brought there. `progress` shows a bar, `callback` is
-    called after each step of each image. An inpainting base (inpainting.py) needs an `init` with a mask.
+    Image i has the seed `seed + i`, whatever `count` is, and its own of hints or masks that are a batch of `count`.
+    `batch_size` images are made at once, by default `default_batch_size`; how many others are in its batch changes an
+    image by rounding alone. Latents are fp32 even where the networks are not. `cfg` None is `default_cfg`. prompts.py
+    says how prompts are read. The ControlNets must be on the device and in the dtype of `sd`; hints and masks are
+    brought there. `progress` shows a bar, `callback` is called after each step of each image. An inpainting base
+    (inpainting.py) needs an `init` with a mask.
 
     `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (reuse.py): faster, and
     another image, though at 2 a similar one.
@@ -91,7 +92,7 @@ def generate(
     below 1, what cannot be compiled, or what `sample` or `encode_prompts` do not accept (sampler, steps, eta,
     clip_skip, weights of words), FloatingPointError with the layer's name for a result that is not finite.
     """
-    check_controls(controls, sd)
+    check_controls(controls, sd, count)
     check_type("init", init, Init | None, "an Init: make it with Init(image)")
     check_inpainting(sd.config, init)
     size = image_size(sd.config, controls, size, init)
@@ -136,7 +137,8 @@ def generate(
             x, noise, keep = noises[batch].to(sd.device), noise_from(generators[batch]), None
             prompts = [context.expand(len(x), -1, -1) for context in contexts]
             part = None if seen is None else seen[batch].to(x)
-            denoise = make_denoise(sd, *prompts, cfg, controls, timesteps, not tiled, make_predictor, part, tiles)
+            acting = [control.of_images(batch) for control in controls]
+            denoise = make_denoise(sd, *prompts, cfg, acting, timesteps, not tiled, make_predictor, part, tiles)
             if init:
                 x, keep = begin(start, known[batch].to(x), x, noise, sd.schedule, timesteps, blend=seen is None)
             on_step = reporter(bar, callback, first, len(timesteps), partial(preview, denoise))
@@ -151,19 +153,21 @@ def generate(
 # ---------------------------------------------------------------------------------------------------- controls
 
 
-def check_controls(controls: Sequence[Control], sd: StableDiffusion) -> None:
-    """Raises TypeError for anything but a sequence of controls, ValueError as `check_values` does, and for a ControlNet
-    of another dtype or on another device than `sd`."""
+def check_controls(controls: Sequence[Control], sd: StableDiffusion, count: int) -> None:
+    """Raises TypeError for anything but a sequence of controls, ValueError as `check_values` does, for several hints or
+    masks that are not one for each of `count` images, and for a ControlNet of another dtype or on another device than
+    `sd`."""
     for control in controls if isinstance(controls, Sequence) else [controls]:
         if control is controls or not isinstance(control, Control):
             raise TypeError(
                 f"found a {type(control).__name__} in controls, expected a list of Control: make each with "
                 "Control.from_image(net, image)"
             )
-        if isinstance(control.hint, Tensor):
-            check_values("a hint", control.hint)
-        if control.mask is not None:
-            check_values("a control's mask", control.mask)
+        for what, given in (("a hint", control.hint), ("a control's mask", control.mask)):
+            if isinstance(given, Tensor):
+                check_values(what, given)
+                if len(given) not in (1, count):
+                    raise ValueError(f"{what} is a batch of {len(given)}, expected 1 or {count}, one for each image")
         like = next(control.net.parameters())
         found, expected = (f"{net.dtype} on {net.device}" for net in (like, sd))
         if found != expected and not torch.is_autocast_enabled(sd.device.type):

@@ -38,7 +38,7 @@ def upscaled(
     made = []
     for i, image in enumerate(images):
         size = larger_size(sd.config, image.size[::-1], factor)
-        large = [enlarged(control, size) for control in controls]
+        large = [enlarged(control.of_images(slice(i, i + 1)), size) for control in controls]
         init = Init(resized(image, size), strength)
         made += generate(sd, prompt, large, size=size, init=init, seed=seed + i, **settings)
     return made

@@ -208,6 +208,18 @@ def test_controls_add_up(sd, net):
     assert differ(arrays(sd, controls=[one, Control(net, hint(1))]), arrays(sd, controls=[one]))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_each_image_has_its_own_of_several_hints_and_masks(sd, net, batch_size):
+    mask = (torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(5)) > 0.5).float()
+    hints = torch.cat([hint(i) for i in range(3)])
+    images = arrays(sd, count=3, controls=[Control(net, hints, mask=mask)], batch_size=batch_size)
+    for i, image in enumerate(images):
+        alone = arrays(sd, seed=i, controls=[Control(net, hints[i : i + 1], mask=mask[i : i + 1])])[0]
+        assert np.abs(image.astype(int) - alone).max() <= 1
+    with pytest.raises(ValueError, match="a hint is a batch of 3, expected 1 or 2, one for each image"):
+        arrays(sd, count=2, controls=[Control(net, hints)])
+
+
 # ------------------------------------------------------------------------------------------------------------ sizes
 
 

@@ -159,10 +159,12 @@ def test_the_second_pass_is_image_to_image_of_the_enlarged_image(sd, net):
 
 
 def test_hints_that_are_tensors_are_enlarged(sd, net):
-    control = Control(net, hint(size=(64, 64)))
-    (image,) = generate(sd, "a", [control], steps=2)
-    (large,) = upscaled(sd, [image], 2, "a", [control], steps=2)
-    assert large.size == (128, 128)
+    hints = torch.cat([hint(size=(64, 64)), 1 - hint(size=(64, 64))])  # one for each image
+    images = generate(sd, "a", [Control(net, hints)], steps=2, count=2)
+    large = upscaled(sd, images, 2, "a", [Control(net, hints)], steps=2)
+    (second,) = upscaled(sd, images[1:], 2, "a", [Control(net, hints[1:])], seed=1, steps=2)
+    assert large[1].size == (128, 128)
+    assert np.array_equal(np.asarray(large[1]), np.asarray(second))
 
 
 @pytest.mark.parametrize("factor", [0.5, 0, -1, float("nan"), float("inf"), 1e9])

@@ -26,6 +26,11 @@ class Packed(nn.Module):
     """A module without gradients; it packs its weight on the first call, for that input shape. Other shapes work too,
     but may be slower."""
 
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():  # it would get none, with no more than a warning
+            raise ValueError("packed weights pass on no gradients: load the model again to train or differentiate it")
+        return super().__call__(x)
+
     def _apply(self, fn, recurse=True):
         moved = fn(torch.zeros(1))
         if moved.device.type != "cpu" or moved.dtype != torch.float32:

@@ -100,6 +100,19 @@ def test_what_is_packed_can_be_neither_moved_nor_converted():
                 change()
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 3), Upsample(4)], ids=lambda layer: type(layer).__name__
+)
+def test_what_is_packed_refuses_an_input_that_wants_gradients(layer):
+    network = nn.Sequential(layer)
+    pack(network)
+    x = torch.ones(1, 4, 4, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="packed weights pass on no gradients"):
+        network(x)
+    with torch.no_grad():
+        network(x)
+
+
 def test_other_types_and_devices_are_left_alone():
     network = nn.Sequential(nn.Linear(4, 4).to(torch.bfloat16), nn.Linear(4, 4, device="meta"))
     pack(network)

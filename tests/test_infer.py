@@ -32,8 +32,8 @@ from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
 from controlnet.inference.options import Options
 from controlnet.inference.png_text import fingerprint
+from controlnet.inference.run import check_prompts, prepare
 from controlnet.inference.run import load as load_networks
-from controlnet.inference.run import prepare
 from controlnet.inference.sampler_names import A1111_SAMPLERS, sampler_name
 from controlnet.inference.sizes import default_size
 from controlnet.inference.upscale import upscaled
@@ -41,9 +41,10 @@ from controlnet.model import ControlNet
 from controlnet.worlds.fill50k import draw_circle
 from ldm import StableDiffusion
 from ldm.checkpoints.recognise import open_base
-from ldm.config import PRESETS, SD15, ScheduleConfig
+from ldm.config import PRESETS, SD15, TINY, ScheduleConfig
 from ldm.fast.packed import pack
 from ldm.samplers import SAMPLERS
+from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -454,6 +455,15 @@ def test_the_end_of_a_prompt_that_is_too_long_is_named(capsys):
     assert 'the prompt is too long, its end is ignored: "castle"' in capsys.readouterr().err
     assert run("--prompt", "a " * 75) == 0
     assert "too long" not in capsys.readouterr().err
+
+
+def test_what_other_programs_would_do_with_a_prompt_is_said_not_to_be_done(capsys):
+    options = Options(prompt="a [red:blue:0.5] {cat|dog}", negative="[fog | rain] AND (snow:1.2) [mist]")
+    check_prompts(options, Tokenizer(TINY.text))
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("in a prompt: ")[2] for line in said] == ["[red:blue:0.5], {cat|dog}", "[fog | rain], AND"]
+    check_prompts(Options(prompt=r"a [cat] and \[a|b], 10:30"), Tokenizer(TINY.text))
+    assert "instructions" not in capsys.readouterr().err
 
 
 def test_the_example_hint_is_a_circle_of_the_training_world():

@@ -25,6 +25,14 @@ from ldm.stable_diffusion import StableDiffusion
 from ldm.tokenizer import Tokenizer
 
 LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>:]*+):?([^<>]*+)>", re.IGNORECASE)
+# What changes or mixes prompts during the sampling in A1111's web UI, or draws from them before it: words here.
+NOT_READ = re.compile(
+    r"""(?<!\\)\[ [^\[\]]* : \s*+ [\d.]++ \s*+ \]  # [from:to:0.5]
+    | (?<!\\)\[ [^\[\]|]*+ \| [^\[\]]*+ \]         # [one|other]
+    | \{ [^{}|]*+ \| [^{}]*+ \}                    # {one|other}
+    | \bAND\b""",
+    re.VERBOSE,
+)
 MORE = 1.1  # what a pair of brackets multiplies or divides by
 
 # A prompt comes from anyone's file: these keep the time that it takes within seconds.

@@ -17,6 +17,7 @@ from controlnet.guidance import Control, acting_steps
 from controlnet.model import ControlNet
 from ldm.checkpoints.published import find
 from ldm.checkpoints.recognise import open_base
+from ldm.checkpoints.stored import first_few
 from ldm.config import Config
 from ldm.embeddings import with_embeddings
 from ldm.fast.packed import pack
@@ -35,7 +36,7 @@ from .inputs import CheckedHint, hint_runs, net_loader, read_inputs, read_start,
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import check_unchanged, fingerprint, png_texts
 from .progress import Progress, shown
-from .prompts import chunks_of, cut_texts
+from .prompts import NOT_READ, chunks_of, cut_texts
 from .saving import check_out, is_file_name, save_hints, save_image, saving
 from .sizes import check_cfg, check_seeds, default_cfg
 from .upscale import larger_size, upscaled
@@ -267,5 +268,7 @@ def check_prompts(options: Options, tokenizer: Tokenizer) -> None:
     """What the text encoder does not read has no effect: it is said. Raises ValueError for prompts without end."""
     for prompt in (options.prompt, options.negative):
         chunks_of(tokenizer, prompt, options.long_prompts)
+        if found := NOT_READ.findall(prompt):
+            note(f"read as words, not as instructions, in a prompt: {first_few(dict.fromkeys(found), 20)}")
         for text in () if options.long_prompts else cut_texts(tokenizer, prompt):
             note(f'the prompt is too long, its end is ignored: "{text}" (--long-prompts reads it)')

@@ -377,6 +377,8 @@ def test_a_large_image_in_tiles_is_the_second_pass_of_a_small_one(weights, capsy
     images = generate(sd, "", [control], size=(64, 64), **given)
     (want,) = upscaled(sd, images, 1.5, "", [control], strength=0.6, **given)
     assert np.array_equal(pixels_of("out/0001.png"), np.asarray(want)) and want.size == (96, 96)
+    assert infer.main(["--again", "out/0001.png", "--upscale", "1", "--out", "small.png"]) == 0
+    assert np.array_equal(pixels_of("small.png"), np.asarray(images[0]))
 
 
 @pytest.mark.parametrize("prompt", ["-red", "-", "--prompt=--red", "-1"])

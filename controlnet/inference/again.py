@@ -37,6 +37,8 @@ def with_recorded(given: dict) -> tuple[Options, dict[str, str]]:
     if recorded is None and text is None:
         raise ValueError(f'"{path}" does not say how it was made: give a PNG that infer.py made')
     values, files = of_ours(path, recorded) if recorded is not None else (of_a1111(path, text, given), {})
+    if given.get("upscale") == 1:  # without the second pass
+        values.pop("upscale_strength", None)
     values = from_json(Options, {name: value for name, value in values.items() if name not in given}, f'"{path}"')
     return Options(**relocated(path, values, files, given.get("trust", False)), **given), files
 

@@ -820,6 +820,8 @@ def test_a_hint_that_acts_in_no_step_is_said(capsys):
         assert run("--hint", "circle.png", "--init", "photo.png", "--strength", "1", *options.split()) == 0
         assert f'"circle.png" acts in none of the {steps} steps, from 0' in capsys.readouterr().err
     assert run("--hint", "circle.png", "--control-end", "0.5") == 0
+    second_pass = "--init photo.png --strength 0 --size 32 --upscale 2 --upscale-strength 1"
+    assert run("--hint", "circle.png", *second_pass.split()) == 0
     assert "acts in none" not in capsys.readouterr().err
 
 

@@ -115,7 +115,7 @@ def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> 
 
     def job(options: Options) -> Job:
         size, hints = read_inputs(options, config, device, mask, init, held)
-        note_idle_hints(hints, first_pass)
+        note_idle_hints(hints, first_pass, second_pass)
         used = {options.base: base.checkpoint.path} | used_files(options, hints, extras)
         files = {name: fingerprint_of(path) for name, path in used.items()}
         check_unchanged(files, recorded_files)
@@ -257,11 +257,11 @@ def save(job: Job, i: int, image: Image.Image) -> None:
 # --------------------------------------------------------------------------------------------------------- what is said
 
 
-def note_idle_hints(hints: list[CheckedHint], steps: int) -> None:
+def note_idle_hints(hints: list[CheckedHint], *passes: int) -> None:
     for hint in hints:
         start, end = hint.options.control_start, hint.options.control_end
-        if not acting_steps(steps, start, end):
-            note(f'"{hint.options.hint}" acts in none of the {steps} steps, from {start} to {end} of them')
+        if not any(acting_steps(steps, start, end) for steps in passes):
+            note(f'"{hint.options.hint}" acts in none of the {sum(passes)} steps, from {start} to {end} of them')
 
 
 def check_prompts(options: Options, tokenizer: Tokenizer) -> None:

@@ -143,7 +143,7 @@ def warn_of_left_out(checkpoint: Checkpoint, keys: set[str]) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Minimum and maximum are finite (`aminmax` propagates NaN). One pass, and no memory."""
-    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+    return tensor.numel() == 0 or all(map(math.isfinite, tensor.aminmax()))
 
 
 def wanted_shapes(parts: Parts) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes import needs_fake_cuda
 from PIL import Image
 from small import SMALL
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from ldm import StableDiffusion
 from ldm.checkpoints.load import without_weights
 from ldm.config import ScheduleConfig, UNetConfig
 from ldm.unet import UNet
+
+pytestmark = needs_fake_cuda
 
 CUDA = torch.device("cuda", 0)
 SIDE = 64

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes import needs_fake_cuda
 from PIL import Image
 from small import SMALL
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -20,6 +21,8 @@ from controlnet.reuse import reusing
 from ldm.samplers import SAMPLERS, sample, timesteps_for
 from ldm.schedule import Schedule
 from ldm.stable_diffusion import StableDiffusion
+
+pytestmark = needs_fake_cuda
 
 CUDA = torch.device("cuda:0")
 LEVELS = {"multipliers": (1,), "attention": (False,), "heads": (1,)}  # fake attention takes long; the middle has it

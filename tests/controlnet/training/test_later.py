@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes import needs_fake_cuda
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +74,7 @@ def test_adamw_is_told_whether_it_is_recorded(events, monkeypatch, capturing):
     assert optimisation.optimizer.param_groups[0]["capturable"] is capturing
 
 
+@needs_fake_cuda
 def test_what_goes_to_the_gpu_is_pinned_and_not_waited_for(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)

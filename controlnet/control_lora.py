@@ -53,5 +53,5 @@ def change_of(checkpoint: Checkpoint, stem: str, factors: dict[str, StoredTensor
 
 def changed(weight: Tensor, change: Change | None) -> Tensor:
     """A new tensor, in fp32."""
-    weight = weight.detach().to("cpu", torch.float32, copy=True)
-    return weight if change is None else weight + change.of(weight)
+    weight = weight.detach().to("cpu", torch.float32)
+    return weight.clone() if change is None else weight + change.of(weight)

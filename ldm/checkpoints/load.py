@@ -35,24 +35,16 @@ BASE_PARTS = tuple(prefix for prefix in PARTS if prefix not in IGNORED_BESIDE_BA
 VAE = ("first_stage_model.", "vae.")
 TOKENS = "token_embedding.weight"  # at the end of a key: the table of the text encoder's tokens
 
+SCHEDULE_BUFFERS = """
+    betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
+    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
+    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar scale_factor
+"""
 # Keys that a file may have and no module reads. The schedule's buffers follow from formulas; "difference" and
 # "lora_controlnet" mark a ControlNet that is stored as it differs from its base; "v_pred" and "ztsnr" say what a base
 # predicts (recognise.py).
 IGNORED = {
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "logvar",
-    "scale_factor",
+    *SCHEDULE_BUFFERS.split(),
     "cond_stage_model.transformer.text_model.embeddings.position_ids",
     f"{SGM_TEXT}transformer.text_model.embeddings.position_ids",
     "text_encoder.text_model.embeddings.position_ids",
@@ -167,34 +159,35 @@ def check_keys(checkpoint: Checkpoint, parts: Parts, ignored: tuple[str, ...]) -
     Raises CheckpointError as `load_parts` does.
     """
     wanted, unused = wanted_shapes(parts), keys_of(parts, "unused")
-    found = {key: checkpoint.shape(key) for key in checkpoint.keys & wanted.keys()}
-    misshapen = {key for key, shape in found.items() if not fits(key, as_matrix(shape), as_matrix(wanted[key]))}
-    integers = {key for key in found if not checkpoint.tensors[key].dtype.is_floating_point}
     left_out = {key for key in checkpoint.keys - wanted.keys() - IGNORED if not key.startswith(ignored)}
-    missing = wanted.keys() - found.keys() - unused
+    missing = wanted.keys() - checkpoint.keys - unused
     if not any(key.startswith(key_map.prefix) for key in left_out for _, key_map in parts):
         missing -= keys_of(parts, "sparse")  # beside strange keys of its own it is not sparse but damaged
-    left_out |= unused & (misshapen | integers)
-    left_out |= {f"{key}[{wanted[key][0]}:]" for key in found if key.endswith(TOKENS) and found[key] != wanted[key]}
-    problems = {
-        "missing": sorted(missing),
-        "misshapen": [f"{k} is {list(found[k])}, expected {list(wanted[k])}" for k in sorted(misshapen - unused)],
-        "not of a floating-point type": [f"{k} is {checkpoint.tensors[k].dtype}" for k in sorted(integers - unused)],
-    }
+    problems = {"missing": sorted(missing), "misshapen": [], "not of a floating-point type": []}
+    for key in sorted(checkpoint.keys & wanted.keys()):
+        stored, shape = checkpoint.tensors[key], wanted[key]
+        well_shaped, floating = fits(key, stored.shape, shape), stored.dtype.is_floating_point
+        if key in unused and not (well_shaped and floating):
+            left_out.add(key)
+        elif not well_shaped:
+            problems["misshapen"].append(f"{key} is {list(stored.shape)}, expected {list(shape)}")
+        elif not floating:
+            problems["not of a floating-point type"].append(f"{key} is {stored.dtype}")
+        elif key.endswith(TOKENS) and stored.shape != shape:
+            left_out.add(f"{key}[{shape[0]}:]")
     if any(problems.values()):
         problems["unexpected"] = sorted(left_out)
         each = (f"{counted(len(keys), 'key')} {what} ({first_few(keys)})" for what, keys in problems.items() if keys)
         cause = f"it is damaged, or made for another architecture: {'; '.join(each)}"
-        raise CheckpointError(f'"{checkpoint.path}" does not fit, {likely_cause(found, wanted, missing) or cause}')
+        raise CheckpointError(f'"{checkpoint.path}" does not fit, {likely_cause(checkpoint, wanted, missing) or cause}')
     return left_out
 
 
 def keys_of(parts: Parts, which: str) -> set[str]:
-    """Those of the parameters that a key map lists as "unused" or as "sparse"."""
+    """The keys of the parameters that a key map lists as "unused" or as "sparse"."""
     return {
         source.key
         for module, key_map in parts
-        if getattr(key_map, which)
         for name, source in key_map.sources(module.state_dict()).items()
         if name.startswith(getattr(key_map, which))
     }
@@ -204,7 +197,7 @@ def fits(key: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """A text encoder may have learned more tokens than the tokenizer makes: their rows come last, and are not read."""
     if key.endswith(TOKENS):
         return shape[1:] == wanted[1:] and shape[0] >= wanted[0]
-    return shape == wanted
+    return as_matrix(shape) == as_matrix(wanted)
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -240,9 +233,10 @@ def other_use(channels: int) -> str | None:
     )
 
 
-def likely_cause(found: dict[str, tuple], wanted: dict[str, tuple], missing: set[str]) -> str | None:
-    """Why a file does not fit, where one reason explains all of it. `found` and `wanted` are shapes by key."""
-    for key, shape in found.items():
+def likely_cause(checkpoint: Checkpoint, wanted: dict[str, tuple], missing: set[str]) -> str | None:
+    """Why a file does not fit, where one reason explains all of it. `wanted` are shapes by key."""
+    for key in checkpoint.keys & wanted.keys():
+        shape = checkpoint.shape(key)
         if key.endswith("attn2.to_k.weight") and shape[-1:] != wanted[key][-1:]:
             return f"it is {made_for(shape[-1:])}, expected {made_for(wanted[key][-1:])}: give files of one family"
         if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1] == 4:

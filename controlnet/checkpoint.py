@@ -64,7 +64,7 @@ class ControlCheckpoint:
         device, dtype = torch.device(device or like.device), dtype or like.dtype
         load_parts(checkpoint, parts, found.ignored, torch.float32 if found.difference else dtype, device)
         if found.difference:
-            control.add_encoder(unet)
+            control.transfer(None, unet)
             control.to(dtype)
         elif not same_decoder(checkpoint, unet):
             warnings.warn(
@@ -123,35 +123,26 @@ class ControlCheckpoint:
         control, marks = self, {}
         if difference_to is not None:
             control, marks = copy.deepcopy(self), {"difference": torch.zeros(1)}
-            control.add_encoder(difference_to, -1)
+            control.transfer(difference_to, None)
         tensors = gather(control, control_map(unet, self.config), dtype)
         save_checkpoint(path, tensors | marks, metadata)
 
     @torch.no_grad()
-    def add_encoder(self, unet: UNet, factor: float = 1.0) -> None:
-        """Add `factor` times the encoder of `unet` to the copy, in fp32 at least.
-
-        copy + (encoder of another base - encoder of its own) is a ControlNet for the other base (the paper's Figure 12,
-        made exact). Raises CheckpointError if this is no copy of such an encoder.
-        """
-        self.check_copied_from(unet)
-        theirs = unet.encoder.state_dict()  # also of a packed base, which has no parameters
-        for name, own in self.encoder.named_parameters():
-            own.data = (own.float() + factor * part(theirs[name], own).to(own.device).float()).to(own.dtype)
-
-    @torch.no_grad()
-    def transfer(self, source: UNet, target: UNet) -> None:
+    def transfer(self, source: UNet | None, target: UNet | None) -> None:
         """From the base `source`, whose encoder this was copied from, to `target`, another one of its family.
 
-        The copy moves by what distinguishes the encoders; between equal ones nothing changes. Raises CheckpointError if
-        this is no copy of such an encoder.
+        copy + (encoder of `target` - encoder of `source`) is a ControlNet for the other base (the paper's Figure 12,
+        made exact; in fp32). Between equal encoders nothing changes. A difference has no base: None counts as zero.
+        Raises CheckpointError if this is no copy of such an encoder.
         """
-        self.check_copied_from(source)
-        self.check_copied_from(target)
-        encoders = (self.encoder, source.encoder, target.encoder)
-        for own, old, new in zip(*(encoder.parameters() for encoder in encoders), strict=True):
-            moved = part(new, own).float() - part(old, own).float()
-            own.data = (own.float() + moved.to(own.device)).to(own.dtype)
+        encoders = []
+        for unet, sign in ((target, 1), (source, -1)):
+            if unet is not None:
+                self.check_copied_from(unet)
+                encoders.append((unet.encoder.state_dict(), sign))  # also of a packed base, which has no parameters
+        for name, own in self.encoder.named_parameters():
+            change = sum(sign * part(weights[name], own).to(own.device).float() for weights, sign in encoders)
+            own.data = (own.float() + change).to(own.dtype)
 
     def check_copied_from(self, unet: UNet) -> None:
         """Raises CheckpointError if no copy of an encoder like that of `unet` is in here."""

@@ -182,9 +182,9 @@ def what_else(checkpoint: Checkpoint) -> str:
 def check_family(checkpoint: Checkpoint, found: ControlFile, unet: UNetConfig) -> None:
     """Raises CheckpointError for a ControlNet of another family than a base with this UNet."""
     widths = context_widths(checkpoint, found.prefix)
-    if not widths or widths[0] in ((), (unet.context_width,)):
+    if not widths or widths[0] == unet.context_width:
         return
-    (width,) = widths[0]
+    width = widths[0]
     bases = {preset.unet.context_width: name for name, preset in reversed(PRESETS.items())}
     names = {**bases, **FAMILIES}
     family, own = (names.get(w, f"a base with a context of width {w}") for w in (width, unet.context_width))
@@ -192,12 +192,12 @@ def check_family(checkpoint: Checkpoint, found: ControlFile, unet: UNetConfig) -
     raise CheckpointError(f'"{checkpoint.path}" is a ControlNet for {family}, and your base is {own}: {advice}')
 
 
-def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[tuple[int, ...]]:
-    """The last side of what is multiplied with the prompt's context; () for what is no matrix at all."""
+def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[int]:
+    """The last side of each matrix that is multiplied with the prompt's context."""
     # The second is a Control-LoRA's, the third that of a run's state.
     ends = ("attn2.to_k.weight", "attn2.to_k.down", "cross_attention.k.weight")
     keys = (key for key in checkpoint.tensors if key.startswith(prefix) and key.endswith(ends))
-    return [checkpoint.shape(key)[-1:] for key in keys]
+    return [shape[-1] for shape in map(checkpoint.shape, keys) if shape]
 
 
 def control_by_shape(checkpoint: Checkpoint, layout: str, prefix: str) -> ControlConfig:

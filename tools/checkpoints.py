@@ -1,7 +1,6 @@
 """Models from their files as they are, for programs that change files: in their own precision and architecture."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -130,7 +129,7 @@ def control_unet_config(checkpoint: Checkpoint, found: ControlFile) -> UNetConfi
         if folder in checkpoint.configs:
             return unet_from_diffusers(checkpoint.configs[folder]).text_to_image
     for config in (SD15, SD21, TINY):
-        if (config.unet.context_width,) in context_widths(checkpoint, found.prefix):
+        if config.unet.context_width in context_widths(checkpoint, found.prefix):
             return config.unet
     raise CheckpointError(
         f'"{checkpoint.path}" is a ControlNet of an unknown architecture: expected one of SD 1.x or 2.x, or our '
@@ -192,7 +191,7 @@ def contents(checkpoint: Checkpoint, preset: Config | None = None) -> Contents:
     return Contents(
         what,
         (base or control).layout if names else None,
-        FAMILIES.get(math.prod(widths[0])) if widths else None,
+        FAMILIES.get(widths[0]) if widths else None,
         base,
         control,
         dict(parameters),

@@ -22,7 +22,6 @@ DIFFERENCES = {  # by (difference, low_rank)
     (False, True): "its copy of the encoder is stored as changes of low rank to the base's (a Control-LoRA)",
 }
 READ_ANYWAY = 64_000_000  # bytes: of smaller files all numbers are read
-CPU = torch.device("cpu")
 
 Facts = dict[str, object]  # as JSON can have them
 
@@ -116,7 +115,7 @@ def zero_convolutions(checkpoint: Checkpoint, control: ControlFile, unet: UNetCo
     norms = {}
     for name, module in modules.items():
         tensor = checkpoint.tensors.get(sources[f"{module}.weight"].key)
-        norm = tensor.load(torch.float32, CPU).norm().item() if tensor else math.nan
+        norm = tensor.load(torch.float32).norm().item() if tensor else math.nan
         norms[name] = norm if math.isfinite(norm) else None
     return norms
 
@@ -141,7 +140,7 @@ def value_facts(checkpoint: Checkpoint) -> Facts:
     for key, tensor in bar(checkpoint.tensors.items()):
         if tensor.dtype.is_floating_point:
             dtype = tensor.dtype if tensor.dtype.itemsize > 1 else torch.float16  # PyTorch cannot compute in 8 bits
-            if not is_finite(tensor.load(dtype, CPU)):
+            if not is_finite(tensor.load(dtype)):
                 bad.append(key)
     return {"values": f"NaN or infinite in {counted(len(bad), 'tensor')}" if bad else "all finite", "not_finite": bad}
 
@@ -172,7 +171,7 @@ def differences(first_name: str, second_name: str, values: bool) -> dict[str, li
     }
     for key in bar(sorted(first.keys & second.keys) if values else ()):
         if first.shape(key) == second.shape(key):
-            a, b = (checkpoint.tensors[key].load(torch.float64, CPU) for checkpoint in (first, second))
+            a, b = (checkpoint.tensors[key].load(torch.float64) for checkpoint in (first, second))
             unlike = ~((a == b) | (a.isnan() & b.isnan()))
             if unlike.any():
                 largest = (a - b)[unlike].abs().max().item()

@@ -237,8 +237,8 @@ def likely_cause(checkpoint: Checkpoint, wanted: dict[str, tuple], missing: set[
     """Why a file does not fit, where one reason explains all of it. `wanted` are shapes by key."""
     for key in checkpoint.keys & wanted.keys():
         shape = checkpoint.shape(key)
-        if key.endswith("attn2.to_k.weight") and shape[-1:] != wanted[key][-1:]:
-            return f"it is {made_for(shape[-1:])}, expected {made_for(wanted[key][-1:])}: give files of one family"
+        if key.endswith("attn2.to_k.weight") and shape and shape[-1] != wanted[key][-1]:
+            return f"it is {made_for(shape[-1])}, expected {made_for(wanted[key][-1])}: give files of one family"
         if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1] == 4:
             return f"it is {other_use(shape[1])}"
     absent = []
@@ -253,6 +253,5 @@ def likely_cause(checkpoint: Checkpoint, wanted: dict[str, tuple], missing: set[
     return f"it has no {' and no '.join(absent)} (or another one), expected a whole checkpoint: {remedy}"
 
 
-def made_for(context_width: tuple[int, ...]) -> str:
-    width = math.prod(context_width)
-    return f"{FAMILIES.get(width, 'a model')} (context width {width})"
+def made_for(context_width: int) -> str:
+    return f"{FAMILIES.get(context_width, 'a model')} (context width {context_width})"

@@ -237,10 +237,9 @@ def does_not_fit(
     of_prompts = re.search(r"(cross_attention\.[kv]|\.attention\.[qkv])$", module)  # as wide as the family's context
     if of_prompts and down is not None and len(down.shape) > 1 and down.shape[1] != weight.shape[1]:
         width = down.shape[1]
-        found = "SDXL" if width == 2048 else made_for((width,))
+        found = "SDXL" if width == 2048 else made_for(width)
         return CheckpointError(
-            f'"{checkpoint.path}" is a LoRA for {found}, expected {made_for(tuple(weight.shape[1:2]))}: give files of '
-            "one family"
+            f'"{checkpoint.path}" is a LoRA for {found}, expected {made_for(weight.shape[1])}: give files of one family'
         )
     return CheckpointError(
         f'"{checkpoint.path}" is a LoRA whose change of {module} does not fit its weight of {list(weight.shape)}, '

@@ -52,7 +52,7 @@ class Change:
             return cls(factors, described_alpha)
         if alpha.numel != 1:
             raise Misshapen(f"its alpha has {alpha.numel} numbers")
-        return cls(factors, float(alpha.load(torch.float64, torch.device("cpu")).reshape(())))
+        return cls(factors, alpha.load(torch.float64).item())
 
     def check(self, weight: Tensor) -> None:
         """By the formula itself, on shapes alone. Raises Misshapen if it does not give the weight's shape."""

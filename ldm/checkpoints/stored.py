@@ -44,9 +44,11 @@ class StoredTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def load(self, dtype: torch.dtype, device: torch.device, rows: tuple[int, int] | None = None) -> Tensor:
-        """Some rows, or all: a view of the file where dtype and device allow it, which takes no memory until it is used
-        if it is large; else a copy."""
+    def load(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", rows: tuple[int, int] | None = None
+    ) -> Tensor:
+        """All rows, or some: a view of the file where dtype and device allow it, else a copy. A large view takes no
+        memory until it is used."""
         tensor = self.view() if rows is None else self.view()[slice(*rows)]
         return tensor.to(device, dtype)
 

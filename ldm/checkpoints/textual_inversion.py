@@ -33,12 +33,12 @@ def read_embedding(path: Path, width: int) -> Tensor:
         raise CheckpointError(f'"{path}" is no embedding for a word of a prompt: it is {found}')
     if vectors.shape[-1] != width:
         raise CheckpointError(
-            f'"{path}" is an embedding for {made_for(vectors.shape[-1:])}, expected {made_for((width,))}: get one for '
-            "your base"
+            f'"{path}" is an embedding for {made_for(vectors.shape[-1])}, expected {made_for(width)}: get one for your '
+            "base"
         )
     if not 0 < vectors.numel <= MOST_VECTORS * width:
         raise CheckpointError(f'"{path}" has {vectors.numel // width} vectors, expected 1 to {MOST_VECTORS}')
-    values = vectors.load(torch.float32, torch.device("cpu")).reshape(-1, width)
+    values = vectors.load(torch.float32).reshape(-1, width)
     if not is_finite(values):
         raise CheckpointError(f'"{path}" has NaN or infinite numbers: get another copy')
     return values

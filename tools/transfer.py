@@ -37,13 +37,13 @@ def transfer(args: argparse.Namespace) -> None:
 
     control_name = str(find_model(args.control)[0])
     checkpoint = open_checkpoint(control_name)
-    is_difference = recognise_control(checkpoint).needs_base
-    if is_difference and args.old is not None:
-        note(f"{args.control} holds a difference: --from {args.old} is not needed")
-    has_base = checkpoint.any_key("model.diffusion_model.")
-    old_name = args.old if args.old is not None else control_name if has_base else None
+    is_difference, old_name = recognise_control(checkpoint).needs_base, args.old
+    if is_difference and old_name is not None:
+        note(f"{args.control} holds a difference: --from {old_name} is not needed")
     if not is_difference and old_name is None:
-        raise ValueError(f'"{args.control}" holds a ControlNet alone: say with --from which base it was trained on')
+        if not checkpoint.any_key("model.diffusion_model."):
+            raise ValueError(f'"{args.control}" holds a ControlNet alone: say with --from which base it was trained on')
+        old_name = control_name
 
     new = load_unet(args.new)
     control = load_control(args.control, new, PRECISIONS.get(args.dtype))

@@ -26,7 +26,7 @@ def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], di
     none. Raises CheckpointError for a folder without weights.
     """
     folders = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
-    if not folders and weight_files(path):
+    if not folders and weight_file(path):
         folders = {"": path}
     tensors, metadata = {}, {}
     for name, folder in folders.items():
@@ -34,26 +34,30 @@ def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], di
         tensors |= respelled(found, f"{name}." if name else "", path)
         metadata = described | metadata  # the UNet's, which describe the whole base, come before all others
     if not tensors:
-        files = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt", ".pth"))
-        advice = f"give one of its files ({first_few(files)})" if files else "give a checkpoint, or a folder with one"
-        if (path / "snapshots").is_dir():  # the cache of Hugging Face
-            advice = "give one of the folders in its snapshots/"
-        raise CheckpointError(
-            f'"{path}" is a folder without unet/, vae/ and text_encoder/ in diffusers\' layout: {advice}'
-        )
+        raise no_weights(path)
     files = {name: folder / "config.json" for name, folder in folders.items()}
     files |= {"scheduler": path / "scheduler" / "scheduler_config.json", "pipeline": path / "model_index.json"}
     configs = {name: read_config(file) for name, file in files.items() if file.is_file()}
     return tensors, metadata, configs
 
 
+def no_weights(path: Path) -> CheckpointError:
+    files = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt", ".pth"))
+    advice = f"give one of its files ({first_few(files)})" if files else "give a checkpoint, or a folder with one"
+    if (path / "snapshots").is_dir():  # the cache of Hugging Face
+        advice = "give one of the folders in its snapshots/"
+    return CheckpointError(
+        f'"{path}" is a folder without unet/, vae/ and text_encoder/ in diffusers\' layout: {advice}'
+    )
+
+
 def is_model(folder: Path) -> bool:
     """Whether `read_folder` may find weights in it."""
-    return any((folder / name).is_dir() for name in COMPONENTS) or bool(weight_files(folder))
+    return any((folder / name).is_dir() for name in COMPONENTS) or weight_file(folder) is not None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The file with a component's weights, or the index of the files that they are spread over; [] if there is none.
+def weight_file(folder: Path) -> Path | None:
+    """The file with a component's weights, or the index of the files that they are spread over.
 
     Full precision comes before halves, and safetensors before pickles.
     """
@@ -65,26 +69,24 @@ def weight_files(folder: Path) -> list[Path]:
             rank = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
             found.append((match["type"] == "bin", rank, bool(match["index"]), STEMS.index(match["stem"]), file.name))
     if found:
-        return [folder / min(found)[-1]]
-    return [folder / name for name in DEEPSPEED if (folder / name).is_file()][:1]
+        return folder / min(found)[-1]
+    return next((folder / name for name in DEEPSPEED if (folder / name).is_file()), None)
 
 
 def read_component(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    files = weight_files(folder)
-    if not files:
+    file = weight_file(folder)
+    if file is None:
         raise CheckpointError(
             f'"{folder}" holds no weights: expected {STEMS[0]}.safetensors or the like, download the folder again'
         )
-    if files[0].suffix != ".json":
-        return read_tensors(files[0])
-    places = read_json(files[0]).get("weight_map")
+    if file.suffix != ".json":
+        return read_tensors(file)
+    places = read_json(file).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) and Path(n).name == n for n in places.values()):
-        raise CheckpointError(f'"{files[0]}" does not say which tensor is in which file: download it again')
+        raise CheckpointError(f'"{file}" does not say which tensor is in which file: download it again')
     shards = {name: read_tensors(folder / name) for name in sorted(set(places.values()))}
     lost = [key for key, name in places.items() if key not in shards[name][0]]
     if lost:
-        raise CheckpointError(
-            f'"{files[0]}" lists tensors that its files lack ({first_few(lost)}): download them again'
-        )
+        raise CheckpointError(f'"{file}" lists tensors that its files lack ({first_few(lost)}): download them again')
     metadata = {key: value for _, described in shards.values() for key, value in described.items()}
     return {key: shards[name][0][key] for key, name in places.items()}, metadata

@@ -10,10 +10,11 @@ from small import SMALLEST, assert_same, small_control, small_sd
 from controlnet.checkpoint import find_control
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
-from ldm.checkpoints.folders import weight_files
+from ldm.checkpoints.folders import weight_file
 from ldm.config import UNetConfig
 
 STEM = "diffusion_pytorch_model"
+INDEX, OTHER_INDEX = f"{STEM}.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +38,10 @@ PREFERENCES = [
     (["model.safetensors", "optimizer.bin", "scheduler.bin"], "model.safetensors"),
     (["pytorch_model.bin", "optimizer.bin"], "pytorch_model.bin"),
     ([f"{STEM}-00001-of-00002.safetensors", f"{STEM}.safetensors.index.json"], f"{STEM}.safetensors.index.json"),
-    ([f"{STEM}.fp16-00001-of-00002.safetensors", f"{STEM}.safetensors.index.fp16.json"], None),
-    (["model.fp16.safetensors.index.json", "model.fp16-00001-of-00002.safetensors"], None),
+    ([f"{STEM}.fp16-00001-of-00002.safetensors", INDEX], INDEX),
+    ([OTHER_INDEX, "model.fp16-00001-of-00002.safetensors"], OTHER_INDEX),
     (["mp_rank_00_model_states.pt", "zero_to_fp32.py"], "mp_rank_00_model_states.pt"),
-    (["optimizer.bin", "config.json"], "nothing"),
+    (["optimizer.bin", "config.json"], None),
 ]
 
 
@@ -48,9 +49,7 @@ PREFERENCES = [
 def test_which_file_of_a_component_is_read(tmp_path, there, read):
     for name in there:
         (tmp_path / name).touch()
-    found = [path.name for path in weight_files(tmp_path)]
-    index = [name for name in there if name.endswith("json")]
-    assert found == ([] if read == "nothing" else [read] if read else index)
+    assert weight_file(tmp_path) == (read and tmp_path / read)
 
 
 @pytest.mark.parametrize("variant", ["bf16", "non_ema"])

@@ -18,7 +18,7 @@ from ldm.checkpoints.folders import is_model
 from ldm.checkpoints.key_maps import Layout, unet_map
 from ldm.checkpoints.load import Parts, check_keys, load_parts, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
-from ldm.checkpoints.paths import as_path, where_to_find
+from ldm.checkpoints.published import as_path, where_to_find
 from ldm.checkpoints.save import gather, save_checkpoint
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, UNetConfig

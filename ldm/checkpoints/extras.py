@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from . import published
-from .paths import as_path
+from .published import as_path
 from .stored import CheckpointError
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .folders import read_folder
-from .paths import as_path
+from .published import as_path
 from .read import read_config, read_tensors
 from .spellings import respelled
 from .stored import CheckpointError, StoredTensor

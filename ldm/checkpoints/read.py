@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from .paths import where_to_find
 from .pickles import LEGACY_MAGIC, ZIP_MAGIC, Refused, read_pickle
+from .published import where_to_find
 from .stored import CheckpointError, Damaged, StoredTensor, parse_json, read_safetensors
 
 LARGEST_JSON = 10_000_000  # bytes

@@ -8,8 +8,7 @@ from small import error_of
 from controlnet.checkpoint import find_control
 from ldm.checkpoints.extras import LORAS, given_extra
 from ldm.checkpoints.open import open_checkpoint
-from ldm.checkpoints.paths import as_path
-from ldm.checkpoints.published import find
+from ldm.checkpoints.published import as_path, find
 from ldm.config import SD15, TINY
 from tools.checkpoints import find_model
 

@@ -148,23 +148,24 @@ def changes_of(
     checkpoint: Checkpoint, modules: dict[str, tuple[nn.Module, str]]
 ) -> dict[tuple[nn.Module, str], Change]:
     """Raises CheckpointError unless everything in the file has one place, of its shape."""
-    parts, lost = {}, []
+    parts, names, lost = defaultdict(dict), {}, []  # by place: its tensors by role, and its name in the file
     for key, tensor in checkpoint.tensors.items():
         name, role = module_and_role(key)
         place = modules.get(name)
         if role is None or place is None:
             lost.append(key)
-        elif role in parts.setdefault(place, (name, {}))[1]:
+            continue
+        if role in parts[place]:
             raise CheckpointError(f'"{checkpoint.path}" has the change of {place[1]} twice: make it again')
-        else:
-            parts[place][1][role] = tensor
+        parts[place][role], names[place] = tensor, name
     if lost or not parts:
         raise fits_nowhere(checkpoint, sorted(lost))
     settings = described_settings(checkpoint)
     changes = {}
-    for (network, module), (name, tensors) in parts.items():
+    for (network, module), tensors in parts.items():
         weight = network.get_submodule(module).weight
-        alpha = described_alpha(settings["unet" if isinstance(network, UNet) else "text_encoder"], name)
+        described = settings["unet" if isinstance(network, UNet) else "text_encoder"]
+        alpha = described_alpha(described, names[network, module])
         try:
             changes[network, module] = Change.from_tensors(tensors, alpha)
             changes[network, module].check(weight)

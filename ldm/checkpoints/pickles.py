@@ -28,27 +28,13 @@ LARGEST_PROGRAM = 10_000_000  # bytes of instructions, the weights apart: a whol
 
 # Names that trainers leave in checkpoints, beside those that PyTorch knows.
 LEFTOVER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
-LEFTOVER_NAMES = frozenset(
-    {
-        "argparse.Namespace",
-        "builtins.dict",
-        "builtins.float",
-        "builtins.int",
-        "builtins.list",
-        "builtins.str",
-        "collections.defaultdict",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "pathlib.PosixPath",
-        "pathlib.WindowsPath",
-        "torch.nn.modules.container.ParameterDict",
-        "typing.Any",
-    }
-)
+LEFTOVERS = """
+    argparse.Namespace builtins.dict builtins.float builtins.int builtins.list builtins.str collections.defaultdict
+    numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar numpy._core.multiarray._reconstruct
+    numpy._core.multiarray.scalar numpy.dtype numpy.ndarray pathlib.PosixPath pathlib.WindowsPath
+    torch.nn.modules.container.ParameterDict typing.Any
+"""
+LEFTOVER_NAMES = frozenset(LEFTOVERS.split())
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:

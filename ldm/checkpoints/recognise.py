@@ -163,15 +163,8 @@ def not_a_base(checkpoint: Checkpoint) -> CheckpointError:
 
 # ---------------------------------------------------------------------------------------------------------- prediction
 
-SPELLED = {
-    "epsilon": "eps",
-    "eps": "eps",
-    "v": "v",
-    "v_prediction": "v",
-    "v-prediction": "v",
-    "sample": "x0",
-    "x0": "x0",
-}
+SPELLED = {"eps": "eps", "epsilon": "eps", "x0": "x0", "sample": "x0"}
+SPELLED |= dict.fromkeys(("v", "v_prediction", "v-prediction"), "v")
 
 
 def prediction_of(

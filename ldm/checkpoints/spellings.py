@@ -31,10 +31,10 @@ SPELLINGS = (
         r"\1text_model.",
     ),
     # The autoencoder's attention, as diffusers named it in its first months.
-    (re.compile(r"(coder\.mid_block\.attentions\.0\.)query\."), r"\1to_q."),
-    (re.compile(r"(coder\.mid_block\.attentions\.0\.)key\."), r"\1to_k."),
-    (re.compile(r"(coder\.mid_block\.attentions\.0\.)value\."), r"\1to_v."),
-    (re.compile(r"(coder\.mid_block\.attentions\.0\.)proj_attn\."), r"\1to_out.0."),
+    *(
+        (re.compile(rf"(coder\.mid_block\.attentions\.0\.){old}\."), rf"\1{new}.")
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+    ),
 )
 
 

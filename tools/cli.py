@@ -106,25 +106,31 @@ def written(out: Path, force: bool) -> Iterator[Path]:
         yield out
     else:
         from ldm.checkpoints.files import temporary_folder
-        from ldm.checkpoints.stored import first_few
 
         with temporary_folder(out) as beside:
-            new, old = beside / "new", out.with_name(f".{out.name}.{os.getpid()}.old")
-            try:
-                yield new
-                if lost := files_in(out) - files_in(new):
-                    raise ValueError(
-                        f'"{out}" holds more than the result, which would be lost ({first_few(sorted(lost))}'
-                        "): move that away, or give another name"
-                    )
-                os.replace(out, old)
-                os.replace(new, out)
-            finally:
-                if old.exists() and not out.exists():
-                    os.replace(old, out)
-        shutil.rmtree(old, ignore_errors=True)  # not before: if it cannot go back, it is the only copy
+            yield beside / "new"
+            replace_folder(out, beside / "new")
     files = [out] if out.is_file() else [out / name for name in files_in(out)]
     print(f"{out}: {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
+
+
+def replace_folder(out: Path, new: Path) -> None:
+    """Nothing of `out` is gone before `new` has its name."""
+    from ldm.checkpoints.stored import first_few
+
+    if lost := files_in(out) - files_in(new):
+        raise ValueError(
+            f'"{out}" holds more than the result, which would be lost ({first_few(sorted(lost))}): move that away, or '
+            "give another name"
+        )
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        os.replace(out, old)
+        os.replace(new, out)
+    finally:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def files_in(folder: Path) -> set[str]:

@@ -34,7 +34,7 @@ from ldm.checkpoints.recognise import identify
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.unet import UNet
-from tools.checkpoints import contents
+from tools.description import contents
 
 MUTATIONS = 40  # of each file
 SLOW = 10.0  # seconds of computing that no file may take: the worst here takes one, on an idle machine

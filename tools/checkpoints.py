@@ -1,9 +1,8 @@
 """Models from their files as they are, for programs that change files: in their own precision and architecture."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 
@@ -15,28 +14,10 @@ from controlnet.layouts import ControlFile, context_widths, control_map, recogni
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
 from ldm.checkpoints.diffusers import unet_from_diffusers
-from ldm.checkpoints.key_maps import Layout
-from ldm.checkpoints.kinds import CONTROL, kind
-from ldm.checkpoints.load import (
-    BASE_PARTS,
-    FAMILIES,
-    IGNORED,
-    IGNORED_BESIDE_BASE,
-    PARTS,
-    load_parts,
-    without_weights,
-)
+from ldm.checkpoints.load import BASE_PARTS, IGNORED, IGNORED_BESIDE_BASE, load_parts, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.published import find
-from ldm.checkpoints.recognise import (
-    BaseFile,
-    described_config,
-    description_errors,
-    identify,
-    is_base,
-    maps_in,
-    open_base,
-)
+from ldm.checkpoints.recognise import described_config, description_errors, maps_in, open_base
 from ldm.checkpoints.save import gather, save_checkpoint
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, SD15, SD21, TINY, Config, UNetConfig, dataclass_from_dict
@@ -144,66 +125,3 @@ def save_whole(path: Path, base: StableDiffusion, control: ControlNet) -> None:
         tensors |= gather(module, key_map)
     described = {**base.config.to_dict(), "control": asdict(control.config)}
     save_checkpoint(path, tensors, {"config": json.dumps(described)})
-
-
-# -------------------------------------------------------------------------------------------------------- contents
-
-
-STATE_PARTS = {"average.": "moving average (EMA)", "decoder.": "UNet's decoder"}  # as PARTS, beside a run's ControlNet
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a file holds, from its headers alone: for programs that show it."""
-
-    kind: str  # "base", "ControlNet", "base with a ControlNet", or a word for what it is
-    layout: Layout | None
-    family: str | None  # "SD 1.x" or "SD 2.x"
-    base: BaseFile | None
-    control: ControlFile | None
-    parameters: dict[str, int]  # floating-point numbers by part
-    dtypes: dict[str, int]  # floating-point numbers by type
-    ema: bool
-    problem: str | None  # why a base or a ControlNet that is there cannot be used
-
-
-def contents(checkpoint: Checkpoint, preset: Config | None = None) -> Contents:
-    """`preset` as `find` knows it by the file's name.
-
-    Never raises for a file that could be opened: what is no model is described as `kind`.
-    """
-    base, bad_base = attempt(identify, checkpoint, None, False, preset)
-    control, bad_control = attempt(recognise_control, checkpoint)
-    names = [name for name, found in (("base", base), ("ControlNet", control)) if found]
-    parameters, dtypes = Counter(), Counter()
-    parts = PARTS | STATE_PARTS if control and control.layout == "state" else PARTS
-    for key, tensor in checkpoint.tensors.items():
-        if tensor.dtype.is_floating_point and key not in IGNORED:
-            start = next((start for start in parts if key.startswith(start)), None)
-            parameters[parts.get(start, "ControlNet" if control and not base else "other")] += tensor.numel
-            dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
-    widths = context_widths(checkpoint)
-    what, problem = " with a ".join(names) or kind(checkpoint), None
-    if not names and is_base(checkpoint):  # what is wrong is in what it says of itself
-        what, problem = "base", bad_base
-    elif not names and what == CONTROL:
-        what, problem = "ControlNet", bad_control
-    return Contents(
-        what,
-        (base or control).layout if names else None,
-        FAMILIES.get(widths[0]) if widths else None,
-        base,
-        control,
-        dict(parameters),
-        dict(dtypes),
-        checkpoint.any_key("model_ema."),
-        problem,
-    )
-
-
-def attempt(function, *arguments):
-    """-> what the function returns, or None, and why it does not."""
-    try:
-        return function(*arguments), None
-    except CheckpointError as error:
-        return None, str(error)

@@ -44,7 +44,8 @@ def convert(args: argparse.Namespace) -> None:
     check_difference(args, layout)
     from controlnet.common.devices import PRECISIONS
     from ldm.checkpoints.open import open_checkpoint
-    from tools.checkpoints import contents, find_model, load_base, load_control, load_unet, save_whole
+    from tools.checkpoints import find_model, load_base, load_control, load_unet, save_whole
+    from tools.description import contents
 
     part = args.part or only_part(contents(open_checkpoint(find_model(args.source)[0])), args.source)
     check_options(args, part)

@@ -1,29 +1,76 @@
 """What tools.describe finds out about checkpoints. Facts are in the order in which they are shown."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.layouts import ControlFile
+from controlnet.layouts import ControlFile, context_widths, recognise_control
 from ldm import StableDiffusion
 from ldm.checkpoints.key_maps import encoder_length
-from ldm.checkpoints.load import IGNORED_BESIDE_BASE, check_keys, is_finite, without_weights
+from ldm.checkpoints.kinds import CONTROL, kind
+from ldm.checkpoints.load import (
+    FAMILIES,
+    IGNORED,
+    IGNORED_BESIDE_BASE,
+    PARTS,
+    check_keys,
+    is_finite,
+    without_weights,
+)
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
-from ldm.checkpoints.recognise import BaseFile, described_config
+from ldm.checkpoints.recognise import BaseFile, described_config, identify, is_base
 from ldm.checkpoints.stored import CheckpointError, counted
-from ldm.config import UNetConfig
-from tools.checkpoints import Contents, contents, control_unet_config, find_model
+from ldm.config import Config, UNetConfig
+from tools.checkpoints import control_unet_config, find_model
 
 DIFFERENCES = {  # by (difference, low_rank)
     (True, False): "its copy of the encoder is stored minus the base's",
     (False, True): "its copy of the encoder is stored as changes of low rank to the base's (a Control-LoRA)",
 }
+LAYOUTS = {"ldm": "original", "diffusers": "diffusers", "state": "our own names, as in a state of train.py"}
+STATE_PARTS = {"average.": "moving average (EMA)", "decoder.": "UNet's decoder"}  # as PARTS, beside a run's ControlNet
 READ_ANYWAY = 64_000_000  # bytes: of smaller files all numbers are read
 
 Facts = dict[str, object]  # as JSON can have them
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, by its headers alone."""
+
+    kind: str  # "base", "ControlNet", "base with a ControlNet", or a word for what it is
+    base: BaseFile | None = None
+    control: ControlFile | None = None
+    problem: str | None = None  # why a base or a ControlNet that is there cannot be used
+
+
+def contents(checkpoint: Checkpoint, preset: Config | None = None) -> Contents:
+    """`preset` as `find` knows it by the file's name.
+
+    Never raises for a file that could be opened: what is no model is described as `kind`.
+    """
+    base, bad_base = attempt(identify, checkpoint, None, False, preset)
+    control, bad_control = attempt(recognise_control, checkpoint)
+    if base or control:
+        names = [name for name, found in (("base", base), ("ControlNet", control)) if found]
+        return Contents(" with a ".join(names), base, control)
+    if is_base(checkpoint):  # what is wrong is in what it says of itself
+        return Contents("base", problem=bad_base)
+    what = kind(checkpoint)
+    return Contents("ControlNet", problem=bad_control) if what == CONTROL else Contents(what)
+
+
+def attempt(function, *arguments):
+    """-> what the function returns, or None, and why it does not."""
+    try:
+        return function(*arguments), None
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def facts_of(name: str, values: bool, keys: bool) -> Facts:
@@ -31,6 +78,7 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
     path, preset = find_model(name)
     checkpoint = open_checkpoint(path)
     found = contents(checkpoint, preset)
+    model = found.base or found.control
     control_unet, problem, left_out = None, found.problem, set()
     try:
         control_unet = control_unet_config(checkpoint, found.control) if found.control else None
@@ -38,31 +86,40 @@ def facts_of(name: str, values: bool, keys: bool) -> Facts:
     except CheckpointError as error:
         problem = str(error)
     size = sum(file.stat().st_size for file in {tensor.path for tensor in checkpoint.tensors.values()})
+    widths = context_widths(checkpoint)
+    family = FAMILIES.get(widths[0]) if widths else None
     facts = {
         "file": str(path),
         "bytes": size,
         "kind": found.kind,
-        "family": found.family if found.layout else None,
-        "layout": {
-            "ldm": "original",
-            "diffusers": "diffusers",
-            "state": "our own names, as in a state of train.py",
-            None: None,
-        }[found.layout],
+        "family": family if model else None,
+        "layout": LAYOUTS[model.layout] if model else None,
         **(base_facts(found.base) if found.base else {}),
         **(control_facts(checkpoint, found.control, control_unet) if found.control else {}),
         "not_usable": problem,
         "left_out": sorted(left_out),
-        "goes_with": None if problem else goes_with(found),
-        "parameters": found.parameters,
-        "precision": found.dtypes,
-        "EMA": "of the UNet, beside its weights" if found.ema else None,
+        "goes_with": None if problem else goes_with(found, family or "the same architecture"),
+        **number_facts(checkpoint, found),
+        "EMA": "of the UNet, beside its weights" if checkpoint.any_key("model_ema.") else None,
         **(value_facts(checkpoint) if values or size <= READ_ANYWAY else {"values": "not read (--values reads them)"}),
         "metadata": checkpoint.metadata,
     }
     if keys:
         facts["tensors"] = tensor_facts(checkpoint)
     return {name: fact for name, fact in facts.items() if fact not in (None, {}, [])}
+
+
+def number_facts(checkpoint: Checkpoint, found: Contents) -> Facts:
+    """How many floating-point numbers there are, by part and by type."""
+    parts = PARTS | STATE_PARTS if found.control and found.control.layout == "state" else PARTS
+    rest = "ControlNet" if found.control and not found.base else "other"
+    by_part, by_type = Counter(), Counter()
+    for key, tensor in checkpoint.tensors.items():
+        if tensor.dtype.is_floating_point and key not in IGNORED:
+            part = next((part for start, part in parts.items() if key.startswith(start)), rest)
+            by_part[part] += tensor.numel
+            by_type[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+    return {"parameters": dict(by_part), "precision": dict(by_type)}
 
 
 def check_fit(checkpoint: Checkpoint, found: Contents, control_unet: UNetConfig | None) -> set[str]:
@@ -120,8 +177,7 @@ def zero_convolutions(checkpoint: Checkpoint, control: ControlFile, unet: UNetCo
     return norms
 
 
-def goes_with(found: Contents) -> str | None:
-    family = found.family or "the same architecture"
+def goes_with(found: Contents, family: str) -> str | None:
     if found.base and found.control:
         return f"each other: pass it as --base and as --control; also with other models of {family}"
     if found.base and found.base.config.unet.inpainting:

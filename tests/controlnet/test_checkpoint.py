@@ -24,7 +24,8 @@ from ldm.checkpoints.open import open_checkpoint
 from ldm.config import SD15, SD21, SD21_BASE, TINY
 from ldm.fast.packed import pack
 from ldm.unet import UNet
-from tools.checkpoints import contents, find_model
+from tools.checkpoints import find_model
+from tools.description import contents
 
 
 @pytest.fixture(scope="module")

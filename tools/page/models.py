@@ -6,7 +6,7 @@ from pathlib import Path
 from ldm.checkpoints import published
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.stored import CheckpointError
-from tools.checkpoints import contents
+from tools.description import contents
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
 

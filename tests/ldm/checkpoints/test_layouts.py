@@ -23,9 +23,9 @@ from ldm.checkpoints.key_maps import base_maps
 from ldm.checkpoints.load import load_parts
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.recognise import identify
-from ldm.config import SD15, SD20_BASE, SD21, SD21_BASE, TINY
+from ldm.config import SD20_BASE, SD21, SD21_BASE
 from ldm.unet import UNet
-from tools.checkpoints import contents
+from tools.description import contents, facts_of
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_the_moving_average_is_a_choice(sd, base):
     averaged = StableDiffusion.load(base, ema=True)
     assert torch.equal(averaged.unet.decoder.conv_out.bias, sd.unet.decoder.conv_out.bias + 1)
     assert_same(averaged.vae, sd.vae)
-    assert contents(open_checkpoint(base)).ema
+    assert facts_of(str(base), values=False, keys=False)["EMA"]
     sd.save(base)
     assert "no (complete) moving average" in error_of(StableDiffusion.load, base, ema=True)
 
@@ -377,32 +377,6 @@ def test_a_folder_is_never_half_there_and_never_overwritten(sd, folder, tmp_path
     with pytest.raises(OSError, match="no space left"):
         sd.save(tmp_path / "new", layout="diffusers")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-# -------------------------------------------------------------------------------------------------------- contents
-
-
-def test_contents_from_the_header_alone(sd, control, base, folder, tmp_path):
-    control.save(tmp_path / "control.safetensors", torch.float16)
-    counts = [sum(p.numel() for p in part.parameters()) for part in (sd.unet, sd.vae, sd.text_encoder, control)]
-    for path, layout in ((base, "ldm"), (folder, "diffusers")):
-        found = contents(open_checkpoint(path))
-        assert (found.kind, found.layout, found.control) == ("base", layout, None)
-        assert found.parameters == dict(zip(("UNet", "autoencoder", "text encoder"), counts, strict=False))
-        assert found.dtypes == {"float32": sum(counts[:3])} and not found.ema
-        assert found.base.config == SMALLEST
-    found = contents(open_checkpoint(tmp_path / "control.safetensors"))
-    assert (found.kind, found.layout, found.base) == ("ControlNet", "ldm", None)
-    assert found.parameters == {"ControlNet": counts[3]} and found.dtypes == {"float16": counts[3]}
-    save_file({"lora_unet_x.alpha": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    assert contents(open_checkpoint(tmp_path / "lora.safetensors")).kind.startswith("a LoRA")
-
-
-def test_families_are_told_apart(tmp_path):
-    for config, family in ((SD15, "SD 1.x"), (SD21, "SD 2.x"), (TINY, None)):
-        key = "control_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-        save_file({key: torch.zeros(1, config.unet.context_width)}, tmp_path / "file.safetensors")
-        assert contents(open_checkpoint(tmp_path / "file.safetensors")).family == family
 
 
 def test_a_part_alone_fills_a_part(sd, folder):

@@ -21,7 +21,7 @@ from ldm.checkpoints.recognise import identify, open_base
 from ldm.checkpoints.spellings import respelled
 from ldm.checkpoints.stored import CheckpointError, StoredTensor
 from ldm.config import SD15, SD15_INPAINTING, SD20_INPAINTING, SD21, SD21_BASE, TINY
-from tools.checkpoints import contents
+from tools.description import contents
 
 PATH = Path("file.safetensors")
 SD1, SD2 = "ldm_sd15_checkpoint", "ldm_sd21_checkpoint"

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from minis import MINIS, mini_unet
-from reference import MINI_SD1, filled, load_manifest
+from reference import filled, load_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import SMALLEST, assert_same, error_of, small_control, small_sd
 from torch.optim.swa_utils import AveragedModel
-from written import CONTEXT_KEY, empty_unet, file_of, rewrite
+from written import rewrite
 
 from controlnet.checkpoint import find_control
 from controlnet.config import ControlConfig
@@ -78,38 +78,6 @@ def test_control_keeps_its_own_configuration(sd, tmp_path):
         metadata = file.metadata()
     assert metadata["format"] == "pt"
     assert json.loads(metadata["config"])["unet"]["channels"] == SMALLEST.unet.channels
-
-
-def test_control_without_its_prefix(sd, control, tmp_path):
-    path = tmp_path / "bare.safetensors"
-    control.save(path)
-    save_file({key.removeprefix("control_model."): value for key, value in load_file(path).items()}, path)
-    assert_same(ControlNet.load(path, sd.unet), control)
-
-
-def test_base_given_as_control(tmp_path):
-    path = file_of(tmp_path, {CONTEXT_KEY: (320, 768)})
-    message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
-    assert message.endswith("holds no ControlNet: it is a base model without one: pass it as --base")
-
-
-def test_a_base_that_is_none_of_ours_is_not_recommended_as_one(tmp_path):
-    keys = {"model.diffusion_model.x": (1,), "first_stage_model.encoder.down.0.x": (1,)}
-    for key, what in (("cond_stage_model.x", "of another architecture"), ("conditioner.embedders.1.x", "an SDXL")):
-        path = file_of(tmp_path, {**keys, key: (1,)})
-        message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
-        assert what in message and "--base" not in message
-
-
-@pytest.mark.parametrize("name, other", [("sd15", SD21), ("sd21", SD15)])
-def test_controls_of_the_other_family(tmp_path, name, other):
-    shapes = load_manifest(f"ldm_control_{name}_control_only")
-    shapes = {key: shape for key, shape in shapes.items() if key.endswith(("attn2.to_k.weight", "hint_block.0.weight"))}
-    message = error_of(ControlNet.load, file_of(tmp_path, shapes), empty_unet(other))
-    found, own, base = ("SD 1.x", "SD 2.x", "sd15") if name == "sd15" else ("SD 2.x", "SD 1.x", "sd21-base")
-    assert message.endswith(
-        f"is a ControlNet for {found}, and your base is {own}: give --base {base}, or another of its family"
-    )
 
 
 # -------------------------------------------------------------------------------------------------------- controls
@@ -253,31 +221,6 @@ def test_names_are_found_in_weights(weights, name, config, file):
     assert find_control(name, config.unet) != weights / file
     (weights / file).touch()
     assert find_control(name, config.unet) == weights / file
-
-
-@pytest.mark.parametrize(
-    "key, what",
-    [
-        ("add_embedding.linear_1.weight", "a ControlNet for SDXL"),
-        ("label_emb.0.0.weight", "a ControlNet for SDXL"),
-        ("pos_embed.proj.weight", "a ControlNet for SD 3"),
-        ("controlnet_x_embedder.weight", "a ControlNet for Flux"),
-        ("double_blocks.0.img_mod.lin.weight", "a ControlNet for Flux"),
-    ],
-)
-def test_controls_of_unsupported_families(tmp_path, key, what):
-    for sign in ("controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight", "controlnet_blocks.0.weight"):
-        path = file_of(tmp_path, {key: (1,), sign: (1,)})
-        message = error_of(ControlNet.load, path, empty_unet(MINI_SD1))
-        assert f"holds no ControlNet for SD 1.x or 2.x: it is {what}" in message and "get the one for your" in message
-        assert what in error_of(StableDiffusion.load, path)
-
-
-@pytest.mark.parametrize("key", ["local_adapter.x", "down_blocks.0.motion_modules.0.x"])
-def test_what_is_no_control_is_not_sent_in_circles(tmp_path, key):
-    path = file_of(tmp_path, {"model.diffusion_model.x": (1,), key: (1,)})
-    sentences = error_of(ControlNet.load, path, empty_unet(MINI_SD1)), error_of(StableDiffusion.load, path)
-    assert not any("pass it as" in sentence for sentence in sentences)
 
 
 def test_a_name_that_is_nowhere_says_where_it_was_looked_for(weights):

@@ -4,7 +4,6 @@ import argparse
 import copy
 import json
 import re
-import warnings
 import zipfile
 from collections import defaultdict
 from dataclasses import replace
@@ -23,8 +22,6 @@ from ldm.checkpoints.key_maps import base_maps
 from ldm.checkpoints.load import load_parts
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.recognise import identify
-from ldm.config import SD20_BASE, SD21, SD21_BASE
-from ldm.unet import UNet
 from tools.description import contents, facts_of
 
 
@@ -210,25 +207,6 @@ def test_integers_are_no_weights(base):
     assert f"not of a floating-point type ({key} is torch.int8)" in error_of(StableDiffusion.load, base)
 
 
-def test_who_says_eps_or_v(tmp_path):
-    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    tensors = {key: torch.zeros(320, 1024, dtype=torch.uint8)}
-    for metadata, prediction, config, source in (
-        ({}, None, SD21, "assumed"),
-        ({}, "eps", SD21_BASE, "the caller"),
-        ({"modelspec.prediction_type": "epsilon"}, None, SD21_BASE, "modelspec"),
-        ({"modelspec.prediction_type": "epsilon"}, "v", SD21, "the caller"),
-        ({"config": json.dumps(SD20_BASE.to_dict())}, None, SD20_BASE, "the metadata"),
-    ):
-        save_file(tensors, tmp_path / "file.safetensors", metadata)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = identify(open_checkpoint(tmp_path / "file.safetensors"), prediction)
-            found.warn()
-        assert found.config == config and source in found.prediction_source
-        assert bool(caught) == (source == "assumed")
-
-
 # ------------------------------------------------------------------------------------------------- base: a folder
 
 
@@ -249,21 +227,6 @@ def rewrite_folder(component, names=lambda key: key):
     """Without our metadata, as diffusers writes it."""
     path = next(component.glob("*.safetensors"))
     save_file({names(key): value.clone() for key, value in load_file(path).items()}, path, {"format": "pt"})
-
-
-OLD_NAMES = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
-
-
-@pytest.mark.parametrize("convolutions", [False, True])
-def test_old_names_in_the_autoencoder(sd, folder, convolutions):
-    def change(tensors):
-        for key in [key for key in tensors if "attentions.0.to_" in key]:
-            name = re.sub(r"to_[qkv]\.|to_out\.0\.", lambda match: OLD_NAMES[match.group()], key)
-            value = tensors.pop(key)
-            tensors[name] = value[..., None, None] if convolutions and value.ndim == 2 else value
-
-    rewrite(folder / "vae" / "diffusion_pytorch_model.safetensors", change)
-    assert_same(StableDiffusion.load(folder), sd)
 
 
 def test_variants_shards_and_pickles(sd, folder):
@@ -316,13 +279,6 @@ def test_folders_that_lack_something(folder, tmp_path):
     assert "give one of the folders in its snapshots/" in error_of(StableDiffusion.load, tmp_path / "models--x")
 
 
-@pytest.mark.parametrize("key", ["unet.x.lora_A.weight", "lora_te_x.lora_up.weight", "down_blocks.0.lora.down.weight"])
-def test_loras_of_all_kinds(tmp_path, key):
-    save_file({key: torch.zeros(4, 4)}, tmp_path / "file.safetensors")
-    assert "it is a LoRA" in error_of(StableDiffusion.load, tmp_path / "file.safetensors")
-    assert "it is a LoRA" in error_of(ControlNet.load, tmp_path / "file.safetensors", UNet(SMALLEST.unet))
-
-
 @pytest.mark.parametrize(
     "values, what",
     [
@@ -355,15 +311,6 @@ def test_plain_data_beside_the_weights_is_harmless(tmp_path):
     assert list(open_checkpoint(tmp_path / "file.ckpt").tensors) == ["a"]
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "file.ckpt", pickle_protocol=4)
     assert "save its state_dict with torch.save" in error_of(open_checkpoint, tmp_path / "file.ckpt")
-
-
-def test_textual_inversions(tmp_path):
-    path = tmp_path / "file.pt"
-    vectors = {"*": torch.zeros(2, 768)}
-    first_program = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict(vectors)}
-    for values in ({"string_to_param": vectors}, first_program, {"<cat>": torch.zeros(768)}):
-        torch.save(values, path)
-        assert "a textual inversion" in (said := error_of(StableDiffusion.load, path)) and "--embedding" in said
 
 
 def test_a_folder_is_never_half_there_and_never_overwritten(sd, folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What people have: one line a case. Each is a checkpoint made from keys and shapes alone, and costs milliseconds."""
 
+import json
 import warnings
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from ldm.checkpoints.open import Checkpoint
 from ldm.checkpoints.recognise import identify, open_base
 from ldm.checkpoints.spellings import respelled
 from ldm.checkpoints.stored import CheckpointError, StoredTensor
-from ldm.config import SD15, SD15_INPAINTING, SD20_INPAINTING, SD21, SD21_BASE, TINY
+from ldm.config import SD15, SD15_INPAINTING, SD20_BASE, SD20_INPAINTING, SD21, SD21_BASE, TINY
 from tools.description import contents
 
 PATH = Path("file.safetensors")
@@ -86,7 +87,7 @@ MORE = {
     "many": (SD1, {f"loss.{i}": (3,) for i in range(9)}, (), "loss.0, loss.1, loss.2, ... (9 in all)"),
     "a stray LoRA": (SD1, {"lora_te_text_model_x.alpha": ()}, (), "left out: lora_te_text_model_x.alpha"),
     "optimizer states": (SD1, {"optimizer.state.0.exp_avg": (3,)}, (), "left out: optimizer.state.0.exp_avg"),
-    "EMA's bookkeeping": (SD1, {"model_ema.decay": (), "model_ema.num_updates": ()}, (), None),
+    "EMA's bookkeeping": (SD1, {"model_ema.decay": (), "model_ema.diffusion_modeloutbias": (4,)}, (), None),
     "one token more": (SD1, {TOKENS: (49409, 768)}, (), f"left out: {TOKENS}[49408:]"),
     "two tokens more": (
         SD2,
@@ -115,6 +116,7 @@ def test_sound_files_with_something_more_in_them(name):
 
 UNET = "model.diffusion_model."
 FIRST = f"{UNET}input_blocks.0.0.weight"
+CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 # name: (manifest, a key, its new shape or None for none, words)
 LESS = {
     "one token less": (SD1, TOKENS, (49407, 768), "1 key misshapen"),
@@ -127,6 +129,13 @@ LESS = {
     "a used integer": (SD1, f"{UNET}out.0.bias", "integer", "1 key not of a floating-point type"),
     "eight channels": (SD1, FIRST, (320, 8, 3, 3), "InstructPix2Pix"),
     "five channels": (SD2, FIRST, (320, 5, 3, 3), "it is a depth model"),
+    "rows of q, k and v": (SD2, f"{OPEN_CLIP}transformer.resblocks.0.attn.in_proj_bias", (1024,), "expected [3072]"),
+    "another context": (
+        SD1,
+        CONTEXT,
+        (320, 1024),
+        "it is SD 1.x (context width 768), expected SD 2.x (context width 1",
+    ),
     "no autoencoder": (SD1, "first_stage_model.", None, "it has no autoencoder (or another one), expected a whole"),
     "no autoencoder, the remedy": (SD1, "first_stage_model.", None, ": give one with --vae FILE"),
     "a UNet alone": (SD1, ("first_stage_model.", "cond_"), None, "it has no autoencoder and no text encoder (or"),
@@ -217,7 +226,6 @@ def test_weights_come_before_their_moving_average():
 
 # ------------------------------------------------------------------------------------------- what the prediction is
 
-CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SD2_KEYS, SD1_KEYS = {CONTEXT: (320, 1024)}, {CONTEXT: (320, 768)}
 NINE = {FIRST: (320, 9, 3, 3)}
 SGM = {"conditioner.embedders.0.model.ln_final.bias": (1024,)}
@@ -232,6 +240,7 @@ PREDICTIONS = [
     (SD2_KEYS | {"v_pred": (0,), "ztsnr": (0,)}, {}, None, "v", True, "the tensor v_pred"),
     (SD2_KEYS | {"ztsnr": (0,)}, {}, None, "v", True, "the tensor ztsnr"),
     (SD2_KEYS | SGM, {}, None, "eps", False, "SD-Turbo"),
+    (SD2_KEYS, {"config": json.dumps(SD20_BASE.to_dict())}, SD21, "eps", False, "the metadata"),
     (SD1_KEYS, {}, None, "eps", False, "its family"),
     (SD1_KEYS | {"v_pred": (0,)}, {}, None, "v", False, "the tensor v_pred"),
     (SD1_KEYS, {"modelspec.predict_key": "v"}, None, "v", False, "modelspec.predict_key"),
@@ -243,10 +252,20 @@ PREDICTIONS = [
 @pytest.mark.parametrize(("keys", "metadata", "preset", "prediction", "zero_snr", "source"), PREDICTIONS)
 def test_what_a_base_predicts(keys, metadata, preset, prediction, zero_snr, source):
     base = identify(stand_in(keys, metadata), preset=preset)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        base.warn()
+    assert bool(caught) == (source == "assumed")
     schedule = base.config.schedule
     assert (schedule.prediction, schedule.zero_terminal_snr) == (prediction, zero_snr)
     assert source in base.prediction_source
-    assert identify(stand_in(keys, metadata), "eps", preset=preset).config.schedule.prediction == "eps"
+    said = identify(stand_in(keys, metadata), "eps", preset=preset)
+    assert (said.config.schedule.prediction, said.prediction_source) == ("eps", "the caller")
+
+
+def test_the_configuration_of_sd2_follows_from_what_it_predicts():
+    for prediction, config in ((None, SD21), ("v", SD21), ("eps", SD21_BASE)):
+        assert identify(stand_in(SD2_KEYS), prediction).config == config
 
 
 def test_zero_snr_by_the_caller():
@@ -336,8 +355,12 @@ OTHERS = {
         "an IP-Adapter",
     ),
     "LoRA": (["lora_unet_x.lora_up.weight"], "pass it as --lora", "pass it as --lora"),
+    "LoRA of diffusers": (["down_blocks.0.lora.down.weight"], "pass it as --lora", "pass it as --lora"),
+    "LoRA of PEFT": (["unet.x.lora_A.weight"], "pass it as --lora", "pass it as --lora"),
     "LyCORIS": (["x.hada_w1_a"], "pass it as --lora", "pass it as --lora"),
     "textual inversion": (["emb_params"], "pass it as --embedding", "pass it as --embedding"),
+    "textual inversion of diffusers": (["<cat>"], "pass it as --embedding", "pass it as --embedding"),
+    "its first pickles": (["string_to_token.*", "string_to_param.*"], "as --embedding", "as --embedding"),
     "autoencoder": (["decoder.mid.block_1.x"], "pass it as --vae", "pass it as --vae"),
     "autoencoder, prefixed": (["first_stage_model.decoder.up.0.x"], "pass it as --vae", "pass it as --vae"),
     "TAESD": (["decoder.layers.0.weight"], "a small autoencoder (TAESD)", "TAESD"),
@@ -353,7 +376,18 @@ OTHERS = {
     "Wan": (["blocks.0.cross_attn.k.weight", "patch_embedding.weight"], "transformer's", "transformer's checkpoint"),
     "Lumina": (["layers.0.attention.qkv.weight", "cap_embedder.0.weight"], "transformer's", "transformer's checkpoint"),
     "a control as base": ([HINT], "a ControlNet: pass it as --control", None),
+    "a control as base, original": ([LDM_HINT], "a ControlNet: pass it as --control", None),
     "MiDaS": (["pretrained.model.x"], "make_hints", "make_hints"),
+    "an upscaler of diffusers": (["unet.class_embedding.weight"], "an upscaler", "an upscaler"),
+    "an old ESRGAN": (["body.0.rdb1.conv1.weight"], "(ESRGAN)", "(ESRGAN)"),
+    "optimizer": (["state.0.exp_avg"], "the state of an optimizer", "the state of an optimizer"),
+    "a UNet of diffusers": (["down_blocks.0.resnets.0.conv1.weight"], "a UNet in diffusers' layout", "give the folder"),
+    "another architecture": (
+        [f"{UNET}x", "first_stage_model.encoder.down.0.x", "cond_stage_model.x"],
+        "a diffusion model of another architecture",
+        "of another architecture",
+    ),
+    "unknown": (["encoder.weight"], "something unknown (1 key: encoder.weight), expected keys of the", "unknown"),
 }
 
 
@@ -363,6 +397,7 @@ def test_what_cannot_be_used_says_what_it_is_and_what_would_fit(name):
     checkpoint = stand_in(dict.fromkeys(keys, (1,)))
     sentence = error_of(identify, checkpoint)
     assert "is not a base model of SD 1.x or 2.x: it is" in sentence and as_base in sentence
+    assert "pass it as --control" not in sentence or as_control is None
     if as_control is not None:
         sentence = error_of(recognise_control, checkpoint)
         assert "holds no ControlNet" in sentence and as_control in sentence
@@ -402,6 +437,11 @@ def test_a_base_as_control(channels, words):
 @pytest.mark.parametrize(
     ("manifest", "config", "words"),
     [
+        (
+            CONTROL1,
+            SD21,
+            "is a ControlNet for SD 1.x, and your base is SD 2.x: give --base sd15, or another of its family",
+        ),
         (CONTROL1, TINY, "is a ControlNet for SD 1.x, and your base is tiny: give --base sd15"),
         (CONTROL2, TINY, "is a ControlNet for SD 2.x, and your base is tiny: give --base sd21-base"),
         (CONTROL2, SD15, "is a ControlNet for SD 2.x, and your base is SD 1.x"),

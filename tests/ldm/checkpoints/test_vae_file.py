@@ -47,7 +47,12 @@ def folder(own, other, tmp_path_factory):
     torch.save({"model": {f"module.{key}": value for key, value in original.items()}}, folder / "trainers.pt")
     save_file(theirs, folder / "diffusers.safetensors")
     save_file({f"vae.{key}": value for key, value in theirs.items()}, folder / "theirs_prefixed.safetensors")
-    save_file({old_name(key): value for key, value in theirs.items()}, folder / "old.safetensors")
+    old = {old_name(key): value for key, value in theirs.items()}
+    save_file(old, folder / "old.safetensors")
+    convolutions = {
+        key: value[..., None, None] for key, value in old.items() if "attentions" in key and value.ndim == 2
+    }
+    save_file(old | convolutions, folder / "old_convolutions.safetensors")
 
     own.save(folder / "base.safetensors")
     save_file(
@@ -68,7 +73,7 @@ def old_name(key):
 
 SPELLINGS = ["original.safetensors", "prefixed.safetensors", "matrices.safetensors", "published.ckpt", "trainers.pt"]
 SPELLINGS += ["diffusers.safetensors", "theirs_prefixed.safetensors", "old.safetensors", "pipeline", "pipeline/vae"]
-SPELLINGS += ["whole.safetensors"]
+SPELLINGS += ["whole.safetensors", "old_convolutions.safetensors"]
 
 
 @pytest.mark.filterwarnings("ignore:.*more than the model reads")

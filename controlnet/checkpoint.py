@@ -62,8 +62,9 @@ class ControlCheckpoint:
         ((control, _),) = parts
         like = next(unet.parameters())
         device, dtype = torch.device(device or like.device), dtype or like.dtype
-        load_parts(checkpoint, parts, found.ignored, torch.float32 if found.difference else dtype, device)
-        if found.difference:
+        is_difference = found.needs_base == "difference"
+        load_parts(checkpoint, parts, found.ignored, torch.float32 if is_difference else dtype, device)
+        if is_difference:
             control.transfer(None, unet)
             control.to(dtype)
         elif not same_decoder(checkpoint, unet):
@@ -82,7 +83,7 @@ class ControlCheckpoint:
         with without_weights():
             control = cls.of(UNet(config), found.config)
         key_map = found.key_map(config)
-        if found.low_rank:
+        if found.needs_base == "low rank":
             own = dict(control.encoder.named_parameters(prefix="encoder"))
             theirs = unet.encoder.state_dict(prefix="encoder.")  # also of a packed base
             encoder = {name: part(theirs[name], like) for name, like in own.items()}
@@ -196,13 +197,10 @@ def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
     control_v11p_sd15_canny.pth. Raises CheckpointError if there is none.
     """
     path, name, weights = of_run(as_path(path_or_name)), str(path_or_name), published.WEIGHTS
-    files = [path, weights / name, *(weights / f"{name}{suffix}" for suffix in (".safetensors", ".pth"))]
-    files += [
-        file
-        for preset in PRESETS.values()
-        if preset.unet == unet.text_to_image
-        for file in short_named(name, preset.name)
-    ]
+    files = [path, *(weights / f"{name}{suffix}" for suffix in ("", ".safetensors", ".pth"))]
+    for preset in PRESETS.values():
+        if preset.unet == unet.text_to_image:
+            files += short_named(name, preset.name)
     for file in files:
         if file.is_file() or (file.is_dir() and is_model(file)):  # no other folder that has the name by chance
             return file

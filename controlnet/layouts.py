@@ -6,6 +6,7 @@ is "state", our own names, as the state of a training run has them.
 """
 
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -58,13 +59,12 @@ def diffusers_control_map(unet: UNetConfig, control: ControlConfig, prefix: str 
 
 def control_from_diffusers(values: dict) -> ControlConfig:
     """Their hint encoder's channels come once for each resolution, ours once for each convolution."""
-    first, *widths = values.get("conditioning_embedding_out_channels", [16, 32, 96, 256])
+    channels = values.get("conditioning_embedding_out_channels", [16, 32, 96, 256])
     if values.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
         raise ValueError("controlnet_conditioning_channel_order is not rgb")
-    pairs = zip([first, *widths], widths, strict=False)
     return ControlConfig(
         values.get("conditioning_channels", 3),
-        (first, *(width for pair in pairs for width in pair)),
+        (channels[0], *chain.from_iterable(pairwise(channels))),  # A B C D -> A, A B, B C, C D
         values.get("global_pool_conditions", False),
     )
 
@@ -98,12 +98,8 @@ class ControlFile:
     config: ControlConfig
     layout: Layout | Literal["state"]
     prefix: str  # of its keys
-    difference: bool = False  # its copy of the encoder is stored minus the base's encoder
-    low_rank: bool = False  # as changes to that (control_lora.py)
-
-    @property
-    def needs_base(self) -> bool:
-        return self.difference or self.low_rank
+    # Its copy of the encoder is stored minus the base's encoder, or as changes of low rank to it (control_lora.py).
+    needs_base: Literal["difference", "low rank"] | None = None
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -116,7 +112,7 @@ class ControlFile:
         if self.layout == "state":
             key_map = replace(key_map, modules=[(ours, ours) for ours, _ in key_map.modules])
         # Where the copy is equal to the base, some programs leave the difference out.
-        return replace(key_map, sparse=("encoder.",)) if self.difference else key_map
+        return replace(key_map, sparse=("encoder.",)) if self.needs_base == "difference" else key_map
 
 
 # (layout, what all keys begin with, what then the hint encoder's); some programs drop "control_model."
@@ -156,8 +152,8 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
                 config = replace(config, global_average_pooling=run_is_pooled(checkpoint.path))
         if global_average_pooling is not None:
             config = replace(config, global_average_pooling=global_average_pooling)
-    low_rank = MARK in checkpoint.tensors
-    return ControlFile(config, layout, prefix, "difference" in checkpoint.tensors and not low_rank, low_rank)
+    needs_base = "difference" if "difference" in checkpoint.tensors else None
+    return ControlFile(config, layout, prefix, "low rank" if MARK in checkpoint.tensors else needs_base)
 
 
 def run_is_pooled(state: Path) -> bool:

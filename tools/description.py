@@ -28,9 +28,9 @@ from ldm.checkpoints.stored import CheckpointError, counted
 from ldm.config import Config, UNetConfig
 from tools.checkpoints import control_unet_config, find_model
 
-DIFFERENCES = {  # by (difference, low_rank)
-    (True, False): "its copy of the encoder is stored minus the base's",
-    (False, True): "its copy of the encoder is stored as changes of low rank to the base's (a Control-LoRA)",
+DIFFERENCES = {  # by what a ControlNet needs its base for
+    "difference": "its copy of the encoder is stored minus the base's",
+    "low rank": "its copy of the encoder is stored as changes of low rank to the base's (a Control-LoRA)",
 }
 LAYOUTS = {"ldm": "original", "diffusers": "diffusers", "state": "our own names, as in a state of train.py"}
 STATE_PARTS = {"average.": "moving average (EMA)", "decoder.": "UNet's decoder"}  # as PARTS, beside a run's ControlNet
@@ -155,7 +155,7 @@ def control_facts(checkpoint: Checkpoint, control: ControlFile, unet: UNetConfig
     untrained = norms and all(norm == 0 for norm in norms.values())
     return {
         "hint_channels": control.config.hint_channels,
-        "difference": DIFFERENCES.get((control.difference, control.low_rank)),
+        "difference": DIFFERENCES.get(control.needs_base),
         "pooling": pooling,
         "zero_convs": norms,
         "training": "not trained: all its zero convolutions are zero" if untrained else None,

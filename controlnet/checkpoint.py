@@ -15,8 +15,8 @@ from ldm.checkpoints import published
 from ldm.checkpoints.diffusers import WEIGHTS_NAME, write_json
 from ldm.checkpoints.files import new_folder
 from ldm.checkpoints.folders import is_model
-from ldm.checkpoints.key_maps import Layout, unet_map
-from ldm.checkpoints.load import Parts, check_keys, load_parts, without_weights
+from ldm.checkpoints.key_maps import KeyMap, Layout, unet_map
+from ldm.checkpoints.load import check_keys, load_parts, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.published import as_path, where_to_find
 from ldm.checkpoints.save import gather, save_checkpoint
@@ -49,8 +49,8 @@ class ControlCheckpoint:
         from `weights/` by its name there (`find_control`). It is locked: in eval mode and without gradients (call
         `requires_grad_` to train it on).
 
-        Of a file with a base and its ControlNet only the latter is read, with a warning if that base is not the one
-        given. To a file that holds the difference to a base, or a Control-LoRA, the one given is added.
+        If the file holds a base, too, only the ControlNet is read, with a warning if that base is not the one given. A
+        difference to a base, or a Control-LoRA, is completed with the one given.
         `global_average_pooling` says what no tensor does: see `recognise_control`.
         Raises CheckpointError if there is no such file, no ControlNet in it, or one that does not fit the base.
         """
@@ -58,12 +58,11 @@ class ControlCheckpoint:
         checkpoint = open_checkpoint(find_control(path_or_name, unet.config))
         found = recognise_control(checkpoint, global_average_pooling)
         check_family(checkpoint, found, unet.config)
-        checkpoint, parts = cls.parts_in(checkpoint, found, unet)
-        ((control, _),) = parts
+        checkpoint, control, key_map = cls.to_fill(checkpoint, found, unet)
         like = next(unet.parameters())
         device, dtype = torch.device(device or like.device), dtype or like.dtype
         is_difference = found.needs_base == "difference"
-        load_parts(checkpoint, parts, found.ignored, torch.float32 if is_difference else dtype, device)
+        load_parts(checkpoint, [(control, key_map)], found.ignored, torch.float32 if is_difference else dtype, device)
         if is_difference:
             control.transfer(None, unet)
             control.to(dtype)
@@ -76,9 +75,9 @@ class ControlCheckpoint:
         return control.eval().requires_grad_(False)
 
     @classmethod
-    def parts_in(cls, checkpoint: Checkpoint, found: ControlFile, unet: UNet) -> tuple[Checkpoint, Parts]:
-        """What `load_parts` needs for a control of a base with this UNet: of a Control-LoRA the checkpoint is made
-        whole. Raises CheckpointError if its changes do not fit."""
+    def to_fill(cls, checkpoint: Checkpoint, found: ControlFile, unet: UNet) -> tuple[Checkpoint, Self, KeyMap]:
+        """-> the file, whose missing weights are computed if it is a Control-LoRA; the ControlNet that it will fill,
+        for a base with this UNet; and which weight goes where. Raises CheckpointError for a LoRA that does not fit."""
         config = unet.config.text_to_image
         with without_weights():
             control = cls.of(UNet(config), found.config)
@@ -88,15 +87,16 @@ class ControlCheckpoint:
             theirs = unet.encoder.state_dict(prefix="encoder.")  # also of a packed base
             encoder = {name: part(theirs[name], like) for name, like in own.items()}
             checkpoint = with_encoder(checkpoint, key_map, encoder)
-        return checkpoint, [(control, key_map)]
+        return checkpoint, control, key_map
 
     @classmethod
     def check(cls, checkpoint: Checkpoint, found: ControlFile, config: UNetConfig) -> set[str]:
-        """-> what loading it for such a base leaves out. Raises CheckpointError where loading would, by keys and
-        shapes."""
+        """-> what loading it for such a base would leave out. Raises CheckpointError for keys and shapes as loading
+        does."""
         with without_weights():
             unet = UNet(config)
-        return check_keys(*cls.parts_in(checkpoint, found, unet), found.ignored)
+        checkpoint, control, key_map = cls.to_fill(checkpoint, found, unet)
+        return check_keys(checkpoint, [(control, key_map)], found.ignored)
 
     def save(
         self,
@@ -156,8 +156,8 @@ class ControlCheckpoint:
 
 
 def part(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Of a base's parameter, what its copy has: the first convolution of an inpainting base reads more, after the
-    latents."""
+    """The part of a base's parameter that its copy has: an inpainting base's first convolution reads more than the
+    latents, which come first."""
     return parameter[tuple(map(slice, like.shape))]
 
 

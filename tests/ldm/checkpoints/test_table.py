@@ -61,7 +61,8 @@ def verdict_as_control(checkpoint, config=SD15):
     """-> the warnings that loading it for such a base would give."""
     found = recognise_control(checkpoint)
     check_family(checkpoint, found, config.unet)
-    left_out = check_keys(*ControlNet.parts_in(checkpoint, found, empty(config).unet), found.ignored)
+    whole, *part = ControlNet.to_fill(checkpoint, found, empty(config).unet)
+    left_out = check_keys(whole, [part], found.ignored)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_left_out(checkpoint, left_out)

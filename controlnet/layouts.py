@@ -157,7 +157,7 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
 
 
 def run_is_pooled(state: Path) -> bool:
-    """As the ControlNet says that the run of a state has saved; False for a state that was moved away from it."""
+    """Whether the ControlNet is that its run has saved; False for a state that was moved away from its run."""
     run = state.resolve().parent.parent
     saved = run / "control.safetensors"
     if not saved.is_file() or not (run / "settings.json").is_file():
@@ -197,8 +197,8 @@ def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[int]:
 
 
 def control_by_shape(checkpoint: Checkpoint, layout: str, prefix: str) -> ControlConfig:
-    """The channels along the hint encoder; the published ones where it is not whole. Of what describes itself nowhere,
-    only a run's state may hold one of our baselines."""
+    """From the shapes of the hint encoder; if it is not whole, the published ones. The paper's baselines are expected
+    in the state of a run alone, as our other files describe them."""
     sources = ControlFile(ControlConfig(), layout, prefix).key_map(SD15.unet).sources
     convs = (f"hint_encoder.convs.{i}.weight" for i in range(len(HINT_STRIDES)))
     keys = [source.key for source in sources(convs).values()]

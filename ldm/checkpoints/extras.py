@@ -1,4 +1,4 @@
-"""LoRAs and embeddings lie beside the bases in `weights/`, or in a folder of their own there, and go by their names."""
+"""LoRAs and embeddings are found by path, or by name in `weights/` and in their own folders there."""
 
 import math
 import os
@@ -38,7 +38,7 @@ def no_extra(name: str, folder: str, what: str) -> CheckpointError:
 
 
 def split_strength(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH -> the file and the strength, 1 where there is none. A file of the whole name comes first.
+    """FILE or FILE:STRENGTH -> the file, and the strength or 1. If a file has the whole name, that is meant.
 
     Raises ValueError for a strength that is not finite.
     """

@@ -22,8 +22,8 @@ DEEPSPEED = ("mp_rank_00_model_states.pt", "pytorch_model/mp_rank_00_model_state
 def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], dict[str, dict]]:
     """-> the tensors, the metadata, and diffusers' configurations, as a `Checkpoint` has them.
 
-    Of a pipeline the names of the components (unet, vae ...) become the beginnings of the keys. A component alone has
-    none. Raises CheckpointError for a folder without weights.
+    In a pipeline each key begins with the name of its component ("unet.", "vae." ...), in a component alone with
+    nothing. Raises CheckpointError for a folder without weights.
     """
     folders = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
     if not folders and weight_file(path):
@@ -32,7 +32,7 @@ def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], di
     for name, folder in folders.items():
         found, described = read_component(folder)
         tensors |= respelled(found, f"{name}." if name else "", path)
-        metadata = described | metadata  # the UNet's, which describe the whole base, come before all others
+        metadata = described | metadata  # the UNet's, which is first and describes the whole base, counts
     if not tensors:
         raise no_weights(path)
     files = {name: folder / "config.json" for name, folder in folders.items()}

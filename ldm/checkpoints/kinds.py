@@ -1,7 +1,7 @@
-"""What a file is that is not what was asked for: tables of patterns in its keys, and what to do instead.
+"""What a file is if it is not what was asked for: tables of patterns in its keys, and what to do instead.
 
-A row fits if each of its patterns fits some key; the first row that fits counts. Names of files play no part. Patterns
-see each key with a dot before it: a dot and a name find a module wherever it stands.
+A row fits if each of its patterns fits some key, and the first row that fits counts; the file's name plays no part.
+Each key is searched with a dot before it, so that a dot and a name find a module at any depth.
 """
 
 import re

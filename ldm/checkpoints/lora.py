@@ -116,7 +116,7 @@ def merge_loras(loras: Sequence[Lora]) -> None:
 
 
 def modules_by_name(unet: UNet, text_encoder: TextEncoder) -> dict[str, tuple[nn.Module, str]]:
-    """All that has a weight, by its names in both layouts: without what stands before them, "_" for each dot."""
+    """All modules with a weight by their names in both layouts, without a prefix and with "_" for each dot."""
     tables = (
         (unet, unet_map(unet.config).modules),
         (unet, diffusers_unet_map(unet.config).modules),
@@ -175,7 +175,7 @@ def changes_of(
 
 
 def described_settings(checkpoint: Checkpoint) -> dict[str, dict]:
-    """What diffusers says of a LoRA in the metadata, and PEFT in a file beside it, by network: its files have no alpha.
+    """By network, what diffusers says of a LoRA in the metadata, and PEFT in a file beside it: no tensor is alpha.
 
     Raises CheckpointError if that is not readable, or asks for a scale that is not alpha / rank.
     """
@@ -203,7 +203,7 @@ def described_settings(checkpoint: Checkpoint) -> dict[str, dict]:
 
 
 def described_alpha(settings: dict, name: str) -> float | None:
-    """Of the module that has this name; None if nothing says it. PEFT's patterns are how names end."""
+    """The alpha of the module with this name; None if nothing says it. PEFT's patterns are ends of names."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
         if f"_{name}".endswith(f"_{flat(pattern)}"):
             return alpha

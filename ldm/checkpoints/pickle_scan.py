@@ -65,7 +65,7 @@ class Scan:
     """One pickle. `run` returns the names that it would import; it raises Refused."""
 
     def __init__(self, harmless: frozenset[str], harmless_packages: tuple[str, ...]):
-        """Of the names that may also be called."""
+        """With the names, and the packages, whose classes may be called, too."""
         self.harmless, self.harmless_packages = harmless, harmless_packages
         self.stack, self.marks, self.memo = [], [], {}
         self.names, self.work, self.hashed = set(), 0, 0
@@ -130,7 +130,7 @@ class Scan:
         self.count([key], not key.text and key.kind != "NONE")
 
     def call(self, function: Value, arguments: Value) -> int:
-        """The size of what is returned, at most."""
+        """-> the size of what the call returns, at most."""
         if function.kind != "GLOBAL" or not arguments.kind.endswith("TUPLE"):
             raise Refused("a call of what it has made itself")
         name = function.text
@@ -145,7 +145,7 @@ class Scan:
         return 1 if name.startswith("torch._utils") else 1 + sum(part.size for part in arguments.parts)
 
     def count(self, parts: Sequence[Value], hashed: int = 0) -> None:
-        """What has to be looked at, and how much of it may be keys."""
+        """Adds to the work what a call has to look at, and to the keys what of it may be hashed."""
         self.work += 1 + sum(part.size for part in parts)
         self.hashed += hashed + sum(part.size for part in parts if part.size > BULK and not part.text)
         if self.work > MOST_WORK or self.hashed > MOST_HASHED:

@@ -100,7 +100,7 @@ def programs(path: Path) -> Iterator[BinaryIO]:
 
 
 class Leftover:
-    """Made of anything, it is nothing."""
+    """Takes any arguments and keeps nothing."""
 
     def __new__(cls, *_):
         return super().__new__(cls)
@@ -110,21 +110,21 @@ class Leftover:
 
 
 class LeftoverDict:
-    """PyTorch lets a pickle fill only what is a plain dictionary."""
+    """Makes a plain dictionary, as PyTorch lets a pickle fill no others."""
 
     def __new__(cls, *_):
         return OrderedDict()
 
 
 class LeftoverParameters(dict):
-    """The first textual inversions keep their vectors in a module: its parameters, as a dictionary."""
+    """A module's parameters as a dictionary: the first textual inversions keep their vectors in one."""
 
     def __setstate__(self, state):
         self.update(state.get("_parameters") or {})
 
 
 def stand_in(name: str) -> type:
-    """An empty class under the name of another."""
+    """One of the classes above under the name of another."""
     module, _, last = name.rpartition(".")
     if last == "ParameterDict":
         return type(last, (LeftoverParameters,), {"__module__": module})

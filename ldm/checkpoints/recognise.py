@@ -2,11 +2,11 @@
 
 The architecture comes from our own metadata, else from diffusers' configuration files, else from the tensors' shapes.
 
-Whether an SD 2.x base predicts eps (the "base" models, 512x512) or v (768x768) cannot be seen in its weights, but for
-those that inpaint, which predict eps. It is, in this order, what the caller says, our metadata, diffusers' scheduler,
-the mark `v_pred` or `ztsnr` (a tensor without numbers, of ComfyUI), the metadata of other trainers and of ComfyUI, the
-layout of SD-Turbo, and the name of a published file; and where nobody says it, v is assumed, with a warning. The same
-holds for zero terminal SNR (Lin et al., arXiv 2305.08891), which nobody means who does not say so.
+Whether an SD 2.x base predicts eps (the "base" models, 512x512) or v (768x768) cannot be seen in its weights. The
+first of these that says it counts: the caller, our metadata, diffusers' scheduler, the mark `v_pred` or `ztsnr` (a
+tensor without numbers, of ComfyUI), the metadata of other trainers and of ComfyUI, the layout of SD-Turbo, the name of
+a published file. If none does, v is assumed, with a warning, and eps for those that inpaint. Zero terminal SNR (Lin et
+al., arXiv 2305.08891) is never assumed.
 """
 
 import warnings
@@ -43,7 +43,7 @@ class BaseFile:
     prediction_source: str  # who says `config.schedule.prediction`
 
     def warn(self) -> None:
-        """Where the prediction of an SD 2.x model had to be assumed."""
+        """If the prediction of an SD 2.x model had to be assumed."""
         if self.prediction_source == ASSUMED:
             warnings.warn(
                 f'"{self.checkpoint.path}" is an SD 2.x model that may predict v (768x768) or eps (the 512x512 '
@@ -78,7 +78,7 @@ ASSUMED = "assumed, as nothing says it"
 def identify(
     checkpoint: Checkpoint, prediction: str | None = None, zero_snr: bool = False, preset: Config | None = None
 ) -> BaseFile:
-    """`open_base` for what is open. `preset` is known by the file's name, and counts where the file does not tell."""
+    """`open_base` for a checkpoint that is open. `preset` is what its name says, which counts if nothing in it does."""
     if prediction is not None and prediction not in SPELLED:
         raise CheckpointError(f'the prediction is "{prediction}", expected eps or v')
     prediction = SPELLED.get(prediction)
@@ -126,7 +126,8 @@ def base_layout(checkpoint: Checkpoint) -> Layout:
 
 
 def maps_in(checkpoint: Checkpoint, config: Config) -> tuple[KeyMap, KeyMap, KeyMap]:
-    """Where the UNet, the autoencoder and the text encoder stand in it: one layout, but for what other programs mix."""
+    """Where the UNet, the autoencoder and the text encoder stand in it. The autoencoder may be another one, in
+    another layout, and SD-Turbo's text encoder has a prefix of its own."""
     unet, _, text = base_maps(config, "ldm" if checkpoint.any_key("model.diffusion_model.") else "diffusers")
     vae = base_maps(config, vae_layout(checkpoint))[1]
     if checkpoint.any_key(SGM_TEXT):
@@ -135,7 +136,7 @@ def maps_in(checkpoint: Checkpoint, config: Config) -> tuple[KeyMap, KeyMap, Key
 
 
 def is_base(checkpoint: Checkpoint) -> bool:
-    """Whether the parts of one are there, of this family or a similar one."""
+    """Whether it has the keys of one, even if its sizes or its description are not ours."""
     try:
         return base_layout(checkpoint) == "diffusers" or CONTEXT_KEYS["ldm"] in checkpoint.tensors
     except CheckpointError:
@@ -194,7 +195,7 @@ def prediction_of(
 
 # --------------------------------------------------------------------------------------------------- descriptions
 def described_config(checkpoint: Checkpoint) -> dict | None:
-    """The architecture as we write it into the metadata, None in files of others: "config" is a common name."""
+    """The architecture as we write it into the metadata. None for what others call "config", a common name."""
     try:
         values = parse_json(checkpoint.metadata.get("config", "null"))
     except Damaged:
@@ -204,7 +205,7 @@ def described_config(checkpoint: Checkpoint) -> dict | None:
 
 
 def described_base(checkpoint: Checkpoint) -> dict | None:
-    """That of a base. None for a lone ControlNet, which may stand in a folder beside another program's base."""
+    """That of a base. None if it describes a ControlNet alone, which may lie in a folder beside a base of others."""
     described = described_config(checkpoint)
     if described is None or described.keys() == {"unet", "control"}:
         return None
@@ -213,7 +214,7 @@ def described_base(checkpoint: Checkpoint) -> dict | None:
 
 @contextmanager
 def description_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """What goes wrong when a configuration is read inside -> a CheckpointError."""
+    """Whatever goes wrong while a configuration is read becomes a CheckpointError."""
     try:
         yield
     except CheckpointError:

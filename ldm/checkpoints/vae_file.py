@@ -21,7 +21,7 @@ PREFIXES = {"ldm": "first_stage_model.", "diffusers": "vae."}  # in a base
 
 
 def open_vae(path: str | Path) -> Checkpoint:
-    """Its tensors alone, under the prefix that its layout has in a base. It is found as a base is, by path or name.
+    """Its tensors alone, under the prefix that its layout has in a base. `path` may be a name, as of a base.
 
     Raises CheckpointError as `open_checkpoint` does, and for a file without autoencoder.
     """
@@ -39,12 +39,12 @@ def open_vae(path: str | Path) -> Checkpoint:
 
 
 def vae_layout(checkpoint: Checkpoint) -> Layout:
-    """Of the autoencoder of a base, which is another one's if it was replaced."""
+    """Of the autoencoder in a base: not always the base's own layout, as another one may be in its place."""
     return "diffusers" if checkpoint.any_key(PREFIXES["diffusers"]) else "ldm"
 
 
 def with_vae(base: Checkpoint, vae: Checkpoint) -> Checkpoint:
-    """A base with another autoencoder, of `open_vae`, if it had one or not."""
+    """A base with the autoencoder of `open_vae`, in place of its own if it has one."""
     own = {key: tensor for key, tensor in base.tensors.items() if not key.startswith(tuple(PREFIXES.values()))}
     return replace(base, tensors=own | vae.tensors, configs=vae.configs | base.configs)
 

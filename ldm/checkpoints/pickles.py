@@ -126,10 +126,8 @@ class LeftoverParameters(dict):
 def stand_in(name: str) -> type:
     """One of the classes above under the name of another."""
     module, _, last = name.rpartition(".")
-    if last == "ParameterDict":
-        return type(last, (LeftoverParameters,), {"__module__": module})
-    base = LeftoverDict if last in ("defaultdict", "AttributeDict") else Leftover
-    return type(last, (base,), {"__module__": module})
+    others = {"ParameterDict": LeftoverParameters, "defaultdict": LeftoverDict, "AttributeDict": LeftoverDict}
+    return type(last, (others.get(last, Leftover),), {"__module__": module})
 
 
 def tensors_by_name(values: object, file_size: int) -> dict[str, Tensor]:

@@ -143,26 +143,11 @@ def test_difference_files_are_added_to_the_base(sd, control, tmp_path):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
 
-def test_transfer_to_another_base(sd, control):
-    other = UNet(SMALLEST.unet)
-    moved = ControlNet(sd.unet, control.config)
-    moved.load_state_dict(control.state_dict())
-    moved.transfer(sd.unet, sd.unet)
-    assert_same(moved, control)
-    moved.transfer(sd.unet, other)
-    name = "blocks.1.res.conv1.weight"
-    change = moved.encoder.get_parameter(name) - control.encoder.get_parameter(name)
-    expected = other.encoder.get_parameter(name) - sd.unet.encoder.get_parameter(name)
-    assert torch.allclose(change, expected, atol=1e-6)
-    assert torch.equal(moved.zero_convs[0].weight, control.zero_convs[0].weight)
-
-
 def test_what_is_no_copy_cannot_be_moved(sd, control, tmp_path):
     lite = ControlNet.from_unet(sd.unet, ControlConfig(architecture="lite"))
     path = tmp_path / "lite"
     assert "a ControlNet-lite has no copy" in error_of(lite.save, path, difference_to=sd.unet)
     assert "a ControlNet-lite has no copy" in error_of(lite.transfer, sd.unet, sd.unet)
-    assert "diffusers cannot describe" in error_of(lite.save, path, layout="diffusers")
     assert not path.exists()
     lite.save(path)
     rewrite(path, lambda tensors: {**tensors, "difference": torch.zeros(1)})  # a lie
@@ -226,8 +211,6 @@ def test_names_are_found_in_weights(weights, name, config, file):
 def test_a_name_that_is_nowhere_says_where_it_was_looked_for(weights):
     message = error_of(find_control, "pose", SD15.unet)
     assert message.startswith(f'there is no ControlNet "pose", neither as a file nor in {weights}: give the path of')
-    assert "`hf download owner/name --local-dir FOLDER`" in error_of(find_control, "owner/name", SD15.unet)
-    assert "it is a URL" in error_of(find_control, "https://hub/control.safetensors", SD15.unet)
 
 
 @pytest.mark.parametrize("architecture, averaged", [("full", False), ("full", True), ("lite", True), ("concat", False)])
@@ -300,10 +283,10 @@ def test_of_a_state_the_file_that_its_run_has_saved_says_whether_it_is_pooled(tm
 
 def test_what_diffusers_cannot_describe_is_said_in_words(sd, tmp_path):
     """An advice that holds in Python and for tools.convert alike."""
-    said = error_of(
-        ControlNet.from_unet(sd.unet, ControlConfig(architecture="lite")).save, tmp_path, layout="diffusers"
-    )
+    lite = ControlNet.from_unet(sd.unet, ControlConfig(architecture="lite"))
+    said = error_of(lite.save, tmp_path / "lite", layout="diffusers")
     assert "of the architecture lite" in said and said.endswith("as a file whose name ends in .safetensors")
+    assert not list(tmp_path.iterdir())
     assert "ControlConfig" not in said and "layout=" not in said
 
 

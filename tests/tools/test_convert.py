@@ -138,13 +138,10 @@ def test_a_difference_and_back(folder, tmp_path, capsys):
     control, base = folder / "control.safetensors", folder / "base.safetensors"
     difference = tmp_path / "difference.safetensors"
     assert run(control, "--difference", "--base", base, "--out", difference) == 0
-    stored, own, locked = load_file(difference), load_file(control), load_file(base)
-    key = "input_blocks.1.0.in_layers.2.weight"
-    want = own[f"control_model.{key}"] - locked[f"model.diffusion_model.{key}"]
-    assert torch.equal(stored[f"control_model.{key}"], want)
+    assert "difference" in load_file(difference)
     assert "--base" in error(capsys, difference, "--out", tmp_path / "back.safetensors")
     assert run(difference, "--base", base, "--out", tmp_path / "back.safetensors") == 0
-    back = load_file(tmp_path / "back.safetensors")
+    back, own = load_file(tmp_path / "back.safetensors"), load_file(control)
     assert back.keys() == own.keys() and "difference" not in back
     for key in own:
         torch.testing.assert_close(back[key], own[key], rtol=1e-6, atol=1e-6)

@@ -4,12 +4,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small import SMALLEST, assert_same, small_control, small_sd
 
 from controlnet.checkpoint import find_control
 from controlnet.model import ControlNet
-from ldm import StableDiffusion
 from ldm.checkpoints.folders import weight_file
 from ldm.config import UNetConfig
 
@@ -21,7 +20,6 @@ INDEX, OTHER_INDEX = f"{STEM}.safetensors.index.fp16.json", "model.fp16.safetens
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     sd = small_sd(SMALLEST)
-    sd.save(folder / "base", layout="diffusers")
     small_control(sd).save(folder / "control", layout="diffusers")
     small_control(sd).save(folder / "control.safetensors")
     return folder
@@ -52,14 +50,6 @@ def test_which_file_of_a_component_is_read(tmp_path, there, read):
     assert weight_file(tmp_path) == (read and tmp_path / read)
 
 
-@pytest.mark.parametrize("variant", ["bf16", "non_ema"])
-def test_a_base_in_one_variant_alone(models, tmp_path, variant):
-    shutil.copytree(models / "base", tmp_path / "base")
-    for file in (tmp_path / "base").glob("*/*.safetensors"):
-        file.rename(file.with_suffix(f".{variant}.safetensors"))
-    assert_same(StableDiffusion.load(tmp_path / "base"), small_sd(SMALLEST))
-
-
 def diffusers_trainer(models, folder):
     shutil.copytree(models / "control", folder / "controlnet")
     torch.save({"state": {}}, folder / "optimizer.bin")
@@ -74,18 +64,13 @@ def accelerate_pickle(models, folder):
     torch.save(load_file(models / "control" / f"{STEM}.safetensors"), folder / "pytorch_model.bin")
 
 
-def compiled(models, folder):
-    tensors = load_file(models / "control" / f"{STEM}.safetensors")
-    save_file({f"_orig_mod.{key}": value for key, value in tensors.items()}, folder / "model.safetensors")
-
-
 def deepspeed(models, folder):
     (folder / "pytorch_model").mkdir()
     values = {"module": load_file(models / "control.safetensors"), "ds_config": {"x": 1}, "dp_world_size": 1}
     torch.save(values, folder / "pytorch_model" / "mp_rank_00_model_states.pt")
 
 
-@pytest.mark.parametrize("write", [diffusers_trainer, accelerate, accelerate_pickle, compiled, deepspeed])
+@pytest.mark.parametrize("write", [diffusers_trainer, accelerate, accelerate_pickle, deepspeed])
 def test_what_trainers_save_in_between_is_a_control(models, tmp_path, monkeypatch, write):
     (tmp_path / "checkpoint-500").mkdir()
     write(models, tmp_path / "checkpoint-500")

@@ -11,7 +11,7 @@ from controlnet.config import ControlConfig
 from controlnet.layouts import control_map, control_values, diffusers_control_map
 from controlnet.model import ControlNet
 from ldm.checkpoints.diffusers import text_values, unet_values, vae_values
-from ldm.checkpoints.key_maps import Source, base_maps, names_by_key, open_clip_map, text_map, unet_map, vae_map
+from ldm.checkpoints.key_maps import Source, base_maps, names_by_key, text_map, unet_map, vae_map
 from ldm.checkpoints.load import IGNORED, wanted_shapes, without_weights
 from ldm.config import SD15, SD21, TINY, UNetConfig
 from ldm.text_encoder import TextEncoder
@@ -144,17 +144,6 @@ def test_the_way_back_names_every_parameter_once(config):
         back = names_by_key(key_map.sources(names))
         assert sorted(name for group in back.values() for name in group) == sorted(names)
         assert all(key.startswith(key_map.prefix) for key in back)
-
-
-def test_fused_tensors_hold_q_k_v_from_top_to_bottom():
-    key_map = open_clip_map(MINI_SD2.text)
-    names = [f"blocks.1.attention.{name}.weight" for name in "vkq"]
-    sources = key_map.sources(names)
-    key = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
-    assert sources["blocks.1.attention.q.weight"] == Source(key, (0, 96))
-    assert sources["blocks.1.attention.k.weight"] == Source(key, (96, 192))
-    assert sources["blocks.1.attention.v.weight"] == Source(key, (192, 288))
-    assert names_by_key(sources) == {key: [f"blocks.1.attention.{name}.weight" for name in "qkv"]}
 
 
 # Written down from the numbering rules of the original code: it counts every module that a block has, in order.

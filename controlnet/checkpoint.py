@@ -139,20 +139,23 @@ class ControlCheckpoint:
         encoders = []
         for unet, sign in ((target, 1), (source, -1)):
             if unet is not None:
-                self.check_copied_from(unet)
+                self.check_copied_from(unet, "it goes to" if sign > 0 else "it comes from")
                 encoders.append((unet.encoder.state_dict(), sign))  # also of a packed base, which has no parameters
         for name, own in self.encoder.named_parameters():
             change = sum(sign * part(weights[name], own).to(own.device).float() for weights, sign in encoders)
             own.data = (own.float() + change).to(own.dtype)
 
-    def check_copied_from(self, unet: UNet) -> None:
+    def check_copied_from(self, unet: UNet, which: str) -> None:
         """Raises CheckpointError if no copy of an encoder like that of `unet` is in here."""
         if self.config.architecture == "lite":
             raise CheckpointError(
                 "a ControlNet-lite has no copy of its base's encoder to move or subtract: use it as it is"
             )
         if self.encoder.config.text_to_image != unet.config.text_to_image:
-            raise CheckpointError("the base is of another architecture than the ControlNet: give one of its family")
+            raise CheckpointError(
+                f"the base that {which} is of another architecture than the ControlNet, which can be moved within its "
+                "family only: give a base of it"
+            )
 
 
 def part(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -47,22 +47,10 @@ def transfer(args: argparse.Namespace) -> None:
 
     new = load_unet(args.new)
     control = load_control(args.control, new, PRECISIONS.get(args.dtype))
-    check_family(control, new, args.control, args.new)
     if not is_difference:
-        old = load_unet(old_name)
-        check_family(control, old, args.control, old_name)
-        control.transfer(old, new)
+        control.transfer(load_unet(old_name), new)
     with written(args.out, args.force) as path:
         control.save(path, layout=layout_of(args.out))
-
-
-def check_family(control, unet, control_name: str, base_name: str) -> None:
-    """Raises ValueError for a base with an encoder of another architecture."""
-    if control.encoder.config != unet.config.text_to_image:
-        raise ValueError(
-            f'"{base_name}" is of another architecture than "{control_name}": a ControlNet can be moved within its '
-            "family only, so give a base of it"
-        )
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def test_a_file_that_knows_its_base_needs_no_other_to_be_transferred(folder, tmp
 def test_transfer_stays_within_a_family(folder, tmp_path, capsys):
     control, old, sd2 = (folder / f"{name}.safetensors" for name in ("a", "old", "sd2"))
     out = ("--out", tmp_path / "out.safetensors")
-    assert "within its family" in error(capsys, transfer, control, "--from", old, "--to", sd2, *out)
-    assert "within its family" in error(capsys, transfer, control, "--from", sd2, "--to", old, *out)
+    assert "the base that it goes to is of" in error(capsys, transfer, control, "--from", old, "--to", sd2, *out)
+    assert "the base that it comes from is" in error(capsys, transfer, control, "--from", sd2, "--to", old, *out)
     assert "--from" in error(capsys, transfer, control, "--to", old, *out)
     assert "holds no ControlNet" in error(capsys, transfer, old, "--to", old, *out)
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ Rows = tuple[tuple[str | tuple[str, ...], str], ...]
 
 ONLY = "only SD 1.x and 2.x are supported"
 ANY_CONTROL = r"\.(input_hint_block|controlnet|controlnet_\w+)\."
+TEXT_TO_IMAGE = "expected a text-to-image model: give SD 1.x or 2.x"
 ANOTHER = "which is another architecture: get a ControlNet"
 MOTION = r"\.motion_modules\."
 
@@ -27,21 +28,18 @@ PRETENDERS: Rows = (
         f"a ControlNet Union for SDXL, and {ONLY}: get the ControlNet for your base and kind of hint",
     ),
     (r"^\.lllite_", f"a ControlNet-LLLite, {ANOTHER}"),
-    (r"\.(brushnet_\w+|conv_in_condition)\.", "a BrushNet, which is another architecture: get a ControlNet"),
+    (r"\.(brushnet_\w+|conv_in_condition)\.", f"a BrushNet, {ANOTHER}"),
     (r"^\.scaled_fp8$|\.scale_weight$", "a model in scaled fp8, which is not read here: get it in fp16 or fp32"),
     (r"\.cond_proj\.", "a latent consistency model (LCM), sampled in another way: give the base it was made from"),
     (r"\.position_net\.|\.fuser\.", "a GLIGEN model, which places objects in boxes: give the base without it"),
     (
         r"\.(label_emb|class_embedding)\.weight$|^\.unet\.down_blocks\.0\.resnets\.0\.norm1\.linear\.",
-        "an upscaler, expected a text-to-image model: give SD 1.x or 2.x",
+        f"an upscaler, {TEXT_TO_IMAGE}",
     ),
-    (
-        r"^\.depth_model\.",
-        "a depth model (depth2img), expected a text-to-image model: give SD 2.x, with a depth control",
-    ),
+    (r"^\.depth_model\.", f"a depth model (depth2img), {TEXT_TO_IMAGE}, with a depth control"),
     (
         r"^\.(cond_stage_model\.(model\.)?visual|cc_projection|image_encoder\.vision_model)\.",
-        "a model that varies images (its prompt is one), expected a text-to-image model: give SD 1.x or 2.x",
+        f"a model that varies images (its prompt is one), {TEXT_TO_IMAGE}",
     ),
 )
 
@@ -79,7 +77,7 @@ KINDS: Rows = (
     (rf"^\.[\w.-]+\.({DEEPER})", "a file with the tensors of several models: save those of one with torch.save"),
     (r"\.(stylegan_decoder|quantize)\.", "a model that mends faces in finished images: give the base"),
     (
-        r"\.(conv_first|rdb1|RRDB_trunk|model\.1\.sub\.0|conv_before_upsample|conv_up1)\.",
+        r"\.(conv_first|rdb1|RRDB_trunk|model\.1\.sub\.0|conv_before_upsample|conv_up1)\.|^\.(params\.)?body\.\d+\.weight$",
         "an upscaler of finished images (ESRGAN): give the base",
     ),
     (r"^\.\d+\.\d+\.linear\.", "a hypernetwork, which changes a base: give the base"),
@@ -87,7 +85,6 @@ KINDS: Rows = (
         r"^\.adapter\.|^\.body\.\d+\.(block\d|in_conv|resnets|down_opt)|^\.style_embedding$",
         "a T2I-Adapter: get the ControlNet for the same kind of hint",
     ),
-    (r"^\.(params\.)?body\.\d+\.weight$", "an upscaler of finished images (ESRGAN): give the base"),
     (
         r"^\.(pretrained|scratch)\.|^\.net(Vgg|Combine)|^\.model0\.conv1_1\.",
         "a detector, which makes hints: see `python -m tools.make_hints --help`",

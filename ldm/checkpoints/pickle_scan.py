@@ -88,21 +88,27 @@ class Scan:
 
     def follow(self, name: str, argument: object) -> None:
         stack, (marked, count) = self.stack, TAKES[name]
-        if name == "MARK":
-            self.marks.append(len(stack))
-        elif name.endswith("BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif name.endswith("BINGET"):
-            stack.append(self.memo[argument])
-        elif name.startswith(("APPEND", "SETITEM")) or name == "BUILD":
-            items = self.pop(marked, count - 1)
-            if name == "BUILD":  # copies a dictionary into an object's
-                self.count([items[0], *items[0].parts])
-            stack[-1].size += items[0].size if name == "BUILD" else len(items)
-            for key in items[::2] if name.startswith("SETITEM") else ():
-                self.hash(key)
-        elif name not in ("PROTO", "STOP"):
-            stack.append(self.made(name, argument, self.pop(marked, count)))
+        match name:
+            case "PROTO" | "STOP":
+                pass
+            case "MARK":
+                self.marks.append(len(stack))
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS":
+                items = self.pop(marked, count - 1)  # the list or the dictionary stays
+                stack[-1].size += len(items)
+                if name.startswith("SETITEM"):
+                    for key in items[::2]:
+                        self.hash(key)
+            case "BUILD":  # copies a dictionary into an object's
+                (state,) = self.pop(marked, count - 1)
+                self.count([state, *state.parts])
+                stack[-1].size += state.size
+            case _:
+                stack.append(self.made(name, argument, self.pop(marked, count)))
 
     def pop(self, marked: bool, count: int) -> list[Value]:
         start = self.marks.pop() if marked else len(self.stack) - count

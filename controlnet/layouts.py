@@ -12,8 +12,8 @@ from typing import Literal
 
 from ldm.checkpoints.diffusers import encoder_values
 from ldm.checkpoints.key_maps import KeyMap, Layout, Rows, diffusers_encoder_rows, encoder_length, encoder_rows
-from ldm.checkpoints.kinds import kind, pretender
-from ldm.checkpoints.load import BASE_PARTS, FAMILIES, input_channels, other_use
+from ldm.checkpoints.kinds import FAMILIES, input_channels, kind, other_use, pretender
+from ldm.checkpoints.load import BASE_PARTS
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.recognise import described_config, description_errors, identify
 from ldm.checkpoints.stored import CheckpointError

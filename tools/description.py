@@ -12,16 +12,8 @@ from controlnet import ControlNet
 from controlnet.layouts import ControlFile, context_widths, recognise_control
 from ldm import StableDiffusion
 from ldm.checkpoints.key_maps import encoder_length
-from ldm.checkpoints.kinds import CONTROL, kind
-from ldm.checkpoints.load import (
-    FAMILIES,
-    IGNORED,
-    IGNORED_BESIDE_BASE,
-    PARTS,
-    check_keys,
-    is_finite,
-    without_weights,
-)
+from ldm.checkpoints.kinds import CONTROL, FAMILIES, kind
+from ldm.checkpoints.load import IGNORED, IGNORED_BESIDE_BASE, PARTS, check_keys, is_finite, without_weights
 from ldm.checkpoints.open import Checkpoint, open_checkpoint
 from ldm.checkpoints.recognise import BaseFile, described_config, identify, is_base
 from ldm.checkpoints.stored import CheckpointError, counted

@@ -6,6 +6,8 @@ Each key is searched with a dot before it, so that a dot and a name find a modul
 
 import re
 
+from ldm.config import SD15, SD21
+
 from .open import Checkpoint
 from .stored import counted, first_few
 
@@ -160,3 +162,38 @@ def matching(checkpoint: Checkpoint, rows: Rows) -> str | None:
         if all(re.search(pattern, lines, re.MULTILINE) for pattern in patterns):
             return what
     return None
+
+
+# ------------------------------------------------------------------------------------- sizes of other families and uses
+
+# The width of the prompt's context, by which the families differ.
+FAMILIES = {SD15.unet.context_width: "SD 1.x", SD21.unet.context_width: "SD 2.x"}
+# What a UNet is for that reads more than a latent of 4 channels, and what does the same here.
+OTHER_USES = {
+    5: ("a depth", ", with a depth control"),
+    7: ("an upscaling", ""),
+    8: ("an instruction (InstructPix2Pix)", ", with the ip2p control"),
+    9: ("an inpainting", ""),
+}
+
+
+def input_channels(checkpoint: Checkpoint) -> int | None:
+    """Of a base's UNet; None without a first convolution."""
+    keys = ("model.diffusion_model.input_blocks.0.0.weight", "unet.conv_in.weight")
+    shapes = (checkpoint.shape(key) for key in keys if key in checkpoint.tensors)
+    return next((shape[1] for shape in shapes if len(shape) == 4), None)
+
+
+def other_use(channels: int) -> str | None:
+    """Of a UNet that reads so many channels; None if it is that of a text-to-image model."""
+    if channels == 4:
+        return None
+    use, instead = OTHER_USES.get(channels, ("another", ""))
+    return (
+        f"{use} model with {channels} input channels, expected a text-to-image model with 4: give the base that it was "
+        f"made from{instead}"
+    )
+
+
+def made_for(context_width: int) -> str:
+    return f"{FAMILIES.get(context_width, 'a model')} (context width {context_width})"

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.config import SD15, SD21
-
 from .key_maps import SGM_TEXT, KeyMap, names_by_key
+from .kinds import made_for, other_use
 from .open import Checkpoint
 from .stored import CheckpointError, counted, first_few
 
@@ -53,9 +52,6 @@ IGNORED = {
     "v_pred",
     "ztsnr",
 }
-
-# The width of the prompt's context, by which the families differ.
-FAMILIES = {SD15.unet.context_width: "SD 1.x", SD21.unet.context_width: "SD 2.x"}
 
 
 @contextmanager
@@ -205,41 +201,16 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-FIRST_CONVOLUTIONS = ("input_blocks.0.0.weight", "unet.conv_in.weight")
-# What a UNet is for that reads more than a latent of 4 channels, and what does the same here.
-OTHER_USES = {
-    5: ("a depth", ", with a depth control"),
-    7: ("an upscaling", ""),
-    8: ("an instruction (InstructPix2Pix)", ", with the ip2p control"),
-    9: ("an inpainting", ""),
-}
-
-
-def input_channels(checkpoint: Checkpoint) -> int | None:
-    """Of a base's UNet; None without a first convolution."""
-    keys = ("model.diffusion_model.input_blocks.0.0.weight", "unet.conv_in.weight")
-    shapes = (checkpoint.shape(key) for key in keys if key in checkpoint.tensors)
-    return next((shape[1] for shape in shapes if len(shape) == 4), None)
-
-
-def other_use(channels: int) -> str | None:
-    """Of a UNet that reads so many channels; None if it is that of a text-to-image model."""
-    if channels == 4:
-        return None
-    use, instead = OTHER_USES.get(channels, ("another", ""))
-    return (
-        f"{use} model with {channels} input channels, expected a text-to-image model with 4: give the base that it was "
-        f"made from{instead}"
-    )
+FIRST_CONVOLUTIONS = ("input_blocks.0.0.weight", "unet.conv_in.weight")  # also of a ControlNet
 
 
 def likely_cause(checkpoint: Checkpoint, wanted: dict[str, tuple], missing: set[str]) -> str | None:
     """Why a file does not fit, where one reason explains all of it. `wanted` are shapes by key."""
-    for key in checkpoint.keys & wanted.keys():
-        shape = checkpoint.shape(key)
-        if key.endswith("attn2.to_k.weight") and shape and shape[-1] != wanted[key][-1]:
-            return f"it is {made_for(shape[-1])}, expected {made_for(wanted[key][-1])}: give files of one family"
-        if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != wanted[key][1] == 4:
+    for key, expected in wanted.items():
+        shape = checkpoint.shape(key) if key in checkpoint.tensors else ()
+        if key.endswith("attn2.to_k.weight") and len(shape) == 2 and shape[1] != expected[1]:
+            return f"it is {made_for(shape[1])}, expected {made_for(expected[1])}: give files of one family"
+        if key.endswith(FIRST_CONVOLUTIONS) and len(shape) == 4 and shape[1] != expected[1] == 4:
             return f"it is {other_use(shape[1])}"
     absent = []
     for prefix, part in PARTS.items():
@@ -251,7 +222,3 @@ def likely_cause(checkpoint: Checkpoint, wanted: dict[str, tuple], missing: set[
     complete = "get the complete version of the model"
     remedy = "give one with --vae FILE" if absent == ["autoencoder"] else complete
     return f"it has no {' and no '.join(absent)} (or another one), expected a whole checkpoint: {remedy}"
-
-
-def made_for(context_width: int) -> str:
-    return f"{FAMILIES.get(context_width, 'a model')} (context width {context_width})"

@@ -21,8 +21,8 @@ from ldm.unet import UNet
 
 from .extras import LORAS, given_extra, split_strength
 from .key_maps import clip_rows, diffusers_unet_map, unet_map
-from .kinds import IP_ADAPTER, LORA, ONLY, kind
-from .load import is_finite, made_for, without_weights
+from .kinds import IP_ADAPTER, LORA, ONLY, kind, made_for
+from .load import is_finite, without_weights
 from .lora_change import Change, Misshapen
 from .open import Checkpoint, open_checkpoint
 from .read import read_json

@@ -19,8 +19,7 @@ from ldm.config import SD15, SD15_INPAINTING, SD20_INPAINTING, SD21, SD21_BASE, 
 
 from .diffusers import config_from_diffusers
 from .key_maps import SGM_TEXT, KeyMap, Layout, base_maps
-from .kinds import LORA, ONLY, kind, pretender
-from .load import FAMILIES, input_channels
+from .kinds import FAMILIES, LORA, ONLY, input_channels, kind, pretender
 from .open import Checkpoint, open_checkpoint
 from .published import find
 from .stored import CheckpointError, Damaged, parse_json

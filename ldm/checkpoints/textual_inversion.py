@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .kinds import ONLY, kind
-from .load import is_finite, made_for
+from .kinds import ONLY, kind, made_for
+from .load import is_finite
 from .open import open_checkpoint
 from .stored import CheckpointError
 

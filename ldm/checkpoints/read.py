@@ -52,18 +52,15 @@ SHORT_TEXT = 5_000  # bytes of a server's answer in place of a file
 
 def reason_unreadable(path: Path, start: bytes, error: Damaged) -> str:
     """What a file is by its first bytes. Those of safetensors are a length (8 bytes) and a JSON object."""
-    size, like_safetensors = path.stat().st_size, start[8:9] == b"{"
-    damaged = f"the file of {size} bytes is incomplete or damaged, download or copy it again ({error})"
-    if start.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
-        return damaged
-    if not like_safetensors:
+    size, known = path.stat().st_size, start[8:9] == b"{" or start.startswith((ZIP_MAGIC, LEGACY_MAGIC))
+    if not known:
         for pattern, what in FORMATS:
             if re.match(pattern, start, re.DOTALL):
                 return f"it is {what}"
     if 0 < size < SHORT_TEXT and (text := text_of(path)):
         return f'it is a text ("{text:.200}"), such as a failed download leaves: repeat it'
-    if like_safetensors or size <= 8:
-        return damaged
+    if known or size <= 8:
+        return f"the file of {size} bytes is incomplete or damaged, download or copy it again ({error})"
     return "it is another kind of file, expected a .safetensors, .ckpt, .pth or .bin checkpoint"
 
 

@@ -55,6 +55,11 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] 
     save_file(tensors, target or path, checkpoint.metadata)
 
 
+def without_metadata(path: Path) -> None:
+    """A safetensors file without our description, as other programs write it."""
+    save_file({key: value.clone() for key, value in load_file(path).items()}, path)
+
+
 def write_small_lora(path: Path, config: Config = SMALL) -> Path:
     """A random LoRA of rank 2 for small.small_sd, by kohya's names."""
     channels, middle, width = (

@@ -216,8 +216,7 @@ def described_alpha(settings: dict, name: str) -> float | None:
 def fits_nowhere(checkpoint: Checkpoint, lost: list[str]) -> CheckpointError:
     """The error for a file with keys that no LoRA for the base has, or with no others."""
     what = kind(checkpoint)
-    roles = {module_and_role(key)[1] for key in checkpoint.tensors}
-    if roles == {None} or not roles or what == IP_ADAPTER:
+    if what == IP_ADAPTER or not any(module_and_role(key)[1] for key in checkpoint.tensors):
         what = "of a kind that is not known" if what == LORA else what
         return CheckpointError(f'"{checkpoint.path}" is not a LoRA: it is {what}')
     keys = "\n".join(checkpoint.tensors)

@@ -10,6 +10,7 @@ from reference import load_manifest
 from safetensors.torch import load_file, save_file
 from small import SMALLEST, small_control, small_sd
 from torch.optim.swa_utils import AveragedModel
+from written import without_metadata
 
 from controlnet import ControlNet
 from controlnet.config import ControlConfig
@@ -151,8 +152,7 @@ def test_a_hint_at_the_input_enters_by_one_zero_convolution(tmp_path, capsys):
 def other_programs_folder(folder, tmp_path):
     """A base in diffusers' layout without our metadata."""
     shutil.copytree(folder / "base", tmp_path / "folder")
-    weights = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({key: value.clone() for key, value in load_file(weights).items()}, weights)
+    without_metadata(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
     return tmp_path / "folder"
 
 

@@ -10,7 +10,7 @@ import forked
 import pytest
 import torch
 from minis import relative
-from reference import FIXTURES, fill
+from reference import FIXTURES
 from safetensors.torch import load_file, save_file
 from small import SMALLEST, assert_same, error_of, small_control, small_sd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,28 +41,6 @@ def minis(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------ values
-
-
-@pytest.mark.parametrize("name", MINIS)
-def test_loading_puts_every_value_in_its_place(minis, name):
-    model = minis[name]
-    unet, text = model.unet, model.text_encoder
-    prefix = "model.diffusion_model."
-    assert torch.equal(
-        unet.encoder.blocks[3].conv.conv.weight, fill(prefix + "input_blocks.3.0.op.weight", (32, 32, 3, 3))
-    )
-    key = prefix + "output_blocks.8.2.conv.weight"
-    assert torch.equal(unet.decoder.blocks[8].upsample.conv.weight, fill(key, (64, 64, 3, 3)))
-    key = "first_stage_model.decoder.up.3.block.2.conv2.bias"
-    assert torch.equal(model.vae.decoder.levels[3].blocks[2].conv2.bias, fill(key, (128,)))
-    attention = text.blocks[2].attention
-    if name == "mini_sd1":
-        key = "cond_stage_model.transformer.text_model.encoder.layers.2.self_attn.v_proj.weight"
-        assert torch.equal(attention.v.weight, fill(key, (64, 64)))
-    else:
-        fused = fill("cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight", (288, 96))
-        assert torch.equal(torch.cat([attention.q.weight, attention.k.weight, attention.v.weight]), fused)
-        assert torch.equal(text.logit_scale, fill("cond_stage_model.model.logit_scale", ()))
 
 
 @pytest.mark.parametrize("name", MINIS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from reference import load_manifest
-from safetensors.torch import load_file, save_file
 from small import error_of, small_sd
+from written import without_metadata
 
 from controlnet.layouts import check_family, recognise_control
 from controlnet.model import ControlNet
@@ -177,6 +177,7 @@ WRAPPED = {
     "a base in a model's state_dict": (SD2, lambda key: f"model.state_dict.{key}"),
     "SD-Turbo": (SD2, lambda key: key.replace("cond_stage_model.", "conditioner.embedders.0.")),
     "SD 1.x in the layout of SD-Turbo": (SD1, lambda key: key.replace("cond_stage_model.", "conditioner.embedders.0.")),
+    "without the text model's outer level": (SD1, lambda key: key.replace("text_model.", "")),
     "diffusers' control": ("diffusers_sd15_controlnet", lambda key: f"module.{key}"),
 }
 
@@ -278,8 +279,7 @@ def test_zero_snr_by_the_caller():
 def test_eps_by_the_caller_for_a_base_with_zero_snr(tmp_path):
     small_sd().save(tmp_path / "own.safetensors")  # predicts v, with zero terminal SNR
     small_sd().save(tmp_path / "folder", layout="diffusers")
-    weights = tmp_path / "folder/unet" / WEIGHTS_NAME
-    save_file(load_file(weights), weights)  # without our metadata: the scheduler tells
+    without_metadata(tmp_path / "folder/unet" / WEIGHTS_NAME)  # the scheduler tells
     for path in (tmp_path / "own.safetensors", tmp_path / "folder"):
         assert error_of(open_base, path, "eps").endswith("for models that predict v: leave out --prediction eps")
     assert 'the prediction is "noise", expected eps or v' in error_of(open_base, tmp_path / "folder", "noise")

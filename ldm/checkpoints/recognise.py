@@ -87,6 +87,7 @@ def identify(
         if described is not None:
             config = Config.from_dict(described)
         elif layout == "diffusers" and {"unet", "text_encoder"} <= checkpoint.configs.keys():
+            # "eps" is left to the sentence below: there can be no schedule with it and with zero terminal SNR.
             config = config_from_diffusers(checkpoint.configs, None if prediction == "eps" else prediction)
         else:
             config = config_by_shape(checkpoint, layout)
@@ -99,7 +100,7 @@ def identify(
             f"v: leave out {option}"
         )
     config = replace(config, schedule=replace(config.schedule, prediction=found, zero_terminal_snr=zero))
-    if config == replace(SD21, schedule=SD21_BASE.schedule):
+    if config == replace(SD21, schedule=SD21_BASE.schedule):  # by its shapes it was taken for the one that predicts v
         config = SD21_BASE
     return BaseFile(checkpoint, config, layout, source)
 

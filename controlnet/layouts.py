@@ -157,7 +157,7 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
 
 
 def run_is_pooled(state: Path) -> bool:
-    """Whether the ControlNet is that its run has saved; False for a state that was moved away from its run."""
+    """Whether the ControlNet is that the run of this state has saved; False if the state was moved out of its run."""
     run = state.resolve().parent.parent
     saved = run / "control.safetensors"
     if not saved.is_file() or not (run / "settings.json").is_file():

@@ -60,17 +60,13 @@ def accelerate(models, folder):
     torch.save({"state": {}}, folder / "optimizer.bin")
 
 
-def accelerate_pickle(models, folder):
-    torch.save(load_file(models / "control" / f"{STEM}.safetensors"), folder / "pytorch_model.bin")
-
-
 def deepspeed(models, folder):
     (folder / "pytorch_model").mkdir()
     values = {"module": load_file(models / "control.safetensors"), "ds_config": {"x": 1}, "dp_world_size": 1}
     torch.save(values, folder / "pytorch_model" / "mp_rank_00_model_states.pt")
 
 
-@pytest.mark.parametrize("write", [diffusers_trainer, accelerate, accelerate_pickle, deepspeed])
+@pytest.mark.parametrize("write", [diffusers_trainer, accelerate, deepspeed])
 def test_what_trainers_save_in_between_is_a_control(models, tmp_path, monkeypatch, write):
     (tmp_path / "checkpoint-500").mkdir()
     write(models, tmp_path / "checkpoint-500")

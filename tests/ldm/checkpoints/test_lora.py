@@ -179,17 +179,6 @@ def test_one_lora_in_every_spelling_gives_the_same_weights(tmp_path, spelling, c
     assert_weights(merged(nets, f"{file}:0.8"), fresh(config), want)
 
 
-def test_a_pickle_is_read_by_the_safe_reader(tmp_path):
-    nets = networks()
-    factors = random_factors(nets, TEXT)
-    tensors = {}
-    for name, (down, up) in factors.items():
-        tensors |= {f"{kohya(name)}.lora_down.weight": down, f"{kohya(name)}.lora_up.weight": up}
-    torch.save({"state_dict": tensors}, tmp_path / "a.pt")
-    want = {name: by_hand(*pair, 1) for name, pair in factors.items()}
-    assert_weights(merged(nets, tmp_path / "a.pt"), fresh(SMALL), want)
-
-
 def test_alpha_of_diffusers_is_in_the_metadata_and_of_peft_in_a_file_beside(tmp_path):
     names = list(UNET)
     described = {"lora_alpha": 6, "r": RANK, "alpha_pattern": {names[0].removeprefix("down_blocks.1."): 12}}

@@ -14,7 +14,7 @@ text encoder, which is never used.
 import argparse
 import sys
 
-from controlnet.common.program import new_parser
+from controlnet.common.program import flag_of, new_parser
 from tools.cli import add_output, check_output, layout_of, run_tool, written
 
 
@@ -87,12 +87,10 @@ def check_difference(args: argparse.Namespace, layout: str) -> None:
 
 def check_options(args: argparse.Namespace, part: str) -> None:
     """Raises ValueError for an option about what is not written."""
-    of_bases = {"--ema": args.ema, "--vae": args.vae, "--prediction": args.prediction, "--zero-snr": args.zero_snr}
-    of_controls = {"--difference": args.difference, "--base": args.base}
-    of_controls["--global-average-pooling"] = args.global_average_pooling
-    name, strangers = {"base": ("base", of_controls), "control": ("ControlNet", of_bases)}.get(part, ("", {}))
-    if given := [option for option, value in strangers.items() if value]:
-        raise ValueError(f"{given[0]} does not go with a {name}: leave it out")
+    of_bases, of_controls = ("ema", "vae", "prediction", "zero_snr"), ("difference", "base", "global_average_pooling")
+    strangers = {"base": of_controls, "control": of_bases}.get(part, ())
+    if given := [flag_of(name) for name in strangers if getattr(args, name)]:
+        raise ValueError(f"{given[0]} does not go with a {'base' if part == 'base' else 'ControlNet'}: leave it out")
 
 
 if __name__ == "__main__":

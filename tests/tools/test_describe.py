@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -206,9 +205,7 @@ def test_of_a_large_file_only_the_zero_convolutions_are_read(tmp_path, capsys, m
     read = []
     load = StoredTensor.load
     monkeypatch.setattr(StoredTensor, "load", lambda self, *args: read.append(self) or load(self, *args))
-    start = time.process_time()
     (found,) = facts(capsys, path)
-    assert time.process_time() - start < 1
     assert len(read) == 14 and sum(tensor.numel for tensor in read) < 13_000_000
     assert found["bytes"] == path.stat().st_size > 2.8e9 and found["values"].startswith("not read")
     assert (found["kind"], found["family"]) == ("base with a ControlNet", "SD 1.x")

@@ -154,14 +154,6 @@ def test_what_is_no_copy_cannot_be_moved(sd, control, tmp_path):
     assert "another architecture" in error_of(control.transfer, sd.unet, wide)
 
 
-def test_whether_residuals_are_averaged_is_said_or_saved(sd, control, tmp_path):
-    path = tmp_path / "control.safetensors"
-    control.save(path)
-    assert not ControlNet.load(path, sd).config.global_average_pooling
-    ControlNet.load(path, sd, global_average_pooling=True).save(path)
-    assert ControlNet.load(path, sd).config.global_average_pooling
-
-
 # ----------------------------------------------------------------------------------------------------------- names
 
 

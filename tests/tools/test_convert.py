@@ -108,12 +108,6 @@ def test_a_pickle_with_all_that_a_trainer_leaves_becomes_the_model_alone(tmp_pat
         assert torch.equal(ema[key], tensors[key] + 1 if key.startswith("model.") else tensors[key])
 
 
-def test_another_precision(folder, tmp_path):
-    assert run(folder / "base.safetensors", "--dtype", "fp16", "--out", tmp_path / "half.safetensors") == 0
-    got, want = load_file(tmp_path / "half.safetensors"), load_file(folder / "base.safetensors")
-    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key].half()) for key in want)
-
-
 def test_a_mixture_of_precisions_keeps_every_bit(folder, tmp_path):
     want = load_file(folder / "base.safetensors")
     mixed = {key: value.half() if key.startswith("model.") else value for key, value in want.items()}

@@ -340,14 +340,6 @@ def test_encode_and_decode(minis):
     assert model.decode(mean).shape == images.shape
 
 
-def test_encode_text(minis):
-    model = minis["mini_sd2"]
-    prompts = ["a red circle", ""]
-    context = model.encode_text(prompts)
-    assert context.shape == (2, 77, 96)
-    assert torch.equal(context, model.text_encoder(model.tokenizer(prompts)))
-
-
 def test_half_precision_takes_any_dtype():
     model = small_sd(SMALLEST).bfloat16()
     assert model.encode(torch.zeros(1, 3, 32, 32), sample=False).dtype == torch.bfloat16

@@ -181,8 +181,8 @@ def check_family(checkpoint: Checkpoint, found: ControlFile, unet: UNetConfig) -
     if not widths or widths[0] == unet.context_width:
         return
     width = widths[0]
-    bases = {preset.unet.context_width: name for name, preset in reversed(PRESETS.items())}
-    names = {**bases, **FAMILIES}
+    bases = {preset.unet.context_width: name for name, preset in reversed(PRESETS.items())}  # the first of each width
+    names = bases | FAMILIES
     family, own = (names.get(w, f"a base with a context of width {w}") for w in (width, unet.context_width))
     advice = f"give --base {bases[width]}, or another of its family" if width in bases else "give its own as --base"
     raise CheckpointError(f'"{checkpoint.path}" is a ControlNet for {family}, and your base is {own}: {advice}')

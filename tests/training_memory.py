@@ -34,7 +34,7 @@ def predicted(settings: TrainSettings) -> tuple[int, int]:
     size = (CONFIG.resolution, CONFIG.resolution)
     prediction = Prediction(CONFIG, settings, size, control_config(settings), CPU, validation=settings.validation)
     memory = prediction(settings.batch_size)
-    before = memory.estimates["Python and PyTorch"].most
+    before, _ = memory.estimates["Python and PyTorch"]
     return memory.least - before, memory.most - before
 
 

@@ -5,6 +5,7 @@ What the networks and the optimizer keep follows from their parameters, what com
 workers that read data.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -23,12 +24,7 @@ from .simulation import FakeRun, size_of
 LARGEST_BATCH = 4096  # beyond it no answer is looked for
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes that no simulation sees, between two bounds."""
-
-    least: int
-    most: int
+Estimates = dict[str, tuple[int, int]]  # bytes that no simulation sees, by name: at least and at most
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Memory:
     gradients: int
     activations: int  # what a step holds beside them at its peak
     images: int  # the peak while images are encoded or decoded, when there are no activations
-    estimates: dict[str, Estimate]
+    estimates: Estimates
     trained: int  # parameters, a number and not bytes
 
     @property
@@ -54,11 +50,11 @@ class Memory:
 
     @property
     def least(self) -> int:
-        return self.counted + sum(estimate.least for estimate in self.estimates.values())
+        return self.counted + sum(least for least, _ in self.estimates.values())
 
     @property
     def most(self) -> int:
-        return self.counted + sum(estimate.most for estimate in self.estimates.values())
+        return self.counted + sum(most for _, most in self.estimates.values())
 
 
 class Prediction:
@@ -95,15 +91,12 @@ class Prediction:
         """The largest batch size, and what it needs: no more than `limit` bytes. 0, and what a batch of 1 needs, if
         that is more."""
         step, encoding = peak_by_batch(self.step), peak_by_batch(self.encoding)
-        fitting, too_large = 0, LARGEST_BATCH + 1
-        while too_large - fitting > 1:
-            middle = (fitting + too_large) // 2
-            if self.memory(step(middle), encoding(self.encoded_at_once(middle))).most <= limit:
-                fitting = middle
-            else:
-                too_large = middle
-        batch_size = fitting or 1
-        return fitting, self.memory(step(batch_size), encoding(self.encoded_at_once(batch_size)))
+
+        def memory(batch_size: int) -> Memory:
+            return self.memory(step(batch_size), encoding(self.encoded_at_once(batch_size)))
+
+        fitting = bisect_right(range(1, LARGEST_BATCH + 1), limit, key=lambda batch_size: memory(batch_size).most)
+        return fitting, memory(max(fitting, 1))
 
     def step(self, batch_size: int) -> list[int]:
         return self.run.step(self.size, batch_size, self.gradients_last)
@@ -180,7 +173,7 @@ def optimizer_size(module: nn.Module, optimizer: str) -> int:
 # ----------------------------------------------------------------------------------------------------------- estimates
 
 
-def estimates(memory: Memory, run: FakeRun) -> dict[str, Estimate]:
+def estimates(memory: Memory, run: FakeRun) -> Estimates:
     """What comes on top of what is counted, by name. The optimizer, the scaler of the loss and the moving average add
     nothing: they work in place, and Muon's products come when there are no activations."""
     if run.device.type == "cuda":
@@ -188,37 +181,34 @@ def estimates(memory: Memory, run: FakeRun) -> dict[str, Estimate]:
     return cpu_estimates(memory, run) if run.device.type == "cpu" else {}
 
 
-def cuda_estimates(memory: Memory) -> dict[str, Estimate]:
+def cuda_estimates(memory: Memory) -> Estimates:
     """As measured on one H200 (PyTorch 2.11; SD 1.5 in fp16 at 512x512, batches of 1 to 16, with and without
     checkpointing and accumulation): 0.56 to 1.13 GB were allocated that are not counted, and 1 to 12 % of what was
     allocated was reserved on top, in blocks that do not fit what comes next. The context was not measured: its usual
     size."""
-    workspaces = Estimate(int(0.56e9), int(1.13e9))
+    least, most = int(0.56e9), int(1.13e9)
     return {
-        "CUDA context": Estimate(int(0.5e9), int(0.6e9)),
-        "workspaces of cuDNN, cuBLAS": workspaces,
-        "reserved, not used": Estimate(
-            int(0.01 * (memory.counted + workspaces.least)), int(0.12 * (memory.counted + workspaces.most))
-        ),
+        "CUDA context": (int(0.5e9), int(0.6e9)),
+        "workspaces of cuDNN, cuBLAS": (least, most),
+        "reserved, not used": (int(0.01 * (memory.counted + least)), int(0.12 * (memory.counted + most))),
     }
 
 
-def cpu_estimates(memory: Memory, run: FakeRun) -> dict[str, Estimate]:
+def cpu_estimates(memory: Memory, run: FakeRun) -> Estimates:
     """As measured on Linux: what Python and PyTorch take before a network is there; oneDNN's copy of a convolution's
     weight in its own layout, of a gradient two; and what glibc's heap loses between the blocks of gradients, which come
     and go with each step, a quarter of them. While a save writes the weights' file, it holds kernels in another
     layout."""
     kernels = [parameter for parameter in run.loss.parameters() if parameter.ndim == 4]
     workspace = max(parameter.nbytes * (2 if parameter.requires_grad else 1) for parameter in kernels)
-    figures = {
-        "Python and PyTorch": int(0.55e9),
-        "workspaces of oneDNN": workspace,
-        "holes in the heap": memory.gradients // 4,
-    }
     saved = run.sd.unet if run.settings.sd_unlocked else run.loss.control
     laid_out = sum(p.nbytes for p in saved.parameters() if p.ndim == 4 and p.shape[-1] > 1)
-    exact = {name: Estimate(figure, figure) for name, figure in figures.items()}
-    return exact | {"kernels for a file": Estimate(0, laid_out)}
+    return {
+        "Python and PyTorch": (int(0.55e9), int(0.55e9)),
+        "workspaces of oneDNN": (workspace, workspace),
+        "holes in the heap": (memory.gradients // 4, memory.gradients // 4),
+        "kernels for a file": (0, laid_out),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -226,23 +216,20 @@ def cpu_estimates(memory: Memory, run: FakeRun) -> dict[str, Estimate]:
 
 def table(memory: Memory) -> str:
     """A line for each item, in GB (10^9 bytes)."""
+    peak = {"gradients": memory.gradients, "activations": memory.activations}
+    if memory.images > sum(peak.values()):
+        peak = {"encoding or decoding images": memory.images}
     items = {
         "locked base": memory.base,
         "autoencoder, text encoder": memory.encoders,
         "trained copy": memory.copy,
         "optimizer": memory.optimizer,
-        "copy for a save": memory.snapshot,
+        **({"copy for a save": memory.snapshot} if memory.snapshot else {}),
         "validation": memory.validation,
-        "gradients": memory.gradients,
-        "activations": memory.activations,
+        **peak,
     }
-    if not memory.snapshot:
-        del items["copy for a save"]
-    if memory.images > memory.gradients + memory.activations:
-        del items["gradients"], items["activations"]
-        items["encoding or decoding images"] = memory.images
     lines = [f"    {name:<28}{size / 1e9:7.2f} GB" for name, size in items.items()]
-    lines += [f"    {name:<28}{span(bounds.least, bounds.most)}" for name, bounds in memory.estimates.items()]
+    lines += [f"    {name:<28}{span(*bounds)}" for name, bounds in memory.estimates.items()]
     return "\n".join([*lines, f"    {'at most, all together':<28}{span(memory.least, memory.most)}"])
 
 

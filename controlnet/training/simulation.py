@@ -44,14 +44,11 @@ class StorageCounter(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         for storage in storages(output):
             if storage not in self.known:
-                self.count(storage)
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.history.append(self.now)
+                weakref.finalize(storage, self.forget, storage.nbytes())
         return output
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        self.known.add(storage)
-        self.now += storage.nbytes()
-        self.history.append(self.now)
-        weakref.finalize(storage, self.forget, storage.nbytes())
 
     def forget(self, size: int) -> None:
         self.now -= size

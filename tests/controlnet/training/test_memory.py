@@ -18,7 +18,7 @@ from training_memory import write_comparison
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
 from controlnet.training.lr_schedules import constant_schedule
-from controlnet.training.memory import Estimate, Memory, Prediction, table
+from controlnet.training.memory import Memory, Prediction, table
 from controlnet.training.optimisation import Optimisation
 from controlnet.training.options import PAPER, TrainSettings
 from controlnet.training.resolve import control_config
@@ -222,7 +222,7 @@ def test_every_saving_saves():
 
 
 def test_every_item_is_told_in_gigabytes():
-    estimates = {"context": Estimate(int(1e9), int(2e9)), "heap": Estimate(int(3e9), int(3e9))}
+    estimates = {"context": (int(1e9), int(2e9)), "heap": (int(3e9), int(3e9))}
     text = table(Memory(*(int(x * 1e9) for x in (1, 2, 3, 4, 5, 6, 7, 8, 9)), estimates=estimates, trained=1))
     assert [line.split()[-2] for line in text.splitlines()[:8]] == [f"{i}.00" for i in range(1, 9)]
     *_, context, heap, together = (line.split(maxsplit=1)[1].strip() for line in text.splitlines())

@@ -17,7 +17,7 @@ from controlnet.objective import ControlLoss, denoising_loss
 from controlnet.training.memory import optimizer_size
 from controlnet.training.options import TrainSettings
 from controlnet.training.resolve import control_config
-from controlnet.training.simulation import FakeTensorMode, StorageCounter, make_fake, size_of, zero_inputs
+from controlnet.training.simulation import FakeRun, StorageCounter, size_of, zero_inputs
 from ldm import StableDiffusion
 from ldm.config import SD15, Config
 from tools.acceptance.device import median_seconds
@@ -58,10 +58,6 @@ class BaseAlone(ControlLoss):
         return denoising_loss(self.schedule, output, z0, noise, t)
 
 
-def fresh(sd: StableDiffusion, architecture: str) -> ControlNet:
-    return ControlNet.from_unet(sd.unet, control_config(TrainSettings(architecture=architecture)))
-
-
 def loss_of(step: str, sd: StableDiffusion, control: ControlNet, architecture: str = "full") -> ControlLoss:
     """With gradients for what they are computed of."""
     control.requires_grad_(step != BASE)
@@ -90,18 +86,15 @@ def counted(
 ) -> Cost:
     """Of fake tensors, which have shapes but no contents. VAE and text encoder are in memory: of all of them the
     weights."""
-    with torch.device("meta"):
-        sd = StableDiffusion(config).requires_grad_(False)
-        control = fresh(sd, architecture)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # the schedule's tables are real
-    with fake:
-        make_fake(sd)
-        make_fake(control)
-        loss = loss_of(step, sd, control, architecture)
+    settings = TrainSettings(architecture=architecture)
+    # As on a GPU: operations of the kernels that take their place on a CPU are not counted.
+    run = FakeRun(config, settings, control_config(settings), torch.device("cuda"))
+    with run.fake:
+        loss = loss_of(step, run.sd, run.loss.control, architecture)
         with StorageCounter() as counter:
             operations = count_flops(lambda: loss(*inputs(config, batch)).backward())
     part = trained_part(loss, step)
-    weights = size_of(sd) if step == BASE else size_of(sd, control)
+    weights = size_of(run.sd) if step == BASE else size_of(run.sd, run.loss.control)
     memory = weights + optimizer_size(part, optimizer) + counter.most
     return Cost(sum(parameter.numel() for parameter in trained_in(part)), memory, operations)
 
@@ -133,7 +126,8 @@ def step_of(lab: Lab, step: str, architecture: str = "full") -> Callable[[], Non
     """One of a new training."""
     sd = copy.deepcopy(lab.sd)
     sd.schedule = sd.schedule.to(lab.device)
-    loss = loss_of(step, sd, fresh(sd, architecture), architecture)
+    control = ControlNet.from_unet(sd.unet, control_config(TrainSettings(architecture=architecture)))
+    loss = loss_of(step, sd, control, architecture)
     given = [tensor.to(lab.device) for tensor in inputs(sd.config, BATCH)]
     optimizer = torch.optim.AdamW(trained_in(trained_part(loss, step)), lr=1e-5, fused=True)
 

@@ -11,7 +11,6 @@ from controlnet.worlds import Sample
 
 from .options import TrainSettings
 from .run_state import RunFolder
-from .sources import is_inpaint
 
 
 class Example(NamedTuple):
@@ -23,7 +22,7 @@ class Example(NamedTuple):
 def example_of(settings: TrainSettings, run: RunFolder, sample: Sample) -> Example:
     """The user's own of --validate, or `sample`: its hint is written to the run's folder; with --detect its image is,
     as infer.py makes a hint of it in the same way. To inpaint it needs a mask, which own ones lack."""
-    inpaints = is_inpaint(settings.detect)
+    inpaints = sample.hint.dtype != np.uint8  # a hint with a hole in it
     if settings.validate and not inpaints:
         return Example(*settings.validate[0])
     pixels = sample.image if settings.detect else sample.hint

@@ -23,19 +23,19 @@ from ldm.stable_diffusion import StableDiffusion
 
 from .options import TrainSettings
 from .pair_files import read_hint, read_pixels
-from .sources import ground_seen, photograph_detector
+from .sources import hint_maker
 from .transform import Transform
 
 
 def own_samples(settings: TrainSettings, size: Size) -> list[Sample]:
     """Those of --validate: their hints are read, cut and made as a folder's, and where its images are they are white.
     Raises ValueError for a file that cannot be read."""
-    samples = []
+    maker, samples = hint_maker(settings.detect), []
     for file, prompt in settings.validate:
-        detect, path = settings.detect, Path(file)
-        array = read_pixels(path, ground_seen(detect)) if detect else read_hint(path, settings.hint_channels)
+        path = Path(file)
+        array = read_pixels(path, maker.ground) if maker else read_hint(path, settings.hint_channels)
         array = Transform(size).of(array.shape[:2])(array)
-        hint = photograph_detector(detect)(array) if detect else array
+        hint = maker.make(array) if maker else array
         samples.append(Sample(np.full((*size, 3), 255, np.uint8), hint, prompt))
     return samples
 

@@ -6,7 +6,7 @@ Sizes are (height, width) in pixels. Images and hints are uint8 arrays (H, W, C)
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -57,15 +57,15 @@ class WorldSource(Source):
         self.seed = 0 if held_out else seed  # validation is the same for every run
         self.side = size[0]
         self.world = WORLDS[name](self.side, self.seed, held_out=held_out)
-        self.detect, self.uses_network = detect, is_network(detect)
-        self.make_hint = None if detect is None else photograph_detector(detect)
+        self.detect, self.maker = detect, hint_maker(detect)
+        self.uses_network = self.maker is not None and self.maker.is_network
 
     def __len__(self) -> int:
         return self.length
 
     def sample(self, index: int, generator: torch.Generator | None = None) -> Sample:
         sample = self.world[index]
-        return sample if self.make_hint is None else replace(sample, hint=self.make_hint(sample.image))
+        return sample if self.maker is None else replace(sample, hint=self.maker.make(sample.image))
 
     def size(self, index: int) -> Size:
         return self.side, self.side
@@ -96,10 +96,9 @@ class FolderSource(Source):
         detect: str | None = None,
     ):
         self.name, self.entries, self.transform = name, entries, transform
-        self.hint_channels, self.detect = hint_channels, detect
-        self.hints_are_files = detect is None
-        self.uses_network = is_network(detect)
-        self.make_hint = None if detect is None else photograph_detector(detect)
+        self.hint_channels, self.detect, self.maker = hint_channels, detect, hint_maker(detect)
+        self.hints_are_files = self.maker is None
+        self.uses_network = self.maker is not None and self.maker.is_network
         self.image_sizes: dict[int, Size | None] = {}  # of those that were looked at
 
     def __len__(self) -> int:
@@ -112,16 +111,16 @@ class FolderSource(Source):
         """Raises BadSample."""
         image = read_pixels(entry.image)
         place = self.transform.of(image.shape[:2], generator)
-        if self.make_hint is not None:  # on the image as the model sees it: edges are a pixel wide at its size
-            image, ground = place(image), ground_seen(self.detect)
-            seen = place(read_pixels(entry.image, ground)) if ground else image
-            return Sample(image, self.make_hint(seen), entry.caption)
+        if self.maker is not None:  # on the image as the model sees it: edges are a pixel wide at its size
+            ground = self.maker.ground
+            seen = read_pixels(entry.image, ground) if ground else image
+            return Sample(place(image), self.maker.make(place(seen)), entry.caption)
         hint = read_hint(entry.hint, self.hint_channels)
         check_same_shape(image.shape[:2], hint, entry)
         return Sample(place(image), place(hint), entry.caption)
 
     def hint(self, index: int) -> np.ndarray:
-        if self.make_hint is not None:
+        if self.maker is not None:
             return super().hint(index)
         entry = self.entries[index]
         image_size, hint = self.image_size(index) or size_of(entry.image), read_hint(entry.hint, self.hint_channels)
@@ -184,31 +183,29 @@ def good_samples(source: Source) -> Iterator[Sample]:
             print(f"skipped: {error}")
 
 
-def photograph_detector(text: str) -> Callable[[np.ndarray], np.ndarray]:
-    """ "canny" or "canny:low=50": image -> hint, both uint8 (H, W, 3); "inpaint", with a random hole, gives float32.
+@dataclass(frozen=True)
+class HintMaker:
+    """How hints are made from the images."""
 
-    Raises ValueError for what makes none.
+    make: Callable[[np.ndarray], np.ndarray]  # uint8 (H, W, 3) -> the same or, with a hole to inpaint, float32
+    ground: Ground | None = None  # behind what is transparent, where the detector needs another one than white
+    is_network: bool = False
+
+
+def hint_maker(text: str | None) -> HintMaker | None:
+    """What --detect names, for example "canny:low=50". Raises ValueError for what makes no hints from images.
+
+    "inpaint" is none of the detectors: it needs a hole, in training a random one.
     """
-    if is_inpaint(text):
-        return inpaint_at_random
+    if text is None:
+        return None
+    if text.lower() == "inpaint":
+        return HintMaker(inpaint_at_random)
     name, options = parse_detector(text)
-    if not find_detector(name).works_on_photographs:
+    detector = find_detector(name)
+    if not detector.works_on_photographs:
         raise ValueError(f'"{name}" makes no hints from images, but from files of its own: take another --detect')
-    return partial(detect, name, **options)
-
-
-def is_inpaint(detect: str | None) -> bool:
-    """Which is no detector of others' hints: it needs a hole, at random in training, else from a mask."""
-    return detect is not None and detect.lower() == "inpaint"
-
-
-def ground_seen(detect: str | None) -> Ground | None:
-    """`ground_for` what --detect names."""
-    return None if detect is None or is_inpaint(detect) else ground_for(parse_detector(detect)[0])
-
-
-def is_network(detect: str | None) -> bool:
-    return detect is not None and not is_inpaint(detect) and find_detector(parse_detector(detect)[0]).is_network
+    return HintMaker(partial(detect, name, **options), ground_for(name), detector.is_network)
 
 
 class BadSamples:

@@ -132,7 +132,8 @@ def test_of_own_photographs_to_inpaint_nobody_knows_the_hole(tmp_path):
     sample = WorldSource("shapes", SIZE, 1, detect="inpaint").sample(0)
     settings = TrainSettings(detect="inpaint", validate=[["photo.png", "a bird"]])
     assert example_of(settings, RunFolder(tmp_path), sample).mask == str(tmp_path / "example-mask.png")
-    assert example_of(replace(settings, detect="tile"), RunFolder(tmp_path), sample).file == "photo.png"
+    tiled = replace(settings, detect="tile"), RunFolder(tmp_path), replace(sample, hint=sample.image)
+    assert example_of(*tiled).file == "photo.png"
 
 
 def test_settings_are_kept_as_they_were_preset(base, tmp_path):

@@ -126,11 +126,10 @@ def open_shards(settings: TrainSettings, folder: Path, paths: list[Path], wanted
         )
     count = validation_count(len(Shard(paths[0])), settings.validation, f" in {paths[0]}")
     shards = first_of([Shard(paths[0], count), *map(Shard, paths[1:])], settings.images)
-    reading = dict(wanted=wanted, hint_channels=settings.hint_channels, detect=settings.detect)
-    transform = Transform(size, settings.random_crop, settings.flip)
-    stream = partial(ShardStream, seed=settings.seed) if settings.no_cache else ShardSource
-    train = stream(str(folder), shards, transform=transform, **reading)
-    validation = ShardSource(str(folder), [Shard(paths[0], 0, count)], transform=Transform(size), **reading)
+    files = partial(FolderSource, str(folder), [], hint_channels=settings.hint_channels, detect=settings.detect)
+    trained_on = shards, wanted, files(Transform(size, settings.random_crop, settings.flip))
+    train = ShardStream(*trained_on, settings.seed) if settings.no_cache else ShardSource(*trained_on)
+    validation = ShardSource([Shard(paths[0], 0, count)], wanted, files(Transform(size)))
     about = f"{folder} is read as tar shards: {len(shards)}, the first with {len(shards[0])} pairs for training"
     return Sources(train, validation, [], about, endless=settings.no_cache)
 

@@ -16,7 +16,6 @@ from .identity import Identity, Key, digest_of, digests_of_files
 from .pairs import Wanted
 from .pairs.shards import pairs_in, unpacked
 from .sources import FolderSource, Source
-from .transform import Transform
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,12 @@ def count_in(path: Path) -> int:
 class ShardSource(Source):
     """The pairs of all archives, one after the other. Their headers are read once to count them.
 
-    A pair is unpacked to be read, so that its files are read as others are. Those of a cache are read in order.
+    A pair is unpacked, and `files`, a source without entries of its own, reads what is unpacked as it reads any files.
     """
 
-    def __init__(
-        self,
-        name: str,
-        shards: Sequence[Shard],
-        wanted: Wanted,
-        transform: Transform,
-        hint_channels: int = 3,
-        detect: str | None = None,
-    ):
-        self.name, self.shards, self.wanted = name, shards, wanted
-        self.files = FolderSource(name, [], transform, hint_channels, detect)  # which reads what is unpacked
-        self.uses_network = self.files.uses_network
+    def __init__(self, shards: Sequence[Shard], wanted: Wanted, files: FolderSource):
+        self.shards, self.wanted, self.files = shards, wanted, files
+        self.name, self.uses_network = files.name, files.uses_network
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -66,7 +56,7 @@ class ShardSource(Source):
         """-> the archive, the place in it. Raises ValueError for one that is damaged."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         shard = self.shards[number]
-        return shard, shard.start + index - (int(self.ends[number - 1]) if number else 0)
+        return shard, shard.start + len(shard) - (int(self.ends[number]) - index)
 
     def sample(self, index: int, generator: torch.Generator | None = None) -> Sample:
         """Raises BadSample."""
@@ -110,8 +100,8 @@ class ShardStream(ShardSource):
     goes on at p passes those before it by their headers. `len` is a guess: as many in each archive as in the first.
     """
 
-    def __init__(self, *arguments, seed: int = 0, **named):
-        super().__init__(*arguments, **named)
+    def __init__(self, shards: Sequence[Shard], wanted: Wanted, files: FolderSource, seed: int = 0):
+        super().__init__(shards, wanted, files)
         self.seed = seed
         self.reached = 0, 0  # archives passed, and the pairs in them: from here the search goes on
 

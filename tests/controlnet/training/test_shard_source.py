@@ -15,7 +15,10 @@ from controlnet.training.options import TrainSettings
 from controlnet.training.pairs import BadSample, Wanted
 from controlnet.training.pairs.shards import pairs_in
 from controlnet.training.shard_source import Shard, ShardSource, ShardStream, count_in
+from controlnet.training.sources import FolderSource
 from controlnet.training.transform import Transform
+
+FILES = FolderSource("x", [], Transform((8, 8)))
 
 
 def png(value):
@@ -122,7 +125,7 @@ def test_what_a_pair_may_be_called(tmp_path):
         "notes.md": b"",
         "LICENSE": b"",
     }
-    source = ShardSource("x", [Shard(write_tar(tmp_path / "x.tar", files))], Wanted(), Transform((8, 8)))
+    source = ShardSource([Shard(write_tar(tmp_path / "x.tar", files))], Wanted(), FILES)
     assert [value(source.sample(i)) for i in range(len(source))] == [10, 20]
 
 
@@ -138,14 +141,16 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_pair_is_named_by_its_archive(tmp_path, name):
     files, words = BAD[name]
-    source = ShardSource("x", [Shard(write_tar(tmp_path / "x.tar", files))], Wanted(), Transform((8, 8)))
+    source = ShardSource([Shard(write_tar(tmp_path / "x.tar", files))], Wanted(), FILES)
     with pytest.raises(BadSample, match=f"{tmp_path}/x.tar/{words}"):
         source.sample(0)
 
 
 def test_a_prompt_or_a_detector_stands_for_what_is_not_there(tmp_path):
     shards = [Shard(write_tar(tmp_path / "x.tar", {"1.png": png(0)}))]
-    source = ShardSource("x", shards, Wanted(hints=False, prompt="a bird"), Transform((64, 64)), detect="canny")
+    source = ShardSource(
+        shards, Wanted(hints=False, prompt="a bird"), FolderSource("x", [], Transform((64, 64)), detect="canny")
+    )
     assert source.sample(0).caption == "a bird" and source.sample(0).hint.shape == (64, 64, 3)
 
 
@@ -160,7 +165,7 @@ def test_archives_without_pairs_are_one_sentence(tmp_path):
     write_tar(tmp_path / "0.tar", {"1.md": b""})
     with pytest.raises(ValueError, match="there are 0 usable pairs in .*0.tar"):
         stream_of(tmp_path)
-    empty = ShardStream("x", [Shard(tmp_path / "0.tar")], Wanted(), Transform((8, 8)))
+    empty = ShardStream([Shard(tmp_path / "0.tar")], Wanted(), FILES)
     with pytest.raises(ValueError, match="hold no pair"):
         empty.sample(0)
 

@@ -1,7 +1,7 @@
 """What a ControlNet in training can do by now, on pairs that are not trained on: their loss, whether it depends on the
 hints, and grids of what is made of these."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class ValidationLoss:
     def __init__(
         self, sd: StableDiffusion, samples: Sequence[Sample], draws: Draws, empty_prompt: Tensor, batch_size: int
     ):
-        self.inputs = []
+        self.inputs, hints, self.batch_size = [], [], batch_size
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             numbers = range(start, start + len(batch))
@@ -72,29 +72,28 @@ class ValidationLoss:
             drawn = draws(numbers)._replace(t=t, dropped=torch.zeros(len(batch), dtype=torch.bool))
             encoded = encode(sd, to_images(sample.image for sample in batch), [sample.caption for sample in batch])
             hint = to_hints(sample.hint for sample in batch)
-            self.inputs.append(loss_inputs(encoded, hint, drawn, sd.vae.config.scale, empty_prompt, sd.device))
+            *inputs, hint = loss_inputs(encoded, hint, drawn, sd.vae.config.scale, empty_prompt, sd.device)
+            self.inputs.append(inputs)
+            hints.append(hint)
+        self.hints = torch.cat(hints)  # (N, C, H, W)
 
     def __call__(self, loss: ControlLoss) -> dict[str, float]:
         """The loss, and the control measure: by which share of it the loss is higher where each sample is given the
         hint of the next one, all else being equal. It is 0 as long as the hint does not count. A single sample has no
         such measure."""
-        right = self.mean(loss, (hint for *_, hint in self.inputs))
+        right = self.mean(loss, self.hints)
         values = {"validation_loss": right}
-        if sum(len(hint) for *_, hint in self.inputs) > 1:
-            values["control_measure"] = self.mean(loss, self.hints_of_others()) / right - 1
+        if len(self.hints) > 1:
+            of_others = torch.cat([self.hints[1:], self.hints[:1]])
+            values["control_measure"] = self.mean(loss, of_others) / right - 1
         return values
 
     @torch.no_grad()
-    def mean(self, loss: ControlLoss, hints: Iterable[Tensor]) -> float:
-        """With these hints, a batch (B, C, H, W) for each of the samples."""
-        sizes = [len(hint) for *_, hint in self.inputs]
-        values = [loss(*inputs, hint).item() for (*inputs, _), hint in zip(self.inputs, hints, strict=True)]
-        return float(np.average(values, weights=sizes))
-
-    def hints_of_others(self) -> Iterator[Tensor]:
-        batches = [hint for *_, hint in self.inputs]
-        for hint, following in zip(batches, [*batches[1:], batches[0]], strict=True):
-            yield torch.cat([hint[1:], following[:1]])
+    def mean(self, loss: ControlLoss, hints: Tensor) -> float:
+        """Over all samples, each with its own of these hints (N, C, H, W)."""
+        batches = hints.split(self.batch_size)
+        values = [loss(*inputs, hint).item() for inputs, hint in zip(self.inputs, batches, strict=True)]
+        return float(np.average(values, weights=[len(hint) for hint in batches]))
 
 
 def zero_conv_norms(control: ControlNet) -> list[float]:

@@ -48,7 +48,8 @@ class OfHint(torch.nn.Module):
 def test_every_sample_is_given_anothers_hint_alone(sd, batch_size):
     """Whatever the batches, a last one of a single sample included."""
     made = validation(sd, samples(3), batch_size)
-    own = {(int(t),): h for _, _, ts, _, hints in made.inputs for t, h in zip(ts, hints, strict=True)}
+    timesteps = torch.cat([t for _, _, t, _ in made.inputs])
+    own = {(int(t),): hint for t, hint in zip(timesteps, made.hints, strict=True)}
     assert len(own) == 3
     assert made(OfHint(own)) == {"validation_loss": 1.0, "control_measure": pytest.approx(0.25)}
 
@@ -76,7 +77,7 @@ def test_control_sets_in_where_hints_tell_what_to_paint(sd):
     loss = ControlLoss(sd.unet, control, sd.schedule)
     optimisation = Optimisation(control.named_parameters(), 3e-3, constant_schedule(0), torch.device("cpu"), clip=1.0)
     for step in range(15):
-        optimisation.backward(loss(*made.inputs[0]))
+        optimisation.backward(loss(*made.inputs[0], made.hints))
         optimisation.step()
         if step % 3 == 2:
             values = made(loss)

@@ -3,14 +3,9 @@
 from collections.abc import Iterable
 from html import escape
 
-import numpy as np
-
-from .curves import Curve
-
 WIDTH, HEIGHT = 400, 170
 LEFT, RIGHT, TOP, BOTTOM = 48, 392, 26, 148  # of the field, in pixels
 LINES = 3  # across it
-MOST_POINTS = 300  # of a curve
 
 Points = list[tuple[float, float]]  # step and value
 
@@ -38,16 +33,6 @@ def chart(title: str, curves: dict[str, Points], set_in: int | None = None) -> s
         line = f'<path d="M{x(set_in):.1f} {TOP}V{BOTTOM}" stroke="currentColor" stroke-dasharray="4" opacity="0.5">'
         parts.append(f"{line}<title>control sets in</title></path>")
     return svg(title, [*parts, legend(curves)])
-
-
-def points_of(curve: Curve) -> Points:
-    """At most MOST_POINTS, each the last step of some and their mean; what is not finite is left out."""
-    steps, values = np.array(curve.steps), np.array(curve.values)
-    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-    if not len(steps):
-        return []
-    parts = (np.array_split(numbers, min(len(steps), MOST_POINTS)) for numbers in (steps, values))
-    return [(int(steps[-1]), float(values.mean())) for steps, values in zip(*parts, strict=True)]
 
 
 def scale(low: float, high: float, start: float, end: float):

@@ -5,11 +5,10 @@ import math
 from tqdm import tqdm
 
 from .convergence import Convergence
-from .curves import Curves, scalars
 from .later import Later
 from .loggers import open_loggers
 from .options import TrainSettings
-from .report import write_report
+from .report import Curves, scalars, write_report
 from .run_state import RunFolder
 
 # What a line says of a validation or a grid, as far as it was measured.

@@ -1,13 +1,17 @@
 """A run as a page: OUT/report.html, its curves drawn in it and its grids beside it, without any script."""
 
+from array import array
+from collections import defaultdict
 from html import escape
 from typing import NamedTuple
 
-from .charts import chart, points_of
-from .curves import Curves
+import numpy as np
+
+from .charts import Points, chart
 from .run_state import RunFolder, write_text
 
 RELOADED = 30  # seconds
+MOST_POINTS = 300  # of a curve
 
 
 class Panel(NamedTuple):
@@ -26,6 +30,58 @@ PANELS = (
     Panel("zero_convs", "zero convolutions", "the norm of each, from 0 on; the middle's is the last"),
     Panel("lr", "learning rate", "with its warm-up and its schedule"),
 )  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+def scalars(values: dict) -> dict[str, float]:
+    """The numbers of a log line by name, those of a list as name/0, name/1 ...; what is no number is left out."""
+    numbers = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            numbers |= {f"{name}/{i}": number for i, number in enumerate(value)}
+        elif isinstance(value, int | float) and name != "step":
+            numbers[name] = value
+    return numbers
+
+
+class Curve:
+    def __init__(self):
+        self.steps, self.values = array("q"), array("d")  # a million points take 16 MB
+
+    def add(self, step: int, value: float) -> None:
+        self.steps.append(step)
+        self.values.append(value)
+
+    def points(self) -> Points:
+        """At most MOST_POINTS, each the last step of some and their mean; what is not finite is left out."""
+        steps, values = np.array(self.steps), np.array(self.values)
+        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+        if not len(steps):
+            return []
+        parts = (np.array_split(numbers, min(len(steps), MOST_POINTS)) for numbers in (steps, values))
+        return [(int(steps[-1]), float(values.mean())) for steps, values in zip(*parts, strict=True)]
+
+
+class Curves(defaultdict[str, Curve]):
+    """What a run has logged for the panels, by name."""
+
+    def __init__(self):
+        super().__init__(Curve)
+
+    def add(self, values: dict) -> None:
+        """A line of the log."""
+        shown = {panel.name: values[panel.name] for panel in PANELS if panel.name in values}
+        for name, number in scalars(shown).items():
+            self[name].add(values["step"], number)
+
+    def at(self, name: str, step: int) -> float | None:
+        """The newest value, if it is that of `step`."""
+        curve = self[name]
+        return curve.values[-1] if curve.steps and curve.steps[-1] == step else None
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
 
 PAGE = """<!doctype html>
 <html><head><meta charset="utf-8"/>{reload}<title>{title}</title>
@@ -58,7 +114,7 @@ def section(panel: Panel, curves: Curves, set_in: int | None = None) -> str:
     for name, curve in curves.items():
         kind, _, place = name.partition("/")
         if kind == panel.name:
-            shown[f"layer {int(place) + 1}" if place else ""] = points_of(curve)
+            shown[f"layer {int(place) + 1}" if place else ""] = curve.points()
     if not any(shown.values()):
         return ""
     return f"<figure>{chart(panel.title, shown, set_in)}<figcaption>{panel.reading}</figcaption></figure>"

@@ -3,8 +3,7 @@
 import gradio as gr
 
 from controlnet.common.program import PRECISION_NAMES
-from controlnet.training.curves import Curves
-from controlnet.training.report import PANELS, section
+from controlnet.training.report import PANELS, Curves, section
 
 from .models import named
 from .results import in_sentences

@@ -5,9 +5,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from controlnet.training.charts import BOTTOM, LEFT, MOST_POINTS, RIGHT, TOP, chart, points_of
-from controlnet.training.curves import KEPT, Curve, Curves, scalars
-from controlnet.training.report import PANELS, section, write_report
+from controlnet.training.charts import BOTTOM, LEFT, RIGHT, TOP, chart
+from controlnet.training.report import MOST_POINTS, PANELS, Curve, Curves, scalars, section, write_report
 from controlnet.training.run_state import RunFolder
 
 
@@ -33,7 +32,13 @@ def test_a_page_has_every_curve_and_every_grid(tmp_path):
     assert "control set in at step 50" in run.report.read_text() and "step 100 of 200" in run.report.read_text()
     points = [pair.split(",") for pair in next(page.iter("polyline")).get("points").split()]
     np.testing.assert_allclose(np.array(points, float), [[LEFT, BOTTOM], [RIGHT, TOP]])  # the measure: 5 and 10
-    assert [panel.name for panel in PANELS if section(panel, curves)] == [*KEPT[:3], "zero_convs", "lr"]
+    assert [panel.name for panel in PANELS if section(panel, curves)] == [
+        "control_measure",
+        "validation_loss",
+        "loss",
+        "zero_convs",
+        "lr",
+    ]
     assert "step 100" in section(PANELS[0], curves) and "layer 1" in section(PANELS[5], curves)
     assert run.report.read_text().count("<title>control sets in</title>") == 5
     write_report(run, curves, 100, set_in=None)
@@ -41,9 +46,9 @@ def test_a_page_has_every_curve_and_every_grid(tmp_path):
 
 
 def test_a_long_curve_is_drawn_by_means():
-    points = points_of(curve([float(i % 2) for i in range(10 * MOST_POINTS)]))
+    points = curve([float(i % 2) for i in range(10 * MOST_POINTS)]).points()
     assert len(points) == MOST_POINTS and points[0] == (10, 0.5) and points[-1] == (10 * MOST_POINTS, 0.5)
-    assert points_of(curve([math.nan, 2.0, math.inf, 4.0])) == [(2, 2), (4, 4)] and points_of(curve([math.nan])) == []
+    assert curve([math.nan, 2.0, math.inf, 4.0]).points() == [(2, 2), (4, 4)] and curve([math.nan]).points() == []
 
 
 def test_a_chart_spans_its_field_and_shows_names_as_they_are():
@@ -65,4 +70,3 @@ def test_a_value_is_that_of_its_step():
     curves.add({"step": 3, "validation_loss": 0.5, "memory_gb": 1.0})
     assert curves.at("validation_loss", 3) == 0.5 and curves.at("validation_loss", 4) is None
     assert curves.at("loss", 3) is None and "memory_gb" not in curves
-    assert {panel.name for panel in PANELS} == set(KEPT)

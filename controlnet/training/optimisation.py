@@ -86,6 +86,7 @@ class Optimisation:
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.parts = {"optimizer": self.optimizer, "lr_schedule": self.lr_schedule, "scaler": self.scaler}
         self.skipped_in_a_row = 0
         self.last_norm: Later | None = None
 
@@ -145,17 +146,13 @@ class Optimisation:
 
     def finish(self, norm: Tensor) -> Tensor:
         """What the CPU does after an `update` that gave this norm -> the norm."""
-        self.count_skipped()
+        if self.last_norm is not None:  # of the step before: by now it has arrived
+            (before,) = self.last_norm.read()
+            self.skipped_in_a_row = 0 if math.isfinite(before) else self.skipped_in_a_row + 1
         self.last_norm = Later(norm)
         with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that a first step was skipped
             self.lr_schedule.step()
         return norm
-
-    def count_skipped(self) -> None:
-        """Of the step before: by now its norm has arrived."""
-        if self.last_norm is not None:
-            (norm,) = self.last_norm.read()
-            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
 
     @property
     def in_doubt(self) -> bool:
@@ -168,19 +165,15 @@ class Optimisation:
             self.optimizer.consolidate_state_dict(to=0)
 
     def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Everything but the learning rate, which stays what this run asks for."""
-        for name, part in self._parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.lr_schedule.base_lrs = [self.lr]
         (group,) = self.optimizer.param_groups
-        (factor,) = self.lr_schedule.lr_lambdas
-        group["initial_lr"], group["lr"] = self.lr, self.lr * factor(self.lr_schedule.last_epoch)
-
-    def _parts(self) -> dict:
-        return {"optimizer": self.optimizer, "lr_schedule": self.lr_schedule, "scaler": self.scaler}
+        group["initial_lr"], group["lr"] = self.lr, self.current_lr
 
 
 def restore_channels_last(parameters: list[nn.Parameter]) -> Callable[..., None]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from controlnet.common.images import fitted
@@ -30,14 +31,10 @@ def few_of(source: Source, count: int) -> list[Sample]:
 
 def contact_sheet(samples: Sequence[Sample]) -> Image.Image:
     """Image beside hint, and the caption below, four pairs a row."""
-    cells = [cell(sample) for sample in samples]
-    height, width = cells[0].shape[:2]
-    rows = -(-len(cells) // COLUMNS)
-    sheet = np.full((rows * (height + GAP), min(COLUMNS, len(cells)) * (width + GAP), 3), 255, np.uint8)
-    for i, pixels in enumerate(cells):
-        top, left = i // COLUMNS * (height + GAP), i % COLUMNS * (width + GAP)
-        sheet[top : top + height, left : left + width] = pixels
-    return Image.fromarray(sheet)
+    cells = [np.pad(cell(sample), ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for sample in samples]
+    columns = min(COLUMNS, len(cells))
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)  # to fill the last row
+    return Image.fromarray(rearrange(cells, "(row column) h w rgb -> (row h) (column w) rgb", column=columns))
 
 
 def cell(sample: Sample) -> np.ndarray:

@@ -37,13 +37,7 @@ def resolve(given: dict) -> TrainSettings:
     if settings.resume:
         before = from_json(TrainSettings, run.written()["settings"], str(run.settings_file))
         run.check_fixed(given, before)
-        # Of epochs the steps that are left depend on how large they are by now.
-        length = {"epochs": None} if "steps" in given else {"steps": None} if {**before, **given}.get("epochs") else {}
-        settings = TrainSettings(**{**before, **length, **given, "resume": True})
-        if settings.buckets and settings.batch_size != (size := before.get("batch_size")):
-            raise ValueError(
-                f"with --buckets each batch has one size, and the run was started with --batch-size {size}"
-            )
+        settings = continued(before, given)
     check_together(settings)
     for package in settings.log:
         optional(package, f"--log {package}")
@@ -61,6 +55,21 @@ def resolve(given: dict) -> TrainSettings:
         raise ValueError(
             f"--shard is for adamw, and the optimizer is {settings.optimizer}: say --optimizer adamw, or leave out "
             "--shard"
+        )
+    return settings
+
+
+def continued(before: dict, given: dict) -> TrainSettings:
+    """The settings of a run that goes on, with what is given now in place of what it had before."""
+    settings = TrainSettings(**{**before, **given, "resume": True})
+    if "steps" in given:
+        settings = replace(settings, epochs=None)
+    elif settings.epochs:  # the steps that are left depend on how large the epochs are by now
+        settings = replace(settings, steps=None)
+    if settings.buckets and settings.batch_size != before.get("batch_size"):
+        raise ValueError(
+            "with --buckets each batch has one size, and the run was started with --batch-size "
+            f"{before.get('batch_size')}"
         )
     return settings
 

@@ -44,12 +44,15 @@ class Convergence:
     def has_just_set_in(self, step: int, measure: float) -> bool:
         if self.set_in is not None:
             return False
-        before, self.first_above = self.first_above, step if measure >= SET_IN else None
-        if before is not None and self.first_above is not None:
-            self.set_in, self.told = before, False
+        above = measure >= SET_IN
+        if above and self.first_above is not None:
+            self.set_in, self.told = self.first_above, False
+        self.first_above = step if above else None
         return self.set_in is not None
 
     def look_for_change(self, step: int, loss: float, measure: float) -> None:
-        better = loss < BETTER_LOSS * self.loss, measure > BETTER_MEASURE * self.measure
-        self.loss, self.measure = loss if better[0] else self.loss, measure if better[1] else self.measure
-        self.changed, self.unchanged = (step, 0) if any(better) else (self.changed, self.unchanged + 1)
+        self.unchanged += 1
+        if loss < BETTER_LOSS * self.loss:
+            self.loss, self.changed, self.unchanged = loss, step, 0
+        if measure > BETTER_MEASURE * self.measure:
+            self.measure, self.changed, self.unchanged = measure, step, 0

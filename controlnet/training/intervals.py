@@ -15,6 +15,7 @@ class Interval:
         if self.steps is not None:
             return done % self.steps == 0
         now = time.monotonic()
-        over = now - self.since >= self.seconds
-        self.since = now if over else self.since
-        return over
+        if now - self.since < self.seconds:
+            return False
+        self.since = now
+        return True

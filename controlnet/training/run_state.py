@@ -298,6 +298,7 @@ class Position:
 
     def is_best(self, loss: float | None) -> bool:
         """Of a save with this validation loss, if it has one: it is then the one to compare with."""
-        best = loss is not None and loss <= self.best
-        self.best = loss if best else self.best
-        return best
+        if loss is None or loss > self.best:
+            return False
+        self.best = loss
+        return True

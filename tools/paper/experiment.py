@@ -10,10 +10,6 @@ from .lab import Lab
 from .statistics import Verdict
 
 
-def none(_: Any) -> dict:
-    return {}
-
-
 @dataclass(frozen=True)
 class Experiment:
     """`measure` gives numbers that JSON can hold. All else on the page is drawn from these, but for the sheets of
@@ -25,5 +21,5 @@ class Experiment:
     measure: Callable[[Lab], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[str]]  # as Markdown
     verdict: Callable[[dict[str, Any]], Verdict]
-    charts: Callable[[dict[str, Any]], dict[str, dict[str, Points]]] = none  # title -> curves by their names
-    settings: Callable[[Lab], dict[str, Any]] = none  # by which its numbers are known, beside the lab's
+    charts: Callable[[dict[str, Any]], dict[str, dict[str, Points]]] = lambda numbers: {}  # title -> its curves
+    settings: Callable[[Lab], dict[str, Any]] = lambda lab: {}  # by which its numbers are known, beside the lab's

@@ -126,14 +126,18 @@ def sort_by_role(files: list[Path]) -> tuple[dict[Path, Path], Files, Files, lis
 
 def sort_by_end(keys: dict[Path, Path], hints: Files) -> None:
     """0_hint.png or 0.canny.png is a hint if there is a 0.png or 0_image.png, which loses its end."""
-    ends = {file: (key, re.fullmatch(r"(.+)[._-]([a-zA-Z]+)", key.name)) for file, key in keys.items()}
-    ends = {file: (role_of(match[2]), key.with_name(match[1])) for file, (key, match) in ends.items() if match}
+    ends = {}  # file -> the role that its end names, and the key without that end
+    for file, key in keys.items():
+        if match := re.fullmatch(r"(.+)[._-]([a-zA-Z]+)", key.name):
+            ends[file] = role_of(match[2]), key.with_name(match[1])
     images = {*keys.values(), *(key for role, key in ends.values() if role == "image")}
     for file, (role, key) in ends.items():
         if role == "hint" and key in images:
             hints.add(key, file)
             del keys[file]
-    keys.update({file: key for file, (role, key) in ends.items() if role == "image" and composed(key) in hints.by_key})
+    for file, (role, key) in ends.items():
+        if role == "image" and composed(key) in hints.by_key:
+            keys[file] = key
 
 
 def role_and_key(file: Path) -> tuple[str | None, Path]:

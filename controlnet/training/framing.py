@@ -1,6 +1,7 @@
 """What resizing and cropping do to a folder's images, in numbers."""
 
 from collections import Counter
+from statistics import fmean
 
 from .sources import FolderSource, Source
 from .transform import Transform, bucket_sizes, cropped_share, enlargement
@@ -13,38 +14,31 @@ def framing(source: Source, multiple: int) -> list[str]:
     """
     if not isinstance(source, FolderSource):
         return []
-    transform, sizes = source.transform, {}
-    for i, entry in enumerate(source.entries):
-        if (size := source.image_size(i)) is not None:
-            sizes[entry.image] = size
+    looked_at = {entry.image: source.image_size(i) for i, entry in enumerate(source.entries)}
+    sizes = {file: size for file, size in looked_at.items() if size is not None}
     if not sizes:
         return []
-    to = f"{transform.size[1]}x{transform.size[0]}" if not transform.buckets else "the buckets"
-    crops = {file: cropped_share(size, transform.size_for(size)) for file, size in sizes.items()}
-    scales = {file: enlargement(size, transform.size_for(size)) for file, size in sizes.items()}
-    worst, smallest = max(crops, key=crops.get), max(scales, key=scales.get)
-    lines = buckets(sizes.values(), transform)
+    transform = source.transform
+    framed = {file: transform.size_for(size) for file, size in sizes.items()}
+    lines, to = [], f"{transform.size[1]}x{transform.size[0]}"
+    if transform.buckets:
+        to, counts = "the buckets", Counter(framed.values())
+        most = ", ".join(f"{width}x{height} for {count}" for (height, width), count in counts.most_common(8))
+        lines.append(f"images of {len(counts)} sizes (width x height): {most}{' ...' if len(counts) > 8 else ''}")
+    crops = {file: cropped_share(size, framed[file]) for file, size in sizes.items()}
+    mean, worst = fmean(crops.values()), max(crops, key=crops.get)
     if crops[worst] >= 0.01:
-        mean = sum(crops.values()) / len(crops)
-        lines.append(
-            f'the crop to {to} takes {mean:.0%} of an image on average, at most {crops[worst]:.0%} ("{worst}")'
-        )
+        words = f'the crop to {to} takes {mean:.0%} of an image on average, at most {crops[worst]:.0%} ("{worst}")'
         if not transform.buckets:
             bucketed = Transform(transform.size, buckets=bucket_sizes(transform.size, multiple))
-            less = sum(cropped_share(size, bucketed.size_for(size)) for size in sizes.values()) / len(sizes)
-            lines[-1] += f"; with --buckets {less:.0%} on average" if less < mean - 0.01 else ""
-    enlarged = sum(scale > 1 for scale in scales.values())
+            less = fmean(cropped_share(size, bucketed.size_for(size)) for size in sizes.values())
+            words += f"; with --buckets {less:.0%} on average" if less < mean - 0.01 else ""
+        lines.append(words)
+    scales = {file: enlargement(size, framed[file]) for file, size in sizes.items()}
+    enlarged, smallest = sum(scale > 1 for scale in scales.values()), max(scales, key=scales.get)
     if enlarged:
         lines.append(
             f"{enlarged} of {len(scales)} images are smaller than {to} and are enlarged, at most "
             f'{scales[smallest]:.1f} times ("{smallest}")'
         )
     return lines
-
-
-def buckets(sizes, transform: Transform) -> list[str]:
-    if not transform.buckets:
-        return []
-    counts = Counter(transform.size_for(size) for size in sizes)
-    most = ", ".join(f"{width}x{height} for {count}" for (height, width), count in counts.most_common(8))
-    return [f"images of {len(counts)} sizes (width x height): {most}{' ...' if len(counts) > 8 else ''}"]

@@ -78,7 +78,7 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
             values, numbers = training.step()
             done = step + 1
             last = done == settings.steps
-            # All agree, by the main process's clock.
+            # The main process's clock decides for all.
             saving = signals.take_save_asked() or (process.is_main and training.saves.over(done))
             stopping, saving = process.any(signals.received is not None and not last, saving)
             if process.is_main:
@@ -148,8 +148,8 @@ class Training:
         return restore(*found, self.parts) if found else 0
 
     def open_data(self, start: int) -> None:
-        """Images and captions become latents and text states: all of them here and now, unless --no-cache. What does
-        not fit this run, or the one that is resumed, is found first."""
+        """Images and captions become latents and text states: all of them here and now, unless --no-cache. Data
+        that do not fit this run, or the one that is resumed, are refused before that."""
         settings, sd = self.settings, self.sd
         self.data = TrainingData(settings, sd, self.process)
         self.draws = Draws(self.data.latent_shape, sd.schedule.config.timesteps, settings.prompt_dropout, settings.seed)
@@ -184,13 +184,13 @@ class Training:
         if self.average:
             update_ema(self.average, self.control, self.settings.ema)
         self.position.seen += self.data.samples_per_step
-        # By the clock on the wall: what has held up the step counts, the waiting for data as well as grids and saves.
+        # Wall-clock time: waiting for data counts, and so do the grids and saves since the step before.
         before, self.clock = self.clock, time.perf_counter()
         values["images_per_second"] = self.data.samples_per_step / (self.clock - before)
         return values | {"bad": len(self.data.bad)} | peak_memory(self.process.device), numbers
 
     def next_inputs(self) -> tuple[Tensor, ...]:
-        """Of the loss: a batch with what is drawn for it, timesteps, noise and dropped prompts."""
+        """The loss's inputs: a batch, and the timesteps, noise and dropped prompts that are drawn for it."""
         batch = next(self.batches)
         # With buckets each batch has a size of its own.
         drawn = self.draws(batch.positions.tolist(), batch.content.mean.shape[1:])

@@ -114,7 +114,7 @@ class TrainingData:
         self.pairs = Pairs(partial(read_images, train, settings.seed), self.order(range(len(train))))
 
     def order(self, indices: Sequence[int]) -> Order:
-        """Of these samples of the source."""
+        """The order in which these samples of the source are seen."""
         settings, train = self.settings, self.sources.train
         if settings.buckets:
             return Bucketed([train.size(i) for i in indices], settings.seed, settings.batch_size)
@@ -130,7 +130,7 @@ class TrainingData:
             )
 
     def compute_latents(self) -> None:
-        """All images and captions are encoded here and now, as far as the cache lacks them."""
+        """Encodes the images and captions that the cache lacks: pairs are read from it from now on."""
         train, process, folder = self.sources.train, self.process, self.settings.cache_folder
         check_folder(folder, self.fingerprint)
         builders = process.sharing(folder)
@@ -155,7 +155,7 @@ class TrainingData:
         return list(good_samples(self.sources.validation))
 
     def first_samples(self, count: int) -> list[Sample]:
-        """Of those that are trained on."""
+        """The first good ones of those that are trained on."""
         return list(islice(good_samples(self.sources.train), count))
 
     @property

@@ -16,7 +16,7 @@ from .simulation import size_of
 from .sources import FolderSource, Source, good_samples
 from .stored_latents import hint_as_image
 
-LOOKED_AT = 4  # samples, whose hints tell what a file of a computed one takes
+LOOKED_AT = 4  # samples: their hints tell how large the file of a computed hint is
 
 
 def disk_plan(config: Config, settings: TrainSettings, source: Source, prediction: Prediction) -> str:
@@ -33,7 +33,7 @@ def disk_plan(config: Config, settings: TrainSettings, source: Source, predictio
 
 
 def check_room(parts: dict[Path, int]) -> None:
-    """For the bytes that will be written into each folder. Raises ValueError."""
+    """Raises ValueError if the bytes that will be written into each folder do not fit on the disks."""
     devices: dict[int, tuple[Path, int]] = {}
     for folder, size in parts.items():
         place = free_place(folder.absolute())
@@ -65,7 +65,7 @@ def files_of_run(settings: TrainSettings, prediction: Prediction) -> dict[str, i
 
 
 def latents_size(config: Config, settings: TrainSettings, source: Source, size: tuple[int, int]) -> int:
-    """Bytes of mean, logvar and text states, and of hints that are computed, by a few of them."""
+    """Bytes of mean, logvar and text states, and of computed hints, judged by a few of them."""
     number, latents = PRECISIONS[settings.precision].itemsize, size[0] * size[1] // config.vae.downscale**2
     encoded = 2 * config.vae.latent_channels * latents + config.text.positions * config.text.width
     # What sd-scripts' folders repeat is stored once.

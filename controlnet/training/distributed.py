@@ -81,7 +81,7 @@ class Process:
         return tensor
 
     def sharing(self, folder: Path) -> list[int]:
-        """The processes that see the same `folder` as this one: all, or those on a disk of their machine's own."""
+        """The processes that see the same `folder` as this one: all, or those of a machine with its own disk."""
         if self.world_size == 1:
             return [0]
         mark = self.from_main(lambda: uuid4().hex)

@@ -92,7 +92,7 @@ def fitting_batches(settings: TrainSettings, predict: Callable[[TrainSettings], 
 
 
 def savings(settings: TrainSettings) -> str:
-    """What would need less memory, of what is not chosen yet."""
+    """The ways to need less memory that are not taken yet."""
     advice = {
         "leave out --sd-unlocked": settings.sd_unlocked,
         "leave out --no-cache": settings.no_cache,

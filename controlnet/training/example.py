@@ -20,8 +20,8 @@ class Example(NamedTuple):
 
 
 def example_of(settings: TrainSettings, run: RunFolder, sample: Sample) -> Example:
-    """The user's own of --validate, or `sample`: its hint is written to the run's folder; with --detect its image is,
-    as infer.py makes a hint of it in the same way. To inpaint it needs a mask, which own ones lack."""
+    """The first of --validate, or `sample`: its hint is written into the run's folder or, with --detect, its image, of
+    which infer.py makes the same hint. Inpainting needs a mask, too, which those of --validate lack."""
     inpaints = sample.hint.dtype != np.uint8  # a hint with a hole in it
     if settings.validate and not inpaints:
         return Example(*settings.validate[0])

@@ -44,8 +44,8 @@ def digests_of_files(files: Iterable[Path]) -> dict[Path, str]:
 
 
 def digest_of_file(file: Path) -> str:
-    """All counts, but of large compressed images and of archives the length and both ends alone: reading these would
-    take as long as an epoch. "" if it cannot be read."""
+    """Of the whole content; of compressed images and archives, which take as long as an epoch to read, of the length
+    and both ends alone. "" if the file cannot be read."""
     try:
         with open(file, "rb") as stream:
             length = stream.seek(0, 2)
@@ -59,7 +59,7 @@ def digest_of_file(file: Path) -> str:
         return ""
 
 
-# Of these a fingerprint holds a hash, whose value tells nobody anything.
+# The entries of a fingerprint that are hashes: it helps nobody to see their values.
 DIGESTS = {"base", "UNet", "first image", "file names", "images", "hints", "captions"}
 
 

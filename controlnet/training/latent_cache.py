@@ -49,7 +49,7 @@ def encode(sd: StableDiffusion, images: Tensor, captions: list[str]) -> EncodedP
 
 
 def fingerprint(sd: StableDiffusion, identity: Identity, size: Size) -> dict:
-    """By which a run knows its base and its data."""
+    """What a run recognises its base and its data by."""
     modules = (sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder)
     weights = [tensor for module in modules for tensor in module.state_dict().values()]
     return {
@@ -69,8 +69,8 @@ def ends_of_weights(module: nn.Module) -> str:
 
 
 def card_of(folder: Path) -> dict | None:
-    """What a cache was made with; None where there is none yet. Raises ValueError for any other folder but an empty
-    one; hidden files do not count."""
+    """What a cache was made with; None if the folder is not there or empty, hidden files aside. Raises ValueError if
+    it holds anything else."""
     card = folder / "cache.json"
     if not card.exists():
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
@@ -85,7 +85,7 @@ def card_of(folder: Path) -> dict | None:
 
 
 def check_folder(folder: Path, fingerprint: dict) -> bool:
-    """Whether there is a cache, of the same base. Raises ValueError for one of another, and as `card_of` does."""
+    """Whether the folder holds a cache of this base. Raises ValueError for that of another, and as `card_of` does."""
     found = card_of(folder)
     if found is None:
         return False
@@ -122,10 +122,10 @@ def build(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Computes what is missing in a prepared folder; each of several processes its share of the files, and `workers`
-    of its own read the images for it."""
+    """Computes what a prepared folder lacks. Each of several processes computes its share of the files, and has
+    `workers` processes of its own to read the images."""
     firsts = sorted({key: i for i, key in reversed([*enumerate(keys)])}.values())  # of equal samples one is enough
-    # No image of another size fits into a batch.
+    # All images of a file have one size, so that they fit into batches.
     sizes = groupby(sorted(firsts, key=source.size), key=source.size)
     shares = [share for _, indices in sizes for share in cut(list(indices), SHARD)][rank::world_size]
     stored = Stored(folder, [keys[i] for share in shares for i in share], check=True)
@@ -154,8 +154,8 @@ def build(
 def write_shard(
     folder: Path, size: Size, indices: list[int], keys: Sequence[Key], rows: dict[int, EncodedPairs]
 ) -> None:
-    """With the rows that there are of these samples, the others being bad. Named by what it holds, so that one that is
-    computed again replaces the damaged one."""
+    """Writes a file with the rows of these samples; those without a row are bad. It is named by what it holds, so that
+    one that is computed again replaces the damaged one."""
     tensors = {"size": torch.tensor(size)}
     for i, name in enumerate(EncodedPairs._fields if rows else ()):
         tensors[name] = torch.stack([row[i] for row in rows.values()])
@@ -179,8 +179,8 @@ def encoding_batch(size: Size) -> int:
 
 
 class Reader(Dataset):
-    """Index -> the index and its sample, or the sentence that says why that one is bad. What can be done here need not
-    be done between two batches: hints that are computed are written, too."""
+    """Index -> the index and its sample, or a sentence that says why that one is bad. Computed hints are written here,
+    too, where workers do it beside the encoding."""
 
     def __init__(self, folder: Path, source: Source, keys: Sequence[Key]):
         self.folder, self.source = folder, source
@@ -202,7 +202,7 @@ class Reader(Dataset):
 def encoded_rows(
     read: list[tuple[int, Sample | str]], sd: StableDiffusion, bad: BadSamples, bar: tqdm
 ) -> dict[int, EncodedPairs]:
-    """The good ones of a batch by their indices: without its axis, on the CPU."""
+    """Encodes the good samples of a batch -> each by its index, without the batch's axis, on the CPU."""
     samples = {index: sample for index, sample in read if isinstance(sample, Sample)}
     for index, problem in read:
         if index not in samples:

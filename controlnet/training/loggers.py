@@ -34,7 +34,7 @@ class TensorBoard:
 
 
 class Tracker:
-    """wandb, or trackio, which has its interface. A run that goes on goes on there, too."""
+    """wandb, or trackio, which has its interface. A run that is resumed goes on there, too."""
 
     def __init__(self, package: str, settings: TrainSettings, run: RunFolder):
         self.package = importlib.import_module(package)

@@ -88,8 +88,8 @@ class Prediction:
         return self.memory(max(self.step(batch_size)), max(self.encoding(self.encoded_at_once(batch_size))))
 
     def largest_batch(self, limit: float) -> tuple[int, Memory]:
-        """The largest batch size, and what it needs: no more than `limit` bytes. 0, and what a batch of 1 needs, if
-        that is more."""
+        """The largest batch size that needs no more than `limit` bytes, and what it needs; if there is none, 0 and what
+        a batch of 1 needs."""
         step, encoding = peak_by_batch(self.step), peak_by_batch(self.encoding)
 
         def memory(batch_size: int) -> Memory:
@@ -105,7 +105,7 @@ class Prediction:
         return self.run.encoding(self.size, images)
 
     def encoded_at_once(self, batch_size: int) -> int:
-        """Images: the cache has batches of its own, the validation's come in those of the training."""
+        """How many images: the cache has batches of its own, the validation those of the training."""
         cached = min(encoding_batch(self.size), self.settings.images or SHARD)
         return max(batch_size if self.settings.no_cache else cached, min(batch_size, self.validation))
 

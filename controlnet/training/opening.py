@@ -135,7 +135,7 @@ def open_shards(settings: TrainSettings, folder: Path, paths: list[Path], wanted
 
 
 def first_of(shards: list[Shard], count: int | None) -> list[Shard]:
-    """So many pairs as come first: no more archives are opened than hold them."""
+    """The first `count` pairs; archives behind them are not even opened."""
     if count is None:
         return shards
     kept = []

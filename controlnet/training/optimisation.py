@@ -126,7 +126,7 @@ class Optimisation:
         return self.finish(self.update())
 
     def update(self) -> Tensor:
-        """What of a step the device does -> the norm."""
+        """The device's part of a step -> the norm."""
         self.scaler.unscale_(self.optimizer)
         if self.in_doubt and (problem := not_finite(self.names, self.parameters)):
             raise FloatingPointError(problem)
@@ -145,7 +145,7 @@ class Optimisation:
         return norm
 
     def finish(self, norm: Tensor) -> Tensor:
-        """What the CPU does after an `update` that gave this norm -> the norm."""
+        """The CPU's part of a step, after the `update` that gave this norm -> the norm."""
         if self.last_norm is not None:  # of the step before: by now it has arrived
             (before,) = self.last_norm.read()
             self.skipped_in_a_row = 0 if math.isfinite(before) else self.skipped_in_a_row + 1

@@ -81,7 +81,7 @@ class Bucketed:
         return int(members[sample_at(own, len(members), self.seed, bucket + 1)])
 
     def instead(self, index: int) -> list[int]:
-        """Those of its size; after these the others, by size, so that a batch of nothing else has one size again."""
+        """Those of its size, then the others, size by size: batches of a bad bucket, too, have one size."""
         bucket = self.bucket_of[index]
         own, *others = self.members[bucket:] + self.members[:bucket]
         return np.concatenate([own[own > index], own[own < index], *others])[:99].tolist()
@@ -89,7 +89,7 @@ class Bucketed:
 
 @lru_cache(maxsize=4)
 def batches_of_cycle(order: Bucketed, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each batch its bucket, and how many batches of that bucket come before it."""
+    """For each batch of a cycle: its bucket, and how many batches of that bucket come before it."""
     buckets = order.bucket_of[permutation(len(order.bucket_of), order.seed, cycle).numpy()]
     earlier = np.empty_like(buckets)
     for bucket, members in enumerate(order.members):

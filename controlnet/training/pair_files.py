@@ -25,7 +25,7 @@ def read_pixels(path: Path, ground: Ground | None = None) -> np.ndarray:
 
 
 def size_of(path: Path) -> Size:
-    """Of an image, upright, from its header and those of a PNG's chunks: no pixel is decoded. Raises BadSample."""
+    """The size of an image when it is upright, without decoding a pixel. Raises BadSample."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             exif = Image.Image.getexif(image)  # a PNG's own would decode all pixels to look behind them
@@ -50,7 +50,7 @@ def last_exif(png: Path) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """That it is there and, if it is no array, has the header of an image. Raises BadSample."""
+    """Raises BadSample if there is no such file, or if it is no array and does not begin as an image."""
     if not path.is_file():
         raise BadSample(f'"{path}" does not exist')
     if path.suffix.lower() != ".npy":

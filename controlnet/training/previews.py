@@ -28,7 +28,7 @@ from .transform import Transform
 
 
 def own_samples(settings: TrainSettings, size: Size) -> list[Sample]:
-    """Those of --validate: their hints are read, cut and made as a folder's, and where its images are they are white.
+    """The samples of --validate: hints that are read, cropped or made as those of a folder, and white for an image.
     Raises ValueError for a file that cannot be read."""
     maker, samples = hint_maker(settings.detect), []
     for file, prompt in settings.validate:
@@ -41,8 +41,8 @@ def own_samples(settings: TrainSettings, size: Size) -> list[Sample]:
 
 
 class Preview:
-    """Images for the hints of a few samples, always sampled with the same seeds: steps can be compared. As many at once
-    as a batch of the training has, which needs more memory for its gradients."""
+    """Images for the hints of a few samples, always with the same seeds, so that steps can be compared. They are
+    sampled in the training's batches, which need more memory there, for gradients."""
 
     def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], batch_size: int, steps: int = 10):
         self.sd, self.samples, self.batch_size, self.steps = sd, samples, batch_size, steps

@@ -75,7 +75,7 @@ def continued(before: dict, given: dict) -> TrainSettings:
 
 
 def check_together(settings: TrainSettings) -> None:
-    """Raises ValueError for those that contradict each other."""
+    """Raises ValueError for settings that contradict each other."""
     if not settings.resume and settings.out.resolve() == Path(settings.data).resolve():
         raise ValueError(
             f'--out is the folder of --data, "{settings.data}", and the pictures of the run would become a part of '
@@ -92,8 +92,8 @@ def check_together(settings: TrainSettings) -> None:
 
 
 def steps_of_epochs(settings: TrainSettings, config: Config, done: int = 0, seen: int = 0) -> int:
-    """How many it takes for all processes to see as many samples, the last step perhaps some more: with those that are
-    `done`, in which they have `seen` some, perhaps in smaller batches or in fewer processes."""
+    """After how many steps all processes together have seen the epochs' samples: those that are `done` count, in which
+    they have `seen` some, perhaps in smaller batches or fewer processes."""
     if settings.no_cache and settings.data in WORLDS and settings.images is None:
         raise ValueError(f"{settings.data} is drawn without end, and has no epochs: say --images N, or --steps")
     pairs = len(open_sources(settings, image_size(settings.size, config)).train)
@@ -143,7 +143,7 @@ def open_base_of(settings: TrainSettings) -> tuple[BaseFile | None, Config]:
 
 
 def control_config(settings: TrainSettings) -> ControlConfig:
-    """Of a fresh ControlNet: all others are full copies that start otherwise."""
+    """The configuration of a fresh ControlNet. Those that are no baselines are full copies that start differently."""
     built_otherwise = settings.architecture in BASELINES
     return ControlConfig(
         settings.hint_channels,
@@ -153,7 +153,7 @@ def control_config(settings: TrainSettings) -> ControlConfig:
 
 
 def check_hint_channels(config: ControlConfig, settings: TrainSettings) -> None:
-    """Raises ValueError if those of --control are others."""
+    """Raises ValueError if --control reads hints of other channels."""
     if config.hint_channels != settings.hint_channels:
         raise ValueError(
             f"{settings.control} reads hints of {config.hint_channels} channels, expected {settings.hint_channels}: "

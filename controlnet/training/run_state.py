@@ -264,8 +264,8 @@ class RunFolder:
         return None
 
     def reached(self) -> tuple[int, int]:
-        """Of the newest state, of which little is read: the steps done and the samples seen. 0 if there is none or it
-        is damaged."""
+        """The steps done and the samples seen as of the newest state, of which no weights are read. Zeros if there is
+        none or it is damaged."""
         for path in self.states()[-1:]:
             with suppress(Exception):  # as in `read_state`
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -297,7 +297,7 @@ class Position:
         self.seen, self.best = state["seen"], state.get("best", math.inf)  # which older states lack
 
     def is_best(self, loss: float | None) -> bool:
-        """Of a save with this validation loss, if it has one: it is then the one to compare with."""
+        """Whether a save with this validation loss, if it has one, is the best so far."""
         if loss is None or loss > self.best:
             return False
         self.best = loss

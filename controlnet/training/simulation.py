@@ -31,7 +31,7 @@ from .options import TrainSettings
 
 
 class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of the storages made within `with`: now, and as they were after each that was made."""
+    """Counts the bytes of the storages made within `with`: `now`, and in its `history` whenever one was made."""
 
     def __init__(self):
         super().__init__()

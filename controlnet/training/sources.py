@@ -128,7 +128,7 @@ class FolderSource(Source):
         return self.transform.of(image_size)(hint)
 
     def size(self, index: int) -> Size:
-        """Of an image that cannot be read the size that all have without buckets."""
+        """An image that cannot be read has the size that all have without buckets."""
         image_size = self.image_size(index) if self.transform.buckets else None
         return self.transform.size_for(image_size) if image_size else self.transform.size
 
@@ -163,7 +163,7 @@ class FolderSource(Source):
         return Identity(fingerprint, keys)
 
     def problems(self) -> list[str]:
-        """A sentence for each pair that lacks a file or whose files' headers are none of an image."""
+        """A sentence for each pair with a file that is missing or does not begin as an image."""
         found = []
         for entry in self.entries:
             try:
@@ -209,7 +209,7 @@ def hint_maker(text: str | None) -> HintMaker | None:
 
 
 class BadSamples:
-    """Counts those that were met, and stops the run where they are too many."""
+    """Counts the bad samples that a run meets, and stops it when they are too many."""
 
     def __init__(
         self, total: int, problems: Sequence[str], share: float, name_of: Callable[[int], str] = "number {}".format

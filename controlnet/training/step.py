@@ -29,8 +29,8 @@ class Step:
             optimisation.prepare_recording()
 
     def __call__(self, next_inputs: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-        """`next_inputs` gives the loss's, batch by batch -> the mean loss and the norm of the gradients, both on the
-        device, which may still be computing them.
+        """Takes the loss's inputs from `next_inputs`, batch by batch -> the mean loss and the norm of the gradients.
+        The device may still be computing both.
 
         Raises FloatingPointError as `Optimisation.step` does.
         """

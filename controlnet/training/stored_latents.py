@@ -31,7 +31,7 @@ def hint_path(folder: Path, hint: str) -> Path:
 
 
 def hint_as_image(hint: np.ndarray) -> Image.Image:
-    """As it is stored: a hole to inpaint, which is -1, is transparent."""
+    """The image that a hint is stored as: a hole to inpaint, where it is -1, is transparent."""
     if hint.dtype == np.uint8:
         return Image.fromarray(hint)
     opacity = np.where(hint[..., :1] < 0, 0, 255).astype(np.uint8)
@@ -49,8 +49,8 @@ class Place(NamedTuple):
 
 
 class Stored:
-    """What a folder holds of the samples with these keys. With `check` damaged files are removed: to be made again by
-    the one process, or the one run, whose samples they hold."""
+    """Which of the samples with these keys a folder holds. With `check` damaged files are removed, to be computed
+    again; `check` is for the one process whose samples they hold."""
 
     def __init__(self, folder: Path, keys: Sequence[Key], check: bool):
         self.folder, wanted = folder, {key.latents for key in keys}
@@ -70,7 +70,7 @@ class Stored:
             self.bad |= {Key(*names) for names in held["bad"]}
 
     def has(self, key: Key) -> bool:
-        """Or that it is bad."""
+        """Whether it is stored, or known to be bad."""
         return key.latents in self.places or key in self.bad
 
     def lacks_hint(self, source: Source, key: Key) -> bool:
@@ -78,8 +78,8 @@ class Stored:
 
 
 def names_in(path: Path) -> dict:
-    """The samples that a shard names: `keys` by row, and those found to be `bad`. Of a file that cannot be read both
-    are empty."""
+    """The samples that a shard names: `keys` by row, and those found to be `bad`. Both are empty for a file that cannot
+    be read."""
     try:
         with safe_open(path, "pt") as file:
             held = json.loads(file.metadata()["samples"])

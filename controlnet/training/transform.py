@@ -38,7 +38,7 @@ class Transform:
     buckets: tuple[Size, ...] = ()
 
     def size_for(self, image_size: Size) -> Size:
-        """Of equally near shapes the largest."""
+        """`size`, or the bucket that is nearest in shape: the largest of those that are equally near."""
 
         def distance(size: Size) -> tuple[float, int]:
             return abs(math.log(size[0] * image_size[1] / (size[1] * image_size[0]))), -size[0] * size[1]
@@ -76,7 +76,7 @@ def covering_size(image_size: Size, size: Size) -> Size:
 
 
 def cropped_share(image_size: Size, size: Size) -> float:
-    """Of the image's area."""
+    """How much of the image's area the crop takes away."""
     covering = covering_size(image_size, size)
     return 1 - size[0] * size[1] / (covering[0] * covering[1])
 

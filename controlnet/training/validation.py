@@ -23,7 +23,7 @@ from .run_state import RunFolder
 
 
 class Validation:
-    """Now and then the loss on validation pairs, as far as there are any, and a grid of `shown` samples."""
+    """At intervals the loss on validation pairs, if there are any, and a grid of `shown` samples."""
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class Validation:
         self.losses, self.grids = Interval(settings.validate_every), Interval(settings.sample_every)
 
     def __call__(self, done: int, loss: ControlLoss, saving: bool, last: bool) -> dict:
-        """What is logged after `done` steps of the ControlNet in `loss`: also before a save, to know the best, but for
-        that of a run that is being stopped."""
+        """What is logged after `done` steps of the ControlNet in `loss`. Each save is validated, to know the best,
+        except that of a run that is being stopped."""
         values = {}
         if self.loss and (self.losses.over(done) or saving or last):
             values |= {**self.loss(loss), "zero_convs": zero_conv_norms(loss.control)}

@@ -19,7 +19,8 @@ def count_of(asked: int | None, device: torch.device) -> int:
 
 
 def reading(loader: DataLoader) -> Iterator:
-    """Its batches. Errors of its workers lose their traceback, and their sudden end is a ValueError."""
+    """The loader's batches. Errors in its workers are raised without PyTorch's words around them, and the sudden end of
+    a worker is a ValueError."""
     try:
         yield from loader
     except (ValueError, OSError, EOFError) as error:

@@ -21,8 +21,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pair needs beside its image: without `hints` they are left out, whether there are any or not. A `prompt`
-    stands for the captions of all, whatever these are, and `without_hints` says what to do where there are no hints."""
+    """What a pair needs beside its image. Without `hints`, files of hints are not used. A `prompt` takes the place of
+    all captions. `without_hints` tells the user what to do about a data set without hints."""
 
     hints: bool = True
     captions: bool = True
@@ -32,7 +32,7 @@ class Wanted:
     )
 
     def caption(self, found: str, complaint: str) -> str:
-        """Raises BadSample where there is none, though one is needed."""
+        """The caption of a pair for which `found` is written. Raises BadSample, with `complaint`, if one is missing."""
         if self.prompt is not None:
             return self.prompt
         if self.captions and not found.strip():

@@ -36,7 +36,7 @@ class Files:
         self.left.add(file)
 
     def take(self, key: Path, alone: bool) -> list[Path]:
-        """Those of an image; if no other image has its name (`alone`), they may lie in another subfolder."""
+        """The files that belong to an image. If no other has its name (`alone`), they may lie in another subfolder."""
         found = self.by_key.get(composed(key)) or (self.by_name.get(composed(key.name)) if alone else None) or []
         self.left.difference_update(found)
         return found

@@ -60,7 +60,7 @@ class Finder:
         self.listed: dict[Path, dict[str, Path]] = {}
 
     def __call__(self, name: str) -> Path:
-        """Where nothing is found, the path as it is named. Raises BadSample for what no file can be called."""
+        """The file, or the path as it is named if there is none. Raises BadSample for what no file can be called."""
         parts, path = re.split(r"[\\/]+", name), self.folder / name
         try:
             impossible = "\0" in name or len(os.fsencode(path)) > 4000 or max(map(len, map(os.fsencode, parts))) > 255

@@ -59,7 +59,7 @@ def pairs_in(shard: Path) -> tuple[Packed, ...]:
 
 
 def packed(group: list[Member]) -> Packed | None:
-    """None for what is no image."""
+    """None for a group without an image."""
     found: dict[str, Member] = {}
     for member in sorted(group, key=lambda member: member.name.endswith(".json")):  # captions proper come first
         _, *words, suffix = Path(member.name).name.lower().split(".")

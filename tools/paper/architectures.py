@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import fmean
 
+import numpy as np
+
 from controlnet.worlds import Sample
 
 from .cost import counted, machine, seconds_of
 from .experiment import Experiment
 from .lab import BATCH, OPTIMIZER, Lab, circles_measured
 from .runs import at_end, set_in
-from .sheets import save_sheet
 from .statistics import IS, LEARNED, Numbers, Verdict, above, all_of, judged, shown, steps_shown, table
 
 PROMPTS: dict[str, Callable[[Sample], str]] = {
@@ -29,19 +30,16 @@ def settings_of(architecture: str) -> dict:
 def measure(lab: Lab, name: str, architectures: Sequence[str], kinds: Sequence[str]) -> dict:
     """Every architecture with every kind of prompt, and what it costs."""
 
-    def of_seed(seed: int) -> dict[str, dict[str, float]]:
-        rows, sheet = {}, {"hints": [sample.hint for sample in lab.circles]}
+    def draw(seed: int) -> dict[str, list[np.ndarray]]:
+        drawn = {}
         for architecture in architectures:
             net = lab.load(lab.train(seed, **settings_of(architecture)))
             for kind in kinds:
-                images = lab.draw_circles(net, [PROMPTS[kind](sample) for sample in lab.circles])
-                rows[f"{architecture}, {kind}"] = circles_measured(images, lab.circles)
-                sheet[f"{architecture}, {kind}"] = images
-        if seed == 0:
-            save_sheet(lab, name, sheet)
-        return rows
+                prompts = [PROMPTS[kind](sample) for sample in lab.circles]
+                drawn[f"{architecture}, {kind}"] = lab.draw_circles(net, prompts)
+        return drawn
 
-    fidelity = lab.over_seeds(of_seed)
+    fidelity = lab.drawn_over_seeds(name, draw, partial(circles_measured, circles=lab.circles))
     trainings = {each: trainings_of(lab, each) for each in architectures}
     counts = {each: counted(lab.sd.config, BATCH, architecture=each, optimizer=OPTIMIZER) for each in architectures}
     costs = {each: vars(counts[each]) | {"seconds": seconds_of(lab, architecture=each)} for each in architectures}

@@ -1,6 +1,7 @@
 """Two ControlNets at once, their residuals added."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import starmap
 
 import numpy as np
@@ -11,7 +12,6 @@ from tools.paint import mismatched
 
 from .experiment import Experiment
 from .lab import Lab
-from .sheets import save_sheet
 from .statistics import Verdict, above, all_of, judged, lost, numbers_table, shown
 
 OUTLINE, EDGES, AGREEING, DISAGREEING = "outline alone", "edges alone", "both, of one picture", "both, of two pictures"
@@ -23,7 +23,7 @@ def measure(lab: Lab) -> dict:
     edge_hints = [edges(lab.world.draw(i)) for i in range(len(outlines))]
     prompts = [sample.caption for sample in lab.circles]
 
-    def of_seed(seed: int) -> dict[str, dict[str, float]]:
+    def draw(seed: int) -> dict[str, list[np.ndarray]]:
         circles, shapes = lab.load(lab.train(seed)), lab.load(lab.train(seed, data="shapes"))
         left, right = (circles, halves(outlines, left=True)), (shapes, halves(edge_hints, left=False))
         controls = {
@@ -35,12 +35,10 @@ def measure(lab: Lab) -> dict:
             HALVES: [left, right],
             DISAGREEING: [(circles, outlines), (shapes, mismatched(edge_hints))],
         }
-        drawn = {name: lab.draw(acting, prompts) for name, acting in controls.items()}
-        if seed == 0:
-            save_sheet(lab, "composition", {"outlines": outlines, "edges": edge_hints, **drawn})
-        return {name: followed(images, masks) for name, images in drawn.items()}
+        return {name: lab.draw(acting, prompts) for name, acting in controls.items()}
 
-    return {"controls": lab.over_seeds(of_seed)}
+    hints = {"outlines": outlines, "edges": edge_hints}
+    return {"controls": lab.drawn_over_seeds("composition", draw, partial(followed, masks=masks), hints)}
 
 
 def halves(hints: Sequence[np.ndarray], left: bool) -> list[np.ndarray]:

@@ -10,9 +10,8 @@ from controlnet.worlds import Fill50k
 from tools.convergence import images_of
 
 from .experiment import Experiment
-from .lab import WATCHED, Lab, circles_measured, follows
+from .lab import SHOWN, WATCHED, Lab, circles_measured, follows, save_sheet
 from .runs import Run, set_in, watched
-from .sheets import SHOWN, save_sheet
 from .statistics import Verdict, all_of, judged, shown, steps_shown, table
 
 # One seed each: they are there to show how the step depends on the settings.

@@ -1,9 +1,8 @@
 """How many pictures it takes."""
 
 from .experiment import Experiment
-from .lab import BATCH, Lab, circles_measured
+from .lab import BATCH, Lab, circles_measured, save_sheet
 from .runs import at_end
-from .sheets import save_sheet
 from .statistics import IS, Verdict, above, all_of, judged, shown, table
 
 FEW, ENDLESS = "100", "endless"

@@ -13,7 +13,7 @@ from .statistics import Verdict
 @dataclass(frozen=True)
 class Experiment:
     """`measure` gives numbers that JSON can hold. All else on the page is drawn from these, but for the sheets of
-    samples that it saves beside them (`sheets.save_sheet`)."""
+    samples that it saves beside them (`lab.save_sheet`)."""
 
     title: str
     claim: str  # the paper's, in a sentence

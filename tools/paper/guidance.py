@@ -6,7 +6,6 @@ from controlnet.guidance import layer_weights
 
 from .experiment import Experiment
 from .lab import Lab, follows
-from .sheets import save_sheet
 from .statistics import IS, Numbers, Verdict, above, all_of, judged, lost, numbers_table
 
 WITHOUT, BOTH, ALONE = "no guidance", "guidance, hint in both branches", "guidance, hint in the prompt's branch alone"
@@ -23,16 +22,15 @@ WAYS = {
 
 
 def measure(lab: Lab) -> dict:
-    def of_seed(seed: int) -> dict[str, dict[str, float]]:
-        net, sheet = lab.load(lab.train(seed)), {"hints": [sample.hint for sample in lab.circles]}
-        for name, (mode, cfg) in WAYS.items():
-            sheet[name] = lab.draw_circles(net, mode=mode, cfg=cfg)
-        if seed == 0:
-            save_sheet(lab, "guidance", sheet)
-        return {name: {"iou": follows(sheet[name], lab.circles), "contrast": contrast(sheet[name])} for name in WAYS}
+    def draw(seed: int) -> dict[str, list[np.ndarray]]:
+        net = lab.load(lab.train(seed))
+        return {name: lab.draw_circles(net, mode=mode, cfg=cfg) for name, (mode, cfg) in WAYS.items()}
+
+    def measured(images: list[np.ndarray]) -> dict[str, float]:
+        return {"iou": follows(images, lab.circles), "contrast": contrast(images)}
 
     return {
-        "ways": lab.over_seeds(of_seed),
+        "ways": lab.drawn_over_seeds("guidance", draw, measured),
         "true": contrast([sample.image for sample in lab.circles]),
         "weights": layer_weights("resolution-literal", (), lab.sd.config.unet),
     }

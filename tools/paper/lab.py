@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from controlnet import Control, ControlNet
 from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_hints
 from controlnet.training.latent_cache import ends_of_weights
-from controlnet.training.previews import images_of
+from controlnet.training.previews import images_of, text_image
 from controlnet.worlds import Fill50k, Sample
 from controlnet.worlds.colours import BASIC_COLOURS
 from controlnet.worlds.measures import foreground, iou
 from ldm import StableDiffusion
+from ldm.checkpoints.files import new_file
 from tools.evaluate import colours_right
 
 from .runs import Run, trained
@@ -29,6 +31,8 @@ from .statistics import Numbers
 BATCH, VALIDATION = 16, 16  # images
 WATCHED = 8  # of the validation images, sampled all along
 OPTIMIZER, LR, WARMUP = "muon", 1e-3, 50
+SHOWN = 6  # images in a row of a sheet
+SIDE, WORDS = 80, 110  # pixels of an image there, and of the label before its row
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,25 @@ class Lab:
         found = [measure(seed) for seed in range(self.scale.seeds)]
         return {row: {name: [one[row][name] for one in found] for name in found[0][row]} for row in found[0]}
 
+    def drawn_over_seeds(
+        self,
+        name: str,
+        draw: Callable[[int], dict[str, list[np.ndarray]]],
+        measure: Callable[[list[np.ndarray]], dict[str, float]],
+        given: dict[str, list[np.ndarray]] | None = None,
+    ) -> Numbers:
+        """`over_seeds` of what `measure` says of the images that `draw(seed)` gives for each row. Those of the first
+        seed are shown in OUT/`name`.jpg, below what is `given`: the hints of `circles`, if nothing else is."""
+        above = {"hints": [sample.hint for sample in self.circles]} if given is None else given
+
+        def of_seed(seed: int) -> dict[str, dict[str, float]]:
+            drawn = draw(seed)
+            if seed == 0:
+                save_sheet(self, name, {**above, **drawn})
+            return {row: measure(images) for row, images in drawn.items()}
+
+        return self.over_seeds(of_seed)
+
     # --------------------------------------------------------------------------------------------------- pictures
 
     def load(self, run: Run) -> ControlNet:
@@ -157,3 +180,16 @@ def circles_measured(images: Sequence[np.ndarray], circles: Sequence[Sample]) ->
 def follows(images: Sequence[np.ndarray], samples: Sequence[Sample]) -> float:
     """The mean IoU of the figures that are seen with those that the hints show."""
     return float(np.mean([iou(foreground(i), s.mask) for i, s in zip(images, samples, strict=True)]))
+
+
+# --------------------------------------------------------------------------------------------------- sheets of samples
+
+
+def save_sheet(lab: Lab, name: str, rows: dict[str, Sequence[np.ndarray]]) -> None:
+    """OUT/NAME.jpg: the first six images of each row, none picked, beside its label."""
+    lines = []
+    for label, images in rows.items():
+        shown = [np.asarray(Image.fromarray(image).resize((SIDE, SIDE))) for image in images[:SHOWN]]
+        lines.append(np.hstack([text_image([label], (SIDE, WORDS)), *shown]))
+    with new_file(lab.out / f"{name}.jpg") as temporary:
+        Image.fromarray(np.vstack(lines)).save(temporary, "JPEG", quality=80)

@@ -12,7 +12,6 @@ from tools.paint import after_autoencoder, mismatched
 
 from .experiment import Experiment
 from .lab import Lab
-from .sheets import save_sheet
 from .statistics import Verdict, above, all_of, numbers_table, shown
 
 REAL, FLOOR = "real: true pictures after the autoencoder", "true pictures of other maps"
@@ -40,17 +39,15 @@ def measure(lab: Lab) -> dict:
         pairs = zip(pictures, wanted, strict=True)
         return {"iou": float(np.mean([classes_iou(judge.see(one), truth) for one, truth in pairs]))}
 
-    def of_seed(seed: int) -> dict[str, dict[str, float]]:
+    def draw(seed: int) -> dict[str, list[np.ndarray]]:
         settings = dict(data="seg", steps=lab.scale.steps * 3 // 2)
         drawn = {}
         for name, more in (("full", {}), ("lite", {"architecture": "lite"})):
             net = lab.load(lab.train(seed, **settings, **more))
             drawn[name] = lab.draw([(net, hints)], [sample.caption for sample in samples])
-        if seed == 0:
-            save_sheet(lab, "segmentation", {"hints": hints, "true pictures": images, **drawn})
-        return {name: fidelity(pictures) for name, pictures in drawn.items()}
+        return drawn
 
-    found = lab.over_seeds(of_seed)
+    found = lab.drawn_over_seeds("segmentation", draw, fidelity, {"hints": hints, "true pictures": images})
     once = {
         REAL: fidelity(after_autoencoder(lab.sd, images)),
         "true pictures": fidelity(images),

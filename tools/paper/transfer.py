@@ -1,5 +1,6 @@
 """A ControlNet on another base: one that was fine-tuned from its own, on a restyled world."""
 
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -13,7 +14,6 @@ from tools.pretrain_unet import BaseLoss, Batches, latents_of
 
 from .experiment import Experiment
 from .lab import BATCH, Lab, follows
-from .sheets import save_sheet
 from .statistics import LEARNED, Verdict, above, judged, lost, numbers_table, shown
 
 OWN, UNTOUCHED, MOVED = "its own base", "the other base, untouched", "the other base, difference of encoders added"
@@ -51,17 +51,15 @@ def restyled(lab: Lab) -> StableDiffusion:
 def measure(lab: Lab) -> dict:
     other, prompts = restyled(lab), [sample.caption for sample in lab.circles]
 
-    def of_seed(seed: int) -> dict[str, dict[str, float]]:
+    def draw(seed: int) -> dict[str, list[np.ndarray]]:
         net = lab.load(lab.train(seed))
         drawn = {OWN: lab.draw_circles(net, prompts), UNTOUCHED: lab.draw_circles(net, prompts, sd=other)}
         net.transfer(lab.sd.unet, other.unet)
-        drawn[MOVED] = lab.draw_circles(net, prompts, sd=other)
-        if seed == 0:
-            save_sheet(lab, "transfer", {"hints": [sample.hint for sample in lab.circles], **drawn})
-        return {name: measured(images, lab) for name, images in drawn.items()}
+        return drawn | {MOVED: lab.draw_circles(net, prompts, sd=other)}
 
+    found = lab.drawn_over_seeds("transfer", draw, partial(measured, lab=lab))
     true = follows([pastel(sample.image) for sample in lab.circles], lab.circles)
-    return {"bases": {**lab.over_seeds(of_seed), TRUE: {"iou": [true], "pastel": [1.0]}}}
+    return {"bases": {**found, TRUE: {"iou": [true], "pastel": [1.0]}}}
 
 
 def measured(images: list[np.ndarray], lab: Lab) -> dict[str, float]:

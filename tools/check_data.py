@@ -13,7 +13,7 @@ to train on.
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +42,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from controlnet.common.images import save_png
     from controlnet.training.data import image_size
     from controlnet.training.findings import look_at_folder, look_at_pairs
@@ -67,11 +65,7 @@ def check(args: argparse.Namespace) -> int:
     if listing.shards:
         raise ValueError(f'"{args.folder}" holds tar shards, expected files: unpack one of them to look into it')
     source = FolderSource(str(args.folder), listing.entries, transform, args.hint_channels, args.detect)
-
-    def progress(looks: Iterable, total: int) -> Iterable:
-        return tqdm(looks, "pairs", total, disable=None)
-
-    unusable, odd = look_at_pairs(source, progress)
+    unusable, odd = look_at_pairs(source)
     problems = listing.problems + unusable
     findings = [one for one in (*odd, *look_at_folder(args.folder, listing.entries)) if one.files]
     for line in (*problems, *(line for finding in findings for line in lines_of(finding)), *framing(source, multiple)):

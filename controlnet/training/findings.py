@@ -4,12 +4,13 @@ Nothing here changes what a training does with the data.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from controlnet.hints.detectors import IMAGES
 from controlnet.hints.hint_file import is_label_map
@@ -59,9 +60,7 @@ ODD_HINTS: dict[str, tuple[Callable[[np.ndarray], bool], str]] = {
 }
 
 
-def look_at_pairs(
-    source: FolderSource, progress: Callable[[Iterable, int], Iterable]
-) -> tuple[list[str], list[Finding]]:
+def look_at_pairs(source: FolderSource) -> tuple[list[str], list[Finding]]:
     """-> a sentence for each pair that cannot be used, and what is odd about the hints of the others."""
 
     def look(i: int) -> tuple[str | None, str | None]:
@@ -73,7 +72,7 @@ def look_at_pairs(
         return None, next((what for what, (applies, _) in ODD_HINTS.items() if applies(hint)), None)
 
     with ThreadPoolExecutor() as pool:
-        looks = list(progress(pool.map(look, range(len(source))), len(source)))
+        looks = list(tqdm(pool.map(look, range(len(source))), "pairs", len(source), disable=None))
     files = defaultdict(list)
     for entry, (_, odd) in zip(source.entries, looks, strict=True):
         files[odd].append(str(entry.hint or entry.image))

@@ -84,29 +84,25 @@ def card_of(folder: Path) -> dict | None:
         raise ValueError(f'"{card}" is damaged ({error}): remove the folder, and it is computed again') from error
 
 
-def check_folder(folder: Path, fingerprint: dict) -> bool:
-    """Whether the folder holds a cache of this base. Raises ValueError for that of another, and as `card_of` does."""
+def check_folder(folder: Path, fingerprint: dict) -> None:
+    """Raises ValueError if the folder holds the cache of another base, and as `card_of` does."""
     found = card_of(folder)
-    if found is None:
-        return False
-    differing = differences({name: found.get(name) for name in MADE_WITH}, made_with(fingerprint))
-    if differing:
+    if found is not None and (differing := differences(made_with(found), made_with(fingerprint))):
         raise ValueError(
             f'the latents in "{folder}" are of another base ({differing}): remove that folder, or give another one as '
             "--cache"
         )
-    return True
 
 
 def made_with(fingerprint: dict) -> dict:
-    return {name: fingerprint[name] for name in MADE_WITH}
+    return {name: fingerprint.get(name) for name in MADE_WITH}
 
 
 def prepare_folder(folder: Path, fingerprint: dict) -> None:
-    """Makes an empty cache, unless there is one of the same base. Raises ValueError as `check_folder` does."""
-    if not check_folder(folder, fingerprint):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "cache.json", json.dumps(made_with(fingerprint), indent=2) + "\n")
+    """Makes an empty cache, or keeps that of the same base. Raises ValueError as `check_folder` does."""
+    check_folder(folder, fingerprint)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "cache.json", json.dumps(made_with(fingerprint), indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- building

@@ -87,10 +87,8 @@ def unpacked(shard: Path, pair: Packed, wanted: Wanted) -> Iterator[Entry]:
         try:
             yield Entry(image, hint, caption)
         except BadSample as error:
-            names = {image: where, hint: f"{shard}/{pair.hint.name}" if pair.hint else ""}
-            text = str(error)
-            for path, name in names.items():
-                text = text.replace(str(path), name)
+            text = str(error).replace(str(image), where)
+            text = text.replace(str(hint), f"{shard}/{pair.hint.name}") if hint else text
             raise BadSample(text) from error
 
 

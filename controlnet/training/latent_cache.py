@@ -179,8 +179,7 @@ class Reader(Dataset):
     too, where workers do it beside the encoding."""
 
     def __init__(self, folder: Path, source: Source, keys: Sequence[Key]):
-        self.folder, self.source = folder, source
-        self.hints = None if source.hints_are_files else [key.hint for key in keys]
+        self.folder, self.source, self.keys = folder, source, keys
 
     def __len__(self) -> int:
         return len(self.source)
@@ -190,8 +189,8 @@ class Reader(Dataset):
             sample = self.source.sample(index)
         except BadSample as error:
             return index, str(error)
-        if self.hints is not None:
-            save_png(hint_as_image(sample.hint), hint_path(self.folder, self.hints[index]), {})
+        if not self.source.hints_are_files:
+            save_png(hint_as_image(sample.hint), hint_path(self.folder, self.keys[index].hint), {})
         return index, sample
 
 

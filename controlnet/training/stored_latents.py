@@ -58,16 +58,15 @@ class Stored:
         self.bad: set[Key] = set()
         for path in sorted(folder.glob(SHARDS)):  # no file of the user's own
             held = names_in(path)
-            others = wanted.isdisjoint(held["keys"] + [latents for latents, _ in held["bad"]])
-            damaged = check and not (any(held.values()) if others else is_whole(path))
-            if damaged:
+            ours = not wanted.isdisjoint(held["keys"] + [latents for latents, _ in held["bad"]])
+            # All bits are looked at in ours alone; of others it is enough that they name samples.
+            if check and not (is_whole(path) if ours else any(held.values())):
                 tqdm.write(f'"{path}" is damaged: it is computed again')
                 path.unlink(missing_ok=True)
-            if damaged or others:
-                continue
-            for row, name in enumerate(held["keys"]):
-                self.places.setdefault(name, Place(path, row))
-            self.bad |= {Key(*names) for names in held["bad"]}
+            elif ours:
+                for row, name in enumerate(held["keys"]):
+                    self.places.setdefault(name, Place(path, row))
+                self.bad |= {Key(*names) for names in held["bad"]}
 
     def has(self, key: Key) -> bool:
         """Whether it is stored, or known to be bad."""

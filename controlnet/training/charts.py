@@ -41,7 +41,8 @@ def scale(low: float, high: float, start: float, end: float):
 
 
 def colour(i: int, count: int) -> str:
-    return f"hsl({215 + (360 / max(count, 3) if count < 4 else 250 / count) * i:.0f} 80% 50%)"
+    apart = 120 if count < 4 else 250 / count  # degrees
+    return f"hsl({215 + apart * i:.0f} 80% 50%)"
 
 
 def legend(curves: dict[str, Points]) -> str:

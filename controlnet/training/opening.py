@@ -93,7 +93,8 @@ def check_no_label_maps(source: FolderSource) -> None:
     found = []
     for file in files:
         with suppress(BadSample):
-            found += [file] if is_label_map(read_hint(file, source.hint_channels)) else []
+            if is_label_map(read_hint(file, source.hint_channels)):
+                found.append(file)
     if 2 * len(found) > len(files):
         raise ValueError(
             f'"{found[0]}" looks like a label map, whose numbers 0, 1, 2 ... are black as colours: colour it with '

@@ -148,11 +148,7 @@ def measure(lab: Lab) -> dict:
     costs = {
         place: {step: vars(counted(config, batch, step)) for step in STEPS} for place, (config, batch) in places.items()
     }
-    return {
-        "costs": costs,
-        "seconds": {step: seconds_of(lab, step) for step in STEPS},
-        "device": machine(lab),
-    }
+    return {"costs": costs, "seconds": {step: seconds_of(lab, step) for step in STEPS}, "device": machine(lab)}
 
 
 def tables(numbers: dict) -> list[str]:

@@ -43,18 +43,11 @@ class Muon(torch.optim.Optimizer):
     optimizers, a step changes nothing where the attribute `found_inf`, a scalar on the device, is 1.
     """
 
-    def __init__(
-        self,
-        named: Iterable[tuple[str, nn.Parameter]],
-        lr: float,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 1e-2,
-    ):
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float = 1e-2):
         named = list(named)
         self.hidden = {parameter for name, parameter in named if is_hidden_weight(name, parameter)}
         self.found_inf: Tensor | None = None
-        defaults = dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay)
+        defaults = dict(lr=lr, momentum=0.95, betas=(0.9, 0.999), weight_decay=weight_decay)
         super().__init__([parameter for _, parameter in named], defaults)
 
     def __setstate__(self, state: dict) -> None:

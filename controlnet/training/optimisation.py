@@ -45,10 +45,7 @@ class Optimisation:
     Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`. No
     method waits for a GPU, but for `step` with adamw8bit. With the others `backward` and `update` can be recorded as a
     CUDA graph, after `prepare_recording`.
-    `named` are as from `named_parameters()`: errors name the layer. `optimizer` is "adamw", "adamw8bit", which keeps
-    the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes, or "muon". With
-    `shard` each of several processes keeps AdamW's moments of some parameters, updates these and sends them to the
-    others (ZeRO, stage 1: Rajbhandari et al., arXiv 1910.02054): the same numbers as without.
+    `named` are as from `named_parameters()`: errors name the layer. `optimizer` and `shard` are as in `new_optimizer`.
     """
 
     def __init__(
@@ -65,21 +62,7 @@ class Optimisation:
         named = list(named)
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.device, self.dtype, self.lr, self.clip = device, PRECISIONS[precision], lr, clip
-        if optimizer == "muon":
-            self.optimizer = Muon(named, lr)
-        elif optimizer == "adamw8bit":
-            adamw = optional("bitsandbytes.optim", "the 8-bit optimizer").AdamW8bit
-            self.optimizer = adamw(self.parameters, lr=lr, weight_decay=1e-2)
-            self.optimizer.register_step_post_hook(restore_channels_last(self.parameters))
-        else:
-            settings = dict(lr=lr, weight_decay=1e-2, fused=True)
-            if shard:
-                from torch.distributed.optim import ZeroRedundancyOptimizer  # takes its time
-
-                self.optimizer = ZeroRedundancyOptimizer(self.parameters, torch.optim.AdamW, **settings)
-            else:
-                self.optimizer = torch.optim.AdamW(self.parameters, **settings)
-        self.sharded = shard
+        self.optimizer, self.sharded = new_optimizer(optimizer, named, lr, shard), shard
         self.own = self.optimizer.optim if shard else self.optimizer  # of this process
         self.can_skip = optimizer != "adamw8bit"
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule)
@@ -174,6 +157,31 @@ class Optimisation:
         self.lr_schedule.base_lrs = [self.lr]
         (group,) = self.optimizer.param_groups
         group["initial_lr"], group["lr"] = self.lr, self.current_lr
+
+
+def new_optimizer(
+    name: str, named: list[tuple[str, nn.Parameter]], lr: float, shard: bool = False
+) -> torch.optim.Optimizer:
+    """ "adamw", "muon", or "adamw8bit", which keeps the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and
+    needs the package bitsandbytes.
+
+    With `shard` each of several processes keeps AdamW's moments of some parameters, updates these and sends them to the
+    others (ZeRO, stage 1: Rajbhandari et al., arXiv 1910.02054): the same numbers as without.
+    """
+    if name == "muon":
+        return Muon(named, lr)
+    parameters = [parameter for _, parameter in named]
+    if name == "adamw8bit":
+        adamw = optional("bitsandbytes.optim", "the 8-bit optimizer").AdamW8bit
+        optimizer = adamw(parameters, lr=lr, weight_decay=1e-2)
+        optimizer.register_step_post_hook(restore_channels_last(parameters))
+        return optimizer
+    settings = dict(lr=lr, weight_decay=1e-2, fused=True)
+    if not shard:
+        return torch.optim.AdamW(parameters, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes its time
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
 
 
 def restore_channels_last(parameters: list[nn.Parameter]) -> Callable[..., None]:

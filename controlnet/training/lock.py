@@ -2,8 +2,7 @@
 
 import os
 import platform
-import struct
-import sys
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,10 +64,10 @@ def holder(folder: Path) -> int | None:
     which would get in the way of a process that begins. Always None on Windows, which does not tell."""
     if fcntl is None or not (folder / LOCK_NAME).is_file():
         return None
-    layout = ("qqihh", 2) if sys.platform == "darwin" else ("hhqqi", 4)  # of struct flock, and where its process is
-    kind = (0, 0, 0, fcntl.F_WRLCK, 0) if sys.platform == "darwin" else (fcntl.F_WRLCK, 0, 0, 0, 0)
     with open(folder / LOCK_NAME, errors="replace") as file:
-        if f" on {platform.node()} since " not in file.read(200):
+        try:
+            os.lockf(file.fileno(), os.F_TEST, 0)
             return None
-        found = struct.unpack(layout[0], fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout[0], *kind)))
-    return found[layout[1]] or None
+        except OSError:  # another process has it
+            written = re.match(rf"process (\d+) on {re.escape(platform.node())} since ", file.read(200))
+            return int(written[1]) if written else None

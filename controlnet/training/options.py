@@ -41,6 +41,7 @@ def by_base(name: str) -> str:
 # The groups of --help; `fixed` settings are the run's own: resuming with another value is refused.
 in_data = partial(option, "data", fixed=True)
 in_method = partial(option, "method", fixed=False)
+fixed_method = partial(option, "method", fixed=True)
 in_machine = partial(option, "machine", fixed=False)
 in_run = partial(option, "run", fixed=False)
 
@@ -113,30 +114,27 @@ class TrainSettings:
     base: str = in_method(
         "the locked model: a file, or tiny, sd15, sd21 (default: %(default)s)", "tiny", metavar="FILE"
     )
-    prediction: str | None = in_method(
-        "what the UNet predicts, if an SD 2.x file does not say", fixed=True, choices=["eps", "v"]
+    prediction: str | None = fixed_method(
+        "what the UNet predicts, if an SD 2.x file does not say", choices=["eps", "v"]
     )
-    zero_snr: bool = in_method("the base was trained with zero terminal SNR and does not tell", False, fixed=True)
-    vae: str | None = in_method(
-        "another autoencoder, or one for a base without: the file or folder of a VAE", fixed=True, metavar="FILE"
+    zero_snr: bool = fixed_method("the base was trained with zero terminal SNR and does not tell", False)
+    vae: str | None = fixed_method(
+        "another autoencoder, or one for a base without: the file or folder of a VAE", metavar="FILE"
     )
-    lora: list[str] = in_method(
+    lora: list[str] = fixed_method(
         "a LoRA that is merged into the locked model, and how strongly (default: 1); several are given one by one",
-        fixed=True,
         metavar="FILE[:X]",
         each=True,
     )
-    control: str | None = in_method(
+    control: str | None = fixed_method(
         "start from this ControlNet, not from a fresh copy: a file, a name in weights/, a run or one of its states",
-        fixed=True,
         metavar="FILE",
     )
-    architecture: str = in_method(
+    architecture: str = fixed_method(
         "the paper's baselines: lite, single convolutions, not a copy; gaussian, no zero convolutions. And others: "
         "random, a copy without the base's weights; frozen, a copy that stays as it is; concat, no copy, the hint at "
         "the base's input",
         "full",
-        fixed=True,
         choices=["full", "lite", "gaussian", "random", "frozen", "concat"],
     )
     steps: int | None = in_method(f"optimizer steps {by_base('steps')}", **NUMBER)
@@ -150,8 +148,8 @@ class TrainSettings:
         1,
         **NUMBER,
     )
-    optimizer: str | None = in_method(
-        f"adamw8bit needs bitsandbytes {by_base('optimizer')}", fixed=True, choices=["adamw", "adamw8bit", "muon"]
+    optimizer: str | None = fixed_method(
+        f"adamw8bit needs bitsandbytes {by_base('optimizer')}", choices=["adamw", "adamw8bit", "muon"]
     )
     lr: float | None = in_method(f"the learning rate {by_base('lr')}", **FACTOR)
     warmup: int = in_method("steps up to the full learning rate (default: %(default)s)", 100, **COUNT)
@@ -167,23 +165,18 @@ class TrainSettings:
         type=limit,
         metavar="X",
     )
-    ema: float | None = in_method(
-        "save an exponential moving average of the copy with this decay, e.g. 0.999",
-        fixed=True,
-        type=share,
-        metavar="DECAY",
+    ema: float | None = fixed_method(
+        "save an exponential moving average of the copy with this decay, e.g. 0.999", type=share, metavar="DECAY"
     )
     min_snr: float | None = in_method(
         "weigh timesteps by min(SNR, GAMMA), usually 5; not in the validation loss",
         type=positive_number,
         metavar="GAMMA",
     )
-    sd_unlocked: bool = in_method("train the base's decoder too", False, fixed=True)
-    only_mid_control: bool = in_method("control the middle block alone", False, fixed=True)
-    global_average_pooling: bool = in_method(
-        "average what control adds over the image, as shuffle models do", False, fixed=True
-    )
-    seed: int = in_method("of all that is random (default: %(default)s)", 0, fixed=True, **COUNT)
+    sd_unlocked: bool = fixed_method("train the base's decoder too", False)
+    only_mid_control: bool = fixed_method("control the middle block alone", False)
+    global_average_pooling: bool = fixed_method("average what control adds over the image, as shuffle models do", False)
+    seed: int = fixed_method("of all that is random (default: %(default)s)", 0, **COUNT)
 
     device: str | None = in_machine(
         "cpu, cuda, cuda:1 ... (default: cuda if there is one)", metavar="NAME", passing=True

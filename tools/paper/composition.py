@@ -42,7 +42,7 @@ def measure(lab: Lab) -> dict:
 
 
 def halves(hints: Sequence[np.ndarray], left: bool) -> list[np.ndarray]:
-    """Black in the other half."""
+    """The hints with one half black."""
     kept = (np.arange(hints[0].shape[1]) < hints[0].shape[1] // 2) == left
     return [hint * kept[None, :, None] for hint in hints]
 

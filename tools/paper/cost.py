@@ -59,7 +59,7 @@ class BaseAlone(ControlLoss):
 
 
 def loss_of(step: str, sd: StableDiffusion, control: ControlNet, architecture: str = "full") -> ControlLoss:
-    """With gradients for what they are computed of."""
+    """The loss of a row of the table, with gradients for the weights that it computes them of."""
     control.requires_grad_(step != BASE)
     start_as(control, architecture)
     sd.unet.encoder.requires_grad_(step in (BASE, ENCODER))
@@ -73,7 +73,7 @@ def inputs(config: Config, batch: int) -> tuple[Tensor, ...]:
 
 
 def trained_part(loss: ControlLoss, step: str) -> nn.Module:
-    """Gradients of other weights are computed, but move nothing."""
+    """What the optimizer moves. Gradients of other weights are computed for nothing."""
     return loss.unet if step == BASE else loss.control
 
 
@@ -84,8 +84,7 @@ def trained_in(part: nn.Module) -> list[nn.Parameter]:
 def counted(
     config: Config, batch: int, step: str = CONTROL, architecture: str = "full", optimizer: str = "adamw"
 ) -> Cost:
-    """Of fake tensors, which have shapes but no contents. VAE and text encoder are in memory: of all of them the
-    weights."""
+    """Counted with fake tensors, which have shapes but no contents. The weights of VAE and text encoder count, too."""
     settings = TrainSettings(architecture=architecture)
     # As on a GPU: operations of the kernels that take their place on a CPU are not counted.
     run = FakeRun(config, settings, control_config(settings), torch.device("cuda"))
@@ -100,7 +99,7 @@ def counted(
 
 
 def count_flops(work: Callable) -> int:
-    """Of matrix products, convolutions and attention, forward and backward."""
+    """The operations of matrix products, convolutions and attention, forward and backward."""
     aten = torch.ops.aten
     kernels = {  # those of CPUs, which PyTorch does not count
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -114,7 +113,7 @@ def count_flops(work: Callable) -> int:
 
 
 def seconds_of(lab: Lab, step: str = CONTROL, architecture: str = "full") -> float:
-    """The median of some, in fp32 with AdamW."""
+    """The median of a few steps, in fp32 with AdamW."""
     return median_seconds(step_of(lab, step, architecture), lab.device, TIMED)
 
 
@@ -123,7 +122,7 @@ def machine(lab: Lab) -> str:
 
 
 def step_of(lab: Lab, step: str, architecture: str = "full") -> Callable[[], None]:
-    """One of a new training."""
+    """A function that takes a step of a new training."""
     sd = copy.deepcopy(lab.sd)
     sd.schedule = sd.schedule.to(lab.device)
     control = ControlNet.from_unet(sd.unet, control_config(TrainSettings(architecture=architecture)))

@@ -62,12 +62,12 @@ class Lab:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the base's weights: another one may have its name."""
+        """A hash of the base's weights: another base may have the same name."""
         return ends_of_weights(self.sd.unet)[:8]
 
     @property
     def settings(self) -> dict:
-        """By which numbers are known to be those of this call."""
+        """What numbers that are kept must have been measured with, to be those of this call."""
         scale = vars(self.scale)
         return {**scale, "base": Path(self.base).stem, "fingerprint": self.fingerprint, "precision": self.precision}
 

@@ -86,7 +86,7 @@ def cache_of(folder: Path, settings: dict, fingerprint: str) -> Path | None:
 
 
 def arguments(run: Run, cache: Path | None, device: str) -> list[str]:
-    """Of train.py: a run that was stopped goes on, with its own settings."""
+    """The command line of train.py. A run that was stopped goes on with its own settings."""
     given = ["--resume"]
     if not run.folder.states():
         flags = {flag_of(name): value for name, value in run.settings.items()}

@@ -15,7 +15,7 @@ was; one that was damaged since is computed again. They are memory-mapped: the s
 
 import json
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -120,39 +120,41 @@ def build(
 ) -> None:
     """Computes what a prepared folder lacks. Each of several processes computes its share of the files, and has
     `workers` processes of its own to read the images."""
-    firsts = sorted({key: i for i, key in reversed([*enumerate(keys)])}.values())  # of equal samples one is enough
-    # All images of a file have one size, so that they fit into batches.
-    sizes = groupby(sorted(firsts, key=source.size), key=source.size)
-    shares = [share for _, indices in sizes for share in cut(list(indices), SHARD)][rank::world_size]
+    shares = shares_of(source, keys)[rank::world_size]
     stored = Stored(folder, [keys[i] for share in shares for i in share], check=True)
-    shards = [shard for share in shares if (shard := [i for i in share if not stored.has(keys[i])])]
-    batches = [cut(shard, encoding_batch(source.size(shard[0]))) for shard in shards]
-    # Latents that are there may lack the hints of this run's detector.
+    missing = [[i for i in share if not stored.has(keys[i])] for share in shares]
+    shards = [cut(indices, encoding_batch(source.size(indices[0]))) for indices in missing if indices]
+    # Latents that are there may lack the hints of this run's detector. They come last, and are only read.
     hints = [i for share in shares for i in share if stored.has(keys[i]) and stored.lacks_hint(source, keys[i])]
-    reader = DataLoader(
-        Reader(folder, source, keys),
-        batch_sampler=[batch for shard in batches for batch in shard] + cut(hints, SHARD),
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=start_worker,
-    )
-    read, total = reading(reader), sum(map(len, shards)) + len(hints)
+    batches = [*chain.from_iterable(shards), *cut(hints, SHARD)]
+    how = dict(num_workers=workers, collate_fn=list, worker_init_fn=start_worker)
+    read = reading(DataLoader(Reader(folder, source, keys), batch_sampler=batches, **how))
+    total = sum(map(len, batches))
     with tqdm(total=total, desc="latents", unit="image", disable=rank > 0 or not total) as bar:
-        for shard, parts in zip(shards, batches, strict=True):
+        for shard in shards:
             rows = {}
-            for _ in parts:
+            for _ in shard:
                 rows |= encoded_rows(next(read), sd, bad, bar)
-            write_shard(folder, source.size(shard[0]), shard, keys, rows)
+            write_shard(folder, source, list(chain.from_iterable(shard)), keys, rows)
         for samples in read:
             bar.update(len(samples))
 
 
+def shares_of(source: Source, keys: Sequence[Key]) -> list[list[int]]:
+    """The samples of each file, which all have one size, so that they fit into batches. Of equal ones the first."""
+    firsts: dict[Key, int] = {}
+    for i, key in enumerate(keys):
+        firsts.setdefault(key, i)
+    sizes = groupby(sorted(firsts.values(), key=source.size), key=source.size)
+    return [share for _, indices in sizes for share in cut(list(indices), SHARD)]
+
+
 def write_shard(
-    folder: Path, size: Size, indices: list[int], keys: Sequence[Key], rows: dict[int, EncodedPairs]
+    folder: Path, source: Source, indices: list[int], keys: Sequence[Key], rows: dict[int, EncodedPairs]
 ) -> None:
     """Writes a file with the rows of these samples; those without a row are bad. It is named by what it holds, so that
     one that is computed again replaces the damaged one."""
-    tensors = {"size": torch.tensor(size)}
+    tensors = {"size": torch.tensor(source.size(indices[0]))}
     for i, name in enumerate(EncodedPairs._fields if rows else ()):
         tensors[name] = torch.stack([row[i] for row in rows.values()])
     names = {"keys": [keys[i].latents for i in rows], "bad": [list(keys[i]) for i in indices if i not in rows]}

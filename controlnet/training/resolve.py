@@ -43,12 +43,11 @@ def resolve(given: dict) -> TrainSettings:
         optional(package, f"--log {package}")
     _, config = open_base_of(settings)
     if not settings.resume:
-        added = settings_of(settings.recipe, given, min(image_size(settings.size, config)))
-        settings = replace(settings, **added)
-    if settings.epochs and settings.steps is None:
-        reached = run.reached() if settings.resume else (0, 0)
-        settings = replace(settings, steps=steps_of_epochs(with_defaults(settings, config), config, *reached))
+        settings = replace(settings, **settings_of(settings.recipe, given, min(image_size(settings.size, config))))
+    in_epochs = settings.epochs and settings.steps is None
     settings = with_defaults(settings, config)
+    if in_epochs:
+        settings = replace(settings, steps=steps_of_epochs(settings, config, *run.reached()))
     if settings.resume:
         note_rising_rate(run, with_defaults(TrainSettings(**before), config), settings)
     if settings.shard and settings.optimizer != "adamw":
@@ -91,7 +90,7 @@ def check_together(settings: TrainSettings) -> None:
         raise ValueError("with --architecture concat no block is controlled by itself: leave out --only-mid-control")
 
 
-def steps_of_epochs(settings: TrainSettings, config: Config, done: int = 0, seen: int = 0) -> int:
+def steps_of_epochs(settings: TrainSettings, config: Config, done: int, seen: int) -> int:
     """After how many steps all processes together have seen the epochs' samples: those that are `done` count, in which
     they have `seen` some, perhaps in smaller batches or fewer processes."""
     if settings.no_cache and settings.data in WORLDS and settings.images is None:

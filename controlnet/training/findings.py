@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from controlnet.hints.detectors import IMAGES
 from controlnet.hints.hint_file import is_label_map
 from controlnet.hints.hint_image import in_rgb
 from controlnet.inference.hint_kind import fewer, is_flat, is_inverted
@@ -24,6 +23,7 @@ from .opening import split
 from .pair_files import check_same_shape, read_hint, read_pixels
 from .pairs import BadSample, Entry
 from .pairs.folders import visible_files
+from .pairs.names import ARRAYS, PICTURES
 from .sources import FolderSource
 
 REPLACED = "\ufffd"  # what a decoder puts in place of bytes that it does not know
@@ -106,7 +106,7 @@ def look_at_folder(folder: Path, entries: Sequence[Entry]) -> Iterator[Finding]:
     yield from captions(entries)
     used = {file.resolve() for entry in entries for file in (entry.image, entry.hint) if file is not None}
     others = (folder / file for file in sorted(visible_files(folder)))
-    left = [str(file) for file in others if file.suffix.lower() in (*IMAGES, ".npy") and file.resolve() not in used]
+    left = [str(file) for file in others if file.suffix.lower() in PICTURES | ARRAYS and file.resolve() not in used]
     yield Finding(
         "pictures that are in no pair", left, "they are left out: give them their image, hint or line, or remove them"
     )

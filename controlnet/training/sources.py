@@ -112,9 +112,9 @@ class FolderSource(Source):
         image = read_pixels(entry.image)
         place = self.transform.of(image.shape[:2], generator)
         if self.maker is not None:  # on the image as the model sees it: edges are a pixel wide at its size
-            ground = self.maker.ground
-            seen = read_pixels(entry.image, ground) if ground else image
-            return Sample(place(image), self.maker.make(place(seen)), entry.caption)
+            image, ground = place(image), self.maker.ground
+            seen = place(read_pixels(entry.image, ground)) if ground else image
+            return Sample(image, self.maker.make(seen), entry.caption)
         hint = read_hint(entry.hint, self.hint_channels)
         check_same_shape(image.shape[:2], hint, entry)
         return Sample(place(image), place(hint), entry.caption)

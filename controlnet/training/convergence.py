@@ -19,27 +19,27 @@ class Convergence:
         self.changed = self.unchanged = self.seen = 0
         self.told = False
 
-    def news(self, step: int, loss: float, measure: float) -> list[str]:
-        """What there is to say after this one, each thing once in a run."""
+    def news(self, step: int, loss: float, measure: float) -> str:
+        """What there is to say after this one, each thing once in a run; "" for nothing."""
         self.seen += 1
         if self.has_just_set_in(step, measure):
-            return [f"control sets in at step {self.set_in}: images begin to follow their hints"]
+            return f"control sets in at step {self.set_in}: images begin to follow their hints"
         self.look_for_change(step, loss, measure)
         if self.told:
-            return []
+            return ""
         if self.set_in is None and self.seen >= LONG and step >= self.steps / 2:
             self.told = True
-            return [
+            return (
                 f"control has not set in by step {step}, half of the run: see with `python -m tools.check_data` that "
                 "hints belong to their images, or take more --steps, a higher --lr, or a larger batch (--accumulate)"
-            ]
+            )
         if self.set_in is not None and self.unchanged >= LONG and step >= 2 * self.changed:
             self.told = True
-            return [
+            return (
                 f"validation loss and control measure have been flat since step {self.changed}: more steps may not "
                 "help (Ctrl-C saves and stops; control-best.safetensors is the best by its validation loss)"
-            ]
-        return []
+            )
+        return ""
 
     def has_just_set_in(self, step: int, measure: float) -> bool:
         if self.set_in is not None:

@@ -61,8 +61,8 @@ class Progress:
         self.run.log(values)
         news = self.take(values)
         self.show(values)
-        for line in news:
-            tqdm.write(line)
+        if news:
+            tqdm.write(news)
         for logger in self.loggers:
             logger.log(scalars(values), step)
             if "grid" in values:
@@ -70,11 +70,11 @@ class Progress:
         if "validation_loss" in values or "grid" in values or step == self.steps:
             write_report(self.run, self.curves, self.steps, self.convergence.set_in)
 
-    def take(self, values: dict) -> list[str]:
+    def take(self, values: dict) -> str:
         """-> what there is to say of them."""
         self.curves.add(values)
         if "control_measure" not in values:
-            return []
+            return ""
         return self.convergence.news(values["step"], values["validation_loss"], values["control_measure"])
 
     def show(self, values: dict) -> None:

@@ -16,7 +16,8 @@ def told(measures, losses=None, steps=10_000, every=10, seed=0):
     convergence, said = Convergence(steps), []
     losses = losses or [0.9**i for i in range(len(measures))]
     for i, (loss, measure) in enumerate(zip(losses, measures, strict=True), start=1):
-        said += [(every * i, " ".join(line.split()[:6])) for line in convergence.news(every * i, loss, measure)]
+        if news := convergence.news(every * i, loss, measure):
+            said.append((every * i, " ".join(news.split()[:6])))
     return said
 
 

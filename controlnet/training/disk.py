@@ -21,26 +21,26 @@ LOOKED_AT = 4  # samples: their hints tell how large the file of a computed hint
 
 def disk_plan(config: Config, settings: TrainSettings, source: Source, prediction: Prediction) -> str:
     """A line with what the run's files will take and what is free. Raises ValueError if that is too little."""
-    cache, needed = settings.cache_folder, files_of_run(settings, prediction)
-    parts = {settings.out: max(sum(needed.values()) - size_of_folder(settings.out / "state"), 0)}
+    out, cache, needed = settings.out, settings.cache_folder, files_of_run(settings, prediction)
+    written = [(out, sum(needed.values()) - size_of_folder(out / "state"))]
     if not settings.no_cache:
         needed = {"latents": latents_size(config, settings, source, prediction.size), **needed}
-        parts[cache] = parts.get(cache, 0) + max(needed["latents"] - size_of_folder(cache), 0)
-    check_room(parts)
+        written.append((cache, needed["latents"] - size_of_folder(cache)))
+    check_room(written)
     free = shutil.disk_usage(free_place(settings.out.absolute())).free
     figures = ", ".join(f"{gigabytes(size)} for {what}" for what, size in needed.items())
     return f"on disk {figures}; {gigabytes(free)} are free"
 
 
-def check_room(parts: dict[Path, int]) -> None:
+def check_room(written: list[tuple[Path, int]]) -> None:
     """Raises ValueError if the bytes that will be written into each folder do not fit on the disks."""
     devices: dict[int, tuple[Path, int]] = {}
-    for folder, size in parts.items():
+    for folder, size in written:
         place = free_place(folder.absolute())
         if not os.access(place, os.W_OK):
             raise ValueError(f'"{place}" may not be written to: give another folder as --out (for latents: --cache)')
         _, others = devices.get(place.stat().st_dev, (place, 0))
-        devices[place.stat().st_dev] = place, others + size
+        devices[place.stat().st_dev] = place, others + max(size, 0)
     for place, size in devices.values():
         free = shutil.disk_usage(place).free
         if size > free:

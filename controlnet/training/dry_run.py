@@ -44,7 +44,7 @@ def plan(settings: TrainSettings) -> str:
     own_samples(settings, size)
     unusable = sources.train.problems() if isinstance(sources.train, FolderSource) else []
     pairs, problems = len(sources.train) - len(unusable), sources.problems + unusable
-    BadSamples(pairs, problems, settings.bad_share)
+    BadSamples(pairs, problems, settings.bad_share)  # which refuses too many
     if not settings.resume:
         RunFolder(settings.out).check_new()
     if not settings.no_cache:
@@ -58,20 +58,20 @@ def plan(settings: TrainSettings) -> str:
     memory = prediction(settings.batch_size)
     samples = settings.steps * settings.accumulate * settings.batch_size * launched_processes()
     epochs = samples / max(pairs, 1)
-    return "\n".join(
-        [
-            *([sources.about] if sources.about else []),
-            f"{config.name}: {memory.trained / 1e6:.1f} million parameters (fp32) are trained in {settings.precision}",
-            f"{pairs} pairs of {size[1]}x{size[0]} pixels, {samples} samples seen ({epochs:.1f} epochs)",
-            *([f"{len(problems)} pairs cannot be used: {', '.join(problems[:3])}"] if problems else []),
-            *framing(sources.train, multiple),
-            f"{settings.steps} optimizer steps of {settings.accumulate} x {settings.batch_size}, a process",
-            f"memory of a process on {device.type}:",
-            table(memory),
-            *(fitting_batches(settings, predict) if settings.fit else []),
-            disk_plan(config, settings, sources.train, prediction),
-        ]
-    )
+    unused = f"{len(problems)} pairs cannot be used: {', '.join(problems[:3])}" if problems else ""
+    lines = [
+        sources.about,
+        f"{config.name}: {memory.trained / 1e6:.1f} million parameters (fp32) are trained in {settings.precision}",
+        f"{pairs} pairs of {size[1]}x{size[0]} pixels, {samples} samples seen ({epochs:.1f} epochs)",
+        unused,
+        *framing(sources.train, multiple),
+        f"{settings.steps} optimizer steps of {settings.accumulate} x {settings.batch_size}, a process",
+        f"memory of a process on {device.type}:",
+        table(memory),
+        *(fitting_batches(settings, predict) if settings.fit else []),
+        disk_plan(config, settings, sources.train, prediction),
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def fitting_batches(settings: TrainSettings, predict: Callable[[TrainSettings], Prediction]) -> list[str]:

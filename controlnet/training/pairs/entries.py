@@ -54,15 +54,14 @@ class Listing:
     def summary(self, prompt: str | None = None) -> str:
         """What was found, in a line; `prompt` is what stands for all captions."""
         captionless = sum(not entry.caption for entry in self.entries) if prompt is None else 0
-        return ", ".join(
-            [
-                f"{self.layout}: {len(self.entries)} pairs",
-                *([f'each with the prompt "{prompt}"'] if prompt is not None else []),
-                *([f"{captionless} of them without a caption"] if captionless else []),
-                *([f"{len(self.problems)} that cannot be used ({self.problems[0]})"] if self.problems else []),
-                *([f"left out: {', '.join(self.left_out)}"] if self.left_out else []),
-            ]
-        )
+        parts = [
+            f"{self.layout}: {len(self.entries)} pairs",
+            f'each with the prompt "{prompt}"' if prompt is not None else "",
+            f"{captionless} of them without a caption" if captionless else "",
+            f"{len(self.problems)} that cannot be used ({self.problems[0]})" if self.problems else "",
+            f"left out: {', '.join(self.left_out)}" if self.left_out else "",
+        ]
+        return ", ".join(filter(None, parts))
 
 
 def counted(what: str, found: Iterable[Path]) -> list[str]:

@@ -17,8 +17,6 @@ from controlnet.training.run_state import write_text
 from controlnet.worlds import Fill50k, People, Scenes, Shapes, World
 from ldm.checkpoints.files import new_file
 
-CHUNK = 64
-
 
 @dataclass(frozen=True)
 class Pictures:
@@ -50,14 +48,13 @@ def open_pictures(folder: Path, size: int, count: int, seed: int) -> Pictures:
 
 def draw_pictures(drawings: "Drawings", size: int, images: Path, captions: Path) -> None:
     """Writes the captions last: files without them are of a run that was stopped."""
-    chunks = DataLoader(drawings, CHUNK, num_workers=os.cpu_count() or 1, collate_fn=list)
+    drawn = DataLoader(drawings, batch_size=None, num_workers=os.cpu_count() or 1, collate_fn=tuple)
     drawn_captions = []
     with new_file(images) as temporary:
         file = open_memmap(temporary, "w+", np.uint8, (len(drawings), size, size, 3))
-        for chunk in tqdm(chunks, "drawing", mininterval=10):
-            start = len(drawn_captions)
-            file[start : start + len(chunk)] = [image for image, _ in chunk]
-            drawn_captions += [caption for _, caption in chunk]
+        for i, (image, caption) in enumerate(tqdm(drawn, "drawing", mininterval=10)):
+            file[i] = image
+            drawn_captions.append(caption)
         file.flush()
     write_text(captions, json.dumps(drawn_captions))
 

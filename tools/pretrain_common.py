@@ -18,7 +18,7 @@ from controlnet.training.distributed import Process
 from controlnet.training.intervals import Interval
 from controlnet.training.lr_schedules import cosine_schedule
 from controlnet.training.optimisation import Optimisation
-from controlnet.training.run_state import load_state, save_state
+from controlnet.training.run_state import read_state, restore, state_of, write_state
 from controlnet.training.step import Step
 
 SAVE_EVERY = "10m"
@@ -54,7 +54,7 @@ def train_part(
     named, schedule = trained.named_parameters(), cosine_schedule(100, steps)
     optimisation = Optimisation(named, lr, schedule, device, precision, clip=1.0, optimizer="muon")
     state, parts = out / f"{name}.pt", dict(trained=trained, average=average, optimisation=optimisation)
-    start = load_state(state, **parts) if state.exists() else 0
+    start = restore(state, read_state(state), parts) if state.exists() else 0
 
     bar = tqdm(prepared(inputs, start, device), name, steps, initial=start, mininterval=10)
     step, saves, mean = Step(loss, optimisation, Process(0, 1, device)), Interval(SAVE_EVERY), None
@@ -64,7 +64,7 @@ def train_part(
             torch._foreach_lerp_(averages, weights, 0.002)
         mean = step_loss.clone() if mean is None else mean.lerp_(step_loss, 0.01)
         if saves.over(done) or done == steps:
-            save_state(state, done, **parts)
+            write_state(state, state_of(done, parts))
             log(out, f"{name} step {done} loss {mean.item():.4f} {report(average, done)}")
     return average
 

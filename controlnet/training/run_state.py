@@ -54,16 +54,6 @@ class DamagedState(ValueError):
     """A file that cannot be read as the state of any run."""
 
 
-def save_state(path: Path, step: int, **parts) -> None:
-    """Writes `step` and the `state_dict` of each part to `path`. Raises OSError if that fails."""
-    write_state(path, state_of(step, parts))
-
-
-def load_state(path: Path, **parts) -> int:
-    """`restore` from a file. Raises ValueError as that does, and DamagedState, which has changed no part."""
-    return restore(path, read_state(path), parts)
-
-
 def state_of(step: int, parts: dict) -> dict:
     return {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
 

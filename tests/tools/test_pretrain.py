@@ -56,14 +56,14 @@ def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch, shrunk):
         return pretrain.main(["--out", str(tmp_path / out), *STEPS])
 
     assert run("whole") == 0
-    saving = pretrain_common.save_state
+    saving = pretrain_common.write_state
 
-    def save_and_stop(path, step, **parts):
-        saving(path, step, **parts)
-        if step == 2:
+    def save_and_stop(path, state):
+        saving(path, state)
+        if state["step"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain_common, "save_state", save_and_stop)
+    monkeypatch.setattr(pretrain_common, "write_state", save_and_stop)
     assert [run("parts") for _ in range(3)] == [130, 130, 0]  # amid the autoencoder's steps, and amid the UNet's
     whole, parts = (load_file(tmp_path / name / "tiny.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)

@@ -17,11 +17,19 @@ from controlnet.training.lr_schedules import constant_schedule
 from controlnet.training.optimisation import Optimisation, update_ema
 from controlnet.training.options import TrainSettings
 from controlnet.training.prepare import prepare_process
-from controlnet.training.run_state import DamagedState, load_state, save_state
+from controlnet.training.run_state import DamagedState, read_state, restore, state_of, write_state
 from ldm.schedule import Schedule
 from ldm.unet import UNet
 
 CPU = torch.device("cpu")
+
+
+def save_state(path, step, **parts):
+    write_state(path, state_of(step, parts))
+
+
+def load_state(path, **parts):
+    return restore(path, read_state(path), parts)
 
 
 def regression(seed=0):

@@ -7,7 +7,7 @@ from small import SMALLEST, small_sd
 
 from controlnet.training.options import LAPTOP, PAPER, TrainSettings, parse_args
 from controlnet.training.resolve import resolve, with_defaults
-from controlnet.training.run_state import Position, RunFolder, save_state
+from controlnet.training.run_state import Position, RunFolder, state_of, write_state
 from ldm.config import TINY
 
 
@@ -57,7 +57,7 @@ def test_a_run_goes_on_for_as_long_as_was_said_last(base, tmp_path):
 def test_epochs_are_as_long_where_a_run_goes_on_with_other_batches(base, tmp_path):
     first = settings_of(base, tmp_path, "--epochs 2 --images 8 --batch-size 2")
     RunFolder(tmp_path).begin(0, first, {})
-    save_state(tmp_path / "state" / "000003.pt", 3, position=Position(seen=6))  # of 16: ten are left
+    write_state(tmp_path / "state" / "000003.pt", state_of(3, {"position": Position(seen=6)}))  # of 16: ten are left
     for words, steps in (("", 8), ("--batch-size 4", 6), ("--accumulate 5", 4), ("--epochs 0.5", 3)):
         assert settings_of(base, tmp_path, f"--resume {words}").steps == steps
 

@@ -60,7 +60,7 @@ def images_of(run_folder: RunFolder, grid_file: Path, rows: int) -> tuple[list[n
 
 
 def row_height(run_folder: RunFolder, width: int) -> int:
-    """Of images of this width. They are square where no settings are left to tell their size."""
+    """The height of images of this width, which are square if no settings are left to tell."""
     with suppress(ValueError):
         height, width_trained = run_folder.written()["data"].get("size", (1, 1))
         return height * width // width_trained

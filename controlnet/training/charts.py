@@ -36,7 +36,7 @@ def chart(title: str, curves: dict[str, Points], set_in: int | None = None) -> s
 
 
 def scale(low: float, high: float, start: float, end: float):
-    """What lies between `low` and `high` -> where between `start` and `end` it is drawn."""
+    """A function from values between `low` and `high` to where between `start` and `end` they are drawn."""
     return lambda value: start + (end - start) * (value - low) / ((high - low) or 1)
 
 

@@ -57,7 +57,7 @@ class Process:
         return (votes > 0).tolist()
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the main process, in all of them; tensors, on the CPU, travel one by one.
+        """Gives all processes what `make` returns in the main one; tensors, on the CPU, travel one by one.
 
         If it raises, all end, and the main process says why.
         """
@@ -118,7 +118,7 @@ class Process:
 
 
 def join_processes(device: str | None) -> Process:
-    """By the variables that torchrun sets; without them a process is alone. Each takes a CUDA device of its own.
+    """This process among those that torchrun has started; without it, alone. Each takes a CUDA device of its own.
 
     Raises ValueError for a device that is not there.
     """

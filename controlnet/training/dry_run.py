@@ -31,8 +31,8 @@ from .sources import BadSamples, FolderSource
 
 
 def plan(settings: TrainSettings) -> str:
-    """What would be trained, on how many images, in how much memory and on how much disk. Of base and control no more
-    than the header is read, of images too, but for a few, and a preset's file need not be there.
+    """What would be trained, on how many images, in how much memory and on how much disk. Only the headers of base,
+    control and most images are read, and a preset's file need not be there.
 
     Raises ValueError for what cannot be trained.
     """

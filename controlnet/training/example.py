@@ -40,7 +40,7 @@ def example_of(settings: TrainSettings, run: RunFolder, sample: Sample) -> Examp
 
 
 def infer_command(settings: TrainSettings, run: RunFolder, example: Example) -> str:
-    """What makes an image with the ControlNet of a run, on the base that it was trained on."""
+    """The command that makes an image with the ControlNet of a run, on the base that it was trained on."""
     options = ["--base", str(run.base if settings.sd_unlocked else settings.base)]
     if not settings.sd_unlocked:  # whose file says all of this, and has it inside
         options += [word for lora in settings.lora for word in ("--lora", lora)]

@@ -81,7 +81,7 @@ def look_at_pairs(source: FolderSource) -> tuple[list[str], list[Finding]]:
 
 
 def hint_of(source: FolderSource, i: int) -> np.ndarray:
-    """As it is stored, where lines are not thinned by resizing. Raises BadSample if image or hint cannot be used."""
+    """The hint as it is stored: resizing would thin its lines. Raises BadSample if image or hint cannot be used."""
     entry = source.entries[i]
     if entry.hint is None:
         return in_rgb(source.sample(i).hint)

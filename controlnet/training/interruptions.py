@@ -1,4 +1,4 @@
-"""What comes from outside while a run goes on: signals, and the end of whatever reads its output."""
+"""What may interrupt a run from outside: signals, and the end of whatever reads its output."""
 
 import os
 import signal

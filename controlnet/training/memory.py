@@ -110,7 +110,7 @@ class Prediction:
         return max(batch_size if self.settings.no_cache else cached, min(batch_size, self.validation))
 
     def memory(self, step: int, encoding: int) -> Memory:
-        """From the peaks of a step, with its gradients, and of encoding a batch."""
+        """The prediction, given the peaks of a step, with its gradients, and of encoding a batch."""
         run, settings = self.run, self.settings
         encoders, for_images = self.encoders()
         copy = size_of(run.loss.control) * (2 if settings.ema else 1)

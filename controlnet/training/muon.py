@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([parameter for _, parameter in named], defaults)
 
     def __setstate__(self, state: dict) -> None:
-        """What `load_state_dict` ends with. It leaves the numbers of steps on the CPU, where a GPU cannot read them."""
+        """Ends `load_state_dict`, which leaves the numbers of steps on the CPU, where a GPU cannot read them."""
         super().__setstate__(state)
         for parameter, own in self.state.items():
             own.update({name: value.to(parameter.device) for name, value in own.items()})
@@ -110,7 +110,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def alike(weights: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """In lists of one shape, none of which holds more than MOST_AT_ONCE numbers, but for a larger weight alone."""
+    """Lists of weights of one shape, with at most MOST_AT_ONCE numbers each, unless a single weight has more."""
     shapes = defaultdict(list)
     for weight in weights:
         shapes[weight.shape].append(weight)

@@ -1,4 +1,4 @@
-"""From --data to what a run trains on and what it is validated on."""
+"""Opens what --data names: the pairs that a run trains on, and those that it is validated on."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -43,7 +43,7 @@ class Sources:
 
 
 def open_sources(settings: TrainSettings, size: Size, multiple: int = 64) -> Sources:
-    """What `settings.data` names. The split depends on the data alone, so it is the same for every run.
+    """Opens what `settings.data` names. The split depends on the data alone, so it is the same for every run.
 
     The sides of aspect buckets are multiples of `multiple`; validation pairs all have `size`, to be compared.
 

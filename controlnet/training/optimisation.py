@@ -83,7 +83,7 @@ class Optimisation:
 
     @property
     def current_lr(self) -> float:
-        """What the next step will use."""
+        """The learning rate of the next step."""
         (factor,) = self.lr_schedule.lr_lambdas
         return self.lr * factor(self.lr_schedule.last_epoch)
 
@@ -143,7 +143,7 @@ class Optimisation:
         return self.skipped_in_a_row >= MOST_SKIPPED
 
     def gather(self) -> None:
-        """Before the main process's `state_dict`, by all processes: collects what is sharded."""
+        """Collects what is sharded. All processes call it before the main one's `state_dict`."""
         if self.sharded:
             self.optimizer.consolidate_state_dict(to=0)
 
@@ -197,8 +197,8 @@ def restore_channels_last(parameters: list[nn.Parameter]) -> Callable[..., None]
 
 
 def not_finite(names: list[str], parameters: list[nn.Parameter]) -> str | None:
-    """What to say of the gradients that the next step has: bad values spread from the end of the network to its
-    beginning, so the last layer that has any is the cause. None if there are none: then the run is not lost."""
+    """A sentence about the gradients of the next step; None if all are finite, and the run is not lost. Bad values
+    spread from the end of the network to its beginning, so the last layer that has any is the cause."""
     known = [(name, p.grad) for name, p in zip(names, parameters, strict=True) if p.grad is not None]
     bad = [name for name, gradient in known if not gradient.norm().isfinite()]
     if not bad:

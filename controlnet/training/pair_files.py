@@ -38,7 +38,7 @@ def size_of(path: Path) -> Size:
 
 
 def last_exif(png: Path) -> bytes:
-    """What the last eXIf chunk holds, which may stand behind the pixels; b"" if there is none."""
+    """The content of the last eXIf chunk, which may stand behind the pixels; b"" if there is none."""
     found = b""
     with open(png, "rb") as file:
         file.seek(8)

@@ -78,7 +78,7 @@ class Progress:
         return self.convergence.news(values["step"], values["validation_loss"], values["control_measure"])
 
     def show(self, values: dict) -> None:
-        """In the bar and, of a validation or a grid, as a line."""
+        """Shows numbers in the bar and, after a validation or a grid, prints a line."""
         self.loss = smoothed(self.loss, values["loss"])
         self.pace = smoothed(self.pace, 1 / values["images_per_second"])
         if "validation_loss" in values:

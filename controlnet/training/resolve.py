@@ -1,4 +1,4 @@
-"""From what a command line gives to the settings of a run: those of the run to resume, and what depends on the base."""
+"""Completes the settings that a command line gives: by those of the run to resume, and by what fits the base."""
 
 import math
 from dataclasses import replace

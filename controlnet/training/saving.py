@@ -42,7 +42,7 @@ class Writer:
         self.save = self.thread.submit(write, *arguments)
 
     def check(self) -> None:
-        """For errors alone: it does not wait."""
+        """Only raises the error of a save, without waiting for it."""
         if self.save is not None and self.save.done():
             self.wait()
 

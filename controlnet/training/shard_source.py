@@ -89,7 +89,7 @@ class ShardSource(Source):
         return Identity(fingerprint, keys)
 
     def keyed(self) -> Sequence[Shard]:
-        """Those whose pairs a cache may hold."""
+        """The archives whose pairs a cache may hold."""
         return self.shards
 
 

@@ -35,7 +35,7 @@ class Source(Protocol):
     def sample(self, index: int, generator: torch.Generator | None = None) -> Sample: ...
 
     def hint(self, index: int) -> np.ndarray:
-        """That of `sample` without randomness. Raises BadSample."""
+        """The hint of `sample` without randomness. Raises BadSample."""
         return self.sample(index).hint
 
     def size(self, index: int) -> Size: ...  # of image and hint
@@ -136,7 +136,7 @@ class FolderSource(Source):
         return str(self.entries[index].image)
 
     def image_size(self, index: int) -> Size | None:
-        """From the file's header; None if that cannot be read."""
+        """The size of an image by its file's header; None if that cannot be read."""
         if index not in self.image_sizes:
             self.image_sizes[index] = None
             with suppress(BadSample):

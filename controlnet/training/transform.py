@@ -46,7 +46,7 @@ class Transform:
         return min(self.buckets, key=distance, default=self.size)
 
     def of(self, image_size: Size, generator: torch.Generator | None = None) -> Callable[[np.ndarray], np.ndarray]:
-        """For an image of this size and its hint alike, which then lie on each other, pixel by pixel.
+        """The function for an image of this size and for its hint, which then lie on each other, pixel by pixel.
 
         Without a generator nothing is random: the crop is in the middle, and nothing is mirrored.
         """

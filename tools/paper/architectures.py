@@ -47,7 +47,7 @@ def measure(lab: Lab, name: str, architectures: Sequence[str], kinds: Sequence[s
 
 
 def trainings_of(lab: Lab, architecture: str) -> dict[str, list]:
-    """What their logs tell: a step, or None, and a loss for each seed."""
+    """For each seed the step at which control sets in, or None, and the last validation loss."""
     logs = [lab.train(seed, **settings_of(architecture)).log() for seed in range(lab.scale.seeds)]
     return {
         "set_in": [set_in(log) for log in logs],

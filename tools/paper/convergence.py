@@ -82,7 +82,7 @@ def shares(points: Points) -> tuple[float, float]:
 
 
 def fall(iou: Points, loss: Points) -> tuple[float, float]:
-    """By which share the validation loss falls in the jump, and from the first validation to the last."""
+    """The share by which the validation loss falls in the jump, and from the first validation to the last."""
     at, first, last = dict(map(tuple, loss)), loss[0][0], loss[-1][0]
     start, end = (max(step, first) for step in jump(iou))
     return 1 - at[end] / at[start], 1 - at[last] / at[first]

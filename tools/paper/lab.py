@@ -67,7 +67,7 @@ class Lab:
 
     @property
     def settings(self) -> dict:
-        """What numbers that are kept must have been measured with, to be those of this call."""
+        """Numbers that are kept are those of this call if they were measured with the same."""
         scale = vars(self.scale)
         return {**scale, "base": Path(self.base).stem, "fingerprint": self.fingerprint, "precision": self.precision}
 
@@ -153,7 +153,7 @@ class Lab:
         return images_of(sd or self.sd, prompts, acting, seed=0, steps=self.scale.sampling_steps, cfg=cfg)
 
     def draw_circles(self, net: ControlNet, prompts: Sequence[str] | None = None, **how) -> list[np.ndarray]:
-        """For the hints of `circles`: without prompts, if none are given."""
+        """Images for the hints of `circles`, without prompts if none are given."""
         hints = [sample.hint for sample in self.circles]
         return self.draw([(net, hints)], [""] * len(hints) if prompts is None else prompts, **how)
 

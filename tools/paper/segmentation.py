@@ -18,7 +18,7 @@ REAL, FLOOR = "real: true pictures after the autoencoder", "true pictures of oth
 
 
 def judge_of(lab: Lab) -> Judge:
-    """That of weights/, or one that is trained here."""
+    """The judge of weights/, or one that is trained here."""
     file = lab.out / "runs" / f"judge-{lab.sd.config.resolution}-{lab.scale.steps}.safetensors"
     if not JUDGE.exists() and not file.exists():
         file.parent.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ LAYOUTS = (
 
 
 def recognise(folder: Path, wanted: Wanted) -> Listing:
-    """What a folder holds, or a tar file. Raises ValueError if it is neither, of no layout, or empty."""
+    """The pairs in a folder or a tar file. Raises ValueError if it is neither, has no known layout, or is empty."""
     if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".tar"):
         found = "is a file" if folder.is_file() else "does not exist"
         raise ValueError(f'"{folder}" {found}: give a folder of pairs')

@@ -43,7 +43,8 @@ class Files:
 
 
 def list_folders(folder: Path, wanted: Wanted) -> Listing | None:
-    """None if there is no picture. Raises ValueError if hints are wanted and there is none at all."""
+    """The pairs of a folder without a table; None if there is no picture in it. Raises ValueError if hints are wanted
+    and there is none at all."""
     not_for_training = held_out(folder)
     files = [file for file in sorted(visible_files(folder)) if file.parts[0] not in not_for_training]
     keys, hints, captions, others = sort_by_role(files)
@@ -177,7 +178,7 @@ def repeats_of(images: list[Path]) -> dict[Path, int]:
 
 
 def layout_of(files: list[Path], repeats: dict[Path, int]) -> str:
-    """In words: by the folders that name a role, or what lies beside the images."""
+    """The layout in words: the folders that name a role, or what lies beside the images."""
     if any(REPEATED.match(part) for image in repeats for part in image.parts[:-1]):
         most = max(repeats.values())
         return "sd-scripts' folders" + (f", some repeated {most} times" if most > 1 else "")

@@ -48,7 +48,7 @@ def role_of(folder: str) -> str | None:
 
 
 def composed(name: str | Path) -> str:
-    """With its accents on their letters: macOS takes them apart."""
+    """The name with its accents joined to their letters, which macOS takes apart."""
     return unicodedata.normalize("NFC", str(name))
 
 

@@ -32,7 +32,7 @@ class Packed(NamedTuple):
 
 
 def list_shards(folder: Path, wanted: Wanted) -> Listing | None:
-    """None if there is no archive, at the top or under train/. None is opened."""
+    """The archives at the top or under train/, unopened; None if there are none."""
     if folder.is_file():
         return Listing("a tar shard", shards=[folder])
     for root in (folder, folder / "train"):
@@ -44,7 +44,7 @@ def list_shards(folder: Path, wanted: Wanted) -> Listing | None:
 
 @lru_cache(maxsize=4)  # an epoch takes one archive after the other
 def pairs_in(shard: Path) -> tuple[Packed, ...]:
-    """What an archive holds, by its headers alone. Raises ValueError if it is damaged, compressed or none."""
+    """The pairs in an archive, by its headers alone. Raises ValueError if it is damaged, compressed or no archive."""
     groups: dict[str, list[Member]] = {}
     try:
         with tarfile.open(shard, "r:") as archive:

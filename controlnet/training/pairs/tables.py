@@ -44,7 +44,7 @@ def json_line(line: str) -> object:
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """With commas, semicolons (as spreadsheets write them in much of Europe) or tabs, whichever the first line has."""
+    """Cells end at commas, semicolons (in spreadsheets of much of Europe) or tabs, whichever the first line has."""
     text = read_text(path)
     header = lines_of(text)[0]
     delimiter = max(",;\t", key=header.count)
@@ -92,7 +92,8 @@ STEMS = ("prompt", "prompts", "metadata", "data", "train")
 
 
 def list_table(folder: Path, wanted: Wanted) -> Listing | None:
-    """None if there is none, at the top or under train/. Raises ValueError for a file that cannot be read at all."""
+    """The pairs of a table; None if there is none, at the top or under train/. Raises ValueError for a file that cannot
+    be read at all."""
     names = [f"{stem}{suffix}" for stem in STEMS for suffix in READERS]
     tables = [path for root in (folder, folder / "train") for path in map(partial(Path, root), names) if path.is_file()]
     if not tables:

@@ -5,7 +5,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -64,10 +64,10 @@ def holder(folder: Path) -> int | None:
     which would get in the way of a process that begins. Always None on Windows, which does not tell."""
     if fcntl is None or not (folder / LOCK_NAME).is_file():
         return None
-    with open(folder / LOCK_NAME, errors="replace") as file:
+    with open(folder / LOCK_NAME, errors="replace") as file, suppress(OSError):  # of a file system without locks
         try:
             os.lockf(file.fileno(), os.F_TEST, 0)
-            return None
-        except OSError:  # another process has it
+        except (BlockingIOError, PermissionError):  # another process has it
             written = re.match(rf"process (\d+) on {re.escape(platform.node())} since ", file.read(200))
             return int(written[1]) if written else None
+    return None

@@ -2,7 +2,9 @@
 // `props.colours` their colours, `props.pose` the joints' first places, as fractions of the side. `props.value` is what
 // the page's functions get, and give back: the joints of a pose, or a drawing as a PNG.
 const canvas = element.querySelector('canvas'), pen = canvas.getContext('2d'), side = canvas.width;
-let mode = 'draw', joints = structuredClone(props.pose), held = null, last = null, strokes = [], ground = null;
+let mode = 'draw', joints = structuredClone(props.pose), strokes = [], ground = null;
+let pointer = null, held = null, last = null;  // what draws (no other finger or palm beside it), and from where
+const before = [];
 
 function line(from, to, width, colour) {
   pen.strokeStyle = colour;
@@ -31,30 +33,43 @@ function finish() {
   props.value = JSON.stringify(mode === 'pose' ? { pose: joints } : { drawing: canvas.toDataURL('image/png') });
 }
 
+function stroke(here) {
+  strokes.push([last, here, Number(element.querySelector('.width').value)]);
+  line(...strokes.at(-1), 'white');
+}
+
 function place(event) {
   const box = canvas.getBoundingClientRect();
   return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
 }
 
+function remember() {
+  before.push([[...strokes], structuredClone(joints), ground]);
+}
+
 canvas.addEventListener('pointerdown', event => {
+  if (pointer !== null || event.button) return;
+  pointer = event.pointerId;
   canvas.setPointerCapture(event.pointerId);
   last = place(event);
   const far = joint => Math.hypot(joint[0] - last[0], joint[1] - last[1]);
   held = joints.reduce((best, joint, i) => (far(joint) < far(joints[best]) ? i : best), 0);
   if (far(joints[held]) > 0.08) held = null;
+  if (mode === 'draw' || held !== null) remember();
+  if (mode === 'draw') stroke(last);
 });
 canvas.addEventListener('pointermove', event => {
-  if (last === null) return;
+  if (event.pointerId !== pointer) return;
   const here = place(event);
-  if (mode === 'draw') strokes.push([last, here, Number(element.querySelector('.width').value)]);
-  else if (held !== null) joints[held] = here;
+  if (mode === 'draw') stroke(here);
+  else if (held !== null) { joints[held] = here; show(); }
   last = here;
-  show();
 });
 for (const end of ['pointerup', 'pointercancel'])
-  canvas.addEventListener(end, () => { last = held = null; finish(); });
+  canvas.addEventListener(end, event => { if (event.pointerId === pointer) { pointer = null; finish(); } });
 
 function clear(drawing = null) {
+  remember();
   strokes = [];
   ground = drawing;
   joints = structuredClone(props.pose);
@@ -62,6 +77,10 @@ function clear(drawing = null) {
 }
 
 element.querySelector('.clear').addEventListener('click', () => clear());
+element.querySelector('.undo').addEventListener('click', () => {
+  if (before.length) [strokes, joints, ground] = before.pop();
+  finish();
+});
 for (const button of element.querySelectorAll('input[name=mode]'))
   button.addEventListener('change', () => { mode = button.value; finish(); });
 watch('value', () => {  // a hint of before, which strokes go over

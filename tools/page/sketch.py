@@ -26,14 +26,18 @@ HTML = f"""
   <label><input type="radio" name="mode" value="draw" checked> draw</label>
   <label><input type="radio" name="mode" value="pose"> pose</label>
   <label>pen <input class="width" type="range" min="3" max="24" value="5"></label>
+  <button class="undo" type="button">undo</button>
   <button class="clear" type="button">clear</button>
 </div>"""
 CSS = """
 canvas {
   display: block; margin: auto; width: 100%; max-width: 420px; aspect-ratio: 1;
-  touch-action: none; cursor: crosshair; border-radius: 8px;
+  touch-action: none; cursor: crosshair; border-radius: 8px; outline: 1px solid gray;
 }
 .tools { display: flex; gap: 1em; align-items: center; flex-wrap: wrap; justify-content: center; padding-top: 0.5em; }
+.tools button { margin: 0; }
+.tools label { display: flex; gap: 0.4em; align-items: center; }
+.tools .width { width: 5em; }
 .tools input[type=radio] { border: 1px solid gray; }
 """
 PNG = "data:image/png;base64,"
@@ -48,15 +52,18 @@ def parts() -> dict:
 
 
 def hint_of(sent: str) -> Image.Image:
-    """The canvas's value. Raises ValueError for anything else."""
+    """The canvas's value. Raises ValueError for an empty one, and for anything else."""
     try:
         found = json.loads(sent)
         if "pose" in found:
             return Image.fromarray(draw_pose(np.array(found["pose"], float).reshape(18, 2) * SIDE, (SIDE, SIDE)))
         drawing = base64.b64decode(found["drawing"].removeprefix(PNG), validate=True)
-        return Image.open(io.BytesIO(drawing), formats=["PNG"]).convert("RGB").resize((SIDE, SIDE))
+        image = Image.open(io.BytesIO(drawing), formats=["PNG"]).convert("RGB").resize((SIDE, SIDE))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"the canvas sent no drawing and no pose ({error}): load the page again") from error
+    if not image.getbbox():
+        raise ValueError("nothing is drawn yet: draw on the black square first")
+    return image
 
 
 def sent_back(options: Options) -> str | None:

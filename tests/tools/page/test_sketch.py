@@ -1,6 +1,7 @@
 """What the canvas and the editors of the page send, without a page."""
 
 import base64
+import io
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from controlnet.inference.options import Options
 from tools.page.editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, hints_of, painted
-from tools.page.sketch import SIDE, STANDING, hint_of, sent_back
+from tools.page.sketch import PNG, SIDE, STANDING, hint_of, sent_back
 from tools.page.studio import BY_HINT, Studio
 
 
@@ -29,6 +30,13 @@ def test_a_pose_is_drawn_where_its_joints_are():
     joints[4] = [0.25, 0.75]  # the right wrist
     found = np.asarray(hint_of(json.dumps({"pose": joints})))
     assert found.shape == (SIDE, SIDE, 3) and found[int(0.75 * SIDE), int(0.25 * SIDE)].max() == 255
+
+
+def test_an_empty_drawing_is_a_sentence():
+    drawn = io.BytesIO()
+    Image.new("RGBA", (SIDE, SIDE), "black").save(drawn, "PNG")
+    with pytest.raises(ValueError, match="nothing is drawn yet"):
+        hint_of(json.dumps({"drawing": PNG + base64.b64encode(drawn.getvalue()).decode()}))
 
 
 @pytest.mark.parametrize(

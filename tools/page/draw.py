@@ -10,38 +10,45 @@ from . import sketch
 from .results import IN_THE_STUDIO, cancelling, in_sentences, results, seen, shown_as_text
 from .studio import BY_HINT, Studio
 
+KNOWN = 'what is to be seen, like "red circle with blue background": the small models know circles, people, some things'
+
 
 def draw_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column():
             canvas = gr.HTML(**sketch.parts())
-            prompt = gr.Textbox("", label="prompt", placeholder="red circle with blue background", elem_id="prompt")
+            prompt = gr.Textbox("", label="prompt", info=KNOWN, elem_id="prompt")
             with gr.Row():
                 make = gr.Button("make", variant="primary", min_width=90)
-                again = gr.Button("another seed", min_width=90)
+                another = gr.Button("another", min_width=90)
                 cancel = gr.Button("cancel", min_width=90)
             with gr.Accordion("more", open=False):
                 with gr.Row():
-                    control = gr.Dropdown([BY_HINT, *TINY_CONTROLS.values()], value=BY_HINT, label="control")
+                    control = gr.Dropdown([BY_HINT, *TINY_CONTROLS.values()], value=BY_HINT, label="ControlNet")
                     seed = gr.Number(0, label="seed", precision=0)
                 steps = gr.Slider(1, 50, 20, step=1, label="steps")
                 strength = gr.Slider(0, 2, 1, label="strength of the control")
                 cfg = gr.Slider(0, 10, 2.5, label="guidance")
+            dropped = gr.UploadButton("fill the form from a picture that was made here", file_types=[".png"], size="sm")
         with gr.Column():
-            shown = _, gallery, notes = results("picture", 380)
-            dropped = gr.File(label="a picture made here fills the form", file_types=[".png"], height=120)
+            shown = picture, _, notes = results(studio, "picture", 380)
     form = [canvas, prompt, control, seed, steps, strength, cfg]
 
-    def draw(sent, prompt, control, seed, steps, strength, cfg, made, request: gr.Request) -> Iterator[tuple]:
-        given = dict(prompt=prompt, seed=int(seed or 0), steps=int(steps), cfg=cfg, control_scale=[strength])
-        with in_sentences():
-            hint = studio.keep(sketch.hint_of(sent))
-        given |= dict(hint=[hint], control=[] if control == BY_HINT else [control])
-        yield from seen(studio, given, made, request.session_hash)
+    def draw(values: dict, request: gr.Request) -> Iterator[tuple]:
+        def given() -> dict:
+            drawn = dict(hint=[studio.keep(sketch.hint_of(values[canvas]))], control_scale=[values[strength]])
+            drawn |= dict(control=[] if values[control] == BY_HINT else [values[control]], prompt=values[prompt])
+            return drawn | dict(seed=int(values[seed] or 0), steps=int(values[steps]), cfg=values[cfg])
 
-    drawing = dict(inputs=[*form, gallery], outputs=shown, **IN_THE_STUDIO)
-    make.click(draw, **drawing)
-    again.click(lambda seed: int(seed or 0) + 1, seed, seed).then(draw, **drawing)
+        yield from seen(studio, given, request.session_hash)
+
+    def draw_another(values: dict, request: gr.Request) -> Iterator[tuple]:
+        values[seed] = int(values[seed] or 0) + 1
+        for now in draw(values, request):
+            yield values[seed], *now
+
+    gr.on([make.click, prompt.submit], draw, {*form}, shown, show_progress_on=picture, **IN_THE_STUDIO)
+    another.click(draw_another, {*form}, [seed, *shown], show_progress_on=picture, **IN_THE_STUDIO)
     cancel.click(cancelling(studio))
     dropped.upload(lambda file: filled(studio, file), dropped, [*form, notes])
 

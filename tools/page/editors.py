@@ -56,9 +56,13 @@ def hints_of(studio: Studio, parts: list[list]) -> dict:
     return given | dict(control=[None if name == BY_HINT else name for name in names])
 
 
+def dropped(editor: dict | None) -> bool:
+    return bool(editor and editor["background"] and editor["background"].getbbox())
+
+
 def background(editor: dict | None, otherwise: str) -> Image.Image:
     """Raises ValueError with that sentence if nothing was dropped there."""
-    if not editor or editor["background"] is None or not editor["background"].getbbox():
+    if not dropped(editor):
         raise ValueError(otherwise)
     return to_rgb(editor["background"])
 

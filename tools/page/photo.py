@@ -7,7 +7,7 @@ import gradio as gr
 
 from controlnet.hints import DETECTORS, options_of, options_text
 
-from .editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, hints_of
+from .editors import FROM_NOISE, FROM_PHOTO, PAINTED, background, begun_from, detected, dropped, hints_of
 from .models import named
 from .results import IN_THE_STUDIO, cancelling, in_sentences, results, seen
 from .studio import BY_HINT, Studio
@@ -21,7 +21,7 @@ def photo_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column():
             photo = editor("photograph; paint what is to be made anew", RED, "photo")
-            prompt = gr.Textbox("", label="prompt", elem_id="photo-prompt")
+            prompt = gr.Textbox("", label="prompt: what is to be seen", elem_id="photo-prompt")
             with gr.Row():
                 make = gr.Button("make", variant="primary", min_width=90)
                 cancel = gr.Button("cancel", min_width=90)
@@ -38,22 +38,26 @@ def photo_tab(studio: Studio) -> None:
                     cfg = gr.Number(None, label="guidance", placeholder="2.5 for tiny, else 7.5", min_width=90)
                 steps = gr.Slider(1, 100, 20, step=1, label="steps")
         with gr.Column():
-            shown = _, gallery, _ = results("photo-picture", HEIGHT)
+            shown = picture, *_ = results(studio, "photo-picture", HEIGHT)
     with gr.Tabs():
         acting = [control_part(i, studio, photo, base, size) for i in range(CONTROLS)]
     begun = [photo, start, strength, around]
 
     def draw(values: dict, request: gr.Request) -> Iterator[tuple]:
-        with in_sentences():
+        def form() -> dict:
             given = dict(prompt=values[prompt] or "", negative=values[negative] or "", base=values[base])
             given |= dict(size=values[size] or None, cfg=values[cfg] or None)
             given |= dict(seed=int(values[seed] or 0), steps=int(values[steps]))
             given |= begun_from(studio, *(values[one] for one in begun))
             given |= hints_of(studio, [[values[one] for one in part] for part in acting])
-        yield from seen(studio, given, values[gallery], request.session_hash)
+            if not given.keys() & {"init", "hint"} and dropped(values[photo]):
+                raise ValueError("the photograph is not used yet: make a hint of it, below, or begin from it")
+            return given
 
-    form = {prompt, negative, base, size, cfg, seed, steps, *begun, *chain(*acting), gallery}
-    make.click(draw, form, shown, **IN_THE_STUDIO)
+        yield from seen(studio, form, request.session_hash)
+
+    fields = {prompt, negative, base, size, cfg, seed, steps, *begun, *chain(*acting)}
+    gr.on([make.click, prompt.submit], draw, fields, shown, show_progress_on=picture, **IN_THE_STUDIO)
     cancel.click(cancelling(studio))
 
 
@@ -81,7 +85,7 @@ def control_part(i: int, studio: Studio, photo: gr.ImageEditor, base: gr.Dropdow
 
     @in_sentences()
     def make_hint(photo, file, base, size, detector, options) -> tuple:
-        source = file or studio.keep(background(photo, "there is no photograph: drop one, or another source"))
+        source = file or studio.keep(background(photo, "there is no photograph: drop one, of up to 4096 pixels a side"))
         found = detected(source, f"{detector}:{options}".replace(" ", "").rstrip(":"), base, size)
         return found, found
 
@@ -97,15 +101,6 @@ def described(detector: str) -> tuple[gr.Textbox, str]:
 def editor(label: str, colour: str, name: str) -> gr.ImageEditor:
     """A picture to be painted on."""
     colours = [colour, BLACK] if colour == WHITE else [colour]
-    return gr.ImageEditor(
-        label=label,
-        type="pil",
-        format="png",
-        height=HEIGHT,
-        layers=False,
-        transforms=(),
-        sources=("upload", "clipboard"),
-        brush=gr.Brush(4 if colour == WHITE else "auto", colors=colours, color_mode="fixed"),
-        buttons=[],
-        elem_id=name,
-    )
+    brush = gr.Brush(4 if colour == WHITE else "auto", colors=colours, color_mode="fixed")
+    kind = dict(type="pil", format="png", layers=False, transforms=(), sources=("upload", "clipboard"), buttons=[])
+    return gr.ImageEditor(label=label, height=HEIGHT, brush=brush, elem_id=name, **kind)

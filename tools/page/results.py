@@ -3,48 +3,47 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 
 import gradio as gr
 
 from .studio import Studio, sentence_of
 
 # Of an event that makes pictures: visitors wait in the studio, which makes one at a time, and not in gradio's queue.
+SECONDS = 20  # for which a sentence about what went wrong stays
 IN_THE_STUDIO = {"concurrency_limit": None}
 
 
-def results(name: str, height: int) -> list:
+def results(studio: Studio, name: str, height: int) -> list:
     """Where pictures appear: the newest, those made before, and what is to be said."""
-    picture = gr.Image(
-        label="picture",
-        interactive=False,
-        format="png",
-        type="filepath",
-        height=height,
-        buttons=["download", "fullscreen"],
-        elem_id=name,
-    )
+
+    def looked_at(event: gr.SelectData) -> str:
+        return str(studio.folder / Path(event.value["image"]["path"]).name)
+
+    shown = dict(interactive=False, format="png")
+    buttons = ["download", "fullscreen"]
+    picture = gr.Image(label="picture", type="filepath", height=height, buttons=buttons, elem_id=name, **shown)
     notes = gr.HTML(elem_id=f"{name}-notes")
-    gallery = gr.Gallery(
-        label="made before",
-        interactive=False,
-        columns=6,
-        height=130,
-        format="png",
-        fit_columns=False,
-        buttons=["download"],
-    )
+    small = dict(show_label=False, columns=5, fit_columns=False, allow_preview=False, buttons=[])
+    gallery = gr.Gallery(studio.made, elem_id=f"{name}-before", **small, **shown)
+    gallery.select(looked_at, None, picture, show_progress="hidden")
     return [picture, gallery, notes]
 
 
-def seen(studio: Studio, given: dict, made: list | None, visitor: str) -> Iterator[tuple]:
-    """What is told while pictures are made -> what `results` shows. `made` is the gallery as it is."""
+def seen(studio: Studio, form: Callable[[], dict], visitor: str) -> Iterator[tuple]:
+    """What is told while pictures are made of what a form gives -> what `results` shows."""
     notes, step = [], "waiting, loading ..."
     yield gr.skip(), gr.skip(), step
+    try:
+        given = form()
+    except Exception as error:
+        yield gr.skip(), gr.skip(), shown_as_text([sentence_of(error)])
+        return
     for told in studio.make(given, visitor):
         notes += [told.note] if told.note else []
         if told.picture:
-            made, step = [told.picture, *(made or [])], ""
-            yield told.picture, made, shown_as_text(notes)
+            step = ""
+            yield told.picture, studio.made(), shown_as_text(notes)
         else:
             step = f"step {told.step} of {told.steps}" if told.steps else step
             yield told.preview or gr.skip(), gr.skip(), shown_as_text([*notes, step])
@@ -70,4 +69,4 @@ def in_sentences() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise gr.Error(sentence_of(error), duration=None, print_exception=False) from error
+        raise gr.Error(sentence_of(error), duration=SECONDS, print_exception=False) from error

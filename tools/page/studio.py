@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -27,6 +28,7 @@ from ldm.stable_diffusion import StableDiffusion
 
 BY_HINT = "by the hint"  # in place of a ControlNet's name
 PREVIEW_EVERY = 3  # steps
+LOOKED_BACK = 10  # pictures that were made before
 # What a base is loaded by: as long as these stay the same, the one in memory serves.
 LOADED_BY = ("base", "prediction", "zero_snr", "vae", "lora", "embedding", "precision", "low_memory")
 
@@ -64,6 +66,10 @@ class Studio:
         if not path.exists():
             save_png(image, path, {})
         return str(path)
+
+    def made(self) -> list[Path]:
+        """The newest pictures in the folder, the last one first."""
+        return sorted(self.folder.glob("[0-9]*.png"), key=lambda path: -path.stat().st_mtime)[:LOOKED_BACK]
 
     def make(self, given: dict, visitor: str = "") -> Iterator[Told]:
         """With options as infer.py's command line gives them. Who closes the iterator stops it at the next step."""
@@ -157,10 +163,17 @@ class Notes(io.TextIOBase):
             return self.others.write(text)
         *lines, self.begun = (self.begun + text).split("\n")
         for line in filter(str.strip, lines):
-            self.told.put(Told(note=line))
+            self.told.put(Told(note=in_the_pages_words(line)))
         return len(text)
 
 
 def sentence_of(error: Exception) -> str:
     advice = "choose a smaller size or base, or close other programs"
-    return in_a_sentence(error, advice) or f"this should not happen, please report it: {error!r}"
+    sentence = in_a_sentence(error, advice) or f"this should not happen, please report it: {error!r}"
+    return in_the_pages_words(sentence)
+
+
+def in_the_pages_words(sentence: str) -> str:
+    """A visitor knows of no options, and not under which name the studio keeps an image."""
+    sentence = re.sub(r'"[^"]*/inputs/[0-9a-f]{16}\.png"', "the image", sentence)
+    return sentence.replace("--control ", "ControlNet ").replace(" --", " ")

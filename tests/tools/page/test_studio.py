@@ -43,7 +43,7 @@ def test_each_step_is_told_with_a_look_now_and_then(told):
     steps = [one for one in told if one.steps]
     assert [(one.step, one.steps) for one in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [one.step for one in steps if one.preview] == [3]
-    assert [one.note for one in told if one.note][0].endswith('of the kind "circles": taking --control tiny-fill50k')
+    assert [one.note for one in told if one.note][0].endswith('of the kind "circles": taking ControlNet tiny-fill50k')
     assert len(pictures(told)) == 1 and pictures(told)[0].name == "0001.png"
 
 

@@ -22,9 +22,9 @@ def files_tab(trainings: Trainings) -> None:
         with gr.Column():
             names = list(known())
             chosen = gr.Dropdown(names, value=None, label="in weights/ and of the trainings", elem_id="checkpoint")
-            dropped = gr.File(label="another", height=140, elem_id="dropped")
+            dropped = gr.File(label="any other file", height=140, elem_id="dropped")
         with gr.Column():
-            facts = gr.Textbox(label="what it is", lines=20, max_lines=40, elem_id="facts")
+            facts = gr.Textbox(label="what it is", lines=4, max_lines=40, elem_id="facts")
 
     @in_sentences()
     def describe(name: str | None) -> str:

@@ -12,6 +12,7 @@ from .studio import Studio
 from .trainings import Trainings
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # nothing is fetched
+THEME.set(block_info_text_color="*neutral_500", input_placeholder_color="*neutral_500")
 CSS = """
 #picture img, #photo-picture img { width: 100%; height: 100%; object-fit: contain; }  /* the small models' are small */
 #charts .prose { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 1em; }
@@ -20,15 +21,21 @@ CSS = """
 """
 
 
+ABOUT = {
+    "Draw": "Draw a circle or the outlines of things, or drag a pose, and press make: the picture follows your lines.",
+    "Photo": "Drop a photograph. Make a hint of it, below, which the new picture follows; or begin from the photograph "
+    "itself, and paint over what is to be made anew.",
+    "Runs": "A training teaches a ControlNet to follow hints: at some step its pictures begin to follow, and it can be "
+    "stopped. It goes on when this page is closed.",
+    "Files": "What a checkpoint is, and what it goes with.",
+}
+
+
 def page(pictures: Path, runs: Path) -> gr.Blocks:
     studio, trainings = Studio(pictures), Trainings(runs)
     with gr.Blocks(title="ControlNet") as blocks:
-        with gr.Tab("Draw"):
-            draw_tab(studio)
-        with gr.Tab("Photo"):
-            photo_tab(studio)
-        with gr.Tab("Runs"):
-            runs_tab(trainings)
-        with gr.Tab("Files"):
-            files_tab(trainings)
+        for (name, about), tab in zip(ABOUT.items(), (draw_tab, photo_tab, runs_tab, files_tab), strict=True):
+            with gr.Tab(name):
+                gr.Markdown(about)
+                tab(studio if tab in (draw_tab, photo_tab) else trainings)
     return blocks

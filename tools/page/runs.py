@@ -20,13 +20,13 @@ def runs_tab(trainings: Trainings) -> None:
             status = gr.Markdown(elem_id="status")
             with gr.Row():
                 stop, resume = gr.Button("stop", min_width=90), gr.Button("go on", min_width=90)
-            output = gr.Textbox(label="what it says, if it was started here", lines=4, max_lines=8, elem_id="output")
-            with gr.Accordion("a new training", open=not trainings.names()):
+            output = gr.Textbox(label="what it says, if it was started here", lines=4, max_lines=20, elem_id="output")
+            with gr.Accordion("a new training", open=not trainings.names()) as new:
                 name, started = training_form(trainings)
         with gr.Column(scale=3):
             charts = gr.HTML(elem_id="charts")
             grid = gr.Image(
-                label="grid", interactive=False, height=560, buttons=["download", "fullscreen"], elem_id="grid"
+                visible=False, interactive=False, height=420, buttons=["download", "fullscreen"], elem_id="grid"
             )
             which = gr.Slider(1, 2, 1, step=1, label="which grid", visible=False)
     before = gr.State()
@@ -46,7 +46,8 @@ def runs_tab(trainings: Trainings) -> None:
         for line in lines:
             curves.add(line)
         drawn = "".join(section(panel, curves) for panel in PANELS)
-        image = gr.Image(str(found[which - 1]), label=f"step {int(found[which - 1].stem)}") if found else gr.Image(None)
+        grid = found[which - 1] if found else None
+        image = gr.Image(grid and str(grid), label=f"step {int(grid.stem)}" if grid else "", visible=bool(found))
         slider = gr.Slider(maximum=max(2, len(found)), value=max(1, which), visible=len(found) > 1)
         return [*told, drawn, image, slider, now]
 
@@ -56,11 +57,12 @@ def runs_tab(trainings: Trainings) -> None:
     stop.click(in_sentences()(trainings.stop), run)
     resume.click(in_sentences()(lambda run: trainings.start(run, {"resume": True})), run, concurrency_id="start")
     started.success(lambda name: gr.Dropdown(trainings.names(), value=name), name, run)
+    started.success(lambda: gr.Accordion(open=False), None, new)
 
 
 def training_form(trainings: Trainings) -> tuple:
     """-> the name, and the event of a training that was started."""
-    name = gr.Textbox("", label="name: its folder", elem_id="name")
+    name = gr.Textbox("", label="name of its folder", placeholder="my-control", elem_id="name")
     with gr.Row():
         data = gr.Dropdown(datasets(), value="fill50k", label="data", min_width=120)
         base = gr.Dropdown(named("base"), value="tiny", label="base", min_width=120)
@@ -69,8 +71,6 @@ def training_form(trainings: Trainings) -> tuple:
     with gr.Row():
         precision = gr.Dropdown(PRECISION_NAMES, value=PRECISION_NAMES[0], label="precision", min_width=120)
         checkpointing = gr.Checkbox(label="gradient checkpointing", min_width=120)
-    command = gr.Textbox("", label="command", lines=2, interactive=False, buttons=["copy"], elem_id="command")
-    start = gr.Button("start", variant="primary")
     fields = [data, base, *numbers, precision, checkpointing]
 
     def given(values: tuple) -> dict:
@@ -79,8 +79,9 @@ def training_form(trainings: Trainings) -> tuple:
     def typed(name: str, *values) -> str:
         return shown(trainings.arguments(name or "NAME", given(values)))
 
-    for field in (name, *fields):
-        field.change(typed, [name, *fields], command, show_progress="hidden")
+    command = gr.Textbox(label="in a terminal", lines=2, interactive=False, buttons=["copy"], elem_id="command")
+    gr.on(None, typed, [name, *fields], command, show_progress="hidden", trigger_mode="always_last")
+    start = gr.Button("start", variant="primary")
     return name, start.click(
         in_sentences()(lambda name, *values: trainings.start(name, given(values))),
         [name, *fields],

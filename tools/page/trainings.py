@@ -32,7 +32,9 @@ class Trainings:
 
     def run(self, name: str) -> RunFolder:
         """Raises ValueError for what is no name of a folder here, also of one that is still to come."""
-        if not name or Path(name).name != name or name.startswith((".", "-")):
+        if not name:
+            raise ValueError("no run is named: choose one, or give a new one a name")
+        if Path(name).name != name or name.startswith((".", "-")):
             raise ValueError(f'"{name}" is no name for a run, expected one like "control": a folder in {self.folder}')
         return RunFolder(self.folder / name)
 

@@ -14,7 +14,7 @@ never opened is text. Shapes: B prompts, M tokens (77 a chunk), D context width.
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -126,28 +126,16 @@ def lora_tags(prompt: str) -> list[tuple[str, float]]:
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
-@dataclass
-class Tokens:
-    """Ids without start and end token, and how much each counts."""
-
-    ids: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-
-    def __getitem__(self, span: slice) -> "Tokens":
-        return Tokens(self.ids[span], self.weights[span])
+# Each token's id and how much it counts, without start and end token.
+Tokens = list[tuple[int, float]]
 
 
 def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[Tokens]:
-    """One for each part between BREAKs, of any length."""
-    parts = []
-    for pieces in parse(prompt):
-        tokens = Tokens()
-        for piece in pieces:
-            ids = tokenizer.encode(piece.text)
-            tokens.ids += ids
-            tokens.weights += [piece.weight] * len(ids)
-        parts.append(tokens)
-    return parts
+    """Of each part between BREAKs, of any length."""
+    return [
+        [(token, piece.weight) for piece in pieces for token in tokenizer.encode(piece.text)]
+        for pieces in parse(prompt)
+    ]
 
 
 def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
@@ -161,9 +149,9 @@ def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
     for tokens in tokens_of(tokenizer, prompt):
         start, more = 0, True
         while more:
-            end = end_of_chunk(tokenizer, tokens.ids, start)
+            end = end_of_chunk(tokenizer, tokens, start)
             chunks.append(tokens[start:end])
-            start, more = end, long and end < len(tokens.ids)
+            start, more = end, long and end < len(tokens)
     if len(chunks) > MAX_CHUNKS:
         length = tokenizer.positions - 2
         raise ValueError(
@@ -172,18 +160,18 @@ def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
     return chunks
 
 
-def end_of_chunk(tokenizer: Tokenizer, ids: list[int], start: int = 0) -> int:
+def end_of_chunk(tokenizer: Tokenizer, tokens: Tokens, start: int = 0) -> int:
     """Where the chunk that begins at `start` ends: not within an embedding, which has no more vectors than a chunk."""
     end = start + tokenizer.positions - 2
-    while start < end < len(ids) and ids[end] in tokenizer.inner:
+    while start < end < len(tokens) and tokens[end][0] in tokenizer.inner:
         end -= 1
     return end
 
 
 def cut_texts(tokenizer: Tokenizer, prompt: str) -> list[str]:
     """What is cut from a prompt that is not read as a long one: the end of each part with too many tokens."""
-    ends = [tokens.ids[end_of_chunk(tokenizer, tokens.ids) :] for tokens in tokens_of(tokenizer, prompt)]
-    return [tokenizer.decode(ids) for ids in ends if ids]
+    ends = [tokens[end_of_chunk(tokenizer, tokens) :] for tokens in tokens_of(tokenizer, prompt)]
+    return [tokenizer.decode([token for token, _ in end]) for end in ends if end]
 
 
 # ---------------------------------------------------------------------------------------------------- contexts
@@ -203,16 +191,18 @@ def encode_prompts(sd: StableDiffusion, prompts: list[str], clip_skip: int = 1, 
             )
     chunks = [chunks_of(sd.tokenizer, prompt, long) for prompt in prompts]
     count = max(map(len, chunks))
-    rows = [encode_chunks(sd, each + [Tokens()] * (count - len(each)), clip_skip) for each in chunks]
+    rows = [encode_chunks(sd, each + [[]] * (count - len(each)), clip_skip) for each in chunks]
     return torch.stack([rearrange(row, "chunks m d -> (chunks m) d") for row in rows])
 
 
 def encode_chunks(sd: StableDiffusion, chunks: list[Tokens], clip_skip: int) -> Tensor:
     """(chunks, 77, D). Weights multiply a token's context; then the chunk's mean is brought back to what it was, as in
     A1111's default ("Original" emphasis; there one mean for all prompts of a batch)."""
-    ids = torch.tensor([sd.tokenizer.framed(tokens.ids) for tokens in chunks])
+    ids = torch.tensor([sd.tokenizer.framed([token for token, _ in tokens]) for tokens in chunks])
     contexts = sd.text_encoder(ids.to(sd.text_encoder.token_embedding.weight.device), clip_skip)
-    return torch.stack([weighted(z, tokens.weights) for z, tokens in zip(contexts, chunks, strict=True)])
+    return torch.stack(
+        [weighted(z, [weight for _, weight in tokens]) for z, tokens in zip(contexts, chunks, strict=True)]
+    )
 
 
 def weighted(context: Tensor, weights: list[float]) -> Tensor:

@@ -52,7 +52,7 @@ def test_what_is_typed_is_read_as_in_a1111(prompt, want):
 
 
 def ids_of(tokenizer, prompt, long=False):
-    return [chunk.ids for chunk in chunks_of(tokenizer, prompt, long)]
+    return [[token for token, _ in chunk] for chunk in chunks_of(tokenizer, prompt, long)]
 
 
 @pytest.mark.parametrize("config", [SD15, SD21], ids=lambda config: config.name)
@@ -65,8 +65,9 @@ def test_a_plain_prompt_has_the_tokenizers_ids(config):
 
 def test_weights_stand_with_the_tokens_of_their_words():
     (chunk,) = chunks_of(Tokenizer(SD15.text), "a (photograph of:1.5) uncommonness [now]", long=False)
-    assert chunk.ids == Tokenizer(SD15.text).encode("a photograph of uncommonness now")
-    assert chunk.weights == pytest.approx([1, 1.5, 1.5, *[1] * (len(chunk.ids) - 4), 1 / 1.1])
+    ids, weights = zip(*chunk, strict=True)
+    assert list(ids) == Tokenizer(SD15.text).encode("a photograph of uncommonness now")
+    assert weights == pytest.approx([1, 1.5, 1.5, *[1] * (len(ids) - 4), 1 / 1.1])
 
 
 def test_long_prompts_go_on_in_chunks_and_others_are_cut_and_said():
@@ -149,7 +150,7 @@ def test_an_embedding_is_not_cut_in_two():
     assert ids_of(tokenizer, prompt, long=True) == [[a] * 72, calm, long, [a]]
     assert ids_of(tokenizer, "a " * 70 + "calm calm", long=True) == [[a] * 70 + calm, calm]
     (chunk,) = chunks_of(tokenizer, "(calm:1.5) a", long=False)
-    assert (chunk.ids, chunk.weights) == ([*calm, a], [1.5] * 5 + [1])
+    assert chunk == [*((token, 1.5) for token in calm), (a, 1)]
     assert ids_of(tokenizer, prompt) == [[a] * 72]
     assert cut_texts(tokenizer, prompt) == ["calm long a"]
 

@@ -14,8 +14,6 @@ Where a ControlNet's name says what it reads, a hint that looks otherwise gets a
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +166,7 @@ LINES, POSE, DEPTH = "light lines on black", "limbs in their colours on black", 
 SEGMENTATION, NORMAL = "a map in ADE20K's colours", "a normal map"
 INVERTED, PHOTOGRAPH, GRAY = "dark lines on white", "a photograph", "a gray image"
 
-# What a hint looks like is the first of these that applies.
+# A hint is called by the first of these that applies: by DEPTH never, which names only what a ControlNet reads.
 LOOKS = {
     POSE: is_pose,
     LINES: is_lines,
@@ -177,40 +175,32 @@ LOOKS = {
     NORMAL: is_normal,
     PHOTOGRAPH: is_coloured,
     GRAY: is_depth,
+    DEPTH: is_depth,
 }
 
 # ---------------------------------------------------------------------------------------------------------------- notes
 
 
-@dataclass(frozen=True)
-class Reads:
-    """What a ControlNet reads, and the detector that makes it from a photograph."""
-
-    looks: str
-    applies: Callable[[np.ndarray], bool]
-    detector: str | None = None
-
-
-# By a word in the ControlNet's name.
+# What a ControlNet reads, and the detector that makes it from a photograph, by a word in the ControlNet's name.
 READS = {
-    **dict.fromkeys(("circles", "fill50k"), Reads(LINES, is_lines)),
-    "canny": Reads(LINES, is_lines, "canny"),
-    "lineart": Reads(LINES, is_lines, "lineart"),
-    "mlsd": Reads(LINES, is_lines, "mlsd"),
-    **dict.fromkeys(("scribble", "softedge", "hed"), Reads(LINES, is_lines, "hed")),
-    **dict.fromkeys(("pose", "openpose", "dwpose"), Reads(POSE, is_pose, "openpose")),
-    **dict.fromkeys(("depth", "midas", "zoe"), Reads(DEPTH, is_depth, "midas")),
-    **dict.fromkeys(("seg", "segmentation"), Reads(SEGMENTATION, is_segmentation)),
-    **dict.fromkeys(("normal", "normalbae", "normals"), Reads(NORMAL, is_normal)),
+    **dict.fromkeys(("circles", "fill50k"), (LINES, None)),
+    "canny": (LINES, "canny"),
+    "lineart": (LINES, "lineart"),
+    "mlsd": (LINES, "mlsd"),
+    **dict.fromkeys(("scribble", "softedge", "hed"), (LINES, "hed")),
+    **dict.fromkeys(("pose", "openpose", "dwpose"), (POSE, "openpose")),
+    **dict.fromkeys(("depth", "midas", "zoe"), (DEPTH, "midas")),
+    **dict.fromkeys(("seg", "segmentation"), (SEGMENTATION, None)),
+    **dict.fromkeys(("normal", "normalbae", "normals"), (NORMAL, None)),
 }
 THRESHOLDS = {"canny": "low=50,high=100", "mlsd": "score=0.05"}  # below the defaults
 
 
-def reads_of(control: str) -> Reads | None:
-    """From the name of a ControlNet's file or of the folder that it is in."""
+def reads_of(control: str) -> tuple[str | None, str | None]:
+    """Of `READS`, by the name of a ControlNet's file or of the folder that it is in."""
     path = Path(control.lower())
     words = re.split("[^a-z0-9]+", path.stem) + re.split("[^a-z0-9]+", path.parent.name)
-    return next((READS[word] for word in words if word in READS), None)
+    return next((READS[word] for word in words if word in READS), (None, None))
 
 
 def doubt(name: str, control: str, pixels: np.ndarray, detect: str = "none", source: np.ndarray | None = None) -> str:
@@ -226,12 +216,14 @@ def doubt(name: str, control: str, pixels: np.ndarray, detect: str = "none", sou
         return f'--detect {detect} finds nothing in "{name}"{lower}' if detector else f'"{name}" is of one colour'
     if source is not None and is_hint_already(fewer(source), detector):
         return f'"{name}" looks like a hint already: leave out --detect {detect}'
-    reads, pixels = reads_of(control), fewer(pixels)
-    if reads is None or is_flat(pixels) or reads.applies(pixels):
+    (read, made_by), pixels = reads_of(control), fewer(pixels)
+    if read is None or is_flat(pixels) or LOOKS[read](pixels):
         return ""
     found = looks_like(pixels)
-    made = f'"{name}" looks like {found}' if detector is None else f'--detect {detect} makes of "{name}" {found}'
-    return f"{made}, and {control} reads {reads.looks}{'' if detector else advice(reads, found)}"
+    if detector:
+        return f'--detect {detect} makes of "{name}" {found}, and {control} reads {read}'
+    needed = "invert" if (read, found) == (LINES, INVERTED) else made_by if found in (PHOTOGRAPH, GRAY) else None
+    return f'"{name}" looks like {found}, and {control} reads {read}{f": add --detect {needed}" if needed else ""}'
 
 
 def looks_like(pixels: np.ndarray) -> str:
@@ -239,12 +231,6 @@ def looks_like(pixels: np.ndarray) -> str:
     if is_flat(pixels):
         return "one colour"
     return next((looks for looks, applies in LOOKS.items() if applies(pixels)), "something else")
-
-
-def advice(reads: Reads, found: str) -> str:
-    if reads.looks == LINES and found == INVERTED:
-        return ": add --detect invert"
-    return f": add --detect {reads.detector}" if reads.detector and found in (PHOTOGRAPH, GRAY) else ""
 
 
 def is_hint_already(source: np.ndarray, detector: str | None) -> bool:

@@ -13,7 +13,7 @@ from controlnet.common.images import resized
 from controlnet.hints import DETECTORS, detect
 from controlnet.hints.pose import draw_pose
 from controlnet.inference import hint_kind
-from controlnet.inference.hint_kind import READS, channels, doubt, fewer, kind_of, looks_like
+from controlnet.inference.hint_kind import LOOKS, READS, channels, doubt, fewer, kind_of, looks_like
 from controlnet.worlds import WORLDS
 
 ROOT = Path(__file__).parents[3]
@@ -103,7 +103,7 @@ NOTHING = {
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_photographs_look_like_photographs_and_are_not_for_guessing(name):
     assert looks_like(pixels_of(name)) == "a photograph"
-    assert not any(READS[control].applies(pixels_of(name)) for control in ("canny", "openpose", "depth"))
+    assert not any(LOOKS[READS[control][0]](pixels_of(name)) for control in ("canny", "openpose", "depth"))
     gray = np.asarray(Image.fromarray(pixels_of(name)).convert("L").convert("RGB"))
     assert kind_of(pixels_of(name)) is None and kind_of(gray) is None
 
@@ -208,7 +208,7 @@ def test_a_pose_with_a_face_and_hands_is_a_pose():
 
 
 def test_every_detector_that_is_recommended_exists():
-    assert {reads.detector for reads in READS.values()} <= {None, *DETECTORS}
+    assert {detector for _, detector in READS.values()} <= {None, *DETECTORS}
 
 
 def test_of_large_hints_some_pixels_are_looked_at(monkeypatch):

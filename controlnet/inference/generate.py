@@ -227,14 +227,18 @@ def make_denoise(
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
 
-    def with_predictor(make: Callable[[UNet], Predict]) -> Denoise:
-        def of(tile: Tile | None) -> Denoise:
-            acting = [tile.of_control(control, sd.config.vae.downscale) for control in controls] if tile else controls
-            part = tile.of(seen) if tile and seen is not None else seen
-            denoise = guided(sd.unet, prompt, negative, cfg, acting, timesteps, batched, make)
-            return lambda x, t, timestep: denoise(with_known(x.to(like.dtype), part), t, timestep)
+    def of_part(make: Callable[[UNet], Predict], controls: Sequence[Control], seen: Tensor | None) -> Denoise:
+        denoise = guided(sd.unet, prompt, negative, cfg, controls, timesteps, batched, make)
+        return lambda x, t, timestep: denoise(with_known(x.to(like.dtype), seen), t, timestep)
 
-        return in_tiles(tiles, of, like.device) if tiles else of(None)
+    def with_predictor(make: Callable[[UNet], Predict]) -> Denoise:
+        if not tiles:
+            return of_part(make, controls, seen)
+        denoisers = []
+        for tile in tiles:
+            acting = [tile.of_control(control, sd.config.vae.downscale) for control in controls]
+            denoisers.append(of_part(make, acting, None if seen is None else tile.of(seen)))
+        return in_tiles(tiles, denoisers, like.device)
 
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
     return Watched(with_predictor(make_predictor), partial(with_predictor, exact), networks)

@@ -1,13 +1,13 @@
 """Large images out of little memory: MultiDiffusion (Bar-Tal et al., arXiv 2302.08113).
 
 At each step the UNet sees the latents in overlapping tiles, each as large as the images that it was trained on, and the
-hints cut to them. What it says of the tiles is averaged. The weights fall towards the edges of a tile, so
-that one passes smoothly into the next, where a plain mean has seams.
+hints cut to them. Its outputs are averaged where tiles overlap, with weights that fall towards the edges of a tile: one
+passes smoothly into the next, where a plain mean has seams.
 
 Shapes: h w positions of the latents, 8 pixels each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
         return x[..., rows, columns]
 
     def of_control(self, control: Control, scale: int) -> Control:
-        """With what it has of hint and mask."""
+        """With the parts of its hint and mask that lie in this tile."""
         hint, mask = control.hint, control.mask
         if mask is not None:
             mask = self.of(F.interpolate(mask, hint.shape[-2:], mode="area"), scale)
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
 
 def tiles_of(config: Config, size: Size) -> list[Tile]:
-    """Those of an image of `size` pixels; none if one would be enough."""
+    """The tiles of an image of `size` pixels: none if it is no larger than one."""
     side, height, width = (pixels // config.vae.downscale for pixels in (config.resolution, *size))  # in latents
     if max(height, width) <= side:
         return []
@@ -58,9 +58,8 @@ def spans(length: int, side: int) -> list[slice]:
     return [slice(start, start + side) for start in starts]
 
 
-def in_tiles(tiles: Sequence[Tile], make_denoise: Callable[[Tile], Denoise], device: torch.device) -> Denoise:
-    """A denoiser of the whole out of those that `make_denoise` makes for the tiles."""
-    denoisers = [make_denoise(tile) for tile in tiles]
+def in_tiles(tiles: Sequence[Tile], denoisers: Sequence[Denoise], device: torch.device) -> Denoise:
+    """A denoiser of the whole out of one for each tile."""
     shares = [share.to(device) for share in shares_of(tiles)]
 
     def denoise(x: Tensor, t: Tensor, timestep: float) -> Tensor:

@@ -76,8 +76,8 @@ def local(weight):
 
 def test_what_no_edge_disturbs_is_the_whole_to_rounding():
     x, t = randn(2, 4, 20, 12), torch.zeros(2)
-    pointwise = local(randn(4, 4, 1, 1, seed=1))
-    y = in_tiles(tiles_of(SMALLEST, SIZE), lambda tile: lambda x, t, timestep: pointwise(x), CPU)(x, t, 0)
+    tiles, pointwise = tiles_of(SMALLEST, SIZE), local(randn(4, 4, 1, 1, seed=1))
+    y = in_tiles(tiles, [lambda x, t, timestep: pointwise(x)] * len(tiles), CPU)(x, t, 0)
     torch.testing.assert_close(y, pointwise(x), rtol=1e-5, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_edges_of_tiles_leave_no_seams():
     """Each tile is wrong at its edges, by the zeros beyond them: what is seen of that is a third of a plain mean's."""
     x, t = torch.ones(1, 1, 44, 44), torch.zeros(1)
     tiles, network = tiles_of(replace(SMALLEST, resolution=128), (352, 352)), local(torch.full((1, 1, 3, 3), 1 / 9))
-    y = in_tiles(tiles, lambda tile: lambda x, t, timestep: network(x), CPU)(x, t, 0)
+    y = in_tiles(tiles, [lambda x, t, timestep: network(x)] * len(tiles), CPU)(x, t, 0)
     plain, count = torch.zeros_like(x), torch.zeros_like(x)
     for tile in tiles:
         tile.of(plain).add_(network(tile.of(x)))

@@ -173,10 +173,9 @@ def load_base(job: Job) -> StableDiffusion:
 
 
 def load_jobs(jobs: list[Job], sd: StableDiffusion) -> list[Job]:
-    """With their controls. `sd` is packed or laid out, too; it may have been before."""
+    """The jobs with their controls. `sd` is packed or laid out, too; it may have been before."""
     options, load_net = jobs[0].options, net_loader(sd)
-    jobs = [with_controls(job, load_net, sd.config) for job in jobs]
-    jobs = [replace(job, batch_size=batch_size_of(job, sd)) for job in jobs]
+    jobs = [with_controls(job, load_net, sd) for job in jobs]
     networks = [sd.unet, *{control.net for job in jobs for control in job.controls}]
     lay_out(networks, jobs[0].device, options.precision)
     if not options.low_memory:  # which moves networks about, and needs plain weights for the tiled VAE
@@ -184,19 +183,18 @@ def load_jobs(jobs: list[Job], sd: StableDiffusion) -> list[Job]:
     return jobs
 
 
-def with_controls(job: Job, load_net: Callable[[CheckedHint], ControlNet], config: Config) -> Job:
-    def of(size: Size) -> tuple[Control, ...]:
+def with_controls(job: Job, load_net: Callable[[CheckedHint], ControlNet], sd: StableDiffusion) -> Job:
+    """The job with its controls, and with as many images at once as then fit in memory, unless that is given."""
+
+    def at(size: Size) -> tuple[Control, ...]:
         return tuple(hint.control(load_net(hint), size) for hint in job.hints)
 
-    job, upscale = replace(job, controls=of(job.size)), job.options.upscale
-    return job if upscale == 1 else replace(job, large_controls=of(larger_size(config, job.size, upscale)))
-
-
-def batch_size_of(job: Job, sd: StableDiffusion) -> int:
-    options = job.options
-    return options.batch_size or default_batch_size(
-        sd, job.size, options.count, job.controls, job.cpu_offload, options.tile_diffusion
+    options, controls = job.options, at(job.size)
+    large = () if options.upscale == 1 else at(larger_size(sd.config, job.size, options.upscale))
+    batch_size = options.batch_size or default_batch_size(
+        sd, job.size, options.count, controls, job.cpu_offload, options.tile_diffusion
     )
+    return replace(job, controls=controls, large_controls=large, batch_size=batch_size)
 
 
 def make_images(

@@ -92,25 +92,23 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
 
 
 def relocated(path: str, values: dict, files: dict[str, str], trust: bool) -> dict:
-    """With the names of files as they are found from here; the keys of `files` change with them."""
+    """The values with files named as they are found from here; the keys of `files` change with them."""
 
-    def found(option: str, name: str | None) -> str | None:
-        if not name:
-            return name
+    def found(option: str, name: str) -> str:
         file = split_strength(name)[0] if option == "lora" else name
         place = located(path, option, file, trust)
         if file in files:
             files[place] = files[file]
         return place + name.removeprefix(file)
 
-    values = dict(values)
-    named = {option: values[option] for option in FILES if option in values}
+    named = {option: values[option] for option in FILES if values.get(option)}
     names = [name for value in named.values() for name in (value if isinstance(value, list) else [value]) if name]
     if names:
         note(f'"{path}" names these files: {first_few(dict.fromkeys(names), 20)}')
     for option, value in named.items():
-        values[option] = [found(option, name) for name in value] if isinstance(value, list) else found(option, value)
-    return values
+        one_each = isinstance(value, list)
+        named[option] = [name and found(option, name) for name in value] if one_each else found(option, value)
+    return values | named
 
 
 def located(path: str, option: str, name: str, trust: bool) -> str:
@@ -121,10 +119,9 @@ def located(path: str, option: str, name: str, trust: bool) -> str:
         raise ValueError(f'"{path}" names a file with {len(name)} characters: give {flag_of(option)} yourself')
     folder = Path(path).absolute().parent
     roots = [folder, published.WEIGHTS, ROOT / "assets"]
-    for place in (folder / name, Path(name).absolute(), ROOT / name, published.WEIGHTS / name):
-        normal = Path(os.path.normpath(place))
-        if any(normal.is_relative_to(root) for root in roots) and is_there(normal):
-            return name if normal == Path(os.path.normpath(Path(name).absolute())) else str(normal)
+    for place in map(os.path.abspath, (folder / name, name, ROOT / name, published.WEIGHTS / name)):
+        if any(Path(place).is_relative_to(root) for root in roots) and is_there(Path(place)):
+            return name if place == os.path.abspath(name) else place
     several = option == "hint" and (glob.has_magic(name) or Path(name).is_dir())  # infer.py records single files
     if not trust and (Path(name).name != name or is_there(Path(name)) or several):
         raise ValueError(

@@ -77,7 +77,8 @@ def needed_memory(
     encoding_hints = 3 * 16 * dtype.itemsize * height * width if controls else 0  # three maps of 16 channels
     kept = guided if device.type == "cpu" and feature_map(config, (height, width), dtype) < GLIBC_KEEPS else 0
     working = max(encoding_hints, guided, kept + decoding)
-    return working if low_memory else working + dtype.itemsize * parameters(config, controls)
+    base, control = parameters(config)
+    return working if low_memory else working + dtype.itemsize * (base + controls * control)
 
 
 def guided_memory(
@@ -111,17 +112,12 @@ def decoding_memory(config: Config, size: Size, dtype: torch.dtype, tiled: bool)
 
 def bytes_held(sd: StableDiffusion) -> int:
     """Of a base in memory, for `check_memory`."""
-    return sd.dtype.itemsize * parameters(sd.config, controls=0)
-
-
-def parameters(config: Config, controls: int) -> int:
-    """Of the base and so many ControlNets."""
-    base, control = parameters_of_each(config)
-    return base + controls * control
+    return sd.dtype.itemsize * parameters(sd.config)[0]
 
 
 @cache
-def parameters_of_each(config: Config) -> list[int]:
+def parameters(config: Config) -> list[int]:
+    """How many the base has, and a ControlNet."""
     with without_weights():
         networks = StableDiffusion(config), ControlNet(UNet(config.unet.text_to_image))
     return [sum(parameter.numel() for parameter in network.parameters()) for network in networks]

@@ -52,7 +52,8 @@ def test_decoding_holds_what_the_rule_says(fakes):
 
 
 def test_networks_count_and_on_a_cpu_what_sampling_leaves():
-    weights = 4 * memory.parameters(TINY, 1)
+    base, control = memory.parameters(TINY)
+    weights = 4 * (base + control)
     guided, decoding = memory.guided_memory(TINY, SIZE, FP32, False, 1), memory.decoding_memory(TINY, SIZE, FP32, False)
     assert memory.needed_memory(TINY, SIZE, FP32, CPU, False, 1) == weights + guided + decoding
     assert memory.needed_memory(TINY, SIZE, FP32, CUDA, False, 1) == weights + max(guided, decoding)
@@ -60,13 +61,13 @@ def test_networks_count_and_on_a_cpu_what_sampling_leaves():
     decoding = memory.decoding_memory(TINY, large, FP32, False)
     assert memory.needed_memory(TINY, large, FP32, CPU, False, 1) == weights + decoding
     two = memory.needed_memory(TINY, large, FP32, CPU, False, 2)
-    assert two - weights - decoding == 4 * (memory.parameters(TINY, 2) - memory.parameters(TINY, 1)) > 0
+    assert two - weights - decoding == 4 * control > 0
 
 
 def test_a_base_in_memory_is_not_counted_twice(monkeypatch):
     sd = SimpleNamespace(config=TINY, dtype=FP32)
     needed = memory.needed_memory(TINY, SIZE, FP32, CUDA, False, 1)
-    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 4 * memory.parameters(TINY, 0))
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 4 * memory.parameters(TINY)[0])
     memory.check_memory(TINY, SIZE, FP32, CUDA, False, 1, held=memory.bytes_held(sd))
     with pytest.raises(ValueError, match="GB are free"):
         memory.check_memory(TINY, SIZE, FP32, CUDA, False, 1, held=memory.bytes_held(sd) - 1)

@@ -84,8 +84,8 @@ def test_a_control_is_a_copy_of_another_bases_encoder(sd):
     with pytest.raises(ValueError, match="copy the encoder of the base that it was made from"):
         ControlNet.from_unet(sd.unet)
     wide = replace(SMALLEST, unet=replace(SMALLEST.unet, inpainting=True))
-    assert parameters(wide, 2) - parameters(wide, 1) == parameters(SMALLEST, 2) - parameters(SMALLEST, 1)
-    assert parameters(wide, 1) - parameters(SMALLEST, 1) == 5 * 8 * 9
+    (wide_base, wide_control), (base, control) = parameters(wide), parameters(SMALLEST)
+    assert (wide_base - base, wide_control) == (5 * 8 * 9, control)
 
 
 @pytest.mark.filterwarnings("ignore")  # of weights that overflow

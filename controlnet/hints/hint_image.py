@@ -144,10 +144,16 @@ def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.
     """An image file, a PIL image or an array as an image, upright, of any mode; a .npy file as `open_hint` returns it.
 
     An array is uint8, or floats in [0, 1], of (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). Raises ValueError for another
-    one, for a file that cannot be read, and for 32 bits a channel, TypeError for anything else.
+    one, for a file that cannot be read (for a pose or a map it names the detectors that do), and for 32 bits a channel,
+    TypeError for anything else.
     """
     if isinstance(image, str | Path):
-        return stored_hint(image)
+        try:
+            return open_hint(image)
+        except ValueError:
+            if Path(image).exists():
+                check_is_image(image)
+            raise
     if isinstance(image, np.ndarray):
         return Image.fromarray(to_bytes(image))
     if not isinstance(image, Image.Image):
@@ -196,18 +202,6 @@ def check_is_image(path: str | Path) -> None:
         raise ValueError(
             f'"{path}" is not an image: name the detector that reads it with detect: {" or ".join(readers)}'
         )
-
-
-def stored_hint(path: str | Path) -> Image.Image | np.ndarray:
-    """`open_hint`. Raises ValueError, for a pose or a map with the names of the detectors that read it."""
-    if Path(path).suffix.lower() != ".npy":
-        check_is_image(path)
-    try:
-        return open_hint(path)
-    except ValueError:
-        if Path(path).exists():
-            check_is_image(path)
-        raise
 
 
 def detected_from_map(name: str, source: str | Path | Image.Image | np.ndarray, options: dict[str, Any]) -> np.ndarray:

@@ -132,7 +132,8 @@ def test_our_grayscale_example_is_a_hint(net):
         (np.full((64, 96), np.nan), "from nan to nan"),
         (Image.new("I", (96, 64)), "the image has 32 bits a channel"),
         ("none.png", '"none.png" does not exist'),
-        ("pose.json", '"pose.json" is not an image: name the detector that reads it with detect: pose'),
+        ("none.json", '"none.json" does not exist'),
+        (ASSETS / "pose.json", 'pose.json" is not an image: name the detector that reads it with detect: pose'),
     ],
 )
 def test_an_image_that_cannot_be_taken_is_said(net, image, message):

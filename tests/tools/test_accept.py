@@ -231,8 +231,7 @@ def test_side_by_side_with_diffusers(folder, tmp_path, monkeypatch):
     """Aims are recorded, both ways of training are ours alone, and neither side loses its memory in the other's."""
     monkeypatch.setattr(bench, "have_peers", lambda: True)
     sides = {
-        name: figures.Side(None, {"1 image": list}, 0, {"1 image": size})
-        for name, size in (("ours", 1e9), ("diffusers", 2e9))
+        name: figures.Side({"1 image": list}, {"1 image": size}) for name, size in (("ours", 1e9), ("diffusers", 2e9))
     }
     seconds = iter([2.0, 5.0])
     monkeypatch.setattr(figures, "timed", lambda work, where: (next(seconds), None))

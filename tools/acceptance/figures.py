@@ -5,10 +5,9 @@ import platform
 import statistics
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -50,12 +49,10 @@ def machine(job: Job, report: Report) -> None:
 
 @dataclass
 class Side:
-    """Ours or diffusers': what is loaded, the works to measure with it, and bytes for each."""
+    """Ours or diffusers': the works to time, and bytes for each."""
 
-    source: Any
     works: Works
-    lasting: float  # what stays allocated between the works
-    memory: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float]
 
 
 def peers(job: Job, report: Report) -> None:
@@ -68,34 +65,30 @@ def peers(job: Job, report: Report) -> None:
     job.settle()
     sides = both(job, our_steps, their_steps)
     compare(job, report, sides, ", latents in it")
-    use_cache(job, sides["ours"])
+    del sides["ours"]
+    job.settle()
+    sides = {"ours": loaded(job, partial(our_steps, cached=True)), **sides}
     compare(job, report, sides, ", latents before")
 
 
-def both(job: Job, *loaders: Callable[[Job], tuple[Any, Works, Works]]) -> dict[str, Side]:
-    """Ours, and diffusers' if it is installed, each warmed up. A loader gives the source, the works to time, and those
-    whose memory is measured."""
-    sides = {}
-    for name, load in zip(("ours", "diffusers") if bench.have_peers() else ("ours",), loaders, strict=False):
-        before = device.allocated(job.device)
-        source, works, measured = load(job)
-        warm_up(works)
-        sides[name] = Side(source, works, device.allocated(job.device) - before)
-        measure_memory(job, sides[name], measured)
-    return sides
+def both(job: Job, ours: Callable, theirs: Callable) -> dict[str, Side]:
+    """Ours and, if it is installed, diffusers'."""
+    return {"ours": loaded(job, ours)} | ({"diffusers": loaded(job, theirs)} if bench.have_peers() else {})
 
 
-def warm_up(works: Works) -> None:
+def loaded(job: Job, load: Callable[[Job], tuple[Works, Works]]) -> Side:
+    """A side, warmed up. `load` gives the works to time and, under the same names, those whose memory is measured: what
+    stays allocated between them, and the peak of each above that, whatever else is on the device."""
+    before = device.allocated(job.device)
+    works, measured = load(job)
     for work in works.values():
         for _ in range(device.WARM_UPS):
             work()
-
-
-def measure_memory(job: Job, side: Side, works: Works) -> None:
-    """Of each work, whatever else is on the device: what stays, and its peak above what is there before it."""
-    for name, work in works.items():
-        before = device.allocated(job.device)
-        side.memory[name] = side.lasting + device.with_peaks(work, job.device)[1] - before
+    lasting, memory = device.allocated(job.device) - before, {}
+    for name, work in measured.items():
+        start = device.allocated(job.device)
+        memory[name] = lasting + device.with_peaks(work, job.device)[1] - start
+    return Side(works, memory)
 
 
 def compare(job: Job, report: Report, sides: dict[str, Side], how: str) -> None:
@@ -116,20 +109,20 @@ def compare(job: Job, report: Report, sides: dict[str, Side], how: str) -> None:
             report.aim(f"{name}{how}: memory in parts of diffusers'", share, most=MEMORY_AIM)
 
 
-def our_images(job: Job) -> tuple[Any, Works, Works]:
+def our_images(job: Job) -> tuple[Works, Works]:
     sd, control = bench_ours.load_for_sampling(job.setup())
     works = image_works(job, partial(bench_ours.sample, sd, control), sd.vae.encode, sd.vae.decode)
-    return sd, works, works
+    return works, works
 
 
-def their_images(job: Job) -> tuple[Any, Works, Works]:
+def their_images(job: Job) -> tuple[Works, Works]:
     from tools import bench_peers  # imports diffusers
 
     pipeline = bench_peers.load(job.setup())
     vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
     ways = (lambda x: vae.encode(x).latent_dist.mean * scale, lambda z: vae.decode(z / scale).sample)
     works = image_works(job, partial(bench_peers.sample, pipeline), *ways)
-    return pipeline, works, works
+    return works, works
 
 
 def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) -> Works:
@@ -145,36 +138,25 @@ def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) 
     }
 
 
-def our_steps(job: Job) -> tuple[Any, Works, Works]:
+def our_steps(job: Job, cached: bool = False) -> tuple[Works, Works]:
+    """With latents computed in each step, or before. Their memory is that without CUDA graphs, whose own counts as
+    free."""
     run = Training(job.setup())
-    return run, *our_step_works(job, run, cached=False)
+    works, measured = (step_works(job, partial(run.step, cached=cached, record=record)) for record in (True, False))
+    if cached:
+        run.drop_encoders()
+    return works, measured
 
 
-def our_step_works(job: Job, run: Training, cached: bool) -> tuple[Works, Works]:
-    """As they are, and as they are without CUDA graphs, whose memory counts as free."""
-    return tuple(step_works(job, partial(run.step, cached=cached, record=record)) for record in (True, False))
-
-
-def their_steps(job: Job) -> tuple[Any, Works, Works]:
+def their_steps(job: Job) -> tuple[Works, Works]:
     from tools import bench_peers
 
-    step = bench_peers.trainer(job.setup())
-    works = step_works(job, step)
-    return step, works, works
+    works = step_works(job, bench_peers.trainer(job.setup()))
+    return works, works
 
 
 def step_works(job: Job, step: Callable[[int], Work]) -> Works:
     return {f"a training step, batch {batch}": step(batch) for batch in job.size.batches}
-
-
-def use_cache(job: Job, side: Side) -> None:
-    """From here on latents are computed before, and the encoders leave the device."""
-    before = device.allocated(job.device)
-    side.works, measured = our_step_works(job, side.source, cached=True)
-    side.source.drop_encoders()
-    warm_up(side.works)
-    side.lasting += device.allocated(job.device) - before
-    measure_memory(job, side, measured)
 
 
 # ------------------------------------------------------------------------------------------------------- memory, time

@@ -134,15 +134,13 @@ def pixels_around(
     pixels = slice(low[1], high[1]), slice(low[0], high[0])
     if rows.size * columns.size > LARGE:
         margin = int(1.5 * half_width) + 3  # half the width, measured along x or y: at most sqrt(2) times as much
-        near = np.arange(-margin, margin + 1)
-        if abs(direction[0]) > abs(direction[1]):
-            middle = centre[1] + (columns + 0.5 - centre[0]) * direction[1] / direction[0]
-            columns, rows = np.broadcast_arrays(columns[:, None], np.floor(middle).astype(int)[:, None] + near)
-        else:
-            middle = centre[0] + (rows + 0.5 - centre[1]) * direction[0] / direction[1]
-            columns, rows = np.broadcast_arrays(np.floor(middle).astype(int) + near, rows)
-        inside = (columns >= low[0]) & (columns < high[0]) & (rows >= low[1]) & (rows < high[1])
-        columns, rows = columns[inside], rows[inside]
+        i, j = (0, 1) if abs(direction[0]) > abs(direction[1]) else (1, 0)  # the line advances along axis i
+        along = np.arange(low[i], high[i])[:, None]
+        middle = centre[j] + (along + 0.5 - centre[i]) * direction[j] / direction[i]
+        across = np.floor(middle).astype(int) + np.arange(-margin, margin + 1)
+        inside = (across >= low[j]) & (across < high[j])
+        near = np.broadcast_to(along, across.shape)[inside], across[inside]
+        columns, rows = near[i], near[j]
         pixels = rows, columns
     x = columns.astype(np.float32) + np.float32(0.5 - centre[0])
     y = rows.astype(np.float32) + np.float32(0.5 - centre[1])

@@ -102,19 +102,22 @@ def visible_part(image: Image.Image) -> tuple[np.ndarray, float]:
 
 
 def ground_of_hint(image: Image.Image) -> str:
-    """White behind dark strokes, black behind light or coloured ones; where most is visible, that shows the ground."""
+    """Black behind light or coloured strokes, white behind dark ones, and black where most of the image is visible,
+    unless all of that is dark."""
     colours, share = visible_part(image)
-    strongest, weakest = colours.max(axis=1, initial=0), colours.min(axis=1, initial=255)
-    light = ((strongest > 127) | (strongest - weakest > 48)).sum() / max(1, len(colours))
-    return "white" if len(colours) and (light < 0.02 or (light < 0.5 and share <= 0.5)) else "black"
+    if not len(colours):
+        return "black"
+    strongest, weakest = colours.max(axis=1), colours.min(axis=1)
+    light = ((strongest > 127) | (strongest - weakest > 48)).mean()
+    return "white" if light < 0.02 or (light < 0.5 and share <= 0.5) else "black"
 
 
 def ground_of_drawing(image: Image.Image) -> str:
-    """Of one whose strokes a detector finds, by their darkest channel: white behind coloured ones too; where most is
-    visible, that shows the ground."""
+    """Of a drawing for a detector, to which coloured strokes are dark. Where most of it is visible, most of that is the
+    ground; else it is strokes, and the ground is their opposite."""
     colours, share = visible_part(image)
-    light = (colours.min(axis=1, initial=255) > 127).sum() / max(1, len(colours))
-    return "black" if light >= 0.02 and (light >= 0.5) != (share > 0.5) else "white"
+    light = (colours.min(axis=1) > 127).mean() if len(colours) else 0.0
+    return "white" if light < 0.02 or (light >= 0.5) == (share > 0.5) else "black"
 
 
 def erased_part(image: Image.Image) -> Image.Image | None:

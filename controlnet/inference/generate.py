@@ -27,8 +27,7 @@ from ldm.unet import UNet
 from .compiled import check_compile, compiling
 from .finite import Watched, finite
 from .graphed import graphed
-from .image_to_image import Init, begin, steps_done
-from .inpainting import check_inpainting, known_part, with_known
+from .image_to_image import Init, begin, check_inpainting, known_part, steps_done, with_known
 from .memory import fitting, guided_memory
 from .noise import draw, noise_from
 from .offload import decode, encode, on_device
@@ -73,7 +72,7 @@ def generate(
     image by rounding alone. Latents are fp32 even where the networks are not. `cfg` None is `default_cfg`. prompts.py
     says how prompts are read. The ControlNets must be on the device and in the dtype of `sd`; hints and masks are
     brought there. `progress` shows a bar, `callback` is called after each step of each image. An inpainting base
-    (inpainting.py) needs an `init` with a mask.
+    needs an `init` with a mask.
 
     `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (reuse.py): faster, and
     another image, though at 2 a similar one.

@@ -1,6 +1,10 @@
 """Image-to-image (SDEdit: Meng et al., arXiv 2108.01073) and inpainting: an image made from another image.
 
-Shapes: H W pixels, h = H/8, w = W/8.
+Most bases inpaint by blending latents (`keep_known`). Inpainting bases (SD 1.5 and 2 "inpainting") were trained to fill
+holes: beside the latents their UNet reads what is known of the image (`known_part`), and nothing is blended. A
+ControlNet reads the latents alone, so those made for other bases go with them.
+
+Shapes: B batch, H W pixels, h = H/8, w = W/8.
 """
 
 from dataclasses import dataclass
@@ -10,13 +14,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter, ImageStat
-from torch import Tensor
+from torch import Generator, Tensor
 
 from controlnet.common.images import Size, fitted, resized, to_images, to_mask
 from controlnet.common.program import FITS
 from controlnet.hints.hint_image import as_mask, as_rgb
+from ldm.config import Config
 from ldm.samplers import BeforeStep, Noise
 from ldm.schedule import Schedule
+from ldm.stable_diffusion import StableDiffusion
+
+from .offload import encode
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom: the first two are in it
 
@@ -136,3 +144,32 @@ def keep_known(schedule: Schedule, z0: Tensor, mask: Tensor, noise: Noise) -> Be
     """Inpainting by blending latents, as in the released DDIM sampler: before each step what is black in the mask
     (1, 1, h, w) is replaced by z0 (B, 4, h, w) with fresh noise of the level of x."""
     return lambda x, t: mask * x + (1 - mask) * schedule.q_sample(z0, t, noise(z0))
+
+
+# ----------------------------------------------------------------------------------------------------- inpainting bases
+
+
+def check_inpainting(config: Config, init: Init | None) -> None:
+    """Raises ValueError for an inpainting base without an image and a mask."""
+    if config.unet.inpainting and (init is None or init.mask is None):
+        raise ValueError(
+            f'the base "{config.name}" is an inpainting model, which fills what is masked in an image: give --init and '
+            "--mask, or another base"
+        )
+
+
+def known_part(sd: StableDiffusion, init: Init, generators: list[Generator], tiled: bool) -> Tensor:
+    """(B, 5, h, w): the mask, 1 where the image is made anew, and scaled latents of the image with gray in its place.
+
+    As in the released code the mask is all or nothing, and each position of the latents has that of its first pixel.
+    `init` is `resized`; for each generator the latents are a sample of the posterior.
+    """
+    mask = (to_mask(init.mask) >= 0.5).float()  # (1, 1, H, W)
+    latents = encode(sd, init.pixels() * (1 - mask), generators, tiled)  # (B, 4, h, w)
+    mask = F.interpolate(mask, latents.shape[-2:], mode="nearest").to(latents)
+    return torch.cat([mask.expand(len(latents), -1, -1, -1), latents], dim=1)
+
+
+def with_known(x: Tensor, part: Tensor | None) -> Tensor:
+    """What an inpainting UNet reads, (B, 9, h, w); for others, where `part` is None, x (B, 4, h, w)."""
+    return x if part is None else torch.cat([x, part.to(x.dtype)], dim=1)

@@ -34,8 +34,7 @@ from ldm.stable_diffusion import StableDiffusion
 
 from .generate import hint_part
 from .hint_kind import INVERTED, PHOTOGRAPH, doubt, kind_of, looks_like
-from .image_to_image import Init, steps_done
-from .inpainting import check_inpainting
+from .image_to_image import Init, check_inpainting, steps_done
 from .memory import check_memory
 from .options import HintOptions, Options, options_for_each_hint
 from .sizes import check_size, default_size

@@ -15,8 +15,7 @@ import train
 from controlnet.common.images import save_png, to_images
 from controlnet.guidance import Control
 from controlnet.inference.generate import generate
-from controlnet.inference.image_to_image import Init
-from controlnet.inference.inpainting import known_part
+from controlnet.inference.image_to_image import Init, known_part
 from controlnet.inference.memory import parameters
 from controlnet.model import ControlNet
 from tools import describe

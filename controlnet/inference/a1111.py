@@ -1,7 +1,6 @@
-"""The text "parameters" of A1111's web UI and its viewers: written of our settings, and read of its own images.
+"""The text "parameters" of A1111's web UI and its viewers: written from our settings, and read from its images.
 
-It is the prompt, "Negative prompt: ..." and a last line of "Name: value" pairs. Settings are the options of infer.py by
-their names (options.py).
+It is the prompt, "Negative prompt: ..." and a last line of "Name: value" pairs. Settings are the options of infer.py.
 """
 
 import json
@@ -17,15 +16,14 @@ from .sampler_names import A1111_SAMPLERS
 
 NEGATIVE = "Negative prompt:"
 
-# Its ControlNet extension weighs layers by 0.825^n and spares the negative prompt in the mode in which ControlNet is
-# more important, its guess mode; our other modes have the name of the nearest.
+# Its ControlNet extension weighs layers by 0.825^n and leaves out the negative prompt in the mode in which "ControlNet
+# is more important". Each of our modes gets the name of the nearest there.
 MODES = {"balanced": "Balanced", "middle": "Balanced", "shuffle": "Balanced"}
 OTHER_MODES = "ControlNet is more important"
 
 FITS = {"stretch": "Just Resize", "crop": "Crop and Resize", "pad": "Resize and Fill"}
 
-# What the extension calls our detectors, and which of our options are its thresholds A and B. The others read what is a
-# hint by then: for it they are "none".
+# What the extension calls our detectors, and which of our options are its thresholds A and B. All others are "none".
 MODULES = {
     "canny": ("canny", "low", "high"),
     "scribble": ("invert (from white bg & black line)",),
@@ -55,13 +53,13 @@ def parameters(settings: dict) -> str:
 
 
 def lora_tag(given: str) -> str:
-    """Of a LoRA that was given by --lora."""
+    """A LoRA given by --lora, as A1111's prompts name one."""
     name, strength = split_strength(given)
     return f" <lora:{re.sub('[<>:]', ' ', Path(name).stem)}:{strength:g}>"
 
 
 def pairs(settings: dict) -> dict[str, object]:
-    """None is left out."""
+    """The pairs of the last line; those with None are left out of it."""
     sampler, schedule = A1111_SAMPLERS[settings["sampler"]]
     upscale = None if settings["upscale"] == 1 else settings["upscale"]
     return {
@@ -85,8 +83,8 @@ def pairs(settings: dict) -> dict[str, object]:
 
 
 def unit(settings: dict, i: int) -> str:
-    """One ControlNet, as the extension writes it. It splits at "," and ": ", knows no other names, modes and ranges,
-    and where one thing does not fit drops the whole unit."""
+    """One ControlNet, as the extension writes it. It splits the text at "," and ": ", and drops the whole unit if it
+    does not know a name or a mode, or a number is out of its range."""
     detector, options = settings["detect"][i].lower(), {}
     if detector not in ("none", "inpaint"):
         detector, given = parse_detector(detector)
@@ -108,7 +106,7 @@ def unit(settings: dict, i: int) -> str:
 
 
 def quoted(value: object) -> str:
-    """As JSON where a comma, a colon or a line's end would end the value or begin a name for A1111's parser."""
+    """As JSON if A1111's parser would take something in the value for its end or for another name."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if re.search('[,:\n]|^"', text) else text
 
@@ -117,7 +115,7 @@ def quoted(value: object) -> str:
 
 PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)')
 
-# Its names for our options. What it says of others is no option here.
+# Its names for our options.
 OPTIONS = {
     "Steps": "steps",
     "Sampler": "sampler",
@@ -135,9 +133,9 @@ SCHEDULES = ("Automatic", "Uniform", "Karras")
 
 
 def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
-    """-> the settings that are options of ours, and what else the last line says, both as they are written.
+    """-> our options, and whatever else the last line says, both as they are written.
 
-    Any text is accepted: one without a last line of pairs is a prompt.
+    Any text is accepted: without a last line of pairs all of it is the prompt.
     """
     *lines, last = text.strip().split("\n")
     found = dict(read_pairs(last))
@@ -149,7 +147,7 @@ def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
         "negative": "\n".join(line.strip() for line in lines[start:]).removeprefix(NEGATIVE).strip(),
     }
     settings |= {ours: found.pop(theirs) for theirs, ours in OPTIONS.items() if theirs in found}
-    if "upscale" in settings and "strength" in settings:  # which is the second pass's then
+    if "upscale" in settings and "strength" in settings:  # then this is the strength of the second pass
         settings["upscale_strength"] = settings.pop("strength")
     if "sampler" in settings and found.get("Schedule type") in SCHEDULES:
         settings["sampler"] = with_schedule(settings["sampler"], found.pop("Schedule type"))
@@ -157,7 +155,7 @@ def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def with_schedule(sampler: str, schedule: str) -> str:
-    """The sampler's name, with " Karras" where that is its schedule, as older versions write it."""
+    """The sampler's name as older versions write it: with " Karras" if that is the schedule."""
     karras = schedule == "Karras" or (schedule == "Automatic" and sampler.startswith("DPM++"))
     return f"{sampler} Karras" if karras else sampler
 

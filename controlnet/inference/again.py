@@ -1,6 +1,6 @@
-"""--again: the options of the image that is to be made again, and which files it may have opened.
+"""--again: the options of the image that is to be made again, and the files that it may open.
 
-Anyone may have made the image. It is not trusted with other files than those in weights/ and assets/ and beside itself.
+Anyone may have made that image, so it may open only files in weights/ and assets/ and beside itself.
 """
 
 import glob
@@ -26,9 +26,9 @@ LONGEST_NAME = 1000
 
 
 def with_recorded(given: dict) -> tuple[Options, dict[str, str]]:
-    """The options given, before those of the image for --again if there is one, and the fingerprints of its files.
+    """The options, those of the image for --again where they are not given, and the fingerprints of that image's files.
 
-    Raises ValueError for an image that does not tell, or that names files it may not have opened.
+    Raises ValueError for an image that does not say how it was made, or that names files it may not open.
     """
     path = given.get("again")
     if path is None:
@@ -59,7 +59,7 @@ def of_ours(path: str, recorded: dict) -> tuple[dict, dict[str, str]]:
 
 
 def of_a1111(path: str, text: str, given: dict) -> dict:
-    """As far as A1111's text tells; the rest is said."""
+    """The options in A1111's text. A note says what else it names."""
     values, others = read_parameters(text)
     note(f'"{path}" is not by infer.py, whose noise is another: the image will be similar at most')
     model = values.pop("base", None)
@@ -112,7 +112,7 @@ def relocated(path: str, values: dict, files: dict[str, str], trust: bool) -> di
 
 
 def located(path: str, option: str, name: str, trust: bool) -> str:
-    """Where a file that the image at `path` names may be opened; the name alone if it is to be looked up by it."""
+    """Where to open a file that the image at `path` names, or its bare name, which is looked up later."""
     if option in ("base", "vae") and name in PRESETS:
         return name
     if len(name) > LONGEST_NAME:

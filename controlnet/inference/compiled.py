@@ -16,8 +16,8 @@ from ldm.unet import UNet
 def compiling() -> Callable[[UNet], Predict]:
     """A `make_predictor` of `guided` that computes what `exact` does.
 
-    The graph is compiled anew for other shapes and for other controls that act, not for another prompt, hint or step.
-    On CUDA the whole of it is replayed as a CUDA graph ("reduce-overhead"): one launch in place of a thousand kernels'.
+    The graph is compiled anew for other shapes and when other controls act, not for another prompt, hint or step. On
+    CUDA it is replayed as one CUDA graph ("reduce-overhead"): one launch in place of a thousand kernels'.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # here: 900 modules that nothing else needs
 

@@ -1,4 +1,4 @@
-"""What changes the base of a run of infer.py: LoRAs, and embeddings, which are words of the prompts."""
+"""What a run of infer.py adds to its base: LoRAs, and embeddings, which are words of the prompts."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -28,7 +28,7 @@ TAGGED = re.compile(r"(?<!\w)embedding:([\w-]+)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Extras:
-    """Checked. `files` go by the names given; what prompts name by "lora:NAME" or "embedding:NAME"."""
+    """`files` are keyed by the names given as options, and by "lora:NAME" or "embedding:NAME" for those in prompts."""
 
     loras: tuple[str, ...] = ()  # FILE:STRENGTH
     embeddings: dict[str, Tensor] = field(default_factory=dict)  # vectors (n, D) by name
@@ -42,17 +42,18 @@ class Extras:
 def find_extras(options: Options, config: Config, recorded_files: Collection[str]) -> Extras:
     """Raises CheckpointError or ValueError for a file that is not there or does not fit.
 
-    `recorded_files` are the names of those that the image for --again was made with.
+    `recorded_files` are the keys of the files that the image for --again was made with.
     """
     loras, files = named_loras(options)
     check_loras(loras, config)
     paths = named_embeddings(options)
-    for name in recorded_files:
-        if name.startswith(WORD) and name not in paths and find_names([name.removeprefix(WORD)], options):
-            raise no_extra(name.removeprefix(WORD), EMBEDDINGS, "embedding")
-    for name in paths if recorded_files else ():
-        if name.startswith(WORD) and name not in recorded_files:
-            note(f'"{paths[name]}" is an embedding by now: the image was made without it')
+    then, now = (
+        {name.removeprefix(WORD) for name in files if name.startswith(WORD)} for files in (recorded_files, paths)
+    )
+    for word in sorted(find_names(then - now, options)):
+        raise no_extra(word, EMBEDDINGS, "embedding")
+    for word in sorted(now - then) if recorded_files else ():
+        note(f'"{paths[WORD + word]}" is an embedding by now: the image was made without it')
     embeddings = {path.stem: read_embedding(path, config.text.width) for path in paths.values()}
     return Extras(tuple(loras), embeddings, files | paths)
 
@@ -80,9 +81,9 @@ def named_loras(options: Options) -> tuple[list[str], dict[str, Path]]:
 
 
 def named_embeddings(options: Options) -> dict[str, Path]:
-    """The files of --embedding, by the names given, and those in weights/ whose names are words of the prompts.
+    """The files of --embedding, and those in weights/ that the prompts name, keyed as in `Extras`.
 
-    Raises CheckpointError for a file that is not there, also for the word `embedding:name`.
+    Raises CheckpointError for a file that is missing, of an option or of a word `embedding:name`.
     """
     paths = {name: given_extra(name, EMBEDDINGS, "embedding") for name in options.embedding}
     given = {path.stem.lower() for path in paths.values()}
@@ -90,7 +91,7 @@ def named_embeddings(options: Options) -> dict[str, Path]:
         note(f'the prompts do not name the embedding "{name}": it has no effect')
     lying = {path.stem.lower(): path for path in reversed(list(embedding_files()))}  # weights/ comes first
     for word in sorted(find_names(lying, options) - given):
-        # In weights/ it may also be the name of a base or of a ControlNet.
+        # A word may also be the name of a base or of a ControlNet in weights/.
         path = lying[word]
         if path.parent != published.WEIGHTS or kind(open_checkpoint(path)).startswith("a textual inversion"):
             paths[f"{WORD}{word}"] = path
@@ -102,12 +103,12 @@ def named_embeddings(options: Options) -> dict[str, Path]:
 
 
 def texts_of(options: Options) -> list[str]:
-    """All that the tokenizer reads."""
+    """All that the tokenizer reads of the prompts."""
     return [piece.text for prompt in (options.prompt, options.negative) for part in parse(prompt) for piece in part]
 
 
 def find_names(names: Collection[str], options: Options) -> set[str]:
-    """Those that the prompts have as words, in lower case."""
+    """The names that are words of the prompts, in lower case."""
     if not names:
         return set()
     found = {name.lower() for text in texts_of(options) for name in names_in(names).findall(text)}
@@ -115,7 +116,7 @@ def find_names(names: Collection[str], options: Options) -> set[str]:
 
 
 def embedding_files() -> Iterator[Path]:
-    """All that may be one, as far as their names tell."""
+    """The files that may be embeddings, as far as their names tell."""
     for folder in (published.WEIGHTS, published.WEIGHTS / EMBEDDINGS):
         if folder.is_dir():
             yield from sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)

@@ -10,8 +10,8 @@ from ldm.samplers import Denoise
 
 
 def finite(compute: Callable[[], Tensor], networks: dict[str, nn.Module]) -> Tensor:
-    """The result of `compute`, which runs `networks`. Raises FloatingPointError if it has NaN or infinite values, with
-    the layer's name, for which it is computed again."""
+    """The result of `compute`, which runs `networks`. If it has NaN or infinite values, `compute` runs again to find
+    the layer they come from, and FloatingPointError names it."""
     result = compute()
     if not result.isfinite().all():
         with stopping_at_bad_layers(networks):
@@ -21,15 +21,14 @@ def finite(compute: Callable[[], Tensor], networks: dict[str, nn.Module]) -> Ten
 
 
 class Watched:
-    """A denoiser that keeps what it is given, so that the layer is found afterwards: a look at each step's result would
-    make the CPU wait for the GPU.
+    """A denoiser that keeps its inputs, so that they can be computed again to find a bad layer.
 
-    A look at the end is enough. What is not finite stays so: samplers, masks and later steps add and multiply.
+    Only the last result is looked at: NaN and infinity stay through the steps, and a look at each step would make the
+    CPU wait for the GPU.
     """
 
     def __init__(self, denoise: Denoise, plainly: Callable[[], Denoise], networks: dict[str, nn.Module]):
-        """`plainly` makes a denoiser of the same that runs each layer as it is: where graphs are compiled or replayed,
-        layers are not seen."""
+        """`plainly` makes the same denoiser without compiled or replayed graphs, whose layers cannot be watched."""
         self.denoise, self.plainly, self.networks = denoise, plainly, networks
         self.steps: list[tuple[Tensor, Tensor, float]] = []
 

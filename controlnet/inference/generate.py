@@ -64,32 +64,28 @@ def generate(
     progress: bool = False,
     callback: Callable[[Progress], None] | None = None,
 ) -> list[Image.Image]:
-    """`count` RGB images of `size`. By default that is the size of hints that are tensors, or it is fitted to `init` or
-    to the first hint's image, or it is a square. (With `init.only_masked` it is the size at which a part is made.)
+    """`count` RGB images of `size`: by default the size of hints that are tensors, else one fitted to `init` or to the
+    first hint's image, else a square. (With `init.only_masked` it is the size at which a part is made.)
 
-    Image i has the seed `seed + i`, whatever `count` is, and its own of hints or masks that are a batch of `count`.
-    `batch_size` images are made at once, by default `default_batch_size`; how many others are in its batch changes an
-    image by rounding alone. Latents are fp32 even where the networks are not. `cfg` None is `default_cfg`. prompts.py
-    says how prompts are read. The ControlNets must be on the device and in the dtype of `sd`; hints and masks are
-    brought there. `progress` shows a bar, `callback` is called after each step of each image. An inpainting base
-    needs an `init` with a mask.
+    Image i has the seed `seed + i`, and of hints or masks that are a batch of `count` its own. `batch_size` images are
+    made at once, by default `default_batch_size`; it changes an image by rounding alone. `cfg` None is `default_cfg`.
+    The ControlNets must be on the device and in the dtype of `sd`; hints and masks are brought there, and latents are
+    fp32. An inpainting base needs an `init` with a mask. prompts.py says how prompts are read. `progress` shows a bar,
+    and `callback` is called after each step of each image.
 
     `reuse` N computes the ControlNets and all but two blocks of the UNet at every Nth step only (reuse.py): faster, and
     another image, though at 2 a similar one.
 
-    `compile` has the UNet and the ControlNets compiled by PyTorch, a minute or more for the first image of a size.
-    The image is the same to rounding. It goes with neither `reuse` nor `cpu_offload`, and not with packed weights.
+    These give the same image to rounding. `compile` has PyTorch compile the UNet and the ControlNets, which takes a
+    minute or more for the first image of a size; it goes with neither `reuse` nor `cpu_offload` nor packed weights.
+    `cpu_offload` names the device to compute on while `sd` and the ControlNets wait on the CPU: each network is there
+    only while it is used, the branches of the guidance are evaluated one after the other, and the VAE is tiled.
 
-    `cpu_offload` names the device to compute on while `sd` and the ControlNets wait on the CPU: each is there only
-    while it is used, the branches of the guidance are evaluated one after the other, and the VAE is tiled. The image is
-    the same to rounding.
+    `tile_diffusion` denoises images larger than the base's resolution in tiles (tiles.py), in less memory.
 
-    `tile_diffusion` denoises images larger than the base's resolution in tiles of it (tiles.py), in less memory.
-
-    Raises TypeError for controls, an `init`, a size or a seed that is none, ValueError for a size that the model
-    cannot make, hints of other sizes or values, a negative `cfg`, a seed outside 0..2^63 - 1, a `batch_size` or `reuse`
-    below 1, what cannot be compiled, or what `sample` or `encode_prompts` do not accept (sampler, steps, eta,
-    clip_skip, weights of words), FloatingPointError with the layer's name for a result that is not finite.
+    Raises TypeError for an argument of another type, ValueError for a value that is out of its range, for a size that
+    the model cannot make or that a hint does not have, and as `sample` and `encode_prompts` do, FloatingPointError with
+    the layer's name for a result that is not finite.
     """
     check_controls(controls, sd, count)
     check_type("init", init, Init | None, "an Init: make it with Init(image)")
@@ -153,9 +149,8 @@ def generate(
 
 
 def check_controls(controls: Sequence[Control], sd: StableDiffusion, count: int) -> None:
-    """Raises TypeError for anything but a sequence of controls, ValueError as `check_values` does, for several hints or
-    masks that are not one for each of `count` images, and for a ControlNet of another dtype or on another device than
-    `sd`."""
+    """Raises TypeError for anything but a sequence of controls, ValueError for a hint or mask that is out of range or a
+    batch of neither 1 nor `count`, and for a ControlNet that is not in the dtype and on the device of `sd`."""
     for control in controls if isinstance(controls, Sequence) else [controls]:
         if control is controls or not isinstance(control, Control):
             raise TypeError(
@@ -174,14 +169,14 @@ def check_controls(controls: Sequence[Control], sd: StableDiffusion, count: int)
 
 
 def at_size(control: Control, size: Size, init: Init | None) -> Control:
-    """With a hint that is a tensor, of the part that is made of `init`."""
+    """The control with its hint as a tensor of `size`, cut to the part of `init` that is made."""
     if isinstance(control.hint, Tensor):
         return control
     return replace(control, hint=hint_part(control.hint, size, init).at(size, control.net.config.hint_channels))
 
 
 def hint_part(hint: HintImage, size: Size, init: Init | None) -> HintImage:
-    """Of an image of the same view as `init`, what is made of it."""
+    """The hint cut to the part of `init` that is made: both show the same view."""
     if init is None or init.only_masked is None:
         return hint
     image, *layers = (init.part(layer, size) for layer in (hint.image, *hint.layers))
@@ -200,7 +195,8 @@ def prompt_contexts(sd: StableDiffusion, prompt: str, negative: str, clip_skip: 
 def predictor_for(
     sd: StableDiffusion, reuse: int, compile: bool, low_memory: bool, tiles: Sequence[Tile]
 ) -> Callable[[UNet], Predict]:
-    """What computes the UNet with its controls. Raises ValueError for what cannot be compiled or reused."""
+    """-> what makes the function that computes the UNet with its controls. Raises ValueError for what cannot be
+    compiled or reused."""
     if compile:
         check_compile(reuse, low_memory, sd.unet)
         return compiling()
@@ -221,7 +217,7 @@ def make_denoise(
     seen: Tensor | None = None,
     tiles: Sequence[Tile] = (),
 ) -> Watched:
-    """The guided UNet for fp32 latents: it computes in the base's own dtype. `seen` is of `known_part`."""
+    """The guided UNet for fp32 latents, which computes in the base's dtype. `seen` comes from `known_part`."""
     like = next(sd.unet.parameters())
     prompt, negative = prompt.to(like), negative.to(like)
     controls = [replace(c, hint=c.hint.to(like), mask=None if c.mask is None else c.mask.to(like)) for c in controls]
@@ -251,11 +247,8 @@ def default_batch_size(
     cpu_offload: torch.device | str | None,
     tile_diffusion: bool = False,
 ) -> int:
-    """How many images of `generate` are made at once: on CUDA as many as fit in memory, up to 16, and elsewhere one.
-    (What does not fit when it is decoded is decoded in parts.)
-
-    At batch 1 a GPU waits for its next kernel most of the time. A CPU has enough to do.
-    """
+    """How many images `generate` makes at once: on CUDA as many as fit in memory, up to 16, as at batch 1 a GPU waits
+    for its next kernel most of the time; elsewhere one. (Decoding splits a batch that does not fit then.)"""
     device = sd.device if cpu_offload is None else torch.device(cpu_offload)
     if device.type != "cuda":
         return 1

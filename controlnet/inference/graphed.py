@@ -8,15 +8,15 @@ from controlnet.common.graphs import Graphs
 from controlnet.guidance import Branch, Predict, PreparedControl, controlled
 from ldm.unet import UNet
 
-# Of the latents, both branches of the guidance counted: four images of 512x512. On an H200 a step of eight takes longer
-# to compute than to ask for, and recording would only cost time.
+# Of the latents, in both branches of the guidance: four images of 512x512. On an H200 a step of eight images takes
+# longer to compute than to launch, so recording would only cost time.
 MOST_POSITIONS = 2 * 4 * 64 * 64
 
 
 def graphed(unet: UNet) -> Predict:
     """A `make_predictor` of `guided` that records what `exact` does at the first step, and replays it at the others.
 
-    It records again when other controls act. Their hints and masks, which are constant, are part of the graph.
+    It records again when other controls act: their hints and masks, which are constant, are part of the graph.
     """
     graphs = Graphs()
 

@@ -8,9 +8,8 @@ Where nobody says a ControlNet, on a black ground (at least half of the image),
 and on any ground
 - the colours of ADE20K's classes                                                        -> "seg"
 - gray that is smooth but for a few edges                                                -> "depth"
-and anything else is not guessed.
-
-Where a ControlNet's name says what it reads, a hint that looks otherwise gets a note. Hints are uint8 RGB (H, W, 3).
+Anything else is not guessed. Where a ControlNet's name says what it reads, a hint that looks otherwise gets a note.
+Hints are uint8 RGB (H, W, 3).
 """
 
 import re
@@ -26,7 +25,7 @@ from controlnet.hints.hint_file import is_label_map
 
 
 def kind_of(pixels: np.ndarray) -> str | None:
-    """A hint -> a short name of a small ControlNet, or None where it could be any or none."""
+    """A hint -> the short name of its small ControlNet, or None if it does not tell."""
     pixels = fewer(pixels, 2048)
     if lines := kind_of_lines(*channels(pixels)):
         return lines
@@ -57,7 +56,7 @@ def channels(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_planes(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> (3, H, W) in memory, too: NumPy reduces a first axis 20 times as fast as a last one of three."""
+    """(H, W, 3) -> (3, H, W), copied: NumPy reduces over a first axis 20 times as fast as over a last one of three."""
     return np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
 
 
@@ -81,10 +80,8 @@ def width_of_lines(lit: np.ndarray) -> float:
 
 
 def is_circle(lit: np.ndarray) -> bool:
-    """Do all pixels lie on one circle, and pixels all along it as far as it is in the frame?
-
-    The circle comes from least squares on x^2 + y^2 = 2 a x + 2 b y + c (Kasa, 1976).
-    """
+    """Whether all lit pixels lie on one circle, which is lit wherever it is in the frame. Least squares fit it to
+    x^2 + y^2 = 2 a x + 2 b y + c (Kasa, 1976)."""
     height, width = lit.shape
     y, x = np.nonzero(lit)
     if len(x) < 3:
@@ -109,7 +106,7 @@ def is_flat(pixels: np.ndarray) -> bool:
 
 
 def is_lines(pixels: np.ndarray, thinness: int = 20) -> bool:
-    """Light on black and without colour: edges, strokes, also soft ones."""
+    """Whether it is light lines on black without colour: edges or strokes, even soft ones."""
     strongest, weakest = channels(pixels)
     lit = is_lit(strongest)
     gray = (strongest - weakest < 48)[lit].mean() > 0.9
@@ -147,8 +144,8 @@ def is_normal(pixels: np.ndarray) -> bool:
 
 
 def is_smooth_gray(pixels: np.ndarray) -> bool:
-    """As maps of depth are: planes, on which three neighbours lie on one line, and edges. Photographs have few planes,
-    drawings little gray."""
+    """Whether it is gray and mostly planes, on which three neighbours lie on one line, as a depth map is. Photographs
+    have few planes, and drawings little gray."""
     if len(pixels) < 3:
         return False
     strongest, weakest = channels(pixels)
@@ -204,10 +201,8 @@ def reads_of(control: str) -> tuple[str | None, str | None]:
 
 
 def doubt(name: str, control: str, pixels: np.ndarray, detect: str = "none", source: np.ndarray | None = None) -> str:
-    """A sentence if a hint is not what its ControlNet reads, "" otherwise.
-
-    `name` is the file's. The hint was made by `detect`, if that is not "none", from the photograph `source`.
-    """
+    """A sentence if the hint from the file `name` is not what its ControlNet reads, "" otherwise. Unless `detect` is
+    "none", it made the hint from the photograph `source`."""
     detector = None if detect == "none" else parse_detector(detect)[0]
     if detector is None and is_label_map(pixels):
         return f'"{name}" looks like a label map, whose numbers are black as colours: add --detect segmentation'
@@ -242,6 +237,6 @@ def is_hint_already(source: np.ndarray, detector: str | None) -> bool:
 
 
 def fewer(pixels: np.ndarray, most: int = 512) -> np.ndarray:
-    """Some of the pixels of a large image, at most that many a side: lines stay thin."""
+    """Every nth pixel of a large image, so that a side has `most` at most, and lines stay thin."""
     step = -(-max(pixels.shape[:2]) // most)
     return pixels[::step, ::step]

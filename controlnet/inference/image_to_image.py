@@ -67,14 +67,14 @@ class Init:
 
     @cached_property
     def soft_mask(self) -> Image.Image | None:
-        """Its edges fade outwards: of what is white nothing is kept, which may be a hole."""
+        """The mask with edges that fade outwards only: what is white may be a hole, of which nothing is to be kept."""
         if not self.mask_blur:
             return self.mask
         return ImageChops.lighter(self.mask, self.mask.filter(ImageFilter.GaussianBlur(self.mask_blur)))
 
     def box(self, size: Size | None = None) -> Box:
-        """What is made. With `only_masked` it has the shape of `size`, or sides of at most 2:1, as far as there is
-        image."""
+        """The part that is made. With `only_masked` it has the shape of `size`, or without one sides of at most 2:1, as
+        far as the image reaches."""
         if self.only_masked is None:
             return 0, 0, *self.image.size
         left, top, right, bottom = self.soft_mask.getbbox()
@@ -86,22 +86,21 @@ class Init:
         return left, top, right, bottom
 
     def part(self, image: Image.Image, size: Size | None = None) -> Image.Image:
-        """What is made, from any image of the same view: a hint may be larger or smaller."""
+        """The part that is made, cut from an image of the same view: a hint may be larger or smaller."""
         x, y = image.width / self.image.width, image.height / self.image.height
         box = self.box(size)
         left, top, right, bottom = (round(side * scale) for side, scale in zip(box, (x, y, x, y), strict=True))
         return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
     def resized(self, size: Size) -> "Init":
-        """What is made of image and mask, exactly `size`."""
+        """The part that is made, and its mask, both of exactly `size`."""
         ground = tuple(map(round, ImageStat.Stat(self.image).mean)) if self.fit == "pad" else 0
         image = fitted(self.part(self.image, size), size, self.fit, ground)
         mask = self.mask and fitted(self.part(self.soft_mask, size), size, self.fit, ground=255)
         return Init(image, self.strength, mask)
 
     def put_back(self, image: Image.Image, begun: "Init") -> Image.Image:
-        """The result: what was made, and where the mask is black the original to the bit. `begun` is `resized` to the
-        size of what was made."""
+        """The result: `image`, which was made from `begun`, and where the mask is black the original to the bit."""
         if self.mask is None:
             return image
         if self.only_masked is None:
@@ -112,13 +111,13 @@ class Init:
 
 
 def span(middle: int, length: int, limit: int) -> tuple[int, int]:
-    """`length` pixels around `middle`, moved to lie between 0 and `limit`, or all of these."""
+    """The start and end of `length` pixels around `middle`, moved to lie between 0 and `limit`, or of all there are."""
     start = min(max(0, middle - length // 2), max(0, limit - length))
     return start, min(start + length, limit)
 
 
 def steps_done(strength: float, steps: int) -> int:
-    """As many as in the released code, int(strength steps), except that no step is lost to rounding of the product."""
+    """As many as in the released code, int(strength * steps), but none is lost to the rounding of the product."""
     return int(round(strength * steps, 6))
 
 
@@ -128,8 +127,8 @@ def begin(
     """-> the x to begin with, and what keeps the known part at each step, if there is a mask and `blend` is set.
 
     z0 (B, 4, h, w) are the image's latents, samples of the encoder's posterior as in the released code; x is unit noise
-    of their shape. The result is as noisy as the first of `timesteps`, those that are done, of which there is one at
-    least; at strength 1 it is x, and only what is black in the mask counts.
+    of their shape. The result is as noisy as the first of `timesteps`, which are those that are done. At strength 1 it
+    is x, so that only what is black in the mask matters.
     """
     schedule = schedule.to(x.device)
     if init.strength < 1:
@@ -161,8 +160,8 @@ def check_inpainting(config: Config, init: Init | None) -> None:
 def known_part(sd: StableDiffusion, init: Init, generators: list[Generator], tiled: bool) -> Tensor:
     """(B, 5, h, w): the mask, 1 where the image is made anew, and scaled latents of the image with gray in its place.
 
-    As in the released code the mask is all or nothing, and each position of the latents has that of its first pixel.
-    `init` is `resized`; for each generator the latents are a sample of the posterior.
+    As in the released code the mask is 0 or 1, at each position of the latents that of its first pixel. `init` is
+    already `resized`; for each generator the latents are a sample of the posterior.
     """
     mask = (to_mask(init.mask) >= 0.5).float()  # (1, 1, H, W)
     latents = encode(sd, init.pixels() * (1 - mask), generators, tiled)  # (B, 4, h, w)
@@ -171,5 +170,5 @@ def known_part(sd: StableDiffusion, init: Init, generators: list[Generator], til
 
 
 def with_known(x: Tensor, part: Tensor | None) -> Tensor:
-    """What an inpainting UNet reads, (B, 9, h, w); for others, where `part` is None, x (B, 4, h, w)."""
+    """What the UNet reads: of an inpainting base x with the known part, (B, 9, h, w), else x alone, (B, 4, h, w)."""
     return x if part is None else torch.cat([x, part.to(x.dtype)], dim=1)

@@ -1,4 +1,4 @@
-"""From the options of infer.py to an image's size, its hints and its ControlNets, checked before weights are read.
+"""From the options of infer.py to the size, the hints and the ControlNets of images, checked before weights are read.
 
 Sizes are (height, width) in pixels.
 """
@@ -49,7 +49,7 @@ class CheckedHint:
 
     options: HintOptions  # with the control's name, also where it was not given
     file: Path
-    made: dict[Size, Tensor]  # (1, C, H, W) in [0, 1], for each size of images. What it is made of may be large.
+    made: dict[Size, Tensor]  # (1, C, H, W) in [0, 1] for each size of images: what it is made of may be large
     control_file: Path
     mask: Tensor | None
 
@@ -67,10 +67,10 @@ class CheckedHint:
 
 
 def hint_runs(options: Options) -> list[Options]:
-    """One for each image of a --hint that is a folder or a pattern like "poses/*.png", whose other hints stay.
+    """The options of each run: if one --hint is a folder or a pattern like "poses/*.png", a run for each of its files.
 
-    Raises ValueError for a folder or pattern without such files, for more than one of them, and if images are put where
-    the next run would take them for hints.
+    Raises ValueError for a folder or pattern without files, for several of them, and if --out is where the next run
+    would take images for hints.
     """
     files = [files_of(hint.hint, hint.detect, options.out) for hint in options_for_each_hint(options)]
     several = [i for i, found in enumerate(files) if found is not None]
@@ -84,7 +84,7 @@ def hint_runs(options: Options) -> list[Options]:
 
 
 def files_of(name: str, detect: str, out: Path) -> list[str] | None:
-    """The files that the detector reads in a folder, or after a pattern; None for the name of one file."""
+    """The files in a folder, or of a pattern, that the detector reads; None for the name of one file."""
     path = Path(name)
     if not name.strip():
         raise ValueError("a --hint is empty: give the path of an image, a folder of them or a pattern")
@@ -111,7 +111,8 @@ def files_of(name: str, detect: str, out: Path) -> list[str] | None:
 
 
 def read_start(options: Options, config: Config) -> tuple[Image.Image | None, Init | None]:
-    """The mask as it is stored, and the image to begin with. Raises ValueError for what cannot be read."""
+    """The mask as it is stored, and the image to begin with. Raises ValueError if a file cannot be read, or an
+    inpainting base lacks one of them."""
     mask = read_mask(options.mask) if options.mask is not None else None
     init = read_init(options, mask) if options.init is not None else None
     check_inpainting(config, init)
@@ -121,9 +122,9 @@ def read_start(options: Options, config: Config) -> tuple[Image.Image | None, In
 def read_inputs(
     options: Options, config: Config, device: torch.device, mask: Image.Image | None, init: Init | None, held: int = 0
 ) -> tuple[Size, list[CheckedHint]]:
-    """The size of the images, and their hints. `mask` and `init` are of `read_start`, `held` is for `check_memory`.
+    """The size of the images, and their hints. `mask` and `init` come from `read_start`, `held` is for `check_memory`.
 
-    Raises ValueError for what is missing, cannot be read or does not fit the base.
+    Raises ValueError for a file that is missing, cannot be read or does not fit the base.
     """
     hints = options_for_each_hint(options)
     files = [find_hint(hint.hint) for hint in hints]
@@ -147,7 +148,7 @@ def read_inputs(
 
 
 def read_init(options: Options, mask: Image.Image | None) -> Init:
-    """Without a mask it may be what is erased of the image."""
+    """Without a mask, what is transparent in the image is the mask."""
     stored = open_image(options.init)
     image = checked_rgb(stored, options.init)
     if mask is not None:
@@ -159,7 +160,7 @@ def read_init(options: Options, mask: Image.Image | None) -> Init:
 
 
 def fit_mask(name: str, mask: Image.Image, image: Image.Image) -> Image.Image:
-    """As large as the image, with a note; one of another shape is left to be refused."""
+    """The mask in the size of the image, with a note if it was resized. One of another shape stays, to be refused."""
     same_shape = abs(math.log(image.width * mask.height / (image.height * mask.width))) < 0.03
     if mask.size == image.size or not same_shape:
         return mask
@@ -179,7 +180,7 @@ def read_hint(hint: HintOptions, file: Path, mask: Image.Image | None, options: 
 
 @contextmanager
 def naming(file: str | Path | None) -> Iterator[None]:
-    """Puts an image's file before a ValueError about it: it may be one of a folder."""
+    """Puts the file's name before a ValueError that is raised inside: the file may be one of a folder."""
     try:
         yield
     except ValueError as error:
@@ -189,15 +190,17 @@ def naming(file: str | Path | None) -> Iterator[None]:
 def check_hint(
     options: HintOptions, file: Path, image: HintImage, size: Size, largest: Size, config: Config, init: Init | None
 ) -> CheckedHint:
-    """Of the image a part may be made at `size`, and all of it at `largest`, the second pass's. Raises ValueError for
-    what is missing or does not fit the base, CheckpointError for a file without ControlNet."""
+    """Makes the hint at `size`, of the part of `init` that is made, and all of it at `largest`, for the second pass.
+
+    Raises ValueError for what is missing or does not fit the base, CheckpointError for a file without ControlNet.
+    """
     part = hint_part(image, size, init)
     note_stretch(options.hint, part.image, size, image.fit)
     layer_weights(options.control_mode, options.control_layers or (), config.unet)
     mask = options.control_mask
     mask = None if mask is None else read_control_mask(mask, size, image.fit, init)
-    # A detector's errors come before the weights are read. A hint that was not detected is looked at as it came: thin
-    # lines suffer when they are resized.
+    # The detector runs now, so that its errors come before the weights are read. A hint that needs none is looked at in
+    # its own size: thin lines suffer from resizing.
     pixels = np.asarray(image.image) if image.detector is None else to_uint8(part.at(size)[0])
     if options.control is None:
         options = replace(options, control=choose_control(options.hint, pixels, config))
@@ -219,7 +222,7 @@ def check_hint(
 
 
 def read_control_mask(name: str, size: Size, fit: str, init: Init | None) -> Tensor:
-    """(1, 1, H, W) in [0, 1], 0 where --fit pads; of the part of `init` that is made."""
+    """(1, 1, H, W) in [0, 1], cut to the part of `init` that is made, and 0 where --fit pads."""
     mask = read_mask(name)
     if init and init.only_masked is not None:
         mask = init.part(mask, size)
@@ -228,8 +231,8 @@ def read_control_mask(name: str, size: Size, fit: str, init: Init | None) -> Ten
 
 
 def net_loader(sd: StableDiffusion) -> Callable[[CheckedHint], ControlNet]:
-    """-> what loads a hint's ControlNet: hints with the same file share it. It raises CheckpointError for one that does
-    not fit."""
+    """-> what loads a hint's ControlNet, once for all hints with the same file; it raises CheckpointError for one that
+    does not fit."""
     load = cache(lambda file, pooling: ControlNet.load(file, sd, global_average_pooling=pooling))
     # Files of shuffle models do not say that their residuals are averaged: the mode does.
     return lambda hint: load(hint.control_file, MODES[hint.options.control_mode].averaged or None)
@@ -247,7 +250,7 @@ def find_hint(name: str) -> Path:
 
 
 def note_changes(name: str, init: Init, size: Size) -> None:
-    """A note if the image that is made is the initial one distorted, or with a mask a smaller one."""
+    """A note if the initial image is distorted, or with a mask made smaller."""
     if init.only_masked is not None:
         return
     note_stretch(name, init.image, size, init.fit, most=0.03)
@@ -257,7 +260,7 @@ def note_changes(name: str, init: Init, size: Size) -> None:
 
 
 def steps_of(flag: str, strength: float, steps: int) -> int:
-    """`steps_done`, with a note if there are none though some were asked for."""
+    """`steps_done`, with a note if they are none though the strength is above 0."""
     done = steps_done(strength, steps)
     if strength > 0 and not done:
         note(f"{flag} {strength:g} leaves none of the {steps} steps: the image is only resized, raise it or --steps")
@@ -265,14 +268,14 @@ def steps_of(flag: str, strength: float, steps: int) -> int:
 
 
 def note_stretch(name: str, image: Image.Image, size: Size, fit: str, most: float = 0.2) -> None:
-    """A note if the aspect ratios differ by more than rounding does: their logarithms by `most`."""
+    """A note if stretching changes the logarithm of the aspect ratio by more than `most`."""
     if fit == "stretch" and abs(math.log(image.width / image.height * size[0] / size[1])) > most:
         found, wanted = size_text(image.size[::-1]), size_text(size)
         note(f'"{name}" is {found}: it is stretched to {wanted}, which --fit crop or pad avoids')
 
 
 def choose_control(name: str, pixels: np.ndarray, config: Config) -> str:
-    """Which ControlNet a hint, uint8 (H, W, 3), is for; `name` is its file's.
+    """The small ControlNet that a hint, uint8 (H, W, 3) of the file `name`, is for.
 
     Raises ValueError if the base is not the small one, or the hint does not tell.
     """

@@ -1,5 +1,5 @@
-"""Whether an image of some size fits into memory, before it is tried, and how many fit at once: a system that runs out
-of memory may end the process without a word."""
+"""Whether images fit into memory, and how many at once, asked before they are tried: a system that runs out of memory
+may end the process without a word."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -29,9 +29,9 @@ def check_memory(
     tile_diffusion: bool = False,
     held: int = 0,
 ) -> None:
-    """Raises ValueError for images that do not fit with their networks, which are not loaded yet; a note for those that
-    take long on a CPU. `controls` is the number of ControlNets, `held` what is in use now and will serve, or give way:
-    bytes of a base in memory."""
+    """Raises ValueError for images that do not fit beside their networks, which are not loaded yet; a note for those
+    that take long on a CPU. `controls` is the number of ControlNets, `held` the bytes of a base that is in memory
+    already: it will be used, or freed."""
     needed = partial(needed_memory, config, size, dtype, device, controls=controls)
     free, now = free_memory(device), needed(low_memory=low_memory, tile_diffusion=tile_diffusion)
     free = None if free is None else free + held
@@ -48,8 +48,8 @@ def check_memory(
 
 
 def fitting(count: int, device: torch.device, each: int) -> int:
-    """How many of `count` images that need `each` so many bytes fit at once, beside the networks, which are loaded: at
-    least 1."""
+    """How many of `count` images, at least 1, fit at once beside the networks that are loaded; each needs `each`
+    bytes."""
     free = free_memory(device) if count > 1 else None
     return count if free is None else max(1, min(count, free // each))
 
@@ -68,8 +68,8 @@ def needed_memory(
 ) -> int:
     """Bytes for one image and the networks.
 
-    On a CPU most of what sampling has freed is not there for decoding: glibc keeps its smaller blocks, in pieces. With
-    `low_memory` a CPU's networks stay in their files, of which the system keeps in memory what it has room for.
+    On a CPU decoding cannot use most of what sampling has freed: glibc keeps its smaller blocks, in pieces. With
+    `low_memory` a CPU's networks stay in their files, which the system keeps in memory as far as there is room.
     """
     guided = guided_memory(config, size, dtype, low_memory, controls, tile_diffusion)
     decoding = decoding_memory(config, size, dtype, low_memory)
@@ -84,9 +84,9 @@ def needed_memory(
 def guided_memory(
     config: Config, size: Size, dtype: torch.dtype, one_by_one: bool, controls: int, tile_diffusion: bool = False
 ) -> int:
-    """Bytes that one image holds at the peak of a guided step, for each branch of the guidance: as counted for SD, 37
-    feature maps of the UNet's first level, or with many controls 20 and 5 for the residuals of each. (The small base
-    holds a few less.)"""
+    """Bytes that one image holds at the peak of a guided step. As counted for SD, each branch of the guidance holds 37
+    feature maps of the UNet's first level, or with many controls 20 and another 5 for each one's residuals. (The small
+    base holds a few less.)"""
     maps = max(37, 20 + 5 * controls)
     working = (1 if one_by_one else 2) * maps * feature_map(config, at_once(config, size, tile_diffusion), dtype)
     # Each tile keeps the features of its hints, and tiles overlap: together twice the image at most.
@@ -94,7 +94,7 @@ def guided_memory(
 
 
 def at_once(config: Config, size: Size, tile_diffusion: bool) -> Size:
-    """What the UNet sees of an image."""
+    """How much of an image the UNet sees at once."""
     return tuple(min(side, config.resolution) for side in size) if tile_diffusion else size
 
 
@@ -105,13 +105,13 @@ def feature_map(config: Config, size: Size, dtype: torch.dtype) -> int:
 
 def decoding_memory(config: Config, size: Size, dtype: torch.dtype, tiled: bool) -> int:
     """Bytes that decoding holds at its peak: as measured on a CPU, three feature maps as wide as the second level and
-    as large as the image, with a tiled VAE two. (Half a map of that are the kernels' workspaces.)"""
+    as large as the image, or two with a tiled VAE. (Half a map of them is the kernels' workspace.)"""
     width = config.vae.channels * config.vae.multipliers[min(1, len(config.vae.multipliers) - 1)]
     return (2 if tiled else 3) * width * dtype.itemsize * size[0] * size[1]
 
 
 def bytes_held(sd: StableDiffusion) -> int:
-    """Of a base in memory, for `check_memory`."""
+    """Bytes of a base in memory, for `check_memory`."""
     return sd.dtype.itemsize * parameters(sd.config)[0]
 
 
@@ -129,7 +129,7 @@ def parameters(config: Config) -> list[int]:
 def free_memory(device: torch.device) -> int | None:
     """Bytes; None where the system does not tell."""
     if device.type == "cuda":
-        # What PyTorch has reserved and does not use counts as used with CUDA, but is there for the next tensors.
+        # To CUDA, memory that PyTorch has reserved is used, but the next tensors can have it.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")
@@ -142,10 +142,8 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def free_in_cgroup(root: Path) -> int | None:
-    """What a container may still take, by version 2 of Linux's control groups or by version 1; None without a limit.
-
-    The cached contents of files count as used there, but give way: `inactive_file` are those that do so at once.
-    """
+    """Bytes that a container may still take, by version 2 of Linux's control groups or by version 1; None without a
+    limit. Cached contents of files count as used there, but those called `inactive_file` are freed at once."""
     for folder, limit, used, reclaimable in (
         (root, "memory.max", "memory.current", "inactive_file"),
         (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -1,4 +1,4 @@
-"""Encoding and decoding images, with networks on the device only while they are used and a tiled VAE if needed."""
+"""Encoding and decoding images, with a tiled VAE if wanted, and CPU offload: networks on the device only while used."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -40,7 +40,7 @@ def encode(sd: StableDiffusion, image: Tensor, generators: list[torch.Generator]
 
 
 def decode(sd: StableDiffusion, latents: Tensor, tiled: bool) -> list[Image.Image]:
-    """Scaled latents (B, 4, h, w) -> RGB images, by `sd.decode`: all at once if they fit into memory."""
+    """Scaled latents (B, 4, h, w) -> RGB images, decoded at once as far as they fit into memory."""
 
     def compute(latents: Tensor) -> Tensor:
         return decode_tiled(sd.vae, latents.to(sd.vae.post_quant_conv.bias)) if tiled else sd.decode(latents)
@@ -56,8 +56,8 @@ def decode(sd: StableDiffusion, latents: Tensor, tiled: bool) -> list[Image.Imag
 
 
 def in_fp32(vae: AutoencoderKL, compute: Callable[[], Tensor]) -> Tensor:
-    """compute(), which overflowed in half precision, in fp32: the released autoencoders need it at times. Raises
-    FloatingPointError if it is not finite so either."""
+    """The result of `compute`, which overflowed in half precision, in fp32: the released autoencoders need it at times.
+    Raises FloatingPointError if that is not finite either."""
     weight = vae.quant_conv.bias
     dtype, device_type = weight.dtype, weight.device.type
     vae.float()

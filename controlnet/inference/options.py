@@ -23,9 +23,9 @@ from .sampler_names import sampler_name
 
 MAX_HINTS = 32  # for one image
 
-# The groups of --help. A `passing` option belongs to one call. All others are recorded in the images made. A `later`
-# one came after the first release: images without it were made with its default. Where it may be `lacking`, not every
-# hint has a value.
+# The groups of --help. Options are recorded in the images made, but those marked `passing`, which belong to one call.
+# Those marked `later` came after the first release: images without them were made with their defaults. Those marked
+# `lacking` need not have a value for every hint.
 HINTS = "hints and controls: once for all hints, or once for each"
 in_image = partial(option, "what to make")
 in_init = partial(option, "from an image")
@@ -268,7 +268,7 @@ ALWAYS_RECORDED = tuple(item.name for item in fields(Options) if not {"passing",
 
 
 def options_for_each_hint(options: Options) -> list[HintOptions]:
-    """Raises ValueError for an option that is given neither once for all hints nor once for each, or too many hints."""
+    """Raises ValueError for an option given neither once for all hints nor once for each, and for too many hints."""
     count, columns = len(options.hint), {}
     if count > MAX_HINTS:
         raise ValueError(f"there are {count} --hint for one image, expected at most {MAX_HINTS}: leave some out")
@@ -284,7 +284,7 @@ def options_for_each_hint(options: Options) -> list[HintOptions]:
 
 
 def check_pairs(options: Options) -> None:
-    """Raises ValueError for an option without the one that it belongs to."""
+    """Raises ValueError for an option without another that it belongs to."""
     if options.control and len(options.control) != len(options.hint):
         found = f"{len(options.hint)} --hint and {len(options.control)} --control"
         raise ValueError(f"there are {found}, expected one --control for each --hint")

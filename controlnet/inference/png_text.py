@@ -1,7 +1,7 @@
 """What a saved image says about itself, as PNG text: the options that make it again, and A1111's "parameters".
 
-`settings` are the options of infer.py by their names (options.py), as JSON: strings, numbers and lists of them. "files"
-holds a fingerprint for each file that was used, by the name that was given.
+`settings` are the options of infer.py as JSON: strings, numbers and lists of them. Their "files" holds a fingerprint of
+each file that was used, by the name that was given.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ def png_texts(settings: dict) -> dict[str, str]:
 
 
 def read_texts(path: str | Path) -> tuple[dict | None, str | None]:
-    """-> what infer.py recorded in an image, and A1111's text: None for what is not there.
+    """-> what infer.py recorded in an image, and A1111's text, each None if it is not there.
 
-    Raises ValueError for what is no PNG, and for a text that infer.py does not write.
+    Raises ValueError for a file that is no PNG, and for a text that infer.py does not write.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -47,8 +47,8 @@ def read_texts(path: str | Path) -> tuple[dict | None, str | None]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A hash of a file's size and its first and last 16 MB, so that a base of 4 GB takes no time either. Of a folder,
-    one of all files in it."""
+    """A hash of a file's size and its first and last 16 MB, which takes no time even for a base of 4 GB; for a folder a
+    hash of all files in it."""
     path, part = Path(path), 16 * 2**20
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -64,7 +64,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def check_unchanged(found: dict[str, str], recorded: dict[str, str]) -> None:
-    """Of the fingerprints of files by the names given. Raises ValueError if one that was recorded is another."""
+    """Raises ValueError if a file's fingerprint is not the one that was recorded under its name."""
     for name, value in found.items():
         if recorded.get(name, value) != value:
             raise ValueError(

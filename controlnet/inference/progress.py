@@ -1,4 +1,4 @@
-"""What is told of images while they are made."""
+"""What is reported while images are made."""
 
 import sys
 import time
@@ -31,10 +31,8 @@ class Progress:
 
     @torch.no_grad()
     def preview(self, side: int = 256) -> Image.Image:
-        """x0 as an RGB image, its longer side near `side` pixels or less: latents are averaged before they are decoded.
-
-        It is decoded here, so a preview that nobody asks for costs nothing.
-        """
+        """x0 as an RGB image whose longer side is about `side` pixels or less: its latents are averaged, then decoded.
+        Nothing is decoded before this is called."""
         factor = max(1, 8 * max(self.x0.shape[-2:]) // side)
         return self.decode(F.avg_pool2d(self.x0, factor))
 
@@ -55,7 +53,7 @@ def reporter(
 
 @contextmanager
 def shown(total: int) -> Iterator[Callable[[], None]]:
-    """-> what is called after each step: a bar on a terminal, and now and then a line in a file or a pipe."""
+    """-> what is to be called after each step. It shows a bar on a terminal, else now and then a line."""
     if sys.stderr.isatty():
         with tqdm(total=total, unit="step") as bar:
             yield bar.update

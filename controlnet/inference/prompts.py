@@ -3,13 +3,14 @@
     (word)        1.1 times as much attention; ((word)) 1.21 times
     [word]        1 / 1.1 times
     (word:1.3)    1.3 times; any of them around several words, and inside each other
-    \\( \\) \\[ \\]   the bracket itself; of two backslashes one is left, any other is left out
+    \\( \\) \\[ \\]   the bracket itself; \\\\ is one backslash, and any other backslash is left out
     BREAK         the rest begins a new chunk of 75 tokens
-    <lora:ink:0.8>   is left out: who loads the base merges the LoRA into it
+    <lora:ink:0.8>   left out: the LoRA is merged when the base is loaded
 
-A text encoder reads 77 tokens at once: start, 75 of the prompt, end. A chunk is one such reading, and the context of
-several chunks is their contexts one after the other. A bracket that is never closed ends with the prompt; one that was
-never opened is text. Shapes: B prompts, M tokens (77 a chunk), D context width.
+A text encoder reads 77 tokens at once: start, 75 of the prompt, end. These are a chunk, and the contexts of several
+chunks follow each other. A bracket that is never closed ends with the prompt; one that was never opened is text.
+
+Shapes: B prompts, M tokens (77 a chunk), D context width.
 """
 
 import math
@@ -25,7 +26,7 @@ from ldm.stable_diffusion import StableDiffusion
 from ldm.tokenizer import Tokenizer
 
 LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>:]*+):?([^<>]*+)>", re.IGNORECASE)
-# What changes or mixes prompts during the sampling in A1111's web UI, or draws from them before it: words here.
+# What A1111's web UI takes for instructions to change, mix or draw prompts, and we for words.
 NOT_READ = re.compile(
     r"""(?<!\\)\[ [^\[\]]* : \s*+ [\d.]++ \s*+ \]  # [from:to:0.5]
     | (?<!\\)\[ [^\[\]|]*+ \| [^\[\]]*+ \]         # [one|other]
@@ -35,7 +36,7 @@ NOT_READ = re.compile(
 )
 MORE = 1.1  # what a pair of brackets multiplies or divides by
 
-# A prompt comes from anyone's file: these keep the time that it takes within seconds.
+# A prompt may come from anyone's file: these limits keep the time that it takes within seconds.
 MAX_LENGTH = 50_000  # characters
 MAX_DEPTH = 100  # brackets inside each other
 MAX_CHUNKS = 32
@@ -58,9 +59,9 @@ class Piece:
 
 
 def parse(prompt: str) -> list[list[Piece]]:
-    """A prompt -> its parts between BREAKs, each as pieces of text with their weights, neighbours' weights unequal.
+    """A prompt -> its parts between BREAKs, each as pieces of text that differ in weight from the next.
 
-    Raises ValueError for more characters or brackets than anyone writes.
+    Raises ValueError for too many characters or brackets.
     """
     if len(prompt) > MAX_LENGTH:
         raise ValueError(f"a prompt has {len(prompt)} characters, expected at most {MAX_LENGTH}: shorten it")
@@ -105,10 +106,7 @@ def joined(pieces: list[Piece | None]) -> list[list[Piece]]:
 
 
 def lora_tags(prompt: str) -> list[tuple[str, float]]:
-    """The LoRAs that a prompt names, with their strengths: 1 where there is none.
-
-    Raises ValueError for a strength that is not a finite number.
-    """
+    """The LoRAs that a prompt names, and their strengths, by default 1. Raises ValueError for one that is no number."""
     tags = []
     for found in LORA_TAG.finditer(prompt):
         try:
@@ -139,9 +137,8 @@ def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[Tokens]:
 
 
 def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
-    """Chunks of at most 75 tokens. A part that is longer is cut after its first chunk, or with `long` goes on in the
-    next, even in the middle of a word or a sentence (A1111 moves the end of a sentence to the next chunk), but not of
-    an embedding.
+    """Chunks of at most 75 tokens. A longer part is cut after its first chunk or, with `long`, goes on in the next one,
+    even in the middle of a word or a sentence (whose end A1111 moves to the next chunk), but never of an embedding.
 
     Raises ValueError for more chunks than `MAX_CHUNKS`, and as `parse` does.
     """
@@ -161,7 +158,7 @@ def chunks_of(tokenizer: Tokenizer, prompt: str, long: bool) -> list[Tokens]:
 
 
 def end_of_chunk(tokenizer: Tokenizer, tokens: Tokens, start: int = 0) -> int:
-    """Where the chunk that begins at `start` ends: not within an embedding, which has no more vectors than a chunk."""
+    """Where the chunk that begins at `start` ends: never within an embedding, all of which fit into a chunk."""
     end = start + tokenizer.positions - 2
     while start < end < len(tokens) and tokens[end][0] in tokenizer.inner:
         end -= 1
@@ -169,7 +166,7 @@ def end_of_chunk(tokenizer: Tokenizer, tokens: Tokens, start: int = 0) -> int:
 
 
 def cut_texts(tokenizer: Tokenizer, prompt: str) -> list[str]:
-    """What is cut from a prompt that is not read as a long one: the end of each part with too many tokens."""
+    """What is cut from a prompt that is not read as a long one: the ends of its parts that have too many tokens."""
     ends = [tokens[end_of_chunk(tokenizer, tokens) :] for tokens in tokens_of(tokenizer, prompt)]
     return [tokenizer.decode([token for token, _ in end]) for end in ends if end]
 
@@ -196,8 +193,8 @@ def encode_prompts(sd: StableDiffusion, prompts: list[str], clip_skip: int = 1, 
 
 
 def encode_chunks(sd: StableDiffusion, chunks: list[Tokens], clip_skip: int) -> Tensor:
-    """(chunks, 77, D). Weights multiply a token's context; then the chunk's mean is brought back to what it was, as in
-    A1111's default ("Original" emphasis; there one mean for all prompts of a batch)."""
+    """(chunks, 77, D). Weights multiply a token's context, and then the chunk is scaled to have its old mean again, as
+    in A1111's default ("Original" emphasis, though there all prompts of a batch have one mean)."""
     ids = torch.tensor([sd.tokenizer.framed([token for token, _ in tokens]) for tokens in chunks])
     contexts = sd.text_encoder(ids.to(sd.text_encoder.token_embedding.weight.device), clip_skip)
     return torch.stack(

@@ -54,10 +54,10 @@ class Job:
     device: torch.device
     init: Init | None
     hints: list[CheckedHint]
-    steps: int  # that are done for each image, also in the second pass, and not left out by image-to-image
+    steps: int  # of each image, with those of the second pass and without those that image-to-image leaves out
     files: dict[str, str]  # fingerprints, by the names given
     extras: Extras
-    controls: tuple[Control, ...] = ()  # when the weights are loaded
+    controls: tuple[Control, ...] = ()  # once the weights are loaded
     large_controls: tuple[Control, ...] = ()  # of the second pass, at its size
     batch_size: int = 1
 
@@ -68,11 +68,11 @@ class Job:
 
     @property
     def cpu_offload(self) -> torch.device | None:
-        """As `generate` takes it."""
+        """The argument of `generate`."""
         return self.device if self.options.low_memory else None
 
     def settings(self, i: int) -> dict:
-        """All that makes image i again (png_text.py)."""
+        """All that it takes to make image i again (png_text.py)."""
         settings = {name: getattr(self.options, name) for name in RECORDED}
         for item in fields(HintOptions):
             settings[item.name] = [getattr(hint.options, item.name) for hint in self.hints]
@@ -83,10 +83,10 @@ class Job:
 
 
 def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> list[Job]:
-    """-> a job for each image of a --hint that is a folder or a pattern, else one. `recorded_files` are of
-    `with_recorded`, `held` the bytes of the page's base in memory, which will serve or give way.
+    """-> a job for each image of a --hint that is a folder or a pattern, else one. `recorded_files` come from
+    `with_recorded`; `held` are the bytes of a base that the page has in memory, and will use or free.
 
-    Raises ValueError for all that can be wrong and is quick to see, CheckpointError for files that do not fit.
+    Raises ValueError for everything wrong that is quick to find, CheckpointError for files that do not fit.
     """
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
@@ -125,7 +125,7 @@ def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> 
 
 
 def checked_numbers(options: Options, config: Config) -> tuple[float, int]:
-    """-> the guidance, and how many steps there are. Raises ValueError for numbers that make no sense."""
+    """-> the guidance scale and the number of steps. Raises ValueError for numbers out of their ranges."""
     steps = len(timesteps_for(options.sampler, Schedule(config.schedule), options.steps))
     cfg = default_cfg(config) if options.cfg is None else options.cfg
     check_cfg(cfg)
@@ -136,7 +136,7 @@ def checked_numbers(options: Options, config: Config) -> tuple[float, int]:
 
 
 def used_files(options: Options, hints: list[CheckedHint], extras: Extras) -> dict[str, Path]:
-    """All but the base's, by the names given."""
+    """All files but the base's, by the names given."""
     used = {name: Path(name) for name in (options.init, options.mask) if name} | extras.files
     if options.vae:
         used[options.vae] = find(options.vae)[0]
@@ -200,7 +200,7 @@ def with_controls(job: Job, load_net: Callable[[CheckedHint], ControlNet], sd: S
 def make_images(
     jobs: list[Job], sd: StableDiffusion, watch: Callable[[Progress], None] | None = None
 ) -> Iterator[tuple[Job, int, Image.Image]]:
-    """Each with its job and its number among the images of it. `watch` is called after each step."""
+    """Each image, with its job and its number in that job. `watch` is called after each step."""
     with shown(sum(job.options.count * job.steps for job in jobs)) as step:
 
         def told(done: Progress) -> None:
@@ -240,7 +240,7 @@ def make_batch(job: Job, batch: range, sd: StableDiffusion, callback: Callable) 
 
 
 def save(job: Job, i: int, image: Image.Image) -> None:
-    """Image i, with all that makes it again; its path is printed. Beside the first are the hints, if asked for.
+    """Saves image i with its settings, and beside the first the hints, if asked for; prints the paths.
 
     Raises ValueError if they cannot be written.
     """
@@ -263,7 +263,7 @@ def note_idle_hints(hints: list[CheckedHint], *passes: int) -> None:
 
 
 def check_prompts(options: Options, tokenizer: Tokenizer) -> None:
-    """What the text encoder does not read has no effect: it is said. Raises ValueError for prompts without end."""
+    """Notes what has no effect in the prompts. Raises ValueError for prompts that are much too long."""
     for prompt in (options.prompt, options.negative):
         chunks_of(tokenizer, prompt, options.long_prompts)
         if found := NOT_READ.findall(prompt):

@@ -1,8 +1,8 @@
-"""What the samplers are called: here, and by other programs. Nothing here imports PyTorch."""
+"""The names of the samplers, here and in other programs. Nothing here imports PyTorch."""
 
 import re
 
-# What A1111 and its viewers call the samplers, and, where it can be chosen there, the schedule type.
+# The names of A1111 and its viewers, and the schedule type if it can be chosen there.
 A1111_SAMPLERS = {
     "ddim": ("DDIM", None),
     "ddpm": ("DDPM", None),
@@ -30,7 +30,7 @@ SAME_SAMPLERS = {
 
 
 def sampler_name(text: str) -> str:
-    """Ours, of a name by A1111, ComfyUI or diffusers in any case, words apart or together, "karras" at its end."""
+    """Our name for a sampler of A1111, ComfyUI or diffusers, in any case, with or without spaces; else the text."""
     plain = re.sub(r"[\W_]", "", text.lower().replace("+", "p")).removeprefix("k").removesuffix("scheduler")
     base, karras = plain.removesuffix("karras").removesuffix("discrete"), "-karras" * plain.endswith("karras")
     names = {other: ours for ours, others in SAME_SAMPLERS.items() for other in others}

@@ -31,8 +31,8 @@ def check_out(out: Path) -> None:
 
 
 def save_image(image: Image.Image, out: Path, i: int, count: int, texts: dict[str, str]) -> Path:
-    """Saves image i of `count`, whole or not at all: in a folder under the next free number, else under the name given,
-    numbered if needed, with a note if a file is replaced. Returns its path.
+    """Saves image i of `count`, whole or not at all, and returns its path: in a folder under the next free number, else
+    under the name given, with i in it if there are several, and a note if a file is replaced.
 
     Raises ValueError if it cannot be written.
     """
@@ -64,7 +64,7 @@ def saving(out: Path) -> Iterator[None]:
 
 
 def save_numbered(image: Image.Image, folder: Path, texts: dict[str, str]) -> Path:
-    """Under the next free number. Other processes may save here at the same time: who is first has it."""
+    """Under the next free number, which goes to the first of several processes that save here at the same time."""
     with temporary_folder(folder / "image.png") as temporary:
         save_png(image, temporary / "image.png", texts)
         number = next_number(folder)
@@ -78,7 +78,7 @@ def save_numbered(image: Image.Image, folder: Path, texts: dict[str, str]) -> Pa
 
 
 def claim(file: Path, path: Path) -> None:
-    """Gives a file its name. Raises FileExistsError if there is one of that name, even since a moment ago."""
+    """Gives a file its name. Raises FileExistsError if there is one of that name, even one made a moment ago."""
     try:
         os.link(file, path)
     except FileExistsError:
@@ -89,7 +89,7 @@ def claim(file: Path, path: Path) -> None:
 
 
 def next_number(folder: Path) -> int:
-    """After the highest, also of the hints that --save-hint has saved beside images: 0001-hint.png."""
+    """After the highest of the images and of the hints that --save-hint has put beside them (0001-hint.png)."""
     stems = (path.stem.partition("-hint")[0] for path in folder.glob("*.png"))
     return max((int(stem) for stem in stems if stem.isdecimal()), default=0) + 1
 

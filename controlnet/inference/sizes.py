@@ -1,4 +1,4 @@
-"""Sizes, seeds and the other numbers of `generate`: what is meant where they are not given, and what is refused.
+"""Sizes, seeds and the other numbers of `generate`: their defaults, and which are refused.
 
 Sizes are (height, width) in pixels. Shapes: H W pixels, h = H/8, w = W/8.
 """
@@ -26,7 +26,7 @@ def default_cfg(config: Config) -> float:
 
 
 def size_multiple(config: Config) -> int:
-    """What both sides of an image must be a multiple of: 64 for SD. The VAE divides them by 8, and the UNet halves them
+    """Both sides of an image must be multiples of this, 64 for SD: the VAE divides them by 8, and the UNet halves them
     between its levels and has to come back to the same size."""
     return config.vae.downscale * 2 ** (len(config.unet.multipliers) - 1)
 
@@ -39,8 +39,8 @@ def default_size(config: Config, image: Image.Image | None = None) -> Size:
 
 
 def image_size(config: Config, controls: Sequence[Control], size: Size | None, init: Init | None = None) -> Size:
-    """The size that is meant. Raises TypeError for what is none, ValueError if the model cannot make it or a hint that
-    is a tensor has another."""
+    """`size`, or the default that `generate` describes. Raises TypeError for what is no size, ValueError for one that
+    the model cannot make or that is not the size of a hint that is a tensor."""
     if size is not None:
         if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, Integral) for side in size):
             raise TypeError(f"the size is {size!r}, expected (height, width) in pixels")
@@ -74,7 +74,7 @@ def check_size(config: Config, size: Size) -> None:
 
 
 def check_cfg(cfg: float) -> None:
-    """Raises ValueError for what is no strength of the guidance."""
+    """Raises ValueError for a number that cannot be a guidance scale."""
     if not 0 <= cfg < math.inf:
         raise ValueError(
             f"the guidance (cfg) is {cfg}, expected 0 (the negative prompt alone), 1 (the prompt alone) or more: "
@@ -83,8 +83,7 @@ def check_cfg(cfg: float) -> None:
 
 
 def check_seeds(seed: int, count: int) -> None:
-    """Raises TypeError for what is no whole number, ValueError if an image's seed is one that a generator does not
-    take."""
+    """Raises TypeError for what is no whole number, ValueError if a generator does not take the seed of some image."""
     if not isinstance(seed, Integral):
         raise TypeError(f"the seed is {seed!r}, expected a whole number")
     last = 2**63 - max(1, count)
@@ -95,6 +94,6 @@ def check_seeds(seed: int, count: int) -> None:
 
 
 def check_batch_size(batch_size: int | None) -> None:
-    """Raises ValueError for a number of images that cannot be made at once."""
+    """Raises ValueError for less than one image at once."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"the batch size is {batch_size}, expected 1 (one image after the other) or more")

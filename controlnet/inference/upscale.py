@@ -30,10 +30,9 @@ def upscaled(
     seed: int = 0,
     **settings: Any,
 ) -> list[Image.Image]:
-    """Each of the images that `generate` made with the same prompt, controls, seed and settings, `factor` times as
-    large: enlarged with Lanczos, then image-to-image with hints of the new size, one after the other.
-
-    Hints that are tensors are enlarged; the others are made anew. Raises ValueError as `larger_size` and `generate` do.
+    """The images that `generate` made with the same prompt, controls, seed and settings, each `factor` times as large:
+    enlarged with Lanczos, then changed by image-to-image with hints of the new size. Hints that are tensors are
+    enlarged, others made anew. Raises ValueError as `larger_size` and `generate` do.
     """
     made = []
     for i, image in enumerate(images):
@@ -45,8 +44,8 @@ def upscaled(
 
 
 def larger_size(config: Config, size: Size, factor: float) -> Size:
-    """`factor` times as large, to the nearest size that the base can make. Raises ValueError for a factor below 1 and
-    for a size beyond what can be made."""
+    """The size that the base can make nearest to `factor` times `size`. Raises ValueError for a factor below 1 and for
+    a size that is too large."""
     if not 1 <= factor <= LARGEST_SIDE:
         raise ValueError(f"images are to become {factor} times as large, expected 1 (as they are) to {LARGEST_SIDE}")
     multiple = size_multiple(config)

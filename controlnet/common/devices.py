@@ -35,8 +35,8 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def use_device(name: str | None) -> torch.device:
-    """`pick_device` for the whole process: a CUDA device with a number becomes the current one, else whatever does not
-    name a device would open a context on the first one, which takes memory there."""
+    """`pick_device`, and a CUDA device with a number becomes the process's current one: otherwise calls that name no
+    device would open a context on the first GPU, which takes memory there."""
     device = pick_device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
@@ -44,9 +44,8 @@ def use_device(name: str | None) -> torch.device:
 
 
 def use_precision(name: str, device: torch.device) -> str:
-    """Lets CUDA use TF32 in fp32 matrix products and convolutions for "tf32", and for no other precision: by default
-    PyTorch does in convolutions. -> the precision that `device` really has, fp32 in place of tf32 with a note.
-    """
+    """Lets CUDA use TF32 in fp32 matrix products and convolutions for "tf32" alone: by default PyTorch uses it in all
+    convolutions. Returns `name` or, with a note, "fp32" where `device` has no TF32."""
     if name == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):  # Ampere
         note(f"{device} has no TF32: computing in fp32")
         name = "fp32"
@@ -56,8 +55,8 @@ def use_precision(name: str, device: torch.device) -> str:
 
 
 def lay_out(networks: Iterable[nn.Module], device: torch.device, precision: str) -> None:
-    """Channels last on CUDA, but for full fp32: it is what the convolutions of tensor cores read. (Not good for the
-    autoencoder: PyTorch's group norms turn its large maps around, which takes a quarter of its time.)"""
+    """Channels last on CUDA, which the convolutions of tensor cores read, unless in full fp32. (Not for the VAE, whose
+    large maps PyTorch's group norms would copy into another layout, a quarter of its time.)"""
     if device.type == "cuda" and precision != "fp32":
         for network in networks:
             network.to(memory_format=torch.channels_last)
@@ -73,15 +72,15 @@ def optional(module: str, what: str) -> ModuleType:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On its way to `device`: from pinned memory nobody waits for a GPU to fetch it."""
+    """Sends a tensor to `device`, to CUDA from pinned memory, so that the CPU need not wait for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """In GB: on a GPU what PyTorch has allocated at most and what it has reserved for that, on a CPU the peak of the
-    whole process; nothing on Windows, which does not tell."""
+    """In GB: on a GPU the most that PyTorch has allocated and reserved, on a CPU the peak of the whole process, and
+    nothing on Windows, which does not tell."""
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return {"memory_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
@@ -94,11 +93,11 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def keep_freed_memory(device: torch.device, large: bool) -> None:
-    """On a CPU: freed memory stays with the process, for the next tensors. Has an effect with glibc only.
+    """Keeps memory that is freed on a CPU with the process, for the next tensors (with glibc alone).
 
-    By default glibc returns large blocks to the system and gets the next one page by page, filled with zeros, which
+    By default glibc returns large blocks to the system and gets the next ones page by page, filled with zeros, which
     takes 40 % of a training step of SD 1.5 at 256x256. `large` also keeps blocks above 32 MB: good for gradients, whose
-    sizes repeat at every step, whereas the VAE's activations would fragment the heap.
+    sizes repeat at every step, while the VAE's activations would fragment the heap.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if device.type == "cpu" and mallopt:
@@ -112,8 +111,8 @@ def keep_freed_memory(device: torch.device, large: bool) -> None:
 
 @contextmanager
 def temporarily_on(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Moves modules to `device` and, on leaving, back to where they were. Weights do not change meanwhile: nothing is
-    copied back, those that were left behind are taken again."""
+    """Inside, modules are on `device`; afterwards they are back where they were. The weights must not change meanwhile:
+    instead of copying them back, the old ones are used again."""
     homes = [next(module.parameters()).device for module in modules]
     left = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
     for module in modules:

@@ -7,7 +7,7 @@ DISK_ADVICE = "make room there, or give another place"
 
 
 def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str = DISK_ADVICE) -> str | None:
-    """What a user can do something about; None for errors of our own."""
+    """The sentence for an error that a user can put right; None for any other."""
     if out_of_memory(error):
         return f"out of memory: {memory_advice}"
     if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
@@ -20,8 +20,7 @@ def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str = D
 
 
 def of_a_file(error: OSError, disk_advice: str) -> str:
-    """By its words: of what a worker raised, and of PyTorch's own errors, there is no number. Only a full disk wants
-    room."""
+    """With advice by the error's words, since those of a worker process and of PyTorch have no number."""
     said = re.sub(r"^\[Errno \d+\] ", "", str(error))
     if any(words in said for words in ("Permission denied", "not permitted", "Read-only")):
         return f"{said}: change what you may do there, or give another place"
@@ -33,7 +32,7 @@ def of_a_file(error: OSError, disk_advice: str) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """By its words: CPUs and some devices have no exception of their own for it."""
+    """By the error's words, since CPUs and some devices have no exception of their own for it."""
     words = (
         "out of memory",
         "can't allocate memory",

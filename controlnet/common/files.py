@@ -1,6 +1,6 @@
-"""Reads files of others within limits: text as JSON, arrays. Nothing here imports PyTorch.
+"""Reads other people's files of JSON and of arrays, within limits. Nothing here imports PyTorch.
 
-Whatever the files hold, there is a ValueError of one sentence or a result, in seconds and in less than a gigabyte.
+Whatever they hold, there is a result or a ValueError of one sentence, within seconds and a gigabyte of memory.
 """
 
 import json
@@ -24,7 +24,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError for what is no JSON or nested too deeply: whatever walks through it later would run out of
+    """Raises ValueError for what is no JSON, and if it is nested so deeply that a walk through it could exhaust
     Python's stack."""
     try:
         value = json.loads(text)
@@ -44,8 +44,8 @@ def depth(value: Any) -> int:
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name, or that of an .npy file under "". Raises ValueError if it is not readable, or
-    larger than `LARGEST_ARRAY` when unpacked."""
+    """The arrays of an .npz file by name, or that of an .npy file under "". Raises ValueError for a file that is not
+    readable, or larger than `LARGEST_ARRAY` when unpacked."""
     try:
         size = Path(path).stat().st_size
         if zipfile.is_zipfile(path):

@@ -1,5 +1,5 @@
-"""CUDA graphs: a recorded computation is one launch in place of a thousand kernels', which take a CPU longer to ask for
-than a fast GPU to compute. The kernels are the same, and so are the bits."""
+"""CUDA graphs: a recorded computation is one launch in place of those of a thousand kernels, which take a CPU longer
+than a fast GPU needs to compute them. The kernels are the same, and so are the bits."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -35,7 +35,7 @@ class Graphs:
         self.memory = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Computed the first time, and then replayed or, without memory for a graph, computed again."""
+        """Computes the first time, and then replays or, where there is no memory for a graph, computes again."""
         if key in self.ways:
             return self.ways[key](*inputs)
         device = inputs[0].device
@@ -47,7 +47,7 @@ class Graphs:
 
 
 def leaves_room(taken: int, device: torch.device) -> bool:
-    """Whether a graph of what took so many bytes, which it keeps, leaves as many for everything else."""
+    """Whether a graph, which keeps the bytes `taken`, leaves as many for everything else."""
     torch.cuda.empty_cache()  # of what is free now no graph holds any
     free, _ = torch.cuda.mem_get_info(device)
     return 2 * taken <= free

@@ -52,10 +52,8 @@ def fits(width: int, height: int) -> bool:
 
 
 def read_image(path: str | Path, ground: Ground | None = None) -> Image.Image:
-    """The image in a file as 8-bit RGB, with white behind its transparent parts, or what `ground` says.
-
-    Raises ValueError as `open_image` does, and for 32 bits a channel, whose range nothing tells.
-    """
+    """The image in a file as 8-bit RGB, as `to_rgb` makes it. Raises ValueError as `open_image` does, and for 32 bits a
+    channel, whose range is unknown."""
     return checked_rgb(open_image(path), path, ground)
 
 
@@ -70,7 +68,7 @@ def check_depth(image: Image.Image, path: str | Path) -> None:
 
 
 def in_8_bits(image: Image.Image) -> Image.Image:
-    """One of 16 bits a channel, a depth map for example, scaled: Pillow's own conversion would clip it at 255."""
+    """Scales 16 bits a channel, a depth map's for example, which Pillow's own conversion would clip at 255."""
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
@@ -94,7 +92,7 @@ def to_rgb(image: Image.Image, ground: Ground | None = None) -> Image.Image:
 
 
 def visible_part(image: Image.Image) -> tuple[np.ndarray, float]:
-    """-> the colours, int (N, 3), of what is not transparent, from at most 512x512 pixels, and its share of all."""
+    """-> the colours of the pixels that are not transparent, int (N, 3), and their share, among 512x512 at most."""
     size = tuple(min(side, 512) for side in image.size)
     pixels = np.asarray(image.resize(size, Image.Resampling.NEAREST).convert("RGBA"))
     visible = pixels[..., 3] > 127
@@ -131,10 +129,10 @@ def erased_part(image: Image.Image) -> Image.Image | None:
 
 
 def read_mask(path: str | Path) -> Image.Image:
-    """The image in a file as mode L, in which 1 is white if nothing is brighter.
+    """The mask in a file as mode L; if nothing in it is above 1, then 1 is white.
 
-    Of one colour on a transparent ground, white is where it is painted; of an image in colours, where it is erased.
-    Raises ValueError as `read_image` does, and for a mask that is black everywhere.
+    If one colour is painted on a transparent ground, the paint is white; if an image in colours is partly erased, what
+    is erased is. Raises ValueError as `read_image` does, and for a mask that is black everywhere.
     """
     image = open_image(path)
     mask = mask_of_transparency(image) or mask_of_values(image) or checked_rgb(image, path).convert("L")
@@ -160,7 +158,7 @@ def mask_of_transparency(image: Image.Image) -> Image.Image | None:
 
 
 def mask_of_values(image: Image.Image) -> Image.Image | None:
-    """Of 16 or 32 bits, from 0 to 1; None for another image."""
+    """A mask of 16 or 32 bits a channel with values from 0 to 1; None for another image."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return None
     values = np.asarray(image).astype(np.float64)

@@ -49,10 +49,7 @@ def resized(image: Image.Image, size: Size) -> Image.Image:
 
 
 def fitted(image: Image.Image, size: Size, fit: str = "stretch", ground: tuple[int, ...] | int = 0) -> Image.Image:
-    """Exactly `size`: stretched; or in its own shape, covering it and cropped in the middle, or within it and padded.
-
-    `ground` is the colour of the padding, black by default.
-    """
+    """Exactly `size`: stretched, or in its own shape, either cropped at the edges or padded with `ground`."""
     if fit == "pad":
         inner = size_within(image, size)
         padded = Image.new(image.mode, size[::-1], ground)
@@ -76,7 +73,7 @@ def size_within(image: Image.Image, size: Size) -> Size:
 
 
 def margins(inner: Size, size: Size) -> Size:
-    """Above and to the left of what is padded from `inner` to `size`."""
+    """The padding above and to the left of `inner` in the middle of `size`."""
     return (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
 
 
@@ -86,10 +83,8 @@ def to_images(arrays: Iterable[np.ndarray]) -> Tensor:
 
 
 def to_hints(arrays: Iterable[np.ndarray]) -> Tensor:
-    """uint8 hints (H, W, C), RGB if C is 3, -> (B, C, H, W) in [0, 1].
-
-    Those with a hole to inpaint are float32 already, with -1 in it (hints/filters.py), and keep their values.
-    """
+    """uint8 hints (H, W, C), RGB if C is 3, -> (B, C, H, W) in [0, 1]. float32 hints, with -1 in a hole to inpaint
+    (hints/filters.py), keep their values."""
     hints = np.stack(list(arrays))
     return to_unit_range(hints) if hints.dtype == np.uint8 else torch.from_numpy(hints).permute(0, 3, 1, 2)
 
@@ -99,7 +94,7 @@ def to_unit_range(stacked: np.ndarray) -> Tensor:
 
 
 def check_values(what: str, values: Tensor) -> None:
-    """Raises ValueError for those outside [0, 1], up to rounding, which are no -1 of an inpainting hint's hole."""
+    """Raises ValueError for values outside [0, 1], up to rounding, but for the -1 in an inpainting hint's hole."""
     wrong = (values > 1.001) | ((values < -0.001) & ((values + 1).abs() > 0.001))
     if wrong.any():
         raise ValueError(
@@ -129,10 +124,10 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: str | Path, texts: dict[str, str]) -> None:
-    """Writes a PNG with `texts` as its text chunks, by keyword, atomically: to a temporary file that is then renamed.
+    """Writes a PNG with `texts` as its text chunks, by keyword, atomically; an existing file is replaced.
 
-    An existing file is replaced. Characters that UTF-8 cannot encode, which a command line may contain, are written as
-    escapes like "\\udcff". Raises OSError if the file cannot be written.
+    Characters that UTF-8 cannot encode, which a command line may contain, are written as escapes like "\\udcff". Raises
+    OSError if the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

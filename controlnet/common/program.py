@@ -49,8 +49,7 @@ def option(
 
     A default of False makes it a flag. With `each` the option may be repeated, and its value is a list; with `nargs`
     each value in it is a list of so many words. `const` is the value of an option that is given without one, `older`
-    another spelling of its flag. `marks` are the program's own notes about it ("fixed" on resume), found in the field's
-    metadata.
+    another spelling of its flag. `marks`, like "fixed" on resume, are for the program, in the field's metadata.
     """
     argument = dict(help=help, type=type, choices=choices, const=const, metavar=metavar, nargs=nargs)
     metadata = {"group": group, "argument": argument, "each": each, "older": older, **marks}
@@ -62,7 +61,7 @@ def flag_of(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """An argument for each field, in its group. What nobody gives is left out of the parsed namespace."""
+    """Adds an argument for each field, in its group. Options that are not given are not in the parsed namespace."""
     groups = {"": parser}
     for item in fields(settings):
         group = item.metadata["group"]
@@ -81,8 +80,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 
 
 def from_json(settings: type, values: dict, source: str) -> dict:
-    """Settings that a file keeps, each read as if it were typed; names that this version does not know are left out.
-    Raises ValueError for what no command line can have."""
+    """Settings from a file, each checked as if it were typed, without names that this version does not know. Raises
+    ValueError for a value that no command line could give."""
     known = {item.name: item for item in fields(settings)}
     return {name: as_typed(known[name], value, source) for name, value in values.items() if name in known}
 
@@ -171,7 +170,7 @@ def within(text: str, expected: str, good: Callable[[float], bool]) -> float:
 
 
 def interval(text: str) -> str:
-    """Steps or, with an m, minutes: kept as it is typed."""
+    """Steps or, with an m, minutes; returned as typed."""
     try:
         positive_number(text.removesuffix("m")) if text.endswith("m") else positive(text)
     except argparse.ArgumentTypeError as error:
@@ -180,7 +179,7 @@ def interval(text: str) -> str:
 
 
 def size_argument(text: str) -> str:
-    """512 or 512x768, width first as everywhere outside tensors: kept as it is typed."""
+    """512 or 512x768, width first as everywhere outside tensors; returned as typed."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise argparse.ArgumentTypeError(f'it is "{text}", expected pixels like 512, or width x height like 512x768')
@@ -198,8 +197,8 @@ def height_and_width(size: str) -> tuple[int, int]:
 def share_cores() -> None:
     """Lets OpenMP's threads sleep while they wait, unless the user has chosen. To be called before PyTorch is imported.
 
-    They spin by default. Beside other programs on the same cores they then hold back the very threads that they wait
-    for: with two busy programs on two cores infer.py took 67 s in place of 3, and takes 6 so.
+    By default they spin, and beside other programs on the same cores hold up the very threads that they wait for: with
+    two busy programs on two cores infer.py took 67 s instead of 3, and like this it takes 6.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT=SPINS)
@@ -213,7 +212,7 @@ def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
 
 
 def note(text: str) -> None:
-    """Printable lines, cut to a length, to stderr: stdout has the results alone."""
+    """Prints to stderr, without control characters and cut to a length: stdout is for results alone."""
     text = printable(text, kept="\n")
     print(text if len(text) <= LONGEST_NOTE else f"{text[:LONGEST_NOTE]}...", file=sys.stderr)
 
@@ -231,8 +230,7 @@ def said_if_slow(text: str, seconds: float = 4.0) -> Iterator[None]:
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Without control characters, but for those kept: what comes from a file or a server may hold commands to the
-    terminal."""
+    """Without control characters, except `kept`: text from a file or a server may hold commands to the terminal."""
     return "".join(letter if letter.isprintable() or letter in kept else "?" for letter in text)
 
 
@@ -244,10 +242,10 @@ def run(
     memory_advice: str = "close other programs, or take less at once",
     disk_advice: str = DISK_ADVICE,
 ) -> int:
-    """The exit status of `work`. What a user can put right is one sentence and 2, a stop from the keyboard 130.
+    """The exit status of `work`: 2 and a sentence for an error that a user can put right, 130 if it is interrupted.
 
-    Errors of our own keep their traceback, and with `debug` all do. Warnings are sentences, too. What stdout cannot
-    encode, as in names of files and captions, is printed as stderr does it, with backslashes.
+    Other errors keep their traceback, and with `debug` all do. Warnings become sentences, too. What stdout cannot
+    encode, in names of files and captions, is printed with backslashes, as stderr does.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -268,7 +266,7 @@ def run(
 
 
 def free_place(path: Path) -> Path:
-    """The deepest folder on the way to `path` that exists: where what is missing will be made."""
+    """The deepest folder on the way to `path` that exists, in which the missing ones will be made."""
     while not path.exists():
         path = path.parent
     return path

@@ -17,9 +17,9 @@ def canny(image: np.ndarray, low: float = 100.0, high: float = 200.0, colour: bo
     """uint8 RGB (H, W, 3) -> uint8 (H, W), 255 on edges and 0 elsewhere.
 
     An edge is a ridge of |dx| + |dy| above `low` that is connected to a point above `high`; thresholds in the wrong
-    order are swapped. Gradients are taken from the gray image or, with `colour`, at each pixel from the channel where
-    they are largest. The latter is what OpenCV does with a colour image, and how the published canny models were
-    trained (annotator/canny/__init__.py): it also finds edges between colours of equal lightness.
+    order are swapped. Gradients are those of the gray image or, with `colour`, at each pixel the largest of the three
+    channels, as OpenCV does with a colour image and as the published canny models were trained
+    (annotator/canny/__init__.py): this also finds edges between colours of equal lightness.
     """
     low, high = sorted((int(np.floor(low)), int(np.floor(high))))
     dx, dy = strongest_gradient(image) if colour else sobel(to_gray(image))

@@ -66,7 +66,7 @@ DETECTORS = {
 OF_STROKES = {"scribble", "threshold", "invert"}  # of drawings, which may have a transparent ground
 LEARNED_NOTE = "* learned, by the optional package controlnet_aux (pip install controlnet_aux)"
 
-# What others call these, in lower case. In place of a network that we lack stands one for the same kind of hint.
+# Other programs' names for these, in lower case. For networks that we lack, one for the same kind of hint stands in.
 OTHER_NAMES = {
     "canny": "canny_edge",
     "gray": "grayscale greyscale grey",
@@ -90,7 +90,7 @@ ALIASES = {other: ours for ours, others in OTHER_NAMES.items() for other in othe
 def detect(name: str, source: Any, **options) -> np.ndarray:
     """A hint, uint8 (H, W, 3), from a photograph, uint8 RGB (H, W, 3), or from whatever else the detector reads.
 
-    Raises ValueError for an unknown name or option, and for a source or an option's value that does not work.
+    Raises ValueError for an unknown name or option, and for a source or a value that the detector does not accept.
     """
     detector = find_detector(name)
     known = options_of(name)
@@ -109,8 +109,7 @@ def detect_file(
 ) -> np.ndarray:
     """The hint from an image, map or pose file, whichever the detector reads. Raises ValueError.
 
-    `fit` resizes: a photograph before detection, since what is found depends on the resolution; for other files, the
-    hint.
+    `fit` resizes a photograph before the detection, which depends on the resolution, and of other files the hint.
     """
     detector = find_detector(name)
     if detector.works_on_photographs:
@@ -128,7 +127,7 @@ def find_detector(name: str) -> Detector:
 
 
 def ground_for(name: str) -> Ground | None:
-    """What a detector of this name is to see behind what is transparent, for `to_rgb`."""
+    """What a detector is to see behind transparent parts, for `to_rgb`."""
     return ground_of_drawing if name in OF_STROKES else None
 
 

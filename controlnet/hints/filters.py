@@ -97,8 +97,7 @@ def doubled_along(values: np.ndarray, axis: int) -> np.ndarray:
 def shuffle(image: np.ndarray, *, seed: int = 0, cell: int = 256) -> np.ndarray:
     """The image's colours and textures moved to other places: smooth noise says where each pixel is fetched from.
 
-    As in v1.1's shuffle model: the noise has a random value every `cell` pixels. It depends on the image and on `seed`
-    alone.
+    As for v1.1's shuffle model, it has a random value every `cell` pixels, which depends on the image and `seed` alone.
     """
     if cell < 1 or seed < 0:
         raise ValueError(
@@ -140,8 +139,8 @@ def fetched(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def inpaint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The hint of the published inpaint model (v1.1): uint8 image, uint8 or bool mask (H, W) -> float32 (H, W, 3).
 
-    Values are in [0, 1], as in every hint, and -1 in the hole, where the mask is brighter than 127. No 8-bit image can
-    hold that, hence the floats. Raises ValueError if the sizes differ.
+    Values are in [0, 1], as in every hint, and -1 in the hole, where the mask is brighter than 127: hence the floats.
+    Raises ValueError if the sizes differ.
     """
     if mask.shape != image.shape[:2]:
         raise ValueError(
@@ -153,8 +152,8 @@ def inpaint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def inpaint_at_random(image: np.ndarray) -> np.ndarray:
-    """`inpaint` for training, with a hole that depends on the image alone: half of them are rectangles, the others what
-    is low in smooth noise, in one piece or in several, a tenth to six tenths of the image."""
+    """`inpaint` for training, with a hole that depends on the image alone: half of the holes are rectangles, the others
+    the low parts of smooth noise, a tenth to six tenths of the image in one or several pieces."""
     rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(image)))
     height, width = image.shape[:2]
     if rng.random() < 0.5:

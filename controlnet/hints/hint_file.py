@@ -20,10 +20,10 @@ def read_hint(path: str | Path, channels: int = 3) -> np.ndarray:
 
 
 def open_hint(path: str | Path) -> Image.Image | np.ndarray:
-    """What is stored: an image, upright; of an array of other than 1, 3 or 4 channels uint8 (H, W, C).
+    """An image, upright, of any mode; from a .npy file of another number of channels than 1, 3 or 4, uint8 (H, W, C).
 
-    An array is (H, W) or (H, W, C), uint8 or floats in [0, 1]. Raises ValueError for another one, for a file that
-    cannot be read, and for an image of 32 bits a channel.
+    Arrays in files are (H, W) or (H, W, C), uint8 or floats in [0, 1]. Raises ValueError for other ones, for a file
+    that cannot be read, and for an image of 32 bits a channel.
     """
     if Path(path).suffix.lower() != ".npy":
         image = open_image(path)
@@ -45,8 +45,8 @@ def open_hint(path: str | Path) -> Image.Image | np.ndarray:
 def with_channels(stored: Image.Image | np.ndarray, channels: int, name: str) -> np.ndarray:
     """(H, W, `channels`) of what `open_hint` returns for the file `name`.
 
-    Of an image 3 channels are RGB with `to_rgb`'s ground behind what is transparent, 1 is that in gray, and 4 are red,
-    green, blue and the opacity as they are stored. Raises ValueError where there is another number.
+    Of an image, 3 channels are RGB with `ground_of_hint` behind transparent parts, 1 is that in gray, and 4 are red,
+    green, blue and opacity as they are stored. Raises ValueError if it has another number.
     """
     if isinstance(stored, Image.Image) and channels in IMAGE_MODES:
         image = in_8_bits(stored) if channels == 4 else to_rgb(stored, ground_of_hint)
@@ -61,10 +61,8 @@ def with_channels(stored: Image.Image | np.ndarray, channels: int, name: str) ->
 
 
 def is_label_map(hint: np.ndarray) -> bool:
-    """Whether the numbers 0, 1, 2 ... of classes are stored as grays, which the eye takes for black.
-
-    A few small values in patches; 255 often stands for no class.
-    """
+    """Whether it holds the numbers 0, 1, 2 ... of classes, which as grays look black: few and small values, in patches.
+    (255 often means no class.)"""
     if hint.shape[2] not in (1, 3) or (hint != hint[..., :1]).any():
         return False
     gray = hint[..., 0]

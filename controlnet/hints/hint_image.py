@@ -23,9 +23,9 @@ from .maps import read_map
 class HintImage:
     """An image and the detector that makes a hint of it, at the size of the image that is generated.
 
-    What a detector finds depends on the resolution, so it sees the image resized. `fit` says how, as in
-    `images.fitted`; what is padded is black, or with "inpaint" made anew. Raises ValueError for "inpaint" without a
-    mask, for a mask of another size and for an unknown `fit`.
+    What a detector finds depends on the resolution, so the image is resized before, as `fit` says (`images.fitted`).
+    Padding is black or, with "inpaint", made anew. Raises ValueError for "inpaint" without a mask, a mask of another
+    size and an unknown `fit`.
     """
 
     image: Image.Image  # RGB
@@ -98,7 +98,7 @@ class HintImage:
             )
 
     def make(self, size: Size) -> Tensor:
-        """What is padded is no part of what a detector sees: it would find the edges of the padding."""
+        """The padding is added after the detection, which would find its edges."""
         inner = size_within(self.image, size) if self.fit == "pad" else size
         hint = self.detected(np.array(fitted(self.image, inner, self.fit)), inner)
         top, left = margins(inner, size)
@@ -115,7 +115,7 @@ class HintImage:
 
 
 def as_mask(mask: str | Path | Image.Image | np.ndarray, image: Image.Image) -> Image.Image:
-    """Mode L of a file, as `read_mask` reads it, or of an image or array that `as_stored` takes. Raises ValueError and
+    """A file, as `read_mask` reads it, or an image or array that `as_stored` takes, in mode L. Raises ValueError and
     TypeError as they do, and ValueError for a mask of another size than the image."""
     if isinstance(mask, str | Path):
         mask = read_mask(mask)
@@ -133,15 +133,14 @@ def to_gray(hint: Tensor) -> Tensor:
 
 
 def as_rgb(image: str | Path | Image.Image | np.ndarray, ground: Ground | None = None) -> Image.Image:
-    """What `as_stored` takes, but for files of arrays, as RGB of 8 bits. White is behind what is transparent, as in
-    training, or what `ground` says."""
+    """What `as_stored` takes, except .npy files, as 8-bit RGB: `to_rgb` with `ground`."""
     if isinstance(image, str | Path):
         check_is_image(image)
     return to_rgb(as_stored(image), ground)
 
 
 def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.ndarray:
-    """An image file, a PIL image or an array as an image, upright, of any mode; a .npy file as `open_hint` returns it.
+    """A file, as `open_hint` opens it, or a PIL image or an array as an upright image of any mode.
 
     An array is uint8, or floats in [0, 1], of (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). Raises ValueError for another
     one, for a file that cannot be read (for a pose or a map it names the detectors that do), and for 32 bits a channel,
@@ -164,7 +163,7 @@ def as_stored(image: str | Path | Image.Image | np.ndarray) -> Image.Image | np.
 
 
 def in_rgb(hint: np.ndarray) -> np.ndarray:
-    """A hint (H, W, C) as an image (H, W, 3): of more channels than three the first ones, of fewer the mean. A hole is
+    """A hint (H, W, C) as an image (H, W, 3) of its first three channels or, if it has fewer, of their mean. A hole is
     black."""
     hint = to_uint8(to_hints([hint])[0])
     if hint.shape[2] < 3:
@@ -173,7 +172,7 @@ def in_rgb(hint: np.ndarray) -> np.ndarray:
 
 
 def layers_of(stored: Image.Image | np.ndarray) -> tuple[Image.Image, ...]:
-    """The channels, mode L each, of what RGB does not hold: opacity, or any number of an array."""
+    """The channels, in mode L, of an array or of an image with opacity: neither fits into RGB."""
     if isinstance(stored, np.ndarray):
         return tuple(Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(stored, 2, 0))
     return stored.convert("RGBA").split() if stored.has_transparency_data else ()
@@ -195,7 +194,7 @@ def to_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def check_is_image(path: str | Path) -> None:
-    """Raises ValueError for a pose or a map, which only the detectors named read."""
+    """Raises ValueError, with the detectors that read it, for the file of a pose or a map."""
     suffix = Path(path).suffix.lower()
     readers = {name: detector for name, detector in DETECTORS.items() if suffix in detector.suffixes}
     if readers and not any(detector.works_on_photographs for detector in readers.values()):

@@ -1,8 +1,8 @@
 """Detectors that are networks, from the optional package controlnet_aux (Hugging Face, Apache-2.0).
 
 It downloads a detector's weights from Hugging Face on first use. Each detector turns a uint8 RGB image (H, W, 3) into
-such a hint. `device` is "auto" (a GPU if there is one), or cpu, cuda, cuda:1 and so on. In a process that reads data
-for training, which cannot use the GPU of the process that it was forked from, it is the CPU.
+such a hint. `device` is "auto" (a GPU if there is one), cpu, cuda, cuda:1 and so on. In a process that reads data for
+training it is always the CPU: a forked process cannot use CUDA.
 """
 
 from functools import cache
@@ -88,7 +88,7 @@ def segmenter():
 
 
 def loaded(load):
-    """Raises NotInstalledError if weights or packages that this detector needs are missing, for example offline."""
+    """Raises NotInstalledError if weights or packages of this detector are missing, offline for example."""
     try:
         return load()
     except (OSError, ImportError) as error:

@@ -44,9 +44,9 @@ class Pose:
 
 
 def pose_hint(pose: Pose, *, height: int = 0, width: int = 0) -> np.ndarray:
-    """The pose drawn (see pose.py) on its canvas, or on one of `height` and `width` pixels -> uint8 (H, W, 3).
+    """The pose drawn (pose.py) on a canvas of `height` and `width` pixels, by default its own -> uint8 (H, W, 3).
 
-    Without any, the canvas is one with the pose in its middle, and a warning says so.
+    If it has none, the canvas is chosen to have the pose in its middle, and a warning says so.
     """
     height, width = height or pose.height, width or pose.width
     if height < 1 or width < 1:
@@ -67,7 +67,7 @@ def pose_hint(pose: Pose, *, height: int = 0, width: int = 0) -> np.ndarray:
 
 
 def guessed_canvas(pose: Pose) -> tuple[int, int]:
-    """(height, width) with as much room beyond the last keypoint as before the first."""
+    """(height, width), with as much room beyond the last keypoint as before the first."""
     parts = [part for part in (pose.bodies, pose.hands, *pose.faces) if not is_normalised(part)]
     points = np.concatenate([part[is_found(part), :2] for part in parts] or [np.zeros((0, 2))])
     if not len(points):
@@ -82,7 +82,8 @@ def in_pixels(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def is_normalised(keypoints: np.ndarray) -> bool:
-    """Are these (..., 3) parts of the canvas? As pixels most would lie in its corner; a few may lie outside."""
+    """Whether x and y of these keypoints (..., 3) are parts of the canvas: most are within it, where a few pixels would
+    be its corner."""
     points = keypoints[is_found(keypoints), :2]
     return bool(len(points)) and ((points > -1) & (points < 2)).all(axis=1).mean() > 0.5
 
@@ -142,7 +143,7 @@ def people_in(frame: dict) -> list[dict]:
 
 
 def split_people(keypoints: list) -> list[list]:
-    """A list for each person, also from one of all people's points (18 each) or numbers (54 each)."""
+    """A list for each person, from such lists or from one of all people's points (18 each) or numbers (54 each)."""
     first = keypoints[0] if keypoints else []
     if isinstance(first, list) and len(first) > 3:
         return keypoints

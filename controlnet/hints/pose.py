@@ -1,7 +1,7 @@
 """Draws poses as the published pose models were trained on them: 18 COCO keypoints and their limbs, in colour on black.
 
 Source: OpenPose (Cao et al., arXiv 1812.08008) for the order and colours of its COCO model; ControlNet v1.1 for the
-drawing: limbs at 60 % brightness, joints over them at full brightness, 9 pixels wide at a short side of 512; over these
+drawing: limbs at 60 % brightness and over them joints at full brightness, 9 pixels wide at a short side of 512; on top
 hands, thin lines in all hues with blue joints, and faces, white points.
 Shapes: P people, N hands, F faces of K points, H W pixels.
 """
@@ -45,8 +45,8 @@ def draw_pose(
     """Keypoints (18, 2 or 3) of one person, or (P, 18, 2 or 3), and (height, width) -> uint8 (H, W, 3).
 
     A hand is (21, 2 or 3), a face (K, 2 or 3). A keypoint is x, y in pixels (the first pixel spans 0 to 1), optionally
-    with a confidence. With NaN or confidence 0 it is missing, and so are its limbs; what lies outside the image is cut
-    off. Edges are anti-aliased, so that small images work too. Raises ValueError for another shape.
+    with a confidence. With NaN or confidence 0 it is missing, and so are its limbs. Edges are anti-aliased, so that
+    small images work too. Raises ValueError for another shape.
     """
     keypoints = np.asarray(keypoints, dtype=np.float64)
     if keypoints.ndim not in (2, 3) or keypoints.shape[-2] != len(KEYPOINTS) or keypoints.shape[-1] not in (2, 3):
@@ -85,8 +85,7 @@ def is_found(keypoints: np.ndarray) -> np.ndarray:
 
 
 def scaled(length: float, canvas: np.ndarray) -> float:
-    """A length on this canvas, given for a short side of 512: there a radius of 4.5 is the middle pixel and four around
-    it."""
+    """Scales a length from a canvas with a short side of 512, where a radius of 4.5 is a pixel and four around it."""
     return length * min(canvas.shape[:2]) / 512
 
 
@@ -123,10 +122,8 @@ def direction_and_half_length(start: np.ndarray, end: np.ndarray) -> tuple[np.nd
 def pixels_around(
     centre: np.ndarray, direction: np.ndarray, reach: np.ndarray, half_width: float, shape: tuple[int, ...]
 ) -> tuple[tuple, np.ndarray, np.ndarray]:
-    """The pixels within `reach` of `centre`, as an index (rows, columns), and x and y from there to their middles.
-
-    Of a large rectangle only those near the line through `centre` are taken, of which many more can be drawn in time.
-    """
+    """The pixels within `reach` of `centre`, as an index (rows, columns), and x and y from there to their middles. If
+    they are many, only those near the line through `centre`, to save time."""
     low, high = (
         np.clip(edge, 0, shape[1::-1]).astype(int) for edge in (np.floor(centre - reach), np.ceil(centre + reach))
     )

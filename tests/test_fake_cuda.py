@@ -84,7 +84,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # fake tensors have none
     monkeypatch.setattr("controlnet.inference.offload.to_pil", lambda image: image)
-    monkeypatch.setattr("controlnet.inference.generate.graphed", exact)  # not as CUDA graphs
+    monkeypatch.setattr("controlnet.inference.predictors.graphed", exact)  # not as CUDA graphs
     rules = CudaRules()
     rules.norms = []
     with FAKE, rules:

@@ -19,18 +19,16 @@ from tqdm.auto import tqdm
 from controlnet.common.images import Size, check_values
 from controlnet.guidance import Control, Predict, check_type, exact, guided
 from controlnet.hints.hint_image import HintImage
-from controlnet.reuse import reusing
 from ldm.samplers import Denoise, sample_loop, timesteps_for
 from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 
-from .compiled import check_compile, compiling
 from .finite import Watched, finite
-from .graphed import graphed
 from .image_to_image import Init, begin, check_inpainting, known_part, steps_done, with_known
 from .memory import fitting, guided_memory
 from .noise import draw, noise_from
 from .offload import decode, encode, on_device
+from .predictors import predictor_for
 from .progress import Progress, reporter
 from .prompts import encode_prompts
 from .sizes import check_batch_size, check_cfg, check_seeds, default_cfg, image_size, latent_shape
@@ -97,7 +95,7 @@ def generate(
     check_cfg(cfg)
     tiled = cpu_offload is not None
     tiles = tiles_of(sd.config, size) if tile_diffusion else []
-    make_predictor = predictor_for(sd, reuse, compile, tiled, tiles)
+    make_predictor = predictor_for(sd, reuse, compile, tiled, in_parts=bool(tiles))
     timesteps = timesteps_for(sampler, sd.schedule, steps)
     if init:
         timesteps = timesteps[len(timesteps) - steps_done(init.strength, len(timesteps)) :]
@@ -190,19 +188,6 @@ def prompt_contexts(sd: StableDiffusion, prompt: str, negative: str, clip_skip: 
     """The two contexts (1, M, D), of equal length."""
     networks = {"text_encoder": sd.text_encoder}
     return finite(lambda: encode_prompts(sd, [prompt, negative], clip_skip, long), networks).split(1)
-
-
-def predictor_for(
-    sd: StableDiffusion, reuse: int, compile: bool, low_memory: bool, tiles: Sequence[Tile]
-) -> Callable[[UNet], Predict]:
-    """-> what makes the function that computes the UNet with its controls. Raises ValueError for what cannot be
-    compiled or reused."""
-    if compile:
-        check_compile(reuse, low_memory, sd.unet)
-        return compiling()
-    if reuse != 1:
-        return reusing(reuse)
-    return graphed if sd.device.type == "cuda" and not tiles else exact  # each tile would be a graph of its own
 
 
 def make_denoise(

@@ -28,13 +28,13 @@ from ldm.text_encoder import layers_to_run
 from ldm.tokenizer import Tokenizer
 
 from .again import with_recorded
-from .compiled import check_compile
 from .extras import Extras, find_extras
 from .generate import default_batch_size, generate
 from .image_to_image import Init
 from .inputs import CheckedHint, hint_runs, net_loader, read_inputs, read_start, steps_of
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import check_unchanged, fingerprint, png_texts
+from .predictors import check_compile
 from .progress import Progress, shown
 from .prompts import NOT_READ, chunks_of, cut_texts
 from .saving import check_out, is_file_name, save_hints, save_image, saving

@@ -10,8 +10,8 @@ from small import SMALL, small_control, strengthened
 from torch._dynamo.exc import BackendCompilerFailed
 
 from controlnet.guidance import Control, guided
-from controlnet.inference.compiled import compiling
 from controlnet.inference.generate import generate
+from controlnet.inference.predictors import compiling
 from ldm.fast.packed import pack
 from ldm.stable_diffusion import StableDiffusion
 
@@ -58,7 +58,7 @@ def make_predictor(graphs):
 @pytest.fixture(autouse=True)
 def used(make_predictor, monkeypatch):
     """By `generate`, too."""
-    monkeypatch.setattr("controlnet.inference.generate.compiling", lambda: make_predictor)
+    monkeypatch.setattr("controlnet.inference.predictors.compiling", lambda: make_predictor)
 
 
 def hint(seed):
@@ -105,7 +105,7 @@ def test_where_nothing_can_be_compiled_it_is_said(sd, monkeypatch):
         raise BackendCompilerFailed(lambda: None, RuntimeError("No working C++ compiler\nin this and that place"), None)
 
     monkeypatch.setattr("torch.compile", lambda function, **options: fail)
-    monkeypatch.setattr("controlnet.inference.generate.compiling", compiling.__wrapped__)
+    monkeypatch.setattr("controlnet.inference.predictors.compiling", compiling.__wrapped__)
     with pytest.raises(ValueError, match=r"^torch.compile fails here \(No working C\+\+ compiler\): it needs a C\+\+"):
         generate(sd, "a", steps=1, size=(32, 32), compile=True)
 

@@ -9,8 +9,9 @@ from small import SMALLEST, small_control, small_sd
 from tape import record_on_tapes
 
 from controlnet.guidance import Control, exact, guided
-from controlnet.inference import graphed
-from controlnet.inference.generate import generate, predictor_for
+from controlnet.inference import predictors
+from controlnet.inference.generate import generate
+from controlnet.inference.predictors import graphed, predictor_for
 
 
 @pytest.fixture
@@ -30,27 +31,29 @@ def control(sd):
 
 
 def images(sd, control, monkeypatch, make_predictor, **settings):
-    monkeypatch.setattr("controlnet.inference.generate.exact", make_predictor)
+    monkeypatch.setattr("controlnet.inference.predictors.exact", make_predictor)
     made = generate(sd, "a", [control], negative="b", steps=6, cfg=2.5, **settings)
     return [np.asarray(image) for image in made]
 
 
-@pytest.mark.parametrize("device, tiles, wanted", [("cuda", 0, graphed.graphed), ("cuda", 2, exact), ("cpu", 0, exact)])
-def test_graphs_are_for_whole_images_on_cuda(device, tiles, wanted):
+@pytest.mark.parametrize(
+    "device, in_parts, wanted", [("cuda", False, graphed), ("cuda", True, exact), ("cpu", False, exact)]
+)
+def test_graphs_are_for_whole_images_on_cuda(device, in_parts, wanted):
     sd = SimpleNamespace(device=torch.device(device))
-    assert predictor_for(sd, 1, compile=False, low_memory=False, tiles=[None] * tiles) is wanted
+    assert predictor_for(sd, 1, compile=False, low_memory=False, in_parts=in_parts) is wanted
 
 
 def test_replayed_steps_are_those_that_are_computed(sd, control, tapes, monkeypatch):
     """With the control and without it: two recordings, each of a first step that two replays follow."""
     wanted = images(sd, control, monkeypatch, exact)
-    assert np.array_equal(images(sd, control, monkeypatch, graphed.graphed), wanted)
+    assert np.array_equal(images(sd, control, monkeypatch, graphed), wanted)
     assert [tape.replays for tape in tapes] == [2, 2]
 
 
 def test_a_replay_leaves_alone_what_the_one_before_it_gave(sd, tapes):
     context, t = torch.randn(2, 1, sd.config.text.positions, sd.config.unet.context_width), torch.tensor([5])
-    denoise = guided(sd.unet, *context, cfg=1.0, make_predictor=graphed.graphed)
+    denoise = guided(sd.unet, *context, cfg=1.0, make_predictor=graphed)
     plain = guided(sd.unet, *context, cfg=1.0)
     x = torch.randn(3, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -60,10 +63,10 @@ def test_a_replay_leaves_alone_what_the_one_before_it_gave(sd, tapes):
 
 def test_batches_that_keep_the_gpu_busy_are_not_recorded(sd, control, tapes, monkeypatch):
     positions = (32 // sd.config.vae.downscale) ** 2
-    monkeypatch.setattr(graphed, "MOST_POSITIONS", 2 * 2 * positions)
+    monkeypatch.setattr(predictors, "MOST_POSITIONS", 2 * 2 * positions)
     wanted = images(sd, control, monkeypatch, exact, count=3, batch_size=2)
-    assert np.array_equal(images(sd, control, monkeypatch, graphed.graphed, count=3, batch_size=2), wanted)
+    assert np.array_equal(images(sd, control, monkeypatch, graphed, count=3, batch_size=2), wanted)
     assert len(tapes) == 4  # of a batch of two and one of one
     tapes.clear()
-    images(sd, control, monkeypatch, graphed.graphed, count=3, batch_size=3)
+    images(sd, control, monkeypatch, graphed, count=3, batch_size=3)
     assert not tapes

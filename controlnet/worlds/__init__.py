@@ -12,7 +12,7 @@ ADE20K's colours) and `depth` of scenes, where every pixel's class and depth are
 after a change, which the caption asks for.
 
 Sample i depends on the dataset and the seed alone, not on what was drawn before. Validation sets (`held_out`) have
-random streams of their own: whatever the seeds, their samples are not those of a training set.
+random streams of their own: they share no samples with a training set, whatever its seed.
 """
 
 from .controls import Canny, Depth, Scribble, Seg

@@ -48,10 +48,8 @@ class Canvas:
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """-> anti-aliased image, uint8 (H, W, 3), and labels, uint8 (H, W): what lies at each pixel's middle."""
-        middle = SUPERSAMPLING // 2
-        return np.array(self.image.reduce(SUPERSAMPLING)), np.array(self.labels)[
-            middle::SUPERSAMPLING, middle::SUPERSAMPLING
-        ]
+        middles = slice(SUPERSAMPLING // 2, None, SUPERSAMPLING)
+        return np.array(self.image.reduce(SUPERSAMPLING)), np.array(self.labels)[middles, middles]
 
 
 # Catmull-Rom: the curve from the second to the third of four points, at six positions.
@@ -63,13 +61,15 @@ SPLINE = (np.concatenate([T**0, T, T**2, T**3], axis=1) / 2) @ np.array(
 
 def closed_curve(points: Points) -> np.ndarray:
     """Corners (6 N, 2) of a smooth figure whose outline runs through the points."""
-    points = np.asarray(points)
-    near = np.stack([np.roll(points, shift, axis=0) for shift in (1, 0, -1, -2)])  # (4, N, 2)
-    return np.einsum("tk,knd->ntd", SPLINE, near).reshape(-1, 2)
+    return splines(np.asarray([points[-1], *points, *points[:2]]))
 
 
 def open_curve(points: Points) -> np.ndarray:
     """Joints (6 N - 5, 2) of a smooth line through the points."""
-    points = np.asarray([points[0], *points, points[-1]])
-    near = np.stack([points[i : len(points) - 3 + i] for i in range(4)])  # (4, N - 1, 2)
-    return np.concatenate([np.einsum("tk,knd->ntd", SPLINE, near).reshape(-1, 2), points[-1:]])
+    return np.concatenate([splines(np.asarray([points[0], *points, points[-1]])), points[-1:]])
+
+
+def splines(points: np.ndarray) -> np.ndarray:
+    """(N + 3, 2) -> (6 N, 2): from the second point to the second to last."""
+    near = np.stack([points[i : len(points) - 3 + i] for i in range(4)])  # (4, N, 2)
+    return np.einsum("tk,knd->ntd", SPLINE, near).reshape(-1, 2)

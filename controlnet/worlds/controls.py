@@ -1,4 +1,4 @@
-"""The datasets that are named for a control: pictures of the worlds, all with the same kind of hint."""
+"""The datasets named for a control: pictures of several worlds, all with the same kind of hint."""
 
 import numpy as np
 

@@ -19,7 +19,7 @@ class Edits(Scenes):
     name = "edits"
 
     def pair(self, index: int) -> tuple[Picture, Picture]:
-        """Before and after, which has the instruction as its caption. All else is drawn from the same numbers."""
+        """The scene before and after the change; the latter's caption is the instruction. All else is the same."""
         rng = self.rng(index)
         setting = random_setting(rng)
         things = random_things(rng, setting)
@@ -43,7 +43,7 @@ class Edits(Scenes):
 def random_change(
     rng: np.random.Generator, setting: Setting, things: list[Placed]
 ) -> tuple[str, Setting, list[Placed]]:
-    """-> instruction, setting and things, which can still be told from what is behind them."""
+    """-> the instruction, and the setting and things after it, which can still be told from what is behind them."""
     skies = [] if rng.random() < 0.5 else other_skies(rng, setting, things)
     if skies:
         changed = skies[rng.integers(len(skies))]
@@ -57,7 +57,7 @@ def random_change(
 
 
 def other_skies(rng: np.random.Generator, setting: Setting, things: list[Placed]) -> list[Setting]:
-    """Snow falls where it lies, and elsewhere rain."""
+    """This setting under every other sky that leaves all things visible. Snow falls where it lies, elsewhere rain."""
     unfit = {setting.sky, "rain" if setting.ground == "snow" else "snowfall"}
     land = setting.ground, setting.far, setting.horizon, setting.shore
     skies = [under_sky(rng, sky, *land) for sky in SKIES if sky not in unfit]

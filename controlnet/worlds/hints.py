@@ -1,4 +1,4 @@
-"""The hints of the worlds that are made of a picture and of what is known about it: each uint8 (H, W, 3)."""
+"""Hints of the synthetic datasets, uint8 (H, W, 3), made from a picture and what is known about it."""
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -20,10 +20,8 @@ def edges(picture: Picture) -> np.ndarray:
 
 
 def scribble(picture: Picture, rng: np.random.Generator) -> np.ndarray:
-    """White strokes on black between the parts, as a quick hand draws them: thick, wobbling, with gaps.
-
-    Smooth noise says how far each place of the drawing is off, and where there is no stroke.
-    """
+    """White strokes on black along the edges of the parts, as a quick hand draws them: thick, wobbling, with gaps.
+    Smooth noise says how far each stroke is off, and where one is missing."""
     size = len(picture.parts)
     side, wobble, gaps = FINER * size, rng.uniform(0.01, 0.025), rng.uniform(0.16, 0.34)
     off = np.stack([smooth_noise(rng, side, side, cell=side // 6) for _ in "yx"]) - 0.5  # (2, side, side)

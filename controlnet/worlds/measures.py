@@ -18,21 +18,17 @@ def ground_colour(image: np.ndarray) -> np.ndarray:
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
-    """The mask of pixels whose Euclidean distance in RGB from the background is above 40 of 255.
-
-    For a figure whose colour is close to the background's, the threshold is half the 99th percentile of the distances,
-    if that is lower. If this percentile is below 30, there is no figure and the mask is empty.
-    """
+    """The mask of pixels whose Euclidean distance in RGB from the background is above 40 of 255 or, if that is lower,
+    above half the 99th percentile of all distances. If this percentile is below 30, there is no figure, and the mask is
+    empty."""
     distance = np.linalg.norm(image - ground_colour(image), axis=-1)  # (H, W)
     largest = np.quantile(distance, 0.99)
     return distance > (min(40, largest / 2) if largest >= 30 else np.inf)
 
 
 def keypoint_distance(mask: np.ndarray, keypoints: np.ndarray) -> float:
-    """The mean distance in pixels from keypoints (N, 2), x and y, to the mask: 0 if it contains all of them.
-
-    For an empty mask, the image's diagonal.
-    """
+    """The mean distance in pixels from keypoints (N, 2), x and y, to the mask: 0 if it contains all of them, and the
+    image's diagonal if it is empty."""
     if not mask.any():
         return float(np.hypot(*mask.shape))
     pixels = np.argwhere(mask)[:, ::-1] + 0.5  # (pixels, 2), x and y of their centres
@@ -85,15 +81,13 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def mean_iou(shown: np.ndarray, true: np.ndarray) -> float:
-    """The mean over the numbers in `true` of the IoU of their masks; both int (H, W), negative where nothing is.
-
-    Of `Truth.objects` it is that of the things, of `Truth.classes` or ADE20K's classes that of the classes present.
-    """
+    """The mean IoU of the masks of each number in `true`, of things or of classes; both int (H, W), negative where
+    nothing is."""
     return float(np.mean([iou(shown == number, true == number) for number in np.unique(true) if number >= 0]))
 
 
 def palette_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """How far the colours of `a` would have to move, on average, to become those of `b`, wherever they are: the sliced
+    """How far the colours of `a` must move on average to become those of `b`, wherever in the image: the sliced
     Wasserstein distance of two images of one size, in levels of 255, over 13 directions in RGB."""
     directions = np.array([d for d in itertools.product((-1, 0, 1), repeat=3) if d > (0, 0, 0)]).T  # (3, 13)
     directions = directions / np.linalg.norm(directions, axis=0)

@@ -1,5 +1,7 @@
 """`people`: a cartoon person in a random pose; the hint is its skeleton as OpenPose draws it."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from controlnet.hints.pose import draw_pose
@@ -30,10 +32,7 @@ from .world import Picture, World, distance, distinct_colours
 
 class People(World):
     """Captions: mostly 'person in <colour> shirt and <colour> trousers with <colour> background', and sometimes with
-    hair and hat: 'person with long red hair and a cap in ...'.
-
-    None mentions the skin, of one of a few tones, nor the shoes.
-    """
+    hair and hat: 'person with long red hair and a cap in ...'. None mentions the skin or the shoes."""
 
     name = "people"
 
@@ -54,12 +53,12 @@ class People(World):
 def random_looks(rng: np.random.Generator, shirt: str, trousers: str, ground: RGB) -> Looks:
     """Skin, hair and shoes can be told from the background, and the hair from the skin."""
 
-    def one_of(colours: tuple[RGB, ...], *others: RGB) -> RGB:
+    def one_of(colours: Iterable[RGB], *others: RGB) -> RGB:
         unlike = [colour for colour in colours if all(distance(colour, other) >= 60 for other in others)]
         return unlike[rng.integers(len(unlike))]
 
     skin = one_of(SKINS, ground)
-    hair = one_of(tuple(HAIR.values()), ground, skin)
+    hair = one_of(HAIR.values(), ground, skin)
     style = str(rng.choice(HAIR_STYLES, p=(0.32, 0.26, 0.16, 0.14, 0.12)))
     hat = str(rng.choice(HATS)) if rng.random() < 0.3 and style != "bun" else ""
     return Looks(
@@ -76,7 +75,7 @@ def random_looks(rng: np.random.Generator, shirt: str, trousers: str, ground: RG
 
 
 def caption(rng: np.random.Generator, looks: Looks, ground: str) -> str:
-    """Most without hair and hat, some with one of them or both; of short hair a hat leaves little to see."""
+    """Most captions leave hair and hat out, others name one of them or both, but no short hair under a hat."""
     person = "person"
     if rng.random() < 0.35:
         style = looks.style if looks.style in ("long", "curly") and rng.random() < 0.5 else ""

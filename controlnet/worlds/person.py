@@ -86,7 +86,7 @@ def draw_shoe(canvas: Canvas, knee: np.ndarray, ankle: np.ndarray, side: int, sc
 
 
 def draw_hand(canvas: Canvas, elbow: np.ndarray, wrist: np.ndarray, side: int, scale: float, colour: RGB) -> None:
-    """A mitten, its thumb towards the body when the arm hangs."""
+    """A mitten, whose thumb points to the body when the arm hangs."""
     along = scale * (wrist - elbow) / np.linalg.norm(wrist - elbow)
     thumb = -side * np.array([along[1], -along[0]])
     canvas.limb((wrist, wrist + 0.036 * along), 0.06 * scale, colour)

@@ -52,11 +52,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Picture:
-    """A sample without a hint; hints are made of it (hints.py)."""
+    """A sample without its hint, which is made from it (hints.py)."""
 
     image: np.ndarray
     caption: str
-    parts: np.ndarray  # uint8 (H, W): equal where the same part is seen; a hand would draw lines between them
+    parts: np.ndarray  # uint8 (H, W): equal where the same part is seen; scribbles are drawn between them
     mask: np.ndarray
     keypoints: np.ndarray | None = None
     truth: Truth | None = None
@@ -66,10 +66,7 @@ class Picture:
 
 
 class World:
-    """A synthetic dataset of square images, `size` pixels a side, in some `colours`.
-
-    Who needs no hints calls `draw`, which makes none where they cost anything.
-    """
+    """A synthetic dataset of square images, `size` pixels a side, in some `colours`. `draw` alone makes no hint."""
 
     name: str
 
@@ -100,7 +97,7 @@ def joined(parts: Sequence[str]) -> str:
 
 
 def distinct_colours(rng: np.random.Generator, names: tuple[str, ...], count: int) -> list[str]:
-    """`count` colours, 80 apart in RGB, for the eye, and 30 levels of gray, for an edge detector."""
+    """`count` colours that differ by 80 in RGB, for the eye, and by 30 levels of gray, for an edge detector."""
     while True:
         chosen = [str(name) for name in rng.choice(names, size=count, replace=False)]
         pairs = [(COLOURS[a], COLOURS[b]) for a, b in combinations(chosen, 2)]

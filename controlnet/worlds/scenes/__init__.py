@@ -37,20 +37,17 @@ def draw_scene(
 ) -> Picture:
     """`things` are drawn in their order, from far to near; `rng` is for what neither they nor the setting say.
 
-    With `apart` sky, land and each thing have random numbers of their own: what is changed of one changes no other.
+    With `apart` sky, land and each thing have random numbers of their own, so that a change of one changes no other.
     """
-    count = 2 + len(things)
-    sky_rng, land_rng, *rngs = rng.spawn(count) if apart else [rng] * count
+    sky_rng, land_rng, *rngs = rng.spawn(2 + len(things)) if apart else [rng] * (2 + len(things))
     canvas = Canvas(size, sky_gradient(setting))
     layers = Layers(canvas)
     draw_backdrop(canvas, layers, setting, sky_rng, land_rng)
     for number, (thing, thing_rng) in enumerate(zip(things, rngs, strict=True)):
         draw_footing(canvas, layers, setting, thing)
         layers.start(thing.kind.name, thing.depth, number)
-        pen = Pen(
-            canvas, (thing.x, thing.y), thing.scale, PAINTS[thing.colour], thing_rng, night=setting.sky == "night"
-        )
-        thing.kind.draw(pen)
+        foot, night = (thing.x, thing.y), setting.sky == "night"
+        thing.kind.draw(Pen(canvas, foot, thing.scale, PAINTS[thing.colour], thing_rng, night))
     image, labels = canvas.finish()
     truth = layers.truth(labels, setting, things)
     words = caption(rng, setting, things)

@@ -66,7 +66,7 @@ def draw_light(canvas: Canvas, layers: Layers, setting: Setting, rng: np.random.
 
 
 def draw_stars(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
-    """Not too near the moon."""
+    """Everywhere but near the moon."""
     for star in rng.uniform((0.03, 0.03), (0.97, setting.horizon - 0.06), (int(rng.integers(9, 16)), 2)):
         if np.hypot(*(star - setting.light_at)) > 0.13:
             canvas.disc(star, rng.uniform(0.011, 0.015), (236, 236, 212))
@@ -85,7 +85,7 @@ def crescent(side: int) -> np.ndarray:
 
 
 def draw_clouds(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
-    """Side by side, where neither sun nor moon is."""
+    """Side by side, and away from sun and moon."""
     places = rng.permutation([0.12, 0.37, 0.63, 0.88])
     free = [x for x in places if setting.light == "nothing" or abs(x - setting.light_at[0]) > 0.24]
     colour = CLOUD[setting.sky]
@@ -137,10 +137,8 @@ def draw_sea(canvas: Canvas, setting: Setting, rng: np.random.Generator, bottom:
 def draw_land(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
     """A ground with a gentle edge, and nearer a second rise of another tone."""
     rise = setting.shore + rng.uniform(0.4, 0.6) * (1 - setting.shore)
-    for edge, swell, colour in (
-        (setting.shore, 0.008, setting.ground_colour),
-        (rise, 0.022, setting.lit(RISE[setting.ground])),
-    ):
+    near_colour = setting.lit(RISE[setting.ground])
+    for edge, swell, colour in ((setting.shore, 0.008, setting.ground_colour), (rise, 0.022, near_colour)):
         draw_below(canvas, edge + swell * np.sin(2 * np.pi * (rng.uniform(0.6, 1.3) * X + rng.uniform())), colour)
     if setting.ground == "grass":
         colour = setting.lit((112, 164, 78))

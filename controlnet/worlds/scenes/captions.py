@@ -1,4 +1,4 @@
-"""What people would type for a scene. A caption leaves much out, and what it says is true."""
+"""What people would type for a scene: it is true, but leaves much out."""
 
 from collections.abc import Sequence
 

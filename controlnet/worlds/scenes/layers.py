@@ -1,4 +1,4 @@
-"""What was drawn of a scene in which order: from a canvas's labels to maps."""
+"""The layers of a scene in the order in which they were drawn, which turn a canvas's labels into maps."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from .setting import Setting
 
 @dataclass(frozen=True)
 class Layer:
-    """`depth` is None for the ground, which comes nearer towards the bottom; `thing` is -1 for what is none."""
+    """`depth` is None for the ground, which comes nearer towards the bottom; `thing` is -1 for all but things."""
 
     kind: str
     depth: float | None
@@ -32,7 +32,7 @@ class Layers:
         self.layers.append(Layer(kind, depth, thing))
 
     def truth(self, labels: np.ndarray, setting: Setting, things: list[Placed]) -> Truth:
-        """Of a drawing's labels (H, W)."""
+        """The maps of a drawing with these labels (H, W)."""
         rows = (np.arange(len(labels)) + 0.5) / len(labels)
         depth = np.array([np.nan if layer.depth is None else layer.depth for layer in self.layers])[labels]
         return Truth(

@@ -48,7 +48,7 @@ def random_things(rng: np.random.Generator, setting: Setting) -> list[Placed]:
 
 
 def kinds_for(rng: np.random.Generator, setting: Setting, count: int) -> list[str]:
-    """Different kinds, at sea mostly those of the sea, elsewhere seldom."""
+    """The names of different kinds: at sea mostly of those that live there, elsewhere seldom."""
     wet = setting.ground == "sea" or setting.far == "sea"
     weights = {"land": 0.4 if setting.ground == "sea" else 1.0, "sky": 1.2, "sea": 4.0 if wet else 0.12}
     shares = np.array([kind.share * weights[kind.home] for kind in KINDS.values()])
@@ -67,7 +67,7 @@ def contrasting(setting: Setting) -> list[str]:
 
 
 def placed(rng: np.random.Generator, setting: Setting, kind: Kind, colour: str, size: str) -> Placed:
-    """A thing somewhere: the largest of SCALES fits beside the edge, at every place."""
+    """A thing at a random place, where it fits into the image."""
     place = str(rng.choice(list(PLACES)))
     scale = float(rng.uniform(*SCALES[size]) / max(kind.width, kind.height))
     half, high = kind.width * scale / 2, kind.height * scale
@@ -93,7 +93,7 @@ def depth_at(setting: Setting, y: float | np.ndarray) -> float | np.ndarray:
 
 
 def apart(a: Placed, b: Placed) -> bool:
-    """Is little of the farther one's box behind the nearer one's? And do they not stand at the same distance?"""
+    """Whether the boxes do not overlap, or at different depths with little of the farther one hidden."""
     (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = a.box, b.box
     across = min(right, other_right) - max(left, other_left)
     down = min(bottom, other_bottom) - max(top, other_top)

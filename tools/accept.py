@@ -4,12 +4,11 @@
     python -m tools.accept --device cuda --minutes 3 --out accept.json --only forward,step
     python -m tools.accept --device cpu --size tiny --out accept.json        # the program itself, tried in a minute
 
-Makes SD 1.5 with a ControlNet from random numbers, so it needs no network and no files, and compares with what a
-process behind it computes on the CPU in fp32. Where diffusers is installed, it is measured beside it. Results go to
---out as JSON, row by row, and at the end to a table beside it (accept.md). With --only a later call does some of the
-stages, and adds to the file.
+SD 1.5 and a ControlNet are made from random numbers, so neither a network nor files are needed, and are compared with
+what another process computes on the CPU in fp32. If diffusers is installed, it is measured, too. Results go to --out as
+JSON, row by row, and at the end to a table beside it (accept.md). A later call with --only adds to the file.
 
-Each stage gets its share of the minutes that are left; what it does not come to is "not run". The exit status is 0 if
+Each stage gets its share of the minutes that are left; what it has no time for is "not run". The exit status is 0 if
 all that must hold does, 1 if something does not, fails, or was not run, 2 for a mistake in the call.
 """
 
@@ -56,7 +55,7 @@ SPARE = 1.5  # a stage may take so many times its share
 
 
 class OutOfTime(BaseException):
-    """No Exception: the programs that are run make sentences of those."""
+    """Not an Exception, which the programs that are run would turn into a sentence."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +98,7 @@ def accept(args: argparse.Namespace) -> int:
 
 
 def do_stage(name: str, job: Any, report: Report, seconds: float) -> None:
-    """Runs a stage for so long at most. Whatever happens in it is recorded, and the next ones go on."""
+    """Runs a stage for so many seconds at most. Whatever happens in it is recorded, and the next stage follows."""
     report.begin(name)
     if seconds <= 0:
         return report.end(name, "not run", "no time was left")
@@ -125,8 +124,8 @@ def stage(name: str) -> Callable[[Any, Report], None]:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in what is inside after so long, at the next line of Python; never where there is no alarm, as
-    on Windows."""
+    """Raises OutOfTime inside after so many seconds, at the next line of Python; never on Windows, which has no
+    alarm."""
     if not hasattr(signal, "setitimer"):
         yield
         return

@@ -5,12 +5,11 @@
     python -m tools.bench --case sd15-512 --device cuda --precision fp16
     python -m tools.bench --only sampling vae --rounds 9
 
-Prints a table to paste. In each round both sides take turns, each in a new process, as its users run it: ours with
-packed weights and kept memory on a CPU, as infer.py and train.py do. Training at 512x512 is with gradient checkpointing
-on both sides, as each does it, and needs 16 GB. Times are medians after a warm-up. Memory is the peak above what Python
-and its packages need, weights included; on CUDA what is allocated there. Outputs are compared in every round, except
-with --reuse, which is approximate: where they differ by more than rounding (in fp32 1e-4 of their norm) the exit status
-is 1.
+Prints a table to paste. In each round both sides take turns, each in a new process, as its users run it: ours on a CPU
+with packed weights and kept memory, as infer.py and train.py do. Training at 512x512 uses gradient checkpointing on
+both sides, and needs 16 GB. Times are medians after a warm-up. Memory is the peak beyond Python and its packages,
+weights included; on CUDA what is allocated there. Outputs are compared in every round, except with --reuse, which is
+approximate: if they differ by more than rounding (in fp32 1e-4 of their norm) the exit status is 1.
 """
 
 import argparse
@@ -39,17 +38,17 @@ CASES = {
     "sd15-256": {"size": 256, "steps": 4, "cfg": 7.5, "batch_size": 1, "checkpointing": False},
     "sd15-512": {"size": 512, "steps": 4, "cfg": 7.5, "batch_size": 4, "checkpointing": True},
 }
-STEPS_ON_A_GPU = 20  # in which a few would measure what is done once: reading the prompt, decoding, starting
+STEPS_ON_A_GPU = 20  # a few would measure what is done once: reading the prompt, decoding, starting
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a task of bench_ours.py, beside the one of the same name in bench_peers.py or its own."""
+    """One row of the table: a task of bench_ours.py, beside that of bench_peers.py or another of our own."""
 
     task: str  # also the section's name
     what: str  # formatted with the setup
     arguments: dict[str, Any] = field(default_factory=dict)
-    own: dict[str, Any] | None = None  # the arguments of our own task, where that is what it is compared with
+    own: dict[str, Any] | None = None  # the arguments of our own task that it is compared with, if it is
     cold: bool = False  # measured once in each process, without a warm-up
 
 
@@ -129,8 +128,8 @@ def have_peers() -> bool:
 
 
 def compared(row: Row, setup: dict[str, Any], rounds: int) -> tuple[list[str], float]:
-    """Measures both sides of a row, or ours alone if there is no diffusers -> its cells, and the largest relative
-    difference of the outputs: nan if none are to be compared."""
+    """Measures both sides of a row, or ours alone without diffusers -> its cells, and the largest relative difference
+    of the outputs: nan if none are compared."""
     sides = [("bench_ours", row.arguments)]
     if row.own is not None:
         sides.append(("bench_ours", row.own))
@@ -153,10 +152,8 @@ def compared(row: Row, setup: dict[str, Any], rounds: int) -> tuple[list[str], f
 
 
 def in_turns(row: Row, sides: Sequence[tuple[str, dict]], setup: dict[str, Any], rounds: int) -> list[list]:
-    """-> for each side its measurements, each from a new process.
-
-    A round has one of each, in alternating order, so what slows the machine slows both alike.
-    """
+    """-> for each side its measurements, each from a new process. A round has one of each, in alternating order, so
+    that whatever slows the machine slows both."""
     measured = [[] for _ in sides]
     for i in range(rounds):
         for (module, arguments), measurements in list(zip(sides, measured, strict=True))[:: -1 if i % 2 else 1]:
@@ -207,7 +204,7 @@ def psnr(images: np.ndarray, others: np.ndarray) -> float:
 
 
 def cells(what: str, seconds: Sequence[float], memory: Sequence[float], difference: float) -> list[str]:
-    """One line of COLUMNS, from bytes and seconds of ours and, if there are any, theirs; what is nan is left empty."""
+    """The cells under COLUMNS, from seconds and bytes of ours and, if there are any, theirs; nan makes an empty one."""
     (s, other_s), (m, other_m) = ((*x, math.nan)[:2] for x in (seconds, memory))
     return [
         *(what, shown(s, ".3g", " s"), shown(other_s, ".3g", " s"), shown(other_s / s, ".2f")),

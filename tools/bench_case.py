@@ -1,7 +1,7 @@
 """What one process of tools.bench does: it runs a task, and reports its time, memory and outputs.
 
-A task is a function of a `Setup` and its row's arguments. It loads what it needs and returns its work, the function
-that is timed. The work returns tensors to compare, by name, or a function that computes them and is not timed.
+A task is a function of a `Setup` and its row's arguments that loads what it needs and returns its work: the function
+that is timed. The work returns tensors to compare, by name, or an untimed function that computes them.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from controlnet.common.devices import use_device, use_precision
 
-LONG_ENOUGH, MOST_RUNS = 2, 5  # a process repeats its timed run until these seconds or runs are reached
+LONG_ENOUGH, MOST_RUNS = 2, 5  # seconds and runs, at which a process stops to repeat its work
 WARM_UPS = {"cpu": 1, "cuda": 3}  # a GPU's clock, libraries and memory take a few runs to settle
 
 Outputs = dict[str, Tensor]
@@ -75,7 +75,7 @@ def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool) ->
 
 
 def one_of_each_kernel() -> None:
-    """Loads the code that every network needs: 0.1 GB that belong to PyTorch, not to a network."""
+    """Loads the code that every network needs: its 0.1 GB belong to PyTorch, not to a network."""
     x = torch.ones(1, 8, 8, 8, requires_grad=True)
     y = F.conv2d(F.silu(F.group_norm(x, 4)), torch.ones(8, 8, 3, 3, requires_grad=True), padding=1)
     y = F.linear(F.layer_norm(y.flatten(2), (64,)), torch.ones(64, 64, requires_grad=True))

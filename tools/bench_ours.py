@@ -136,8 +136,8 @@ def sample(sd: StableDiffusion, control: ControlNet, side: int, steps: int, cfg:
 
 
 def reuse(setup: Setup, every: int) -> Work:
-    """Held-out samples of each synthetic dataset with the models in `weights/`: an approximation can only be judged on
-    images that mean something."""
+    """Held-out samples of each synthetic dataset, made with the models in `weights/`: an approximation can only be
+    judged on images that mean something."""
     keep_freed_memory(torch.device(setup.device), large=False)
     sd = StableDiffusion.load("tiny", setup.device, PRECISIONS[setup.precision])
     wanted = []  # captions with their controls
@@ -176,7 +176,7 @@ def vae(setup: Setup, encode: bool, tiled: bool) -> Work:
 
 def training(setup: Setup, cached: bool) -> Work:
     """One step of train.py from the batch to the changed weights, with latents and text states computed before or in
-    it; without TF32, which their script leaves off, too."""
+    it; without TF32, as in their script."""
     run = Training(setup)
     work = run.step(setup.batch_size, cached)
     if cached:
@@ -233,7 +233,7 @@ class Training:
 
 
 def loading(setup: Setup) -> Work:
-    """The original layout, until every weight has been read once: before that a file may be merely memory-mapped."""
+    """The original layout, until every weight has been read once: a file that was opened may merely be mapped."""
 
     def work() -> Callable[[], Outputs]:
         sd, control = load(setup)

@@ -56,7 +56,7 @@ def load_vae(setup: Setup) -> AutoencoderKL:
 
 
 def vae(setup: Setup, encode: bool, tiled: bool) -> Work:
-    """Beside our tiled VAE, too, stands their plain one: theirs in tiles is an approximation."""
+    """Our tiled VAE, too, is compared with their plain one: theirs in tiles is an approximation."""
     model = load_vae(setup)
     images, _, latents, *_ = (x.to(model.device, model.dtype) for x in inputs(setup.size))
     scale = model.config.scaling_factor
@@ -73,9 +73,9 @@ def training(setup: Setup, cached: bool) -> Work:
 
 
 def trainer(setup: Setup) -> Callable[[int], Work]:
-    """-> what makes of a batch size one step in the order of examples/controlnet/train_controlnet.py, with its
-    optimiser, from a batch whose prompts are tokens by then. Only the ControlNet, in fp32, is under autocast there: the
-    locked networks are themselves in half precision."""
+    """batch size -> one step as in examples/controlnet/train_controlnet.py, with its optimiser, from a batch whose
+    prompts are tokens. As there only the ControlNet, in fp32, is under autocast: the locked networks are themselves in
+    half precision."""
     base, device, dtype = setup.folder / "base", torch.device(setup.device), PRECISIONS[setup.precision]
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")

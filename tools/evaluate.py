@@ -167,7 +167,7 @@ def colours_right(image: np.ndarray, sample: Sample, colours: tuple[str, ...]) -
 
 def report_control(world: World, paint: Paint, count: int) -> None:
     """How well images follow their hints: the figures' IoU with the true ones and, for people, how far the key points
-    are from the figure. In parentheses is the floor: the same against the next sample's figure, if there is another."""
+    are from the figure. In parentheses is the floor: the same against the next sample's figure, if there is one."""
     samples = samples_of(world, count, scenes=False)
     others = mismatched(samples)
     for prompts, prompted in (("with prompt", True), ("without", False)):

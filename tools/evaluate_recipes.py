@@ -1,9 +1,9 @@
 """Whether the ControlNet of a recipe does what its name says, on pairs that it was not trained on. Each figure stands
-beside floors, the same for pictures that did not do it, and a ceiling: the true pictures as the autoencoder gives them
-back, since all that is made goes through it.
+beside floors, from pictures that do not do it, and a ceiling: true pictures after the autoencoder, through which all
+generated ones go.
 
 Images are uint8 (H, W, 3), errors are means in levels of 255. A measure takes an image and the sample it was made for,
-and leaves out what this sample cannot tell.
+and leaves out figures that this sample cannot tell.
 """
 
 from collections import defaultdict
@@ -60,7 +60,7 @@ def report_recipe(sd: StableDiffusion, recipe: str, file: str, count: int, setti
 
 
 def measured(measure: Measure, images: Sequence[np.ndarray], samples: Sequence[Sample]) -> dict[str, list[float]]:
-    """For each figure its values, of the samples that can tell it."""
+    """For each figure its values, from the samples that can tell it."""
     values = defaultdict(list)
     for image, sample in zip(images, samples, strict=True):
         for name, value in measure(image, sample).items():
@@ -69,7 +69,7 @@ def measured(measure: Measure, images: Sequence[np.ndarray], samples: Sequence[S
 
 
 def told_another(samples: list[Sample]) -> list[Sample]:
-    """Each with the next instruction that is not its own; if all have one, without any."""
+    """Each sample with the next instruction that is not its own, or without any if all have the same."""
     asked = []
     for i, sample in enumerate(samples):
         following = [one.caption for one in samples[i + 1 :] + samples[:i] if one.caption != sample.caption]
@@ -78,7 +78,7 @@ def told_another(samples: list[Sample]) -> list[Sample]:
 
 
 def held_out(sd: StableDiffusion, recipe: str, file: Path, count: int) -> list[Sample]:
-    """Validation pairs of the run that `file` is or lies in; of no run, those that the recipe would take."""
+    """Validation pairs of the run that `file` is or lies in; without a run, those that the recipe would take."""
     run = RunFolder(file if file.is_dir() else file.parent)
     if run.settings_file.exists():
         settings = TrainSettings(**from_json(TrainSettings, run.written()["settings"], str(run.settings_file)))
@@ -95,9 +95,8 @@ def held_out(sd: StableDiffusion, recipe: str, file: Path, count: int) -> list[S
 
 
 def tiled(image: np.ndarray, sample: Sample) -> dict[str, float]:
-    """At an eighth of its resolution the image is the picture, of which the hint shows no more (and that shifted: see
-    `tile` in controlnet/hints/filters.py). What is not in the hint is painted as sharp as the picture, by the energy of
-    the gradients."""
+    """At an eighth of its resolution the image should be the picture, of which the hint shows no more (and shifts it:
+    `tile` in controlnet/hints/filters.py). It should also be as sharp as the picture, by the energy of gradients."""
     blurred, sharp = gradient_energy(sample.hint), gradient_energy(sample.image)
     figures = {"PSNR to the picture at an eighth of its resolution": psnr(eighth(image), eighth(sample.image))}
     if sharp > blurred:
@@ -114,8 +113,8 @@ def gradient_energy(image: np.ndarray) -> float:
 
 
 def inpainted(image: np.ndarray, sample: Sample) -> dict[str, float]:
-    """What is outside the hole stays, what is in it goes on. Where a figure on a plain ground reaches into the hole,
-    also its IoU there."""
+    """What is outside the hole should stay and go on in it. If a figure on a plain ground reaches into the hole, also
+    its IoU there."""
     hole = (sample.hint < 0).any(axis=2)
     figures = {
         "error outside the hole": error(image, sample.image, ~hole),
@@ -131,8 +130,8 @@ def shuffled(image: np.ndarray, sample: Sample) -> dict[str, float]:
 
 
 def edited(image: np.ndarray, sample: Sample) -> dict[str, float]:
-    """Where before (the hint) and after differ, the image is to be as after, elsewhere as before. Of the change nothing
-    is made, 0, if the image is as before, and all, 1, if it is as after; below 0 it is farther from that."""
+    """Where before (the hint) and after differ, the image should be as after, elsewhere as before. The share of the
+    change is 0 if the image is as before and 1 if it is as after; below 0 it is farther from that."""
     before, after = sample.hint.astype(int), sample.image.astype(int)
     told = np.abs(after - before).max(axis=2) > TOLD
     figures = {}

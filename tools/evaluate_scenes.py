@@ -1,6 +1,6 @@
 """What pictures of scenes show of what was asked for, as the judge sees it: things in their colours and places, and the
-classes and outlines that a hint gave. Each beside a floor, the same against the next sample, and a ceiling, what the
-judge sees in true pictures as the autoencoder gives them."""
+classes and outlines of a hint. Beside each figure are a floor, the same against the next sample, and a ceiling, from
+true pictures after the autoencoder."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -58,19 +58,18 @@ def report_scene_control(sd: StableDiffusion, judge: Judge, world: World, paint:
 
 
 def samples_of(world: World, count: int, scenes: bool) -> list[Sample]:
-    """The first that are scenes, or that have a plain ground, from which `foreground` tells figures."""
+    """The first samples that are scenes or, if not `scenes`, have figures on a plain ground."""
     samples = (world[i] for i in itertools.count())
     return list(itertools.islice((sample for sample in samples if (sample.truth is not None) == scenes), count))
 
 
 def best_seen(sd: StableDiffusion, judge: Judge, samples: Sequence[Sample]) -> list[Seen]:
-    """In the true pictures: no base with this autoencoder could paint better ones."""
+    """What is seen in the true pictures: no base with this autoencoder could paint better ones."""
     return [judge.see(image) for image in after_autoencoder(sd, [sample.image for sample in samples])]
 
 
 def compared(measure: Callable[..., Sequence[float]], seen: list[Seen], best: list[Seen], wanted: list) -> list[str]:
-    """`measure` of each picture against what was wanted of it, as text: its mean, the floor, if there is
-    another picture, and the ceiling."""
+    """The mean of `measure` over the pictures, with the floor, if there are several, and the ceiling, as text."""
     others = mismatched(wanted)
 
     def mean(pictures: list[Seen], asked: list) -> np.ndarray:
@@ -97,12 +96,12 @@ def found(seen: Seen, thing: Thing) -> tuple[bool, bool, bool]:
 
 
 def things_iou(seen: Seen, truth: Truth) -> tuple[float]:
-    """The mean over the things of a scene; no two of one scene are of one class."""
+    """The mean over the things of a scene, all of which are of different classes."""
     numbers = np.array([*(CLASSES.index(thing.kind) for thing in truth.things), -1])
     return (mean_iou(seen[0], numbers[truth.objects]),)
 
 
 def classes_iou(seen: Seen, truth: Truth) -> tuple[float]:
-    """The mean over those classes of ADE20K that are in the scene: what a segmentation map can tell apart."""
+    """The mean over the classes of ADE20K that are in the scene, which a segmentation map can tell apart."""
     ade = np.array(list(ADE20K_CLASSES.values()))
     return (mean_iou(ade[seen[0]], ade[truth.classes]),)

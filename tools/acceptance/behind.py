@@ -1,4 +1,4 @@
-"""What is computed twice: on the device, and by processes behind on the CPU in fp32.
+"""What is computed twice: on the device and, in other processes meanwhile, on the CPU in fp32.
 
 Shapes: B batch, h = H/8, w = W/8, D context width.
 """
@@ -36,7 +36,7 @@ LOSS_SCALE = {"fp32": 1.0, "fp16": 2.0**10, "bf16": 1.0}  # keeps the gradients 
 
 @torch.no_grad()
 def outputs(job: Job, precision: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, what the networks compute), one after the other."""
+    """(name, what the networks compute), each computed when it is asked for."""
     sd, control = load(job.setup(precision))
     images, _, latents, *_ = (x.to(job.device, sd.dtype) for x in inputs(job.size.side))
     yield "text", sd.encode_text([PROMPT, NEGATIVE])
@@ -68,7 +68,7 @@ def other_output(job: Job, dtype: torch.dtype) -> Tensor:
 
 
 def pictures(job: Job, precision: str) -> Tensor:
-    """Some of the small model that ships, uint8 (N, H, W, 3)."""
+    """Some images of the small model that ships, uint8 (N, H, W, 3)."""
     count, steps, side = job.size.pictures
     sd = StableDiffusion.load("tiny", job.device, PRECISIONS[precision])
     net = ControlNet.load(WEIGHTS / "tiny-fill50k.safetensors", sd)
@@ -102,7 +102,7 @@ def write_reference(size: Size, folder: Path) -> None:
 
 
 def write_predictions(size: Size, folder: Path, device_type: str) -> None:
-    """The memory of training steps, in bytes, by the words of `cases`: what tensors take, and the most in all."""
+    """The memory of training steps in bytes, by the names of `cases`: what tensors take, and the most in all."""
     os.nice(5)
     torch.set_num_threads(1)
     sizes, found = (size.side, size.side), {}

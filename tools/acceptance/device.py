@@ -1,4 +1,4 @@
-"""All that tools.accept asks of CUDA alone, each in a few lines with what stands for it on a CPU."""
+"""All that tools.accept asks of CUDA alone, each with what takes its place on a CPU."""
 
 import gc
 import statistics
@@ -19,7 +19,7 @@ WARM_UPS = 3
 
 
 def settle(device: torch.device) -> None:
-    """PyTorch's own settings as they are at its start, but fp32 in full, and no memory of what went before."""
+    """Sets PyTorch back to its own settings, but with fp32 in full, and frees memory."""
     use_precision("fp32", device)
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = False
@@ -38,13 +38,13 @@ def median_seconds(work: Callable[[], Any], device: torch.device, runs: int) -> 
 
 
 def allocated(device: torch.device) -> float:
-    """Bytes now: in PyTorch's tensors, on a CPU of the process."""
+    """Bytes now: of PyTorch's tensors, or on a CPU of the process."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident("VmRSS")
 
 
 def with_peaks(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
-    """What `work` returns, and bytes while it runs: the most allocated, and the most that PyTorch holds for it (a CPU
-    has no such thing)."""
+    """What `work` returns, and bytes while it runs: the most allocated, and the most that PyTorch reserved for it (on a
+    CPU the same)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     reset_peak(str(device))
@@ -57,7 +57,7 @@ def with_peaks(work: Callable[[], Any], device: torch.device) -> tuple[Any, floa
 
 @contextmanager
 def little_memory(device: torch.device, fraction: float) -> Iterator[None]:
-    """Inside, PyTorch gets this part of the GPU's memory. Raises Skip for a CPU, where nothing is alike."""
+    """Inside, PyTorch gets this part of the GPU's memory. Raises Skip for a CPU, which has no such limit."""
     if device.type != "cuda":
         raise Skip("only a GPU's memory can be limited")
     gc.collect()
@@ -85,7 +85,7 @@ def profiled(work: Callable[[], Any], device: torch.device) -> list[tuple[str, i
 
 
 def waits(work: Callable[[], Any], device: torch.device) -> list[str]:
-    """Where the program waited for the GPU, once for each time; on a CPU nowhere."""
+    """The line of code of each time that the program waited for the GPU; on a CPU none."""
     if device.type != "cuda":
         work()
         return []

@@ -14,8 +14,8 @@ from .job import Job
 from .report import Report
 
 FORWARD = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2}  # the largest relative L2 error; fp32 is without TF32
-# Guidance multiplies the difference of two outputs, and with it their errors: of these weights (in bf16, at SD 1.5's
-# width) from 1.5e-2 to 4.4e-2.
+# Guidance multiplies the difference of two outputs, and with it their errors: in bf16, with these weights of SD 1.5's
+# width, from 1.5e-2 to 4.4e-2.
 GUIDED = 2
 COSINE = {"fp16": 0.999, "bf16": 0.99}
 
@@ -55,7 +55,7 @@ def step(job: Job, report: Report) -> None:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """The relative L2 error, inf if it is not finite. Both zero is none."""
+    """The relative L2 error: inf if it is not finite, and 0 if both are zero."""
     if found.shape != wanted.shape:
         return math.inf
     found, wanted = found.double(), wanted.to(found.device).double()
@@ -64,7 +64,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def cosine_of(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """Of the angle between two lists of tensors, each one long vector."""
+    """Of the angle between two lists of tensors, each taken as one long vector."""
     pairs = [(a.double(), b.to(a.device).double()) for a, b in zip(found, wanted, strict=True)]
     products = [torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]) for a, b in pairs]
     ab, aa, bb = torch.stack(products).sum(dim=0).tolist()

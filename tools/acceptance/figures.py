@@ -1,4 +1,4 @@
-"""The stages that measure: time, memory, and where both go. Little of it must hold; aims are recorded as such."""
+"""The stages that measure time and memory, and where both go. Most of it are figures and aims, which need not hold."""
 
 import json
 import platform

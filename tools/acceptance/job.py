@@ -39,7 +39,7 @@ SMALL = replace(
 
 @dataclass(frozen=True)
 class Size:
-    """How large all that is done is: SD 1.5 on a GPU."""
+    """The sizes of all that is done. These are for SD 1.5 on a GPU."""
 
     config: Config = SD15
     other: UNetConfig = SD21.unet
@@ -101,12 +101,12 @@ class Job:
 
     @property
     def small_models(self) -> list[str]:
-        """The same of the models that ship, where the others are larger."""
+        """The same for the models that ship or those in the folder, whichever are smaller."""
         return ["--base", "tiny", "--control", "circles"] if self.size.config is SD15 else self.models
 
     @torch.no_grad()
     def need_weights(self) -> None:
-        """The models, in half precision and in both layouts, made where the device is, unless they are there."""
+        """Makes the models on the device, in half precision and both layouts, unless they are in the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "control").exists():  # the last that is written
             return
@@ -129,8 +129,8 @@ class Job:
     # ---------------------------------------------------------------------------------------------- the reference
 
     def begin_behind(self) -> None:
-        """What the CPU computes while the device does something else, each in a process of its own, but for what is
-        kept in the folder."""
+        """Starts a process for each file that the CPU computes while the device does something else, unless the folder
+        has it."""
         self.need_weights()
         if self.behind:
             return
@@ -145,7 +145,7 @@ class Job:
                 self.behind.append(process)
 
     def from_behind(self, name: str) -> Path:
-        """A file that those processes write, waited for. Raises ValueError if it does not come."""
+        """Waits for a file that those processes write. Raises ValueError if it does not come."""
         file = self.folder / name
         if not file.exists():
             self.begin_behind()
@@ -157,7 +157,7 @@ class Job:
         return file
 
     def reference(self) -> dict[str, Tensor]:
-        """What `behind.write_reference` has computed on the CPU, in fp32."""
+        """What `behind.write_reference` computes on the CPU, in fp32."""
         return load_file(self.from_behind("reference.safetensors"))
 
 
@@ -179,7 +179,7 @@ def job(device: str | None, size: str, folder: Path | None) -> Iterator[Job]:
 
 
 def roomy_folder() -> str | None:
-    """Linux's folder in memory, if it is large enough; else the system's own for temporary files."""
+    """Linux's folder in memory, if it is large enough, else None: the system's for temporary files."""
     memory = "/dev/shm"
     fits = os.path.isdir(memory) and shutil.disk_usage(memory).free > SPACE
     return memory if fits else None

@@ -1,4 +1,4 @@
-"""The stages that run train.py and infer.py as their users do, in this process where that saves a start of PyTorch."""
+"""The stages that run train.py and infer.py as their users do, mostly in this process, to save starts of PyTorch."""
 
 import io
 import os
@@ -100,7 +100,7 @@ def training(job: Job, report: Report) -> None:
 
 
 def resumed(job: Job, report: Report, runs: Path, how: list) -> float:
-    """-> how much a run in two parts differs from one in one."""
+    """-> how much a run in two parts differs from a whole one."""
     steps = job.size.train_steps
     ended(report, "a whole run", train(job, runs / "whole", *how))
     ended(report, "half a run", train(job, runs / "parts", *how, "--steps", steps // 2))
@@ -109,7 +109,7 @@ def resumed(job: Job, report: Report, runs: Path, how: list) -> float:
 
 
 def stopped(job: Job, report: Report, runs: Path, how: list) -> float:
-    """-> the same of a run that was stopped by a signal after some steps, and went on for one."""
+    """-> how much a run that a signal stopped, and that went on for a step, differs from a whole one."""
     log = runs / "stopped" / "log.jsonl"
     with signal_after(log):
         ended(report, "SIGTERM", train(job, runs / "stopped", *how, "--steps", 100_000), 128 + signal.SIGTERM)
@@ -120,7 +120,7 @@ def stopped(job: Job, report: Report, runs: Path, how: list) -> float:
 
 
 def difference(run: Path, other: Path) -> float:
-    """The largest of the relative L2 differences of what two runs have trained."""
+    """The largest relative L2 difference of the tensors that two runs have trained."""
     found, wanted = (load_file(path / "control.safetensors") for path in (run, other))
     return max(relative(found[name], wanted[name]) for name in wanted)
 
@@ -193,7 +193,7 @@ def large_images(job: Job, report: Report, out: Path) -> None:
 
 
 def out_of_memory(job: Job, report: Report) -> None:
-    """Neither program may end otherwise than with its sentence, nor a run of train.py lose what it had saved."""
+    """Both programs must end with a sentence, and a run of train.py must not lose what it had saved."""
     job.need_weights()
     with folder(job) as runs:
         ended(report, "a run before", train(job, runs / "run", "--sample-count", 0))

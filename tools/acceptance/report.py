@@ -1,4 +1,4 @@
-"""What tools.accept found: what must hold, aims and figures, as JSON after each row and as a table at the end.
+"""What tools.accept finds: what must hold, aims and figures, written as JSON after each row and as a table at the end.
 
 Nothing here imports PyTorch.
 """
@@ -22,7 +22,7 @@ class Skip(Exception):
 
 
 class Report:
-    """A file of results, to which a later run of other stages adds: a stage that runs again replaces its rows.
+    """A file of results, to which a later run adds its stages; one that runs again replaces its rows.
 
         {"device": "cuda", "size": "full", "stages": {"forward": {"state": "done", "seconds": 31.2, "rows": [
             {"what": "eps, fp16", "value": 0.0012, "kind": "must", "limit": "<= 0.005", "held": true}, ...]}, ...}}
@@ -82,7 +82,7 @@ class Report:
     # ------------------------------------------------------------------------------------------------------ at the end
 
     def broken(self) -> list[str]:
-        """What had to hold and did not, or cannot be said to."""
+        """What must hold and does not, or was not found out."""
         broken = []
         for name, stage in self.values["stages"].items():
             if stage["state"] not in PASSING:

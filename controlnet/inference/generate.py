@@ -25,7 +25,7 @@ from ldm.unet import UNet
 
 from .finite import Watched, finite
 from .image_to_image import Init, begin, check_inpainting, known_part, steps_done, with_known
-from .memory import fitting, guided_memory
+from .memory import Plan, fitting
 from .noise import draw, noise_from
 from .offload import decode, encode, on_device
 from .predictors import predictor_for
@@ -237,5 +237,5 @@ def default_batch_size(
     device = sd.device if cpu_offload is None else torch.device(cpu_offload)
     if device.type != "cuda":
         return 1
-    each = guided_memory(sd.config, size, sd.dtype, cpu_offload is not None, len(controls), tile_diffusion)
-    return fitting(min(count, LARGEST_BATCH), device, each)
+    plan = Plan(sd.config, size, sd.dtype, len(controls), cpu_offload is not None, tile_diffusion)
+    return fitting(min(count, LARGEST_BATCH), device, plan.guided())

@@ -35,7 +35,7 @@ from ldm.stable_diffusion import StableDiffusion
 from .generate import hint_part
 from .hint_kind import INVERTED, PHOTOGRAPH, doubt, kind_of, looks_like
 from .image_to_image import Init, check_inpainting, steps_done
-from .memory import check_memory
+from .memory import Plan, check_memory
 from .options import HintOptions, Options, options_for_each_hint
 from .sizes import check_size, default_size
 from .upscale import larger_size
@@ -137,8 +137,8 @@ def read_inputs(
             size = default_size(config, first)
     check_size(config, size)
     largest = larger_size(config, size, options.upscale)
-    dtype, low_memory = PRECISIONS[options.precision], options.low_memory
-    check_memory(config, largest, dtype, device, low_memory, len(hints), options.tile_diffusion, held)
+    dtype = PRECISIONS[options.precision]
+    check_memory(Plan(config, largest, dtype, len(hints), options.low_memory, options.tile_diffusion), device, held)
     if init and init.mask and options.upscale != 1:
         raise ValueError("--upscale makes all of the image anew, also what a mask keeps: leave one of them out")
     if init:

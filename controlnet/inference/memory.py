@@ -1,7 +1,8 @@
 """Whether images fit into memory, and how many at once, asked before they are tried: a system that runs out of memory
 may end the process without a word."""
 
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,34 +18,68 @@ from ldm.unet import UNet
 LONG_ON_CPU = 2048 * 1024  # pixels
 GLIBC_KEEPS = 2**25  # bytes: smaller blocks stay with the process when they are freed (`keep_freed_memory`)
 CGROUPS = Path("/sys/fs/cgroup")
+WAYS = {  # to need less
+    "--low-memory": {"low_memory": True},
+    "--tile-diffusion": {"tile_diffusion": True},
+    "--low-memory --tile-diffusion": {"low_memory": True, "tile_diffusion": True},
+}
 
 
-def check_memory(
-    config: Config,
-    size: Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    low_memory: bool,
-    controls: int,
-    tile_diffusion: bool = False,
-    held: int = 0,
-) -> None:
-    """Raises ValueError for images that do not fit beside their networks, which are not loaded yet; a note for those
-    that take long on a CPU. `controls` is the number of ControlNets, `held` the bytes of a base that is in memory
-    already: it will be used, or freed."""
-    needed = partial(needed_memory, config, size, dtype, device, controls=controls)
-    free, now = free_memory(device), needed(low_memory=low_memory, tile_diffusion=tile_diffusion)
-    free = None if free is None else free + held
-    if free is not None and now > free:
-        ways = {"--low-memory": (True, tile_diffusion), "--tile-diffusion": (low_memory, True)}
-        ways |= {"--low-memory --tile-diffusion": (True, True)}
-        enough = [way for way, (low, tiled) in ways.items() if needed(low_memory=low, tile_diffusion=tiled) <= free]
+@dataclass(frozen=True)
+class Plan:
+    """An image to be made, and how."""
+
+    config: Config
+    size: Size
+    dtype: torch.dtype
+    controls: int  # how many ControlNets
+    low_memory: bool = False
+    tile_diffusion: bool = False
+
+    def memory(self, device: torch.device) -> int:
+        """Bytes for the image and the networks.
+
+        On a CPU decoding cannot use most of what sampling has freed: glibc keeps its smaller blocks, in pieces. With
+        `low_memory` a CPU's networks stay in their files, which the system keeps in memory as far as there is room.
+        """
+        guided, decoding = self.guided(), decoding_memory(self.config, self.size, self.dtype, self.low_memory)
+        height, width = at_once = self.at_once()
+        encoding_hints = 3 * 16 * self.dtype.itemsize * height * width if self.controls else 0  # 3 maps of 16 channels
+        kept = guided if device.type == "cpu" and self.feature_map(at_once) < GLIBC_KEEPS else 0
+        base, control = parameters(self.config)
+        networks = 0 if self.low_memory else self.dtype.itemsize * (base + self.controls * control)
+        return networks + max(encoding_hints, guided, kept + decoding)
+
+    def guided(self) -> int:
+        """Bytes that the image holds at the peak of a guided step. As counted for SD, each branch of the guidance holds
+        37 feature maps of the UNet's first level, or with many controls 20 and another 5 for each one's residuals. (The
+        small base holds a few less.)"""
+        maps = max(37, 20 + 5 * self.controls)
+        working = (1 if self.low_memory else 2) * maps * self.feature_map(self.at_once())
+        # Each tile keeps the features of its hints, and tiles overlap: together twice the image at most.
+        return working + self.tile_diffusion * self.controls * 2 * self.feature_map(self.size)
+
+    def at_once(self) -> Size:
+        """How much of the image the UNet sees at once."""
+        return tuple(min(side, self.config.resolution) for side in self.size) if self.tile_diffusion else self.size
+
+    def feature_map(self, size: Size) -> int:
+        """Bytes of one of the UNet's first level."""
+        return self.config.unet.channels * self.dtype.itemsize * size[0] * size[1] // self.config.vae.downscale**2
+
+
+def check_memory(plan: Plan, device: torch.device, held: int = 0) -> None:
+    """Raises ValueError for an image that does not fit beside its networks, which are not loaded yet; a note for one
+    that takes long on a CPU. `held` are the bytes of a base that is in memory already: it will be used, or freed."""
+    needed, free = plan.memory(device), free_memory(device)
+    if free is not None and needed > free + held:
+        enough = [way for way, how in WAYS.items() if replace(plan, **how).memory(device) <= free + held]
         raise ValueError(
-            f"an image of {size_text(size)} needs about {now / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB "
-            f"are free: {f'add {enough[0]} or ' if enough else ''}give a smaller --size"
+            f"an image of {size_text(plan.size)} needs about {needed / 1e9:.1f} GB of memory, but "
+            f"{(free + held) / 1e9:.1f} GB are free: {f'add {enough[0]} or ' if enough else ''}give a smaller --size"
         )
-    if device.type == "cpu" and size[0] * size[1] >= LONG_ON_CPU:
-        note(f"an image of {size_text(size)} takes long on a CPU: try a smaller --size first")
+    if device.type == "cpu" and plan.size[0] * plan.size[1] >= LONG_ON_CPU:
+        note(f"an image of {size_text(plan.size)} takes long on a CPU: try a smaller --size first")
 
 
 def fitting(count: int, device: torch.device, each: int) -> int:
@@ -52,55 +87,6 @@ def fitting(count: int, device: torch.device, each: int) -> int:
     bytes."""
     free = free_memory(device) if count > 1 else None
     return count if free is None else max(1, min(count, free // each))
-
-
-# ----------------------------------------------------------------------------------------------------- what is needed
-
-
-def needed_memory(
-    config: Config,
-    size: Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    low_memory: bool,
-    controls: int,
-    tile_diffusion: bool = False,
-) -> int:
-    """Bytes for one image and the networks.
-
-    On a CPU decoding cannot use most of what sampling has freed: glibc keeps its smaller blocks, in pieces. With
-    `low_memory` a CPU's networks stay in their files, which the system keeps in memory as far as there is room.
-    """
-    guided = guided_memory(config, size, dtype, low_memory, controls, tile_diffusion)
-    decoding = decoding_memory(config, size, dtype, low_memory)
-    height, width = at_once(config, size, tile_diffusion)
-    encoding_hints = 3 * 16 * dtype.itemsize * height * width if controls else 0  # three maps of 16 channels
-    kept = guided if device.type == "cpu" and feature_map(config, (height, width), dtype) < GLIBC_KEEPS else 0
-    working = max(encoding_hints, guided, kept + decoding)
-    base, control = parameters(config)
-    return working if low_memory else working + dtype.itemsize * (base + controls * control)
-
-
-def guided_memory(
-    config: Config, size: Size, dtype: torch.dtype, one_by_one: bool, controls: int, tile_diffusion: bool = False
-) -> int:
-    """Bytes that one image holds at the peak of a guided step. As counted for SD, each branch of the guidance holds 37
-    feature maps of the UNet's first level, or with many controls 20 and another 5 for each one's residuals. (The small
-    base holds a few less.)"""
-    maps = max(37, 20 + 5 * controls)
-    working = (1 if one_by_one else 2) * maps * feature_map(config, at_once(config, size, tile_diffusion), dtype)
-    # Each tile keeps the features of its hints, and tiles overlap: together twice the image at most.
-    return working + tile_diffusion * controls * 2 * feature_map(config, size, dtype)
-
-
-def at_once(config: Config, size: Size, tile_diffusion: bool) -> Size:
-    """How much of an image the UNet sees at once."""
-    return tuple(min(side, config.resolution) for side in size) if tile_diffusion else size
-
-
-def feature_map(config: Config, size: Size, dtype: torch.dtype) -> int:
-    """Bytes of one of the UNet's first level."""
-    return config.unet.channels * dtype.itemsize * size[0] * size[1] // config.vae.downscale**2
 
 
 def decoding_memory(config: Config, size: Size, dtype: torch.dtype, tiled: bool) -> int:

@@ -1,5 +1,6 @@
 """What an image takes and what is free: the rules against what the networks really allocate, and containers' limits."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from ldm.config import TINY
 from ldm.stable_diffusion import StableDiffusion
 
 SIZE, FP32 = (256, 256), torch.float32
+PLAN = memory.Plan(TINY, SIZE, FP32, controls=1)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -39,7 +41,7 @@ def test_a_guided_step_holds_what_the_rule_says(fakes, batch_size, one_by_one, c
         denoise = guided(sd.unet, context, context, 7.5, acting, batched=not one_by_one)
         with StorageCounter() as counter:
             denoise(x, torch.zeros(batch_size, dtype=torch.int64), timestep=0)
-    rule = batch_size * memory.guided_memory(TINY, SIZE, FP32, one_by_one, controls)
+    rule = batch_size * memory.Plan(TINY, SIZE, FP32, controls, low_memory=one_by_one).guided()
     assert counter.most <= rule <= 1.35 * counter.most
 
 
@@ -54,23 +56,23 @@ def test_decoding_holds_what_the_rule_says(fakes):
 def test_networks_count_and_on_a_cpu_what_sampling_leaves():
     base, control = memory.parameters(TINY)
     weights = 4 * (base + control)
-    guided, decoding = memory.guided_memory(TINY, SIZE, FP32, False, 1), memory.decoding_memory(TINY, SIZE, FP32, False)
-    assert memory.needed_memory(TINY, SIZE, FP32, CPU, False, 1) == weights + guided + decoding
-    assert memory.needed_memory(TINY, SIZE, FP32, CUDA, False, 1) == weights + max(guided, decoding)
+    guided, decoding = PLAN.guided(), memory.decoding_memory(TINY, SIZE, FP32, False)
+    assert PLAN.memory(CPU) == weights + guided + decoding
+    assert PLAN.memory(CUDA) == weights + max(guided, decoding)
     large = (4096, 4096)  # whose blocks go back to the system
     decoding = memory.decoding_memory(TINY, large, FP32, False)
-    assert memory.needed_memory(TINY, large, FP32, CPU, False, 1) == weights + decoding
-    two = memory.needed_memory(TINY, large, FP32, CPU, False, 2)
+    assert replace(PLAN, size=large).memory(CPU) == weights + decoding
+    two = replace(PLAN, size=large, controls=2).memory(CPU)
     assert two - weights - decoding == 4 * control > 0
 
 
 def test_a_base_in_memory_is_not_counted_twice(monkeypatch):
     sd = SimpleNamespace(config=TINY, dtype=FP32)
-    needed = memory.needed_memory(TINY, SIZE, FP32, CUDA, False, 1)
+    needed = PLAN.memory(CUDA)
     monkeypatch.setattr(memory, "free_memory", lambda device: needed - 4 * memory.parameters(TINY)[0])
-    memory.check_memory(TINY, SIZE, FP32, CUDA, False, 1, held=memory.bytes_held(sd))
+    memory.check_memory(PLAN, CUDA, held=memory.bytes_held(sd))
     with pytest.raises(ValueError, match="GB are free"):
-        memory.check_memory(TINY, SIZE, FP32, CUDA, False, 1, held=memory.bytes_held(sd) - 1)
+        memory.check_memory(PLAN, CUDA, held=memory.bytes_held(sd) - 1)
 
 
 def test_as_many_images_as_fit_are_made_at_once(monkeypatch):

@@ -16,7 +16,7 @@ from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
 from controlnet.inference.generate import default_batch_size, generate
 from controlnet.inference.image_to_image import Init
-from controlnet.inference.memory import guided_memory
+from controlnet.inference.memory import Plan
 from controlnet.inference.sizes import default_cfg, default_size, size_multiple
 from ldm.config import SD15, SD21, TINY
 
@@ -151,7 +151,7 @@ def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(
     on_cuda = SimpleNamespace(config=SMALLEST, dtype=torch.float32, device=torch.device("cuda"))
 
     def default(count, images_that_fit, device="cuda", sd=sd):
-        each = guided_memory(SMALLEST, (64, 64), torch.float32, one_by_one=sd is not on_cuda, controls=0)
+        each = Plan(SMALLEST, (64, 64), torch.float32, controls=0, low_memory=sd is not on_cuda).guided()
         monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(images_that_fit * each))
         return default_batch_size(sd, (64, 64), count, [], device)
 

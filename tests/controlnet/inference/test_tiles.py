@@ -133,15 +133,18 @@ def test_memory_is_bounded_by_the_tile():
 
 
 def test_the_rule_for_tiles():
-    rule = partial(memory.guided_memory, TINY, dtype=torch.float32, one_by_one=False)
-    assert rule((512, 512), controls=0, tile_diffusion=True) == rule((128, 128), controls=0)
+    plan = partial(memory.Plan, TINY, dtype=torch.float32)
+    assert plan((512, 512), controls=0, tile_diffusion=True).guided() == plan((128, 128), controls=0).guided()
     features = 4 * TINY.unet.channels * 64 * 64
-    tiled = rule((512, 512), controls=3, tile_diffusion=True)
-    assert tiled == rule((128, 128), controls=3) + 2 * 3 * features < rule((512, 512), controls=3) / 6
+    tile, tiled, whole = (
+        plan((128, 128), controls=3),
+        plan((512, 512), controls=3, tile_diffusion=True),
+        plan((512, 512), controls=3),
+    )
+    assert tiled.guided() == tile.guided() + 2 * 3 * features < whole.guided() / 6
     kept = sum((tile.rows.stop - tile.rows.start) * (tile.columns.stop - tile.columns.start) for tile in LARGE)
     assert 64 * 64 < kept < 2 * 64 * 64
-    needed = partial(memory.needed_memory, TINY, (512, 512), torch.float32, CPU, False, 1)
-    assert needed(tile_diffusion=True) < needed()
+    assert tiled.memory(CPU) < whole.memory(CPU)
 
 
 # -------------------------------------------------------------------------------------------------- the second pass

@@ -5,7 +5,6 @@ It is the prompt, "Negative prompt: ..." and a last line of "Name: value" pairs.
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from controlnet.common.program import height_and_width
@@ -113,7 +112,7 @@ def quoted(value: object) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
-PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)')
+PAIR = re.compile(r'(?:^|,)\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)')
 
 # Its names for our options.
 OPTIONS = {
@@ -138,7 +137,7 @@ def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
     Any text is accepted: without a last line of pairs all of it is the prompt.
     """
     *lines, last = text.strip().split("\n")
-    found = dict(read_pairs(last))
+    found = {pair[1]: unquoted(pair[2]) for pair in PAIR.finditer(last)}
     if len(found) < 3:
         lines, found = [*lines, last], {}
     start = next((i for i, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
@@ -158,15 +157,6 @@ def with_schedule(sampler: str, schedule: str) -> str:
     """The sampler's name as older versions write it: with " Karras" if that is the schedule."""
     karras = schedule == "Karras" or (schedule == "Automatic" and sampler.startswith("DPM++"))
     return f"{sampler} Karras" if karras else sampler
-
-
-def read_pairs(line: str) -> Iterator[tuple[str, str]]:
-    position = 0
-    while position < len(line):
-        if pair := PAIR.match(line, position):
-            yield pair[1], unquoted(pair[2])
-        comma = line.find(",", pair.end() if pair else position)
-        position = comma + 1 if comma >= 0 else len(line)
 
 
 def unquoted(text: str) -> str:

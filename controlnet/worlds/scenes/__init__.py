@@ -5,9 +5,8 @@ import numpy as np
 from ..canvas import Canvas
 from ..hints import edges
 from ..world import Picture, World
-from .backdrop import draw_backdrop, sky_gradient
+from .backdrop import draw_backdrop, draw_footing, sky_gradient
 from .captions import caption
-from .footing import draw_footing
 from .layers import Layers
 from .layout import Placed, random_things
 from .paint import PAINTS

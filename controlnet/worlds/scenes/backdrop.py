@@ -1,13 +1,14 @@
-"""Draws a scene's sky, what is far away, and the ground."""
+"""Draws all of a scene but its things: the sky, what is far away, the ground, and what each thing stands on."""
 
 import numpy as np
 
 from ..canvas import RGB, Canvas
 from .layers import Layers
+from .layout import Placed
 from .paint import mixed, tint
 from .setting import GROUNDS, SKIES, Setting
 
-WHITE, NAVY, MOON = (255, 255, 255), (30, 36, 84), (250, 240, 200)
+WHITE, NAVY, MOON, SHADOW = (255, 255, 255), (30, 36, 84), (250, 240, 200), (30, 40, 90)
 HILL, SNOWY_HILL, ROCK, PEAK = (112, 172, 92), (206, 220, 238), (134, 142, 172), (244, 248, 252)
 CLOUD = {"day": WHITE, "sunset": (255, 206, 180), "night": (78, 88, 146), "rain": (214, 220, 228), "snowfall": WHITE}
 RISE = {"grass": (144, 190, 90), "sand": (228, 200, 146), "snow": (216, 226, 241)}  # nearer, the ground's other tone
@@ -163,3 +164,30 @@ def draw_weather(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> 
         for flake in rng.uniform(0, 1, (34, 2)):
             canvas.disc(flake, rng.uniform(0.011, 0.016), WHITE)
     canvas.labels.paste(labels)
+
+
+def draw_footing(canvas: Canvas, layers: Layers, setting: Setting, thing: Placed) -> None:
+    """What a thing stands on: its shadow, at sea an island, and on land a pond for what swims; nothing for what flies.
+    These layers have the ground's depth."""
+    kind, half = thing.kind, thing.kind.width * thing.scale / 2
+    foot, shadow = np.array([thing.x, thing.y]), np.array([0.94 * half, 0.05 * thing.scale + 0.004])
+    at_sea = setting.ground == "sea" or thing.y < setting.shore
+    water, sand = setting.lit(GROUNDS["sea"]), setting.lit(GROUNDS["sand"])
+    if kind.home == "sea":
+        if not at_sea:
+            layers.start("water")
+            high = kind.height * thing.scale if kind.name == "fish" else 0.0  # a fish is seen in it, a boat on it
+            canvas.disc(foot - [0, 0.5 * high], np.array([1.25 * half, max(0.2 * half, 0.72 * high)]), water)
+        if kind.name != "fish":
+            layers.start("sea" if at_sea else "water")
+            canvas.disc(foot, shadow, mixed(water, WHITE, 0.3))
+    elif kind.home == "land":
+        if at_sea:
+            island = np.array([1.2 * half, 0.24 * half + 0.01])
+            layers.start("sea")
+            canvas.disc(foot + [0, 0.012], island + [0.02, 0.005], mixed(water, WHITE, 0.35))
+            layers.start("sand")
+            canvas.disc(foot, island, sand)
+        else:
+            layers.start(setting.ground)
+        canvas.disc(foot, shadow, mixed(sand if at_sea else setting.ground_colour, SHADOW, 0.22))

@@ -9,13 +9,11 @@ from .paint import CREAM, INK, LAMP, STONE, WOOD, mixed, shade
 from .pen import Pen
 
 ROOFS = ((166, 74, 58), (92, 84, 104), (120, 76, 60), (70, 96, 120))
-
-
 DOORS = (WOOD, CREAM)
 
 
 def one_of(pen: Pen, colours: tuple[RGB, ...]) -> RGB:
-    """Any that can be told from the main one."""
+    """One of the colours that can be told from the main one."""
     unlike = pen.unlike(colours, 90)
     return unlike[pen.rng.integers(len(unlike))]
 

@@ -34,7 +34,7 @@ NOT_READ = re.compile(
     | \bAND\b""",
     re.VERBOSE,
 )
-MORE = 1.1  # what a pair of brackets multiplies or divides by
+CLOSES = {")": ("(", 1.1), "]": ("[", 1 / 1.1)}  # and what the weights between the two are multiplied by
 
 # A prompt may come from anyone's file: these limits keep the time that it takes within seconds.
 MAX_LENGTH = 50_000  # characters
@@ -83,13 +83,11 @@ def parse(prompt: str) -> list[list[Piece]]:
                 raise ValueError(f"a prompt has more than {MAX_DEPTH} brackets inside each other: close or remove some")
         elif kind == "weight" and opened["("]:
             close("(", float(value))
-        elif found[0] == ")" and kind == "bracket" and opened["("]:
-            close("(", MORE)
-        elif found[0] == "]" and kind == "bracket" and opened["["]:
-            close("[", 1 / MORE)
+        elif kind == "bracket" and opened[CLOSES[value][0]]:
+            close(*CLOSES[value])
         else:
             pieces.append(Piece(value if kind == "escaped" else found[0]))
-    for bracket, factor in (("(", MORE), ("[", 1 / MORE)):
+    for bracket, factor in CLOSES.values():
         while opened[bracket]:
             close(bracket, factor)
     return joined(pieces)

@@ -97,9 +97,9 @@ def compare(job: Job, report: Report, sides: dict[str, Side], how: str) -> None:
         for i in range(job.size.runs):
             for side in list(sides)[:: -1 if i % 2 else 1]:
                 times[side].append(timed(sides[side].works[name], str(job.device))[0])
-        medians, memory = {side: statistics.median(values) for side, values in times.items()}, {}
+        medians = {side: statistics.median(values) for side, values in times.items()}
+        memory = {side: sides[side].memory[name] / 1e9 for side in sides}
         for side in sides:
-            memory[side] = sides[side].memory[name] / 1e9
             report.note(f"{name}{how}: {side}, s", medians[side])
             report.note(f"{name}{how}: {side}, GB", memory[side])
         if len(sides) == 2:

@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlnet.common.devices import PRECISIONS
@@ -59,12 +59,14 @@ def vae(setup: Setup, encode: bool, tiled: bool) -> Work:
     """Our tiled VAE, too, is compared with their plain one: theirs in tiles is an approximation."""
     model = load_vae(setup)
     images, _, latents, *_ = (x.to(model.device, model.dtype) for x in inputs(setup.size))
+    encoded, decoded = vae_ways(model)
+    return torch.no_grad()(lambda: {"output": encoded(images) if encode else decoded(latents)})
+
+
+def vae_ways(model: AutoencoderKL) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """images -> scaled latents, and back."""
     scale = model.config.scaling_factor
-    ways = {
-        True: lambda: model.encode(images).latent_dist.mean * scale,
-        False: lambda: model.decode(latents / scale).sample,
-    }
-    return torch.no_grad()(lambda: {"output": ways[encode]()})
+    return lambda images: model.encode(images).latent_dist.mean * scale, lambda z: model.decode(z / scale).sample
 
 
 def training(setup: Setup, cached: bool) -> Work:

@@ -119,9 +119,7 @@ def their_images(job: Job) -> tuple[Works, Works]:
     from tools import bench_peers  # imports diffusers
 
     pipeline = bench_peers.load(job.setup())
-    vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
-    ways = (lambda x: vae.encode(x).latent_dist.mean * scale, lambda z: vae.decode(z / scale).sample)
-    works = image_works(job, partial(bench_peers.sample, pipeline), *ways)
+    works = image_works(job, partial(bench_peers.sample, pipeline), *bench_peers.vae_ways(pipeline.vae))
     return works, works
 
 

@@ -25,7 +25,7 @@ from ldm.unet import UNet
 
 from .finite import Watched, finite
 from .image_to_image import Init, begin, check_inpainting, known_part, steps_done, with_known
-from .memory import Plan, fitting
+from .memory import Plan, default_batch_size
 from .noise import draw, noise_from
 from .offload import decode, encode, on_device
 from .predictors import predictor_for
@@ -33,8 +33,6 @@ from .progress import Progress, reporter
 from .prompts import encode_prompts
 from .sizes import check_batch_size, check_cfg, check_seeds, default_cfg, image_size, latent_shape
 from .tiles import Tile, in_tiles, tiles_of
-
-LARGEST_BATCH = 16  # by default: a larger one fills no GPU better, and its first image comes later
 
 
 @torch.no_grad()
@@ -105,7 +103,8 @@ def generate(
         return [init.resized(size).image if init.only_masked is None else init.image] * count
     controls = [at_size(control, size, init) for control in controls]
     if batch_size is None:
-        batch_size = default_batch_size(sd, size, count, controls, cpu_offload, tile_diffusion)
+        plan = Plan(sd.config, size, sd.dtype, len(controls), tiled, tile_diffusion)
+        batch_size = default_batch_size(plan, count, sd.device if cpu_offload is None else torch.device(cpu_offload))
 
     # Each image draws from its own generator, in a fixed order: x, the posteriors' noise, then the sampler's.
     generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(count)]
@@ -222,20 +221,3 @@ def make_denoise(
 
     networks = {"unet": sd.unet, **{f"control {i + 1}": control.net for i, control in enumerate(controls)}}
     return Watched(with_predictor(make_predictor), partial(with_predictor, exact), networks)
-
-
-def default_batch_size(
-    sd: StableDiffusion,
-    size: Size,
-    count: int,
-    controls: Sequence[Control],
-    cpu_offload: torch.device | str | None,
-    tile_diffusion: bool = False,
-) -> int:
-    """How many images `generate` makes at once: on CUDA as many as fit in memory, up to 16, as at batch 1 a GPU waits
-    for its next kernel most of the time; elsewhere one. (Decoding splits a batch that does not fit then.)"""
-    device = sd.device if cpu_offload is None else torch.device(cpu_offload)
-    if device.type != "cuda":
-        return 1
-    plan = Plan(sd.config, size, sd.dtype, len(controls), cpu_offload is not None, tile_diffusion)
-    return fitting(min(count, LARGEST_BATCH), device, plan.guided())

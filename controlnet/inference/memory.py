@@ -15,6 +15,7 @@ from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 from ldm.unet import UNet
 
+LARGEST_BATCH = 16  # by default: a larger one fills no GPU better, and its first image comes later
 LONG_ON_CPU = 2048 * 1024  # pixels
 GLIBC_KEEPS = 2**25  # bytes: smaller blocks stay with the process when they are freed (`keep_freed_memory`)
 CGROUPS = Path("/sys/fs/cgroup")
@@ -80,6 +81,12 @@ def check_memory(plan: Plan, device: torch.device, held: int = 0) -> None:
         )
     if device.type == "cpu" and plan.size[0] * plan.size[1] >= LONG_ON_CPU:
         note(f"an image of {size_text(plan.size)} takes long on a CPU: try a smaller --size first")
+
+
+def default_batch_size(plan: Plan, count: int, device: torch.device) -> int:
+    """How many of `count` images are made at once: on CUDA, which at batch 1 mostly waits for its next kernel, as many
+    as fit in memory, up to 16; elsewhere one. (Decoding splits a batch that does not fit then.)"""
+    return fitting(min(count, LARGEST_BATCH), device, plan.guided()) if device.type == "cuda" else 1
 
 
 def fitting(count: int, device: torch.device, each: int) -> int:

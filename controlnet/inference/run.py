@@ -29,9 +29,10 @@ from ldm.tokenizer import Tokenizer
 
 from .again import with_recorded
 from .extras import Extras, find_extras
-from .generate import default_batch_size, generate
+from .generate import generate
 from .image_to_image import Init
 from .inputs import CheckedHint, hint_runs, net_loader, read_inputs, read_start, steps_of
+from .memory import Plan, default_batch_size
 from .options import RECORDED, HintOptions, Options, check_pairs
 from .png_text import check_unchanged, fingerprint, png_texts
 from .predictors import check_compile
@@ -191,9 +192,8 @@ def with_controls(job: Job, load_net: Callable[[CheckedHint], ControlNet], sd: S
 
     options, controls = job.options, at(job.size)
     large = () if options.upscale == 1 else at(larger_size(sd.config, job.size, options.upscale))
-    batch_size = options.batch_size or default_batch_size(
-        sd, job.size, options.count, controls, job.cpu_offload, options.tile_diffusion
-    )
+    plan = Plan(sd.config, job.size, sd.dtype, len(controls), options.low_memory, options.tile_diffusion)
+    batch_size = options.batch_size or default_batch_size(plan, options.count, job.device)
     return replace(job, controls=controls, large_controls=large, batch_size=batch_size)
 
 

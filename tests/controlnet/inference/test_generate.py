@@ -1,7 +1,6 @@
 """One call from prompt and hints to images: what decides over an image, and what does not."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +13,9 @@ from controlnet.common.image_files import read_image
 from controlnet.common.images import fitted_size, resized, save_png, to_pil
 from controlnet.guidance import Control
 from controlnet.hints.hint_image import HintImage
-from controlnet.inference.generate import default_batch_size, generate
+from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
-from controlnet.inference.memory import Plan
+from controlnet.inference.memory import Plan, default_batch_size
 from controlnet.inference.sizes import default_cfg, default_size, size_multiple
 from ldm.config import SD15, SD21, TINY
 
@@ -147,18 +146,15 @@ def test_a_callback_may_end_a_batch(sd):
         arrays(sd, count=2, batch_size=2, callback=stop)
 
 
-def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(sd, monkeypatch):
-    on_cuda = SimpleNamespace(config=SMALLEST, dtype=torch.float32, device=torch.device("cuda"))
-
-    def default(count, images_that_fit, device="cuda", sd=sd):
-        each = Plan(SMALLEST, (64, 64), torch.float32, controls=0, low_memory=sd is not on_cuda).guided()
-        monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda device: int(images_that_fit * each))
-        return default_batch_size(sd, (64, 64), count, [], device)
+def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(monkeypatch):
+    def default(count, images_that_fit, device="cuda"):
+        plan = Plan(SMALLEST, (64, 64), torch.float32, controls=0)
+        monkeypatch.setattr("controlnet.inference.memory.free_memory", lambda _: int(images_that_fit * plan.guided()))
+        return default_batch_size(plan, count, torch.device(device))
 
     assert [default(count, 5.5) for count in (1, 3, 40)] == [1, 3, 5]
-    assert default(40, 5.5, None, on_cuda) == 5  # without low memory, which takes half
     assert default(40, 1000) == 16 and default(40, 0.5) == 1
-    assert default(40, 1000, "cpu") == default(40, 1000, None) == 1
+    assert default(40, 1000, "cpu") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ precision

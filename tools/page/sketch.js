@@ -12,7 +12,7 @@ function line(from, to, width, colour) {
   pen.lineCap = 'round';
   pen.beginPath();
   pen.moveTo(from[0] * side, from[1] * side);
-  pen.lineTo(to[0] * side, to[1] * side);
+  pen.lineTo(to[0] * side + 0.01, to[1] * side);  // a line without length, a dot, is not drawn by all browsers
   pen.stroke();
 }
 

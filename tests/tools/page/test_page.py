@@ -280,6 +280,8 @@ def test_a_pose_is_dragged(served, page):
     settings, (hint,) = inputs_of(file_of(served[1], make(page)))
     assert settings["control"] == ["tiny-pose"] and hint.shape == (512, 512, 3)
     assert hint[int(0.25 * 512), int(0.15 * 512)].any() and not hint[int(0.58 * 512), int(0.31 * 512)].any()
+    beyond = f"{CANVAS}.getContext('2d').getImageData({int(0.15 * 512) - 6}, {int(0.25 * 512)}, 1, 1).data"
+    assert max(page.evaluate(f"[...{beyond}]")[:3]) > 50  # the joint's dot, which is wider than the limb
 
 
 def test_cancel_works_at_the_next_step(served, page):

@@ -15,6 +15,7 @@ THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 THEME.set(block_info_text_color="*neutral_500", input_placeholder_color="*neutral_500")
 CSS = """
 #picture img, #photo-picture img { width: 100%; height: 100%; object-fit: contain; }  /* the small models' are small */
+#picture-before:not(:has(img)), #photo-picture-before:not(:has(img)) { display: none; }  /* nothing was made yet */
 #charts .prose { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 1em; }
 #charts figure { margin: 0; font-size: 12px; }
 #output textarea, #command textarea, #facts textarea { font-family: ui-monospace, monospace; font-size: 12px; }

@@ -973,7 +973,7 @@ def test_strange_images_are_taken_as_a_person_expects():
         ("--cfg -3", "the guidance (cfg) is -3.0, expected 0 (the negative prompt alone), 1 (the prompt alone)"),
         (f"--count {2**64}", f"the number of images is {2**64}, more than there are seeds"),
         (f"--prompt (a:{10**50})", "a weight in the prompt is 1e+50, which is too large"),
-        ("--seed -2", f"the seed is -2, expected 0 to {2**63 - 1}: "),
+        ("--seed -2", f"the seed is -2, expected 0 to {2**32 - 1}: "),
         ("--init left.png --only-masked", "only the masked part is to be made, but nothing is masked: give a mask"),
         ("--init left.png --mask-blur 4", "the mask is to be soft, but nothing is masked: give a mask"),
         ("--only-masked 4", "there is a --only-masked without --init: give the image that it is for, or leave it out"),

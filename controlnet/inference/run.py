@@ -39,7 +39,7 @@ from .predictors import check_compile
 from .progress import Progress, shown
 from .prompts import NOT_READ, chunks_of, cut_texts
 from .saving import check_out, is_file_name, save_hints, save_image, saving
-from .sizes import check_cfg, check_seeds, default_cfg
+from .sizes import SEEDS, check_cfg, check_seeds, default_cfg
 from .upscale import larger_size, upscaled
 
 __all__ = ["load", "make_images", "prepare", "save", "with_recorded"]
@@ -90,7 +90,7 @@ def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> 
     Raises ValueError for everything wrong that is quick to find, CheckpointError for files that do not fit.
     """
     if options.seed == -1:
-        options = replace(options, seed=secrets.randbelow(2**32))
+        options = replace(options, seed=secrets.randbelow(SEEDS))
         note(f"the seed is {options.seed}")
     base = open_base(options.base, options.prediction, options.zero_snr, options.vae)
     config = base.config

@@ -18,6 +18,7 @@ from ldm.config import Config
 from .image_to_image import Init
 
 LARGEST_SIDE = 8192  # pixels: guards against typos that exhaust time and memory
+SEEDS = 2**32  # PyTorch's generator on the CPU reads 32 bits: that many later its numbers are the same again
 
 
 def default_cfg(config: Config) -> float:
@@ -83,14 +84,14 @@ def check_cfg(cfg: float) -> None:
 
 
 def check_seeds(seed: int, count: int) -> None:
-    """Raises TypeError for what is no whole number, ValueError if a generator does not take the seed of some image."""
+    """Raises TypeError for what is no whole number, ValueError if an image's seed is none of the `SEEDS`."""
     if not isinstance(seed, Integral):
         raise TypeError(f"the seed is {seed!r}, expected a whole number")
-    last = 2**63 - max(1, count)
+    last = SEEDS - max(1, count)
     if last < 0:
         raise ValueError(f"the number of images is {count}, more than there are seeds: take fewer")
     if not 0 <= seed <= last:
-        raise ValueError(f"the seed is {seed}, expected 0 to {last}: take a number between them")
+        raise ValueError(f"the seed is {seed}, expected 0 to {last}: take {min(seed % SEEDS, last)}")
 
 
 def check_batch_size(batch_size: int | None) -> None:

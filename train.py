@@ -15,11 +15,12 @@ folder; each builds the latents that its disk lacks. What torchrun starts again 
 
 import sys
 
-from controlnet.common.program import share_cores
+from controlnet.common.program import share_cores, stop_quietly
 from controlnet.training.options import TrainSettings, parse_args
 
 if __name__ == "__main__":  # before PyTorch is imported, which takes seconds: --help and mistakes answer at once
     share_cores()
+    stop_quietly()
     parse_args(__doc__)
 
 import signal

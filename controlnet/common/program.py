@@ -204,6 +204,11 @@ def share_cores() -> None:
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT=SPINS)
 
 
+def stop_quietly() -> None:
+    """No traceback where Ctrl-C stops a program before `run` can answer it, as while PyTorch is imported."""
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
+
 def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
     """`program` is how it is started, `doc` describes it, with an example."""
     return argparse.ArgumentParser(

@@ -38,6 +38,15 @@ def test_train_sets_the_policy_before_it_imports_pytorch():
     assert lines.index("    share_cores()") < lines.index("import torch")
 
 
+def test_ctrl_c_before_a_program_runs_shows_no_traceback():
+    code = "import tools; raise {}"
+    stopped, broken = (
+        subprocess.run([sys.executable, "-c", code.format(error)], cwd=ROOT, capture_output=True, text=True)
+        for error in ("KeyboardInterrupt", "ValueError")
+    )
+    assert stopped.returncode != 0 and stopped.stderr == "" and "Traceback" in broken.stderr
+
+
 @pytest.mark.parametrize(
     "name, value", [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "1")]
 )

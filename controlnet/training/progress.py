@@ -31,6 +31,7 @@ class Progress:
         self.loggers = open_loggers(settings, run)
         self.bar = tqdm(desc="train", total=settings.steps, initial=start, mininterval=1)
         self.loss = self.pace = None
+        self.skipped = 0  # steps, whose gradients were not finite
         self.shown: dict[str, str] = {}  # of the last validation
         self.unwritten: tuple[dict, Later] | None = None
 
@@ -81,16 +82,21 @@ class Progress:
         """Shows numbers in the bar and, after a validation or a grid, prints a line."""
         self.loss = smoothed(self.loss, values["loss"])
         self.pace = smoothed(self.pace, 1 / values["images_per_second"])
+        self.skipped += values["skipped"]
         if "validation_loss" in values:
             self.shown = {"validation": f"{values['validation_loss']:.4f}"}
             if "control_measure" in values:
                 self.shown["control"] = f"{values['control_measure']:+.2%}"
         shown = {"loss": f"{self.loss:.4f}", "lr": f"{values['lr']:.1e}", "img/s": f"{1 / self.pace:.1f}"}
         memory = {"GB": f"{values['memory_gb']:.1f}"} if "memory_gb" in values else {}
-        self.bar.set_postfix(shown | self.shown | memory, refresh=False)
+        skipped = {"skipped": str(self.skipped)} if self.skipped else {}
+        self.bar.set_postfix(shown | skipped | self.shown | memory, refresh=False)
         if measures := [text.format(values[name]) for name, text in PRINTED.items() if name in values]:
             tqdm.write(f"step {values['step']}: loss {self.loss:.4f}, {', '.join(measures)}")
 
 
 def smoothed(before: float | None, now: float) -> float:
-    return now if before is None else 0.95 * before + 0.05 * now
+    """A loss that is not finite counts where no other is known, not from then on: its step is skipped."""
+    if before is None or not math.isfinite(before):
+        return now
+    return 0.95 * before + 0.05 * now if math.isfinite(now) else before

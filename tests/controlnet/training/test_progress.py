@@ -1,5 +1,7 @@
 """Where a run reports: what it says, and that it says it once."""
 
+import math
+
 import pytest
 import torch
 
@@ -23,14 +25,17 @@ def report(run, steps):
         for step in steps:
             values = {"step": step, "lr": 0.1, "images_per_second": 2.0}
             values |= {"validation_loss": 1 / step, "control_measure": MEASURES[step - 1]}
-            progress.log(values, Later(torch.tensor(0.5), torch.tensor(float("inf") if step == 2 else 1.0)))
+            bad = step == 2
+            progress.log(values, Later(torch.tensor(math.nan if bad else 0.5), torch.tensor(math.inf if bad else 1.0)))
         progress.flush()
         return progress
 
 
 def test_a_validation_is_a_line_and_control_sets_in_once_also_in_a_resumed_run(run, capsys):
     report(run, [1, 2, 3])
-    said = capsys.readouterr().out.splitlines()
+    said, bar = capsys.readouterr()
+    said = said.splitlines()
+    assert "skipped=1" in bar and said[1].startswith("step 2: loss 0.5000")
     assert said[2] == "step 3: loss 0.5000, validation loss 0.3333, control measure +2.00%" and len(said) == 3
     with open(run.log_file, "a") as log:
         log.write('null\n{"step": "4", "loss": 1}\n{"step": 4}\nx\n')  # a user's

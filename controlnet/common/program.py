@@ -169,6 +169,13 @@ def within(text: str, expected: str, good: Callable[[float], bool]) -> float:
     return value
 
 
+def path_argument(text: str) -> Path:
+    """An empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty, expected a path")
+    return Path(text)
+
+
 def interval(text: str) -> str:
     """Steps or, with an m, minutes; returned as typed."""
     try:

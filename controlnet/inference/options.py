@@ -13,6 +13,7 @@ from controlnet.common.program import (
     number,
     numbers,
     option,
+    path_argument,
     positive,
     share,
     size_argument,
@@ -240,7 +241,7 @@ class Options:
         "a folder, where the next free number is taken (0001.png ...), or a file ending in .png, which is replaced "
         "(default: %(default)s)",
         Path("out"),
-        type=Path,
+        type=path_argument,
         metavar="PATH",
         passing=True,
     )

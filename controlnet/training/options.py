@@ -15,6 +15,7 @@ from controlnet.common.program import (
     limit,
     new_parser,
     option,
+    path_argument,
     positive,
     positive_number,
     share,
@@ -105,7 +106,7 @@ class TrainSettings:
     cache: Path | None = in_data(
         "folder for cached latents, which runs on the same base can share (default: OUT/cache)",
         fixed=False,
-        type=Path,
+        type=path_argument,
         metavar="DIR",
     )
     no_cache: bool = in_data("encode at each step; synthetic datasets are then endless", False)
@@ -200,7 +201,7 @@ class TrainSettings:
     )
 
     out: Path = in_run(
-        "the run's folder (default: %(default)s)", Path("runs/control"), passing=True, type=Path, metavar="DIR"
+        "the run's folder (default: %(default)s)", Path("runs/control"), passing=True, type=path_argument, metavar="DIR"
     )
     resume: bool = in_run("go on with the run in --out, with its settings", False, passing=True)
     save_dtype: str = in_run("of the control's files (default: %(default)s)", "fp32", choices=DTYPE_NAMES)

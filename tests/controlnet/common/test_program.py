@@ -1,5 +1,6 @@
 """What the programs share: threads that sleep, options as fields, settings read back from files."""
 
+import argparse
 import importlib
 import io
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from controlnet.common.program import run
+from controlnet.common.program import path_argument, run
 
 ROOT = Path(__file__).parents[3]
 POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -31,6 +32,12 @@ HELP = "import infer; infer.main(['--help'])"
 @pytest.mark.parametrize("code", [HELP, "import tools"])
 def test_threads_sleep_before_pytorch_is_there(code):
     assert policy_after(code) == "False ['PASSIVE', '3000', None]"
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    assert path_argument("out dir") == Path("out dir")
+    with pytest.raises(argparse.ArgumentTypeError, match="it is empty, expected a path"):
+        path_argument(" ")
 
 
 def test_train_sets_the_policy_before_it_imports_pytorch():

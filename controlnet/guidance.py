@@ -51,7 +51,8 @@ def guided(
     sampled: only controls that act in a part of the steps need them. `make_predictor` gives what computes the UNet with
     its controls: `exact` by default, or reuse.py's faster, approximate one.
 
-    Raises ValueError if `timesteps` are needed and missing.
+    Raises ValueError if `timesteps` are needed and missing; `denoise` does for several hints or masks that are not one
+    for each of its x.
     """
     prepared = [PreparedControl(control, timesteps) for control in controls]
     make_predictor = make_predictor or exact
@@ -60,6 +61,8 @@ def guided(
     def denoise(x: Tensor, t: Tensor, timestep: float | None = None) -> Tensor:
         timestep = t[0].item() if timestep is None else timestep  # which waits for the device: samplers give it
         acting = [control for control in prepared if control.acts(timestep)]
+        for control in acting:
+            control.check_batch(len(x))
         if cfg == 1:
             return predict(x, t, timestep, prompt, acting, "prompt")
         if batched:
@@ -217,6 +220,13 @@ class PreparedControl:
             if timesteps is None:
                 raise ValueError("a control acts in a part of the steps: pass the argument timesteps")
             self.timesteps = acting_timesteps(timesteps, control.start, control.end)
+
+    def check_batch(self, count: int) -> None:
+        for what, given in (("hints", self.control.hint), ("masks", self.control.mask)):
+            if given is not None and len(given) not in (1, count):
+                raise ValueError(
+                    f"there are {len(given)} {what} of a control for a batch of {count}, expected 1 or {count}"
+                )
 
     def acts(self, timestep: float) -> bool:
         return self.timesteps is None or self.timesteps[0] >= timestep > self.timesteps[1]

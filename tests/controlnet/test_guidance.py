@@ -245,6 +245,14 @@ def test_a_part_of_the_steps_needs_the_timesteps():
         small_denoiser(controls=[Control(NET, hint, end=0.5)])
 
 
+def test_hints_are_not_repeated_for_a_larger_batch():
+    x, t, _, hint = small_inputs()
+    denoise = small_denoiser(controls=[Control(NET, hint, mask=torch.ones(2, 1, 64, 64))])
+    with pytest.raises(ValueError, match="there are 2 hints of a control for a batch of 4, expected 1 or 4"):
+        denoise(x.repeat(2, 1, 1, 1), t.repeat(2))
+    assert denoise(x, t).shape == x.shape
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -25,8 +25,8 @@ class Progress:
     image: int  # which of this call's `count`, from 0
     step: int  # how many of `steps` are done
     steps: int
-    x: Tensor  # the latents (1, 4, h, w), fp32
-    x0: Tensor  # the data that this step predicts, like x
+    x: Tensor = field(repr=False)  # the latents (1, 4, h, w), fp32
+    x0: Tensor = field(repr=False)  # the data that this step predicts, like x
     decode: Callable[[Tensor], Image.Image] = field(repr=False)  # of latents (1, 4, h, w)
 
     @torch.no_grad()

@@ -20,10 +20,10 @@ def chart(title: str, curves: dict[str, Points], set_in: int | None = None) -> s
     x = scale(first, last, LEFT, RIGHT)
     y = scale(low, high, BOTTOM, TOP)
     parts = [text(LEFT, HEIGHT - 6, f"{first:g}", "start"), text(RIGHT, HEIGHT - 6, f"step {last:g}", "end")]
-    for i in range(LINES):
-        value = low + (high - low) * i / (LINES - 1)
+    levels = [low + (high - low) * i / (LINES - 1) for i in range(LINES)]
+    for value, label in zip(levels, labels(levels), strict=True):
         parts.append(f'<path d="M{LEFT} {y(value):.1f}H{RIGHT}" stroke="currentColor" opacity="0.15"/>')
-        parts.append(text(LEFT - 4, y(value) + 4, f"{value:.2g}", "end"))
+        parts.append(text(LEFT - 4, y(value) + 4, label, "end"))
     for i, points in enumerate(curves.values()):
         points = points * 2 if len(points) == 1 else points  # of no length, but with round ends
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
@@ -38,6 +38,15 @@ def chart(title: str, curves: dict[str, Points], set_in: int | None = None) -> s
 def scale(low: float, high: float, start: float, end: float):
     """A function from values between `low` and `high` to where between `start` and `end` they are drawn."""
     return lambda value: start + (end - start) * (value - low) / ((high - low) or 1)
+
+
+def labels(values: list[float]) -> list[str]:
+    """As short as tells them apart, as far as there is room."""
+    for digits in range(2, 6):
+        texts = [f"{value:.{digits}g}" for value in values]
+        if len(set(texts)) == len(values):
+            break
+    return texts
 
 
 def colour(i: int, count: int) -> str:

@@ -57,6 +57,9 @@ def test_a_chart_spans_its_field_and_shows_names_as_they_are():
     assert 'd="M220.0 26V148"' in drawn and "control sets in" in drawn
     assert "&lt;b&gt; 3" in drawn and "<b>" not in drawn and "absent" not in drawn
     assert "nothing yet" in chart("loss", {})
+    assert all(
+        f">{label}<" in chart("flat", {"a": [(0, 0.1136), (9, 0.1138)]}) for label in ("0.1136", "0.1137", "0.1138")
+    )
     assert "nan" not in (one := chart("one", {"a": [(3, 0.5)]})) and "control sets in" not in one
 
 

@@ -28,7 +28,7 @@ class Member(NamedTuple):
 class Packed(NamedTuple):
     image: Member
     hint: Member | None
-    caption: Member | None
+    captions: list[Member]  # the first with a text in it is the pair's
 
 
 def list_shards(folder: Path, wanted: Wanted) -> Listing | None:
@@ -60,13 +60,14 @@ def pairs_in(shard: Path) -> tuple[Packed, ...]:
 
 def packed(group: list[Member]) -> Packed | None:
     """None for a group without an image."""
-    found: dict[str, Member] = {}
+    found: dict[str, list[Member]] = {"image": [], "hint": [], "caption": []}
     for member in sorted(group, key=lambda member: member.name.endswith(".json")):  # captions proper come first
         _, *words, suffix = Path(member.name).name.lower().split(".")
         role = next(filter(None, map(role_of, words)), "caption" if f".{suffix}" in CAPTIONS else "image")
         if f".{suffix}" in {"image": PICTURES, "hint": PICTURES | ARRAYS, "caption": CAPTIONS}[role]:
-            found.setdefault(role, member)
-    return Packed(found["image"], found.get("hint"), found.get("caption")) if "image" in found else None
+            found[role].append(member)
+    images, hints, captions = found.values()
+    return Packed(images[0], hints[0] if hints else None, captions) if images else None
 
 
 @contextmanager
@@ -100,11 +101,14 @@ def read(shard: Path, member: Member) -> bytes:
 
 def caption_in(shard: Path, pair: Packed, wanted: Wanted) -> str:
     """ "" for none. Raises BadSample."""
-    if pair.caption is None or wanted.prompt is not None:
-        return ""
+    texts = (caption_of(shard, member) for member in pair.captions if wanted.prompt is None)
+    return next((text for text in texts if text.strip()), "")
+
+
+def caption_of(shard: Path, member: Member) -> str:
     try:
-        text = decoded(read(shard, pair.caption), f"{shard}/{pair.caption.name}")
-        if not pair.caption.name.endswith(".json"):
+        text = decoded(read(shard, member), f"{shard}/{member.name}")
+        if not member.name.endswith(".json"):
             return text
         values = parse_json(text)
         return text_in(values, "caption") if isinstance(values, dict) else ""

@@ -121,12 +121,14 @@ def test_what_a_pair_may_be_called(tmp_path):
         "a/2.source.png": png(21),
         "a/2.json": b"{}",
         "a/2.txt": b"number 20",
+        **pair("a/3", 30, caption=" \n"),
+        "a/3.json": json.dumps({"caption": "number 30"}).encode(),
         "a/._1.jpg": b"",
         "notes.md": b"",
         "LICENSE": b"",
     }
     source = ShardSource([Shard(write_tar(tmp_path / "x.tar", files))], Wanted(), FILES)
-    assert [value(source.sample(i)) for i in range(len(source))] == [10, 20]
+    assert [value(source.sample(i)) for i in range(len(source))] == [10, 20, 30]
 
 
 BAD = {

@@ -1,6 +1,7 @@
 """Folders: a pipeline or a component in diffusers' layout, and what trainers save in between."""
 
 import re
+import warnings
 from pathlib import Path
 
 from .read import read_config, read_json, read_tensors
@@ -80,6 +81,8 @@ def read_component(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str
             f'"{folder}" holds no weights: expected {STEMS[0]}.safetensors or the like, download the folder again'
         )
     if file.suffix != ".json":
+        if (index := file.with_name(f"{file.name}.index.json")).is_file():
+            warnings.warn(f'"{folder}" holds both {file.name} and {index.name}: the former is read', stacklevel=2)
         return read_tensors(file)
     places = read_json(file).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) and Path(n).name == n for n in places.values()):

@@ -19,6 +19,7 @@ from written import rewrite, without_metadata
 from controlnet.model import ControlNet
 from ldm import StableDiffusion
 from ldm.checkpoints.diffusers import WEIGHTS_NAME
+from ldm.checkpoints.folders import read_folder
 from ldm.checkpoints.key_maps import base_maps
 from ldm.checkpoints.load import load_parts
 from ldm.checkpoints.open import open_checkpoint
@@ -221,6 +222,8 @@ def test_variants_shards_and_pickles(sd, folder):
     for name in names:
         save_file({key: value for key, value in tensors.items() if places[key] == name}, unet / name)
     (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.warns(UserWarning, match="both diffusion_pytorch_model.safetensors and .*: the former is read"):
+        read_folder(unet)
     weights.unlink()
     (vae / weights.name).rename(vae / "diffusion_pytorch_model.fp16.safetensors")
     torch.save(load_file(text / "model.safetensors"), text / "pytorch_model.bin")

@@ -36,6 +36,7 @@ CONTROL = [*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070),
 LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ"
 FULL_AND_HALF_WIDTH = "".join(chr(i) for i in range(0xFF01, 0xFFF0))
 PLAIN = {ord(c): unicodedata.normalize("NFKC", c) for c in LIGATURES + FULL_AND_HALF_WIDTH}
+PLAIN[ord("ﬅ")] = "ſt"  # NFKC has another s
 PLAIN.update(dict.fromkeys(CONTROL))  # None removes the character
 STRAIGHT_QUOTES = str.maketrans("ʼ‘’‚‛“”„‟", "'''''\"\"\"\"")
 

@@ -123,7 +123,7 @@ def test_every_character_is_a_letter_a_numeral_a_space_or_the_rest():
     [
         ("  Two\tWORDS \n", "two words"),
         ("“it’s” ‚so‛ ŉ", "\"it's\" 'so' 'n"),
-        ("ﬁ Ǆ ĳ", "fi dž ij"),
+        ("ﬁ Ǆ ĳ ﬅ ﬆ", "fi dž ij ſt st"),
         ("ＦＵＬＬ　ｗｉｄｔｈ ｶﾞ", "full width ガ"),
         ("e\u0301", "é"),
         ("\x1b[1;31mred\x1b[0m \x07 zero\ufeffwidth\x00", "red zerowidth"),

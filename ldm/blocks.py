@@ -23,7 +23,7 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,) -> (B, T): a sinusoidal embedding followed by a two-layer MLP."""
+    """Timesteps (B,) -> (B, T): a sinusoidal embedding followed by a two-layer MLP. Raises TypeError for a number."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -32,6 +32,8 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
+        if not isinstance(t, Tensor) or t.ndim != 1:
+            raise TypeError(f"t is {t!r:.80}, expected timesteps (B,), as in torch.tensor([500])")
         embedding = sinusoidal_embedding(t, self.channels).to(self.linear1.bias.dtype)
         return self.linear2(F.silu(self.linear1(embedding)))
 

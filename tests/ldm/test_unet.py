@@ -17,7 +17,7 @@ import ldm.unet
 from controlnet.model import ControlNet
 from controlnet.objective import ControlLoss
 from ldm.attention import Attention
-from ldm.blocks import Downsample, sinusoidal_embedding
+from ldm.blocks import Downsample, TimeEmbedding, sinusoidal_embedding
 from ldm.config import SD15
 from ldm.schedule import Schedule
 from ldm.unet import ConvBlock, ResTransformerBlock, UNet, UNetEncoder, set_checkpointing
@@ -131,6 +131,12 @@ def test_timesteps_are_embedded_as_published():
     with torch.no_grad():
         time = mini_unet("sd1").encoder.time_embedding(g["t"])
     assert relative(time, g["sd1_mini_time_embed"]) < 1e-5
+
+
+@pytest.mark.parametrize("t", [500, torch.tensor(500), [500]])
+def test_timesteps_are_a_tensor_of_one_for_each_x(t):
+    with pytest.raises(TypeError, match=r"^t is .*, expected timesteps \(B,\), as in torch.tensor\(\[500\]\)"):
+        TimeEmbedding(32, 64)(t)
 
 
 # ------------------------------------------------------------------------------------------------------ architecture

@@ -22,6 +22,8 @@ def in_a_sentence(error: BaseException, memory_advice: str, disk_advice: str = D
 def of_a_file(error: OSError, disk_advice: str) -> str:
     """With advice by the error's words, since those of a worker process and of PyTorch have no number."""
     said = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    if "Broken pipe" in said:
+        return "what reads the output has ended"
     if any(words in said for words in ("Permission denied", "not permitted", "Read-only")):
         return f"{said}: change what you may do there, or give another place"
     if any(words in said for words in ("No space left", "quota exceeded", "could not be written")):

@@ -100,6 +100,7 @@ def test_names_that_no_encoding_has_are_printed_all_the_same(monkeypatch):
 @pytest.mark.parametrize(
     "error, said",
     [
+        (BrokenPipeError(32, "Broken pipe"), "what reads the output has ended"),
         (OSError(28, "No space left on device"), "No space left on device: make room"),
         (OSError("000002.pt could not be written (failed)"), "000002.pt could not be written (failed): make room"),
         (PermissionError(13, "Permission denied", "a.json"), "Permission denied: 'a.json': change what you may do"),

@@ -59,8 +59,9 @@ def csv_rows(path: Path) -> Iterator[Row]:
 
 
 def csv_row(values: dict, delimiter: str) -> object:
+    """Without what pandas calls a cell that is missing, once it is text."""
     if not any(more := values.pop(None, [])):
-        return values
+        return {name: None if value == "nan" else value for name, value in values.items()}
     found, sign = len(values) + len(more), "a tab" if delimiter == "\t" else f'"{delimiter}"'
     return BadSample(f"has {found} cells, its header {len(values)}: put a text with {sign} in it into double quotes")
 

@@ -306,11 +306,12 @@ def test_a_run_inside_its_data_is_no_part_of_them(tmp_path):
 def test_a_row_of_more_cells_than_its_header_is_no_pair(tmp_path, suffix, comma, said):
     """An unquoted comma would cut its caption. Empty cells at the end, and spaces before a quote, mean nothing."""
     rows = ["image,hint,text", "a.png,b.png,a cat, with a hat", 'a.png, b.png, "a cat%s a hat",,', "a.png,b.png"]
+    rows.append("a.png,b.png,nan")  # pandas' missing cell, as text
     lay(tmp_path, {f"metadata.{suffix}": "\n".join(rows).replace(",", comma).replace("%s", comma)})
     assert pairs_of(tmp_path) == [("a.png", "b.png", f"a cat{comma} a hat")]
-    longer, shorter = recognise(tmp_path, Wanted()).problems
+    longer, shorter, missing = recognise(tmp_path, Wanted()).problems
     assert f"metadata.{suffix}:2 has 4 cells, its header 3: put a text with {said} in it into double quotes" in longer
-    assert f"metadata.{suffix}:4 has no caption" in shorter
+    assert f"metadata.{suffix}:4 has no caption" in shorter and f"metadata.{suffix}:5 has no caption" in missing
 
 
 @pytest.mark.parametrize("row", ['a.png,b.png,"a cat', 'a.png,b.png,"a cat\na.png,b.png,"a dog"'])

@@ -319,6 +319,8 @@ def test_images_shrink_by_area_and_grow_by_lanczos():
     image = Image.fromarray(pixels)
     mean = pixels.reshape(32, 2, 64, 2, 3).mean(axis=(1, 3))
     assert np.abs(np.asarray(resized(image, (32, 64))) - mean).max() <= 1
+    three = Image.fromarray(np.array([[0, 90, 240]] * 2, np.uint8))
+    assert np.array_equal(resized(three, (1, 2)), [[30, 190]])  # the middle one is half the first's, half the last's
     edge = Image.fromarray(np.repeat(np.array([[64, 192]], np.uint8), 8, axis=1)[..., None].repeat(3, axis=2))
     assert resized(edge, (2, 64)) == edge.resize((64, 2), Image.Resampling.LANCZOS)
     assert resized(image, (64, 128)).tobytes() == image.tobytes()

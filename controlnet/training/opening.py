@@ -161,7 +161,7 @@ def validation_count(pairs: int, wanted: int | None, others: str) -> int:
     count = min(max(1, pairs // VALIDATION_SHARE), VALIDATION_MOST) if wanted is None else wanted
     if count >= pairs:
         raise ValueError(
-            f"there are {pairs} usable pairs{others}, expected more than the {count} for validation: add some, or give "
-            "another number as --validation"
+            f"usable pairs{others}: {pairs}, expected more than the {count} for validation: add some, or give another "
+            "number as --validation"
         )
     return count

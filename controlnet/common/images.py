@@ -46,7 +46,7 @@ def resized(image: Image.Image, size: Size) -> Image.Image:
     As the published demos do with OpenCV, whose Lanczos differs slightly.
     """
     height, width = size
-    if height > image.height or width > image.width:
+    if image.size == (width, height) or height > image.height or width > image.width:
         return image.resize((width, height), Image.Resampling.LANCZOS)
     return Image.fromarray(np.rint(averaged(averaged(np.asarray(image), height, 0), width, 1)).astype(np.uint8))
 

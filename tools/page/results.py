@@ -9,8 +9,8 @@ import gradio as gr
 
 from .studio import Studio, sentence_of
 
-# Of an event that makes pictures: visitors wait in the studio, which makes one at a time, and not in gradio's queue.
 SECONDS = 20  # for which a sentence about what went wrong stays
+# Of an event that makes pictures: visitors wait in the studio, which makes one at a time, and not in gradio's queue.
 IN_THE_STUDIO = {"concurrency_limit": None}
 
 

@@ -1,6 +1,7 @@
 """What people have: one line a case. Each is a checkpoint made from keys and shapes alone, and costs milliseconds."""
 
 import json
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -96,7 +97,7 @@ MORE = {
         (),
         "weight[49408:]",
     ),
-    "a mark": (SD1, {"v_pred": (0,)}, (), None),
+    "a mark, and what ControlNet's first files have": (SD1, {"v_pred": (0,), "logvar": (1000,)}, (), None),
     "a control's leftovers": (
         CONTROL1,
         {"loss.x": (3,), "control_model.y": ()},
@@ -167,7 +168,7 @@ WRAPPED = {
         lambda key: "module." + key.replace("model.", "model._orig_mod."),
     ),
     "compiled in DistributedDataParallel": (CONTROL1, lambda key: f"_orig_mod.module.{key}"),
-    "and inside": (CONTROL1, lambda key: key.replace("model.", "model._orig_mod.module.")),
+    "and block by block": (CONTROL1, lambda key: re.sub(r"(blocks\.\d+)", r"\1._orig_mod.module", key)),
     "a trainer's attribute": (CONTROL1, lambda key: key.replace("control_model.", "model.")),
     "a trainer's attribute twice": (CONTROL1, lambda key: f"model.net.{key}"),
     "an attribute called controlnet": (CONTROL1, lambda key: key.replace("control_model.", "controlnet.")),

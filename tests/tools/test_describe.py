@@ -183,6 +183,14 @@ def test_what_would_not_load_is_not_recommended(folder, tmp_path, capsys, name):
     assert "not_usable" not in facts(capsys, folder / name)[0]
 
 
+def test_a_control_of_another_version_is_a_control(tmp_path, capsys):
+    described = {"unet": {"channels": 8}, "control": {"unheard_of": 1}}
+    file = tmp_path / "control.safetensors"
+    save_file({"input_hint_block.0.weight": torch.zeros(1)}, file, {"config": json.dumps(described)})
+    (found,) = facts(capsys, file)
+    assert found["kind"] == "ControlNet" and "use the version that wrote it" in found["not_usable"]
+
+
 def facts_config(folder):
     return open_checkpoint(folder / "control.safetensors").metadata["config"]
 

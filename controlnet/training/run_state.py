@@ -288,7 +288,7 @@ class Position:
 
     def is_best(self, loss: float | None) -> bool:
         """Whether a save with this validation loss, if it has one, is the best so far."""
-        if loss is None or loss > self.best:
+        if loss is None or not loss <= self.best:  # nor is NaN the best
             return False
         self.best = loss
         return True

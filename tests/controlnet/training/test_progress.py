@@ -51,7 +51,8 @@ def test_a_validation_is_a_line_and_control_sets_in_once_also_in_a_resumed_run(r
 
 def test_the_best_save_is_the_one_with_the_lowest_loss():
     position = Position()
-    assert [position.is_best(loss) for loss in (0.5, None, 0.6, 0.4, 0.5)] == [True, False, False, True, False]
+    losses = {0.5: True, None: False, 0.6: False, math.nan: False, 0.4: True, 0.45: False}
+    assert {loss: position.is_best(loss) for loss in losses} == losses
     resumed = Position()
     resumed.load_state_dict(position.state_dict())
     assert not resumed.is_best(0.41) and resumed.is_best(0.39)

@@ -2,7 +2,8 @@
 
 import os
 import platform
-import re
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -60,14 +61,18 @@ def taken(file: IO) -> bool:
 
 
 def holder(folder: Path) -> int | None:
-    """The process that writes to `folder`, if one of this machine does: asked of the system, without a try at the lock,
-    which would get in the way of a process that begins. Always None on Windows, which does not tell."""
+    """The process that writes to `folder`, if one of this machine does. The system is asked, as what is written in the
+    lock may be another container's number, and without a try at the lock, which would get in the way of a process that
+    begins. Always None on Windows, which does not tell."""
     if fcntl is None or not (folder / LOCK_NAME).is_file():
         return None
+    # C's struct flock for a lock on the whole file; in the answer it has the process that is in the way.
+    if sys.platform == "darwin":
+        layout, question, pid = "qqihh", (0, 0, 0, fcntl.F_WRLCK, 0), 2
+    else:
+        layout, question, pid = "hhqqi", (fcntl.F_WRLCK, 0, 0, 0, 0), 4
     with open(folder / LOCK_NAME, errors="replace") as file, suppress(OSError):  # of a file system without locks
-        try:
-            os.lockf(file.fileno(), os.F_TEST, 0)
-        except (BlockingIOError, PermissionError):  # another process has it
-            written = re.match(rf"process (\d+) on {re.escape(platform.node())} since ", file.read(200))
-            return int(written[1]) if written else None
+        found = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *question)))[pid]
+        if found > 0 and f" on {platform.node()} since " in file.read(200):  # 0: nobody, or not seen from here
+            return found
     return None

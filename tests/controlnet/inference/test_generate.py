@@ -1,6 +1,7 @@
 """One call from prompt and hints to images: what decides over an image, and what does not."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from controlnet.hints.hint_image import HintImage
 from controlnet.inference.generate import generate
 from controlnet.inference.image_to_image import Init
 from controlnet.inference.memory import Plan, default_batch_size
+from controlnet.inference.options import Options
+from controlnet.inference.run import Job, with_controls
 from controlnet.inference.sizes import default_cfg, default_size, size_multiple
 from ldm.config import SD15, SD21, TINY
 
@@ -155,6 +158,22 @@ def test_by_default_a_gpus_memory_is_filled_and_a_cpu_makes_one_after_the_other(
     assert [default(count, 5.5) for count in (1, 3, 40)] == [1, 3, 5]
     assert default(40, 1000) == 16 and default(40, 0.5) == 1
     assert default(40, 1000, "cpu") == 1
+
+
+def test_what_fits_is_asked_of_the_images_that_are_made(sd, net, monkeypatch):
+    """By `generate`, and by infer.py, which records it."""
+    asked = []
+    for module in ("generate", "run"):
+        fits = f"controlnet.inference.{module}.default_batch_size"
+        monkeypatch.setattr(fits, lambda *question: asked.append(question) or 1)
+    control = Control(net, hint(size=(96, 64)))
+    arrays(sd, controls=[control], steps=1, cfg=1, cpu_offload="cpu", tile_diffusion=True)
+    options = Options(low_memory=True, tile_diffusion=True)
+    hints = [SimpleNamespace(control=lambda net, size: control)]
+    job = Job(options, (96, 64), 1.0, torch.device("cpu"), None, hints, 1, {}, None)
+    assert with_controls(job, lambda hint: net, sd).batch_size == 1
+    plan = Plan(SMALLEST, (96, 64), torch.float32, 1, low_memory=True, tile_diffusion=True)
+    assert asked == [(plan, 1, torch.device("cpu"))] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------ precision

@@ -310,8 +310,11 @@ def test_an_image_of_a_batch_is_made_again_alone_or_with_its_batch(capsys):
         assert np.array_equal(pixels_of(f"both-{i}.png"), pixels_of(f"out/000{i}.png"))
 
 
-def test_a_seed_is_drawn_said_and_recorded(capsys):
-    assert run("--seed", "-1", "--count", "2") == 0 and run("--seed", "-1") == 0
+def test_a_seed_is_drawn_said_and_recorded(capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("secrets.randbelow", lambda end: end - 1)  # after which there is one for each image
+        assert run("--seed", "-1", "--count", "2") == 0
+    assert run("--seed", "-1") == 0
     said = [int(line.removeprefix("the seed is ")) for line in notes(capsys.readouterr())]
     seeds = [settings_of(f"out/000{i}.png")["seed"] for i in (1, 2, 3)]
     assert seeds == [said[0], said[0] + 1, said[1]] and said[0] != said[1]

@@ -90,7 +90,7 @@ def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> 
     Raises ValueError for everything wrong that is quick to find, CheckpointError for files that do not fit.
     """
     if options.seed == -1:
-        options = replace(options, seed=secrets.randbelow(SEEDS))
+        options = replace(options, seed=secrets.randbelow(max(1, SEEDS - options.count)))
         note(f"the seed is {options.seed}")
     base = open_base(options.base, options.prediction, options.zero_snr, options.vae)
     config = base.config

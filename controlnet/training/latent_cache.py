@@ -102,7 +102,8 @@ def prepare_folder(folder: Path, fingerprint: dict) -> None:
     """Makes an empty cache, or keeps that of the same base. Raises ValueError as `check_folder` does."""
     check_folder(folder, fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "cache.json", json.dumps(made_with(fingerprint), indent=2) + "\n")
+    if not (card := folder / "cache.json").exists():
+        write_text(card, json.dumps(made_with(fingerprint), indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- building

@@ -144,7 +144,10 @@ def test_bad_samples_have_no_row(sd, tmp_path, monkeypatch):
 def test_a_cache_of_another_base_is_refused(sd, tmp_path, change):
     identity = WorldSource("fill50k", SIZE, 4).identity()
     prepare_folder(tmp_path, fingerprint(sd, identity, SIZE))
-    prepare_folder(tmp_path, fingerprint(small_sd(), identity, SIZE))  # the same again is welcome
+    card = tmp_path / "cache.json"
+    card.write_text(card.read_text() + " ")
+    prepare_folder(tmp_path, fingerprint(small_sd(), identity, SIZE))  # the same again is welcome, and stays as it is
+    assert card.read_text().endswith(" ")
     other = small_sd()
     if change == "dtype":
         other = other.half()

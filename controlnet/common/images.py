@@ -3,7 +3,6 @@
 Sizes are (height, width) in pixels, as in tensors; only Pillow's own calls have the width first.
 """
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,9 +56,9 @@ def averaged(values: np.ndarray, length: int, axis: int) -> np.ndarray:
     present = values.shape[axis]
     ends = np.arange(length + 1) * present / length
     starts, stops = ends[:-1], ends[1:]
-    means = 0
-    for i in range(math.ceil(present / length) + 1):  # the most values that an interval can touch
-        touched = np.floor(starts).astype(int) + i
+    first, means = np.floor(starts).astype(int), 0
+    for i in range(int((np.ceil(stops) - first).max())):  # the most values that an interval touches
+        touched = first + i
         share = (np.minimum(stops, touched + 1) - np.maximum(starts, touched)).clip(min=0) * length / present
         share = share.astype(np.float32).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
         means = means + share * values.take(touched.clip(max=present - 1), axis)

@@ -84,8 +84,7 @@ class ValidationLoss:
         right = self.mean(loss, self.hints)
         values = {"validation_loss": right}
         if len(self.hints) > 1:
-            of_others = torch.cat([self.hints[1:], self.hints[:1]])
-            values["control_measure"] = self.mean(loss, of_others) / right - 1
+            values["control_measure"] = self.mean(loss, self.hints.roll(-1, 0)) / right - 1
         return values
 
     @torch.no_grad()

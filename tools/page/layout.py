@@ -35,8 +35,13 @@ ABOUT = {
 def page(pictures: Path, runs: Path) -> gr.Blocks:
     studio, trainings = Studio(pictures), Trainings(runs)
     with gr.Blocks(title="ControlNet") as blocks:
-        for (name, about), tab in zip(ABOUT.items(), (draw_tab, photo_tab, runs_tab, files_tab), strict=True):
+        for name, owner, fill in (
+            ("Draw", studio, draw_tab),
+            ("Photo", studio, photo_tab),
+            ("Runs", trainings, runs_tab),
+            ("Files", trainings, files_tab),
+        ):
             with gr.Tab(name):
-                gr.Markdown(about)
-                tab(studio if tab in (draw_tab, photo_tab) else trainings)
+                gr.Markdown(ABOUT[name])
+                fill(owner)
     return blocks

@@ -43,7 +43,7 @@ class ShardSource(Source):
 
     def __init__(self, shards: Sequence[Shard], wanted: Wanted, files: FolderSource):
         self.shards, self.wanted, self.files = shards, wanted, files
-        self.name, self.uses_network = files.name, files.uses_network
+        self.name, self.maker = files.name, files.maker
 
     @cached_property
     def ends(self) -> np.ndarray:

@@ -28,7 +28,12 @@ from .transform import Transform
 class Source(Protocol):
     name: str
     hints_are_files = False  # reading a hint again is as fast as reading it from a cache
-    uses_network: bool  # for the hints: reading belongs into the process that has the device
+    maker: "HintMaker | None" = None  # of hints, where they are made from the images
+
+    @property
+    def uses_network(self) -> bool:
+        """For the hints: reading then belongs into the process that has the device."""
+        return self.maker is not None and self.maker.is_network
 
     def __len__(self) -> int: ...
 
@@ -58,7 +63,6 @@ class WorldSource(Source):
         self.side = size[0]
         self.world = WORLDS[name](self.side, self.seed, held_out=held_out)
         self.detect, self.maker = detect, hint_maker(detect)
-        self.uses_network = self.maker is not None and self.maker.is_network
 
     def __len__(self) -> int:
         return self.length
@@ -98,7 +102,6 @@ class FolderSource(Source):
         self.name, self.entries, self.transform = name, entries, transform
         self.hint_channels, self.detect, self.maker = hint_channels, detect, hint_maker(detect)
         self.hints_are_files = self.maker is None
-        self.uses_network = self.maker is not None and self.maker.is_network
         self.image_sizes: dict[int, Size | None] = {}  # of those that were looked at
 
     def __len__(self) -> int:

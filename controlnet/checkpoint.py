@@ -200,7 +200,7 @@ def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
     control_v11p_sd15_canny.pth. Raises CheckpointError if there is none.
     """
     path, name, weights = of_run(as_path(path_or_name)), str(path_or_name), published.WEIGHTS
-    files = [path, *(weights / f"{name}{suffix}" for suffix in ("", ".safetensors", ".pth"))]
+    files = [path, *published.places_of(name, weights)]
     for preset in PRESETS.values():
         if preset.unet == unet.text_to_image:
             files += short_named(name, preset.name)

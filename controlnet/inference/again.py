@@ -64,10 +64,10 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
     note(f'"{path}" is not by infer.py, whose noise is another: the image will be similar at most')
     model = values.pop("base", None)
     if model and "base" not in given:
-        files = [published.WEIGHTS / f"{model}{suffix}" for suffix in (".safetensors", ".ckpt")]
-        found = [str(file) for file in files if Path(model).name == model and file.is_file()]
+        files = published.places_of(model, published.WEIGHTS)
+        found = next((str(file) for file in files if Path(model).name == model and file.is_file()), None)
         if found:
-            values["base"] = found[0]
+            values["base"] = found
         else:
             note(f'its model "{model}" is not in {published.WEIGHTS}: taking the base "{Options.base}" (see --base)')
     values["sampler"] = sampler_name(values.get("sampler", ""))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from controlnet.common.program import note
 from ldm.checkpoints import published
-from ldm.checkpoints.extras import EMBEDDINGS, LORAS, SUFFIXES, find_extra, given_extra, no_extra, split_strength
+from ldm.checkpoints.extras import EMBEDDINGS, LORAS, find_extra, given_extra, no_extra, split_strength
 from ldm.checkpoints.kinds import kind
 from ldm.checkpoints.lora import check_loras
 from ldm.checkpoints.open import open_checkpoint
@@ -119,4 +119,4 @@ def embedding_files() -> Iterator[Path]:
     """The files that may be embeddings, as far as their names tell."""
     for folder in (published.WEIGHTS, published.WEIGHTS / EMBEDDINGS):
         if folder.is_dir():
-            yield from sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+            yield from sorted(path for path in folder.iterdir() if path.suffix in published.FILE_SUFFIXES)

@@ -2,13 +2,13 @@
 
 import math
 import os
+from itertools import chain
 from pathlib import Path
 
 from . import published
-from .published import as_path
+from .published import as_path, places_of
 from .stored import CheckpointError
 
-SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 LORAS, EMBEDDINGS = "loras", "embeddings"  # the folders in weights/
 
 
@@ -16,9 +16,8 @@ def find_extra(name: str, folder: str) -> Path | None:
     """The file called `name`, with its suffix or without, in weights/ or in `folder` there, never one of another."""
     if os.path.basename(name) != name or "\0" in name:
         return None
-    places, suffixes = (published.WEIGHTS, published.WEIGHTS / folder), ("", *SUFFIXES)
-    paths = (place / f"{name}{suffix}" for place in places for suffix in suffixes)
-    return next((path for path in paths if os.path.isfile(path)), None)
+    paths = chain.from_iterable(places_of(name, place) for place in (published.WEIGHTS, published.WEIGHTS / folder))
+    return next(filter(os.path.isfile, paths), None)
 
 
 def given_extra(name: str, folder: str, what: str) -> Path:

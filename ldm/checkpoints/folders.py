@@ -4,6 +4,7 @@ import re
 import warnings
 from pathlib import Path
 
+from .published import FILE_SUFFIXES
 from .read import read_config, read_json, read_tensors
 from .spellings import respelled
 from .stored import CheckpointError, StoredTensor, first_few
@@ -43,7 +44,7 @@ def read_folder(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], di
 
 
 def no_weights(path: Path) -> CheckpointError:
-    files = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt", ".pth"))
+    files = sorted(file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES)
     advice = f"give one of its files ({first_few(files)})" if files else "give a checkpoint, or a folder with one"
     if (path / "snapshots").is_dir():  # the cache of Hugging Face
         advice = "give one of the folders in its snapshots/"

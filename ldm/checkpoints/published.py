@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ldm.config import PRESETS, Config
@@ -9,7 +10,7 @@ from ldm.config import PRESETS, Config
 from .stored import CheckpointError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")  # no repository is called like that
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 DOWNLOADS = (  # addresses of what tools/download.py knows, by its names
     (r"stable-diffusion-inpainting", "sd15-inpainting"),
     (r"stable-diffusion-v1-5", "sd15"),
@@ -43,9 +44,13 @@ def find(path_or_preset: str | Path) -> tuple[Path, Config | None]:
             f'there is no file of "{name}" in {WEIGHTS}, expected {" or ".join(file_names(name))}: {origin(name)}'
         )
     if not path.exists():
-        files = (WEIGHTS / f"{name}{suffix}" for suffix in ("", ".safetensors", ".ckpt", ".pth"))
-        path = next((file for file in files if file.exists()), path)
+        path = next((file for file in places_of(name, WEIGHTS) if file.exists()), path)
     return path, next((PRESETS[preset] for preset in PRESETS if path.name in file_names(preset)), None)
+
+
+def places_of(name: str, folder: Path) -> Iterator[Path]:
+    """Where in `folder` a checkpoint with this name may be, which is given with its suffix or without."""
+    return (folder / f"{name}{suffix}" for suffix in ("", *FILE_SUFFIXES))
 
 
 def file_names(preset: str) -> tuple[str, ...]:

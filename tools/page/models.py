@@ -5,21 +5,20 @@ from pathlib import Path
 
 from ldm.checkpoints import published
 from ldm.checkpoints.open import open_checkpoint
+from ldm.checkpoints.published import FILE_SUFFIXES
 from ldm.checkpoints.stored import CheckpointError
 from tools.description import contents
-
-SUFFIXES = (".safetensors", ".ckpt", ".pth")
 
 
 def named(kind: str) -> list[str]:
     """The names by which infer.py finds those of a kind, "base" or "ControlNet"; a file may hold both."""
     found = (path for path in checkpoints() if kind in kind_of(path, path.stat().st_mtime))
-    return [path.stem if path.suffix in SUFFIXES else path.name for path in found]
+    return [path.stem if path.suffix in FILE_SUFFIXES else path.name for path in found]
 
 
 def checkpoints() -> list[Path]:
     files = published.WEIGHTS.iterdir()
-    return sorted(path for path in files if path.suffix in SUFFIXES or (path / "model_index.json").is_file())
+    return sorted(path for path in files if path.suffix in FILE_SUFFIXES or (path / "model_index.json").is_file())
 
 
 @lru_cache

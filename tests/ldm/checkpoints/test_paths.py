@@ -6,7 +6,7 @@ import pytest
 from small import error_of
 
 from controlnet.checkpoint import find_control
-from ldm.checkpoints.extras import LORAS, given_extra
+from ldm.checkpoints.extras import LORAS, find_extra, given_extra
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.published import as_path, find
 from ldm.config import SD15, TINY
@@ -71,6 +71,14 @@ ADVICE = {
 def test_repositories_and_addresses_are_answered_with_the_way_to_get_them(weights, address):
     for sentence in (error_of(open_checkpoint, address), error_of(find_control, address, SD15.unet)):
         assert ADVICE[address] in sentence
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pth", ".pt", ".bin"])
+def test_names_stand_for_files_with_any_suffix(weights, suffix):
+    """Of bases, ControlNets, LoRAs and embeddings."""
+    file = weights / f"v2.mine{suffix}"
+    file.touch()
+    assert find("v2.mine")[0] == find_control("v2.mine", SD15.unet) == find_extra("v2.mine", LORAS) == file
 
 
 def test_names_in_weights(weights):

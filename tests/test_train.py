@@ -974,6 +974,7 @@ BAD_CALLS = [
     (["--log", "tensorboard"], "pip install tensorboard"),
     (["--log", "wandb"], "pip install wandb"),
     (["--steps", "2", "--epochs", "3"], "leave out one"),
+    (["--seed", str(2**64)], "less than 2^64"),
     (["--validate", "nowhere.png", "a cat"], "nowhere.png"),
 ]
 
@@ -1004,6 +1005,12 @@ def test_a_number_that_means_nothing_is_refused(capsys, option, value):
         train.main([option, value])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and f'argument {option}: it is "{value}", expected' in error
+
+
+def test_data_without_a_name_are_not_the_current_folder(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--data", ""])
+    assert stopped.value.code == 2 and "argument --data: it is empty" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from controlnet.common.program import DTYPE_NAMES, free_place, note, path_argument, run
+from controlnet.common.program import DTYPE_NAMES, free_place, note, run
 
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 
@@ -36,7 +36,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """The options about the result, in a group at the end."""
     group = parser.add_argument_group("result")
     layouts = "a name ending in .safetensors makes a file in the original layout, any other a folder in diffusers'"
-    group.add_argument("--out", type=path_argument, required=True, metavar="OUT", help=layouts)
+    group.add_argument("--out", type=Path, required=True, metavar="OUT", help=layouts)
     group.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights (default: the widest of the source's)")
     group.add_argument("--force", action="store_true", help="replace OUT if it exists (default: refuse)")
 

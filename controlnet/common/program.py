@@ -170,10 +170,14 @@ def within(text: str, expected: str, good: Callable[[float], bool]) -> float:
 
 
 def path_argument(text: str) -> Path:
-    """An empty one would be the current folder."""
+    return Path(path_text(text))
+
+
+def path_text(text: str) -> str:
+    """An empty path would be the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty, expected a path")
-    return Path(text)
+    return text
 
 
 def interval(text: str) -> str:
@@ -218,9 +222,11 @@ def stop_quietly() -> None:
 
 def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
     """`program` is how it is started, `doc` describes it, with an example."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=program, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.register("type", Path, path_argument)  # what type=Path means in all its arguments
+    return parser
 
 
 def note(text: str) -> None:

@@ -16,6 +16,7 @@ from controlnet.common.program import (
     new_parser,
     option,
     path_argument,
+    path_text,
     positive,
     positive_number,
     share,
@@ -66,6 +67,7 @@ class TrainSettings:
         "scribble, seg, depth, edits (default: %(default)s: data/fill50k if the published set lies there)",
         "fill50k",
         fixed=False,  # the same data may lie elsewhere by now: their fingerprint is compared
+        type=path_text,
         metavar="NAME",
     )
     recipe: str | None = in_data(

@@ -80,6 +80,8 @@ def check_together(settings: TrainSettings) -> None:
             f'--out is the folder of --data, "{settings.data}", and the pictures of the run would become a part of '
             "them: give another folder as --out"
         )
+    if settings.seed >= 2**64:
+        raise ValueError(f"--seed is {settings.seed}, expected less than 2^64: PyTorch's generators take no larger one")
     if settings.fit and not settings.dry_run:
         raise ValueError("--fit only tells which batch size fits: add --dry-run, then train with that --batch-size")
     if settings.ema and settings.sd_unlocked:

@@ -57,6 +57,22 @@ def test_a_picture_that_is_replaced_is_named(tmp_path, capsys):
     assert f"{tmp_path / 'a.png'} will be replaced" in capsys.readouterr().err
 
 
+EMPTY = [
+    "accept --out", "bench --folder", "check_data", "check_data . --sheet", "convergence", "convergence --out",
+    "convert a --out", "download sd15 --to", "judge --out", "make_data scenes --out", "make_hints canny .",
+    "page --out", "page --runs", "paper --out", "pretrain --out", "pretrain --start", "strip --out", "strip --weights",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", EMPTY)
+def test_an_empty_path_is_not_the_current_folder(capsys, words):
+    name, *options = words.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"tools.{name}" + ".__main__" * (name in ("page", "paper"))).main([*options, ""])
+    assert stop.value.code == 2
+    assert "it is empty, expected a path" in capsys.readouterr().err
+
+
 def check_help(text, names):
     """It names the program, an example and --debug."""
     for name in names:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from controlnet import ControlNet
 from controlnet.common.devices import use_device, use_precision
 from controlnet.common.images import to_images
-from controlnet.common.program import new_parser, not_negative, note, positive
+from controlnet.common.program import new_parser, not_negative, note, positive, share
 from controlnet.inference.generate import generate
 from controlnet.training.recipes import RECIPES
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS, Fill50k, People, Picture, Sample, Scenes, Seg, Shapes, World
@@ -75,13 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=positive, default=64, help="samples of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=20, help="of sampling (default: %(default)s)")
     parser.add_argument("--cfg", type=not_negative, default=2.5, help="classifier-free guidance (default: %(default)s)")
+    parser.add_argument("--eta", type=share, default=0.0, help="of DDIM: 1 is as random as DDPM (default: 0)")
     add_device(parser)
     return run_tool(parser, argv, evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Raises ValueError for an unknown dataset or recipe and for a file that cannot be used."""
-    settings = dict(steps=args.steps, cfg=args.cfg)
+    settings = dict(steps=args.steps, cfg=args.cfg, eta=args.eta)
     if args.recipe:
         check_names("recipe", args.recipe, RECIPES)
         sd = load_base(args)
@@ -98,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
     sd = load_base(args)
     controls = [(world, ControlNet.load(path, sd.unet)) for world, path in args.control]
 
-    print(f"{args.count} held-out samples each, {args.steps} DDIM steps, cfg {args.cfg}")
+    print(f"{args.count} held-out samples each, {args.steps} DDIM steps, eta {args.eta:g}, cfg {args.cfg}")
     for kind in (Fill50k, People, Shapes, Scenes):
         report_vae(sd, kind(sd.config.resolution, held_out=True), args.count)
     for label, colours in ((f"{len(BASIC_COLOURS)} basic colours", BASIC_COLOURS), ("all colours", tuple(COLOURS))):

@@ -12,7 +12,7 @@ from controlnet.common.images import Size, save_png, to_hints
 from controlnet.guidance import Control, exact
 from controlnet.hints.hint_image import in_rgb
 from controlnet.inference.generate import make_denoise, prompt_contexts
-from controlnet.inference.noise import draw
+from controlnet.inference.noise import draw, noise_from
 from controlnet.inference.offload import decode
 from controlnet.inference.sizes import default_cfg, latent_shape
 from controlnet.model import ControlNet
@@ -86,6 +86,7 @@ def images_of(
     seed: int,
     steps: int,
     cfg: float | None = None,
+    eta: float = 0.0,
 ) -> list[np.ndarray]:
     """An image (H, W, 3), uint8, for each prompt and its hint of each control (B, C, H, W), with the seeds `seed`,
     `seed` + 1 ...: equal to `generate`'s, to rounding, but sampled as one batch.
@@ -98,7 +99,7 @@ def images_of(
     timesteps = samplers.timesteps_for("ddim", sd.schedule, steps)
     cfg = default_cfg(sd.config) if cfg is None else cfg
     denoise = make_denoise(sd, prompt, negative, cfg, controls, timesteps, batched=True, make_predictor=exact)
-    latents = samplers.sample_loop("ddim", denoise, x, timesteps, sd.schedule)
+    latents = samplers.sample_loop("ddim", denoise, x, timesteps, sd.schedule, eta, noise_from(generators))
     denoise.check(latents)
     return [np.asarray(image) for one in latents.split(1) for image in decode(sd, one, tiled=False)]
 

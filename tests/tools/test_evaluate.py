@@ -153,6 +153,15 @@ def test_without_a_judge_the_rest_is_measured(tmp_path, monkeypatch, capsys):
     assert "judge.safetensors is missing" in capsys.readouterr().err
 
 
+def test_each_picture_of_a_batch_has_noise_of_its_own():
+    sd, world = small_sd(), evaluate.People(SMALL.resolution, held_out=True)
+    pose, samples, settings = small_control(sd), [world[0], world[1]], dict(steps=2, eta=1.0)
+    for seed, (made, sample) in enumerate(zip(evaluate.painter(sd, [pose], settings)(samples), samples, strict=True)):
+        (wanted,) = generate(sd, sample.caption, [Control(pose, to_hints([sample.hint]))], seed=seed, **settings)
+        (other,) = generate(sd, sample.caption, [Control(pose, to_hints([sample.hint]))], seed=seed, steps=2)
+        assert largest_difference(made, wanted) <= 1 < largest_difference(other, wanted)
+
+
 def test_without_a_prompt_guidance_strengthens_the_hint():
     sd = small_sd()
     pose, sample = small_control(sd), evaluate.People(SMALL.resolution, held_out=True)[0]

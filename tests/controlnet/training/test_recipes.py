@@ -106,6 +106,22 @@ def test_a_synthetic_dataset_with_hints_from_its_images_shares_the_latents_alone
     assert tile.identity().fingerprint == own.identity().fingerprint | {"detect": "tile"}
 
 
+@pytest.mark.parametrize(
+    "one, other, shared",
+    [
+        (dict(name="canny"), dict(name="scribble"), True),
+        (dict(name="seg"), dict(name="canny"), False),  # whose first picture is the same
+        (dict(name="seg"), dict(name="seg", seed=1), False),
+        (dict(name="seg"), dict(name="seg", held_out=True), False),
+        (dict(name="seg"), dict(name="seg", size=(72, 72)), False),
+    ],
+)
+def test_synthetic_datasets_that_draw_the_same_pictures_share_their_latents_alone(one, other, shared):
+    a, b = (WorldSource(**{"size": SIZE, "length": 2, **given}).identity().keys for given in (one, other))
+    for key, with_other_hint in zip(a, b, strict=True):
+        assert (key.latents == with_other_hint.latents) == shared and key.hint != with_other_hint.hint
+
+
 def test_a_hole_is_stored_and_read_to_the_bit():
     holed, plain = (WorldSource("shapes", SIZE, 1, detect=name).hint(0) for name in ("inpaint", None))
     stored = hint_from_image(hint_as_image(holed))

@@ -64,8 +64,8 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
     note(f'"{path}" is not by infer.py, whose noise is another: the image will be similar at most')
     model = values.pop("base", None)
     if model and "base" not in given:
-        files = published.places_of(model, published.WEIGHTS)
-        found = next((str(file) for file in files if Path(model).name == model and file.is_file()), None)
+        files = published.places_of(model, published.WEIGHTS) if Path(model).name == model else ()
+        found = next((str(file) for file in files if file.is_file()), None)
         if found:
             values["base"] = found
         else:

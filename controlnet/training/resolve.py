@@ -74,7 +74,7 @@ def continued(before: dict, given: dict) -> TrainSettings:
 
 
 def check_together(settings: TrainSettings) -> None:
-    """Raises ValueError for settings that contradict each other."""
+    """Raises ValueError for settings that contradict each other, and for a seed that PyTorch does not take."""
     if not settings.resume and settings.out.resolve() == Path(settings.data).resolve():
         raise ValueError(
             f'--out is the folder of --data, "{settings.data}", and the pictures of the run would become a part of '

@@ -79,17 +79,17 @@ class WorldSource(Source):
 
     def identity(self) -> Identity:
         """The first samples stand for the code that draws them."""
-        first = self.world[0]
+        samples = [self.world[i] for i in range(3)]
+        first = samples[0]
         pixels = digest(first.image.tobytes(), first.hint.tobytes(), first.caption.encode())
         fingerprint = {"world": self.name, "seed": self.seed, "held out": self.held_out, "first image": pixels}
         if self.detect is not None:
             fingerprint["detect"] = self.detect
         # Datasets that differ in their hints alone share latents. Those that draw three kinds of pictures in turn are
         # known by one of each.
-        drawn = [self.world.draw(i) for i in range(3)]
-        pictures = digest_of([self.seed, self.side, *(digest(p.image.tobytes(), p.caption.encode()) for p in drawn)])
+        drawn = digest_of([self.seed, self.side, *(digest(s.image.tobytes(), s.caption.encode()) for s in samples)])
         hints = digest_of([self.side, *fingerprint.values()])
-        return Identity(fingerprint, [Key(f"{pictures}-{i}", f"{hints}-{i}") for i in range(self.length)])
+        return Identity(fingerprint, [Key(f"{drawn}-{i}", f"{hints}-{i}") for i in range(self.length)])
 
 
 class FolderSource(Source):

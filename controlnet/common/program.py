@@ -262,15 +262,23 @@ def run(
 ) -> int:
     """The exit status of `work`: 2 and a sentence for an error that a user can put right, 130 if it is interrupted.
 
-    Other errors keep their traceback, and with `debug` all do. Warnings become sentences, too. What stdout cannot
-    encode, in names of files and captions, is printed with backslashes, as stderr does.
+    Other errors keep their traceback, and with `debug` all do. Warnings become sentences, too, each said once: a file
+    may be opened again. What stdout cannot encode, in names of files and captions, is printed with backslashes, as
+    stderr does.
     """
+    warned = set()
+
+    def warn(message: Warning | str, *_: object) -> None:
+        if (text := f"{name}: {message}") not in warned:
+            warned.add(text)
+            note(text)
+
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: note(f"{name}: {message}")
+            warnings.showwarning = warn
             return work() or 0
     except Exception as error:
         sentence = in_a_sentence(error, memory_advice, disk_advice)

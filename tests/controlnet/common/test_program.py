@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_a_package_that_is_not_installed_is_named(package, monkeypatch, capsys):
     assert run("infer.py", lambda: importlib.import_module(package)) == 2
     said = capsys.readouterr().err
     assert package in said and said.endswith("install what is needed with `pip install -r requirements.txt`\n")
+
+
+def test_a_warning_is_said_once_in_a_run(capsys):
+    def work():
+        for text in ("two files", "no text", "two files"):
+            warnings.warn(text, stacklevel=1)
+
+    for _ in range(2):  # the second run says it again
+        assert run("program", work) == 0
+        assert capsys.readouterr().err == "program: two files\nprogram: no text\n"
 
 
 def test_names_that_no_encoding_has_are_printed_all_the_same(monkeypatch):

@@ -9,8 +9,9 @@
 
 The run's folder gets settings.json, log.jsonl, report.html with curves and grids of validation hints (samples/), the
 last few ControlNets and the best one for infer.py and other programs, control.safetensors being the newest, and state/,
-from which `--resume` goes on exactly where a run was stopped, in whatever way. Of several machines the first has that
-folder; each builds the latents that its disk lacks. What torchrun starts again (--max-restarts) goes on by itself.
+from which `--resume` goes on exactly where a run was stopped, in whatever way. With several machines the first one has
+that folder, and each encodes the latents missing on its own disk. What torchrun starts again (--max-restarts) goes on
+by itself.
 """
 
 import sys
@@ -76,14 +77,14 @@ def train(settings: TrainSettings, process: Process, signals: Signals) -> int:
             training.save(start, progress)
         for step in range(start, settings.steps):
             training.writer.check()
-            values, numbers = training.step()
+            values, pending = training.step()
             done = step + 1
             last = done == settings.steps
             # The main process's clock decides for all.
-            saving = signals.take_save_asked() or (process.is_main and training.saves.over(done))
+            saving = signals.pop_save_request() or (process.is_main and training.saves.due(done))
             stopping, saving = process.any(signals.received is not None and not last, saving)
             if process.is_main:
-                progress.log({"step": done, **values, **training.validate(done, saving, last)}, numbers)
+                progress.log({"step": done, **values, **training.validate(done, saving, last)}, pending)
             if saving or last or stopping:
                 training.save(done, progress)
             if stopping:
@@ -111,7 +112,8 @@ class Training:
         given = dict(prediction=settings.prediction, zero_snr=settings.zero_snr, vae=settings.vae, loras=settings.lora)
         self.sd = StableDiffusion.load(settings.base, **given)
         self.unet_fingerprint = ends_of_weights(self.sd.unet)
-        self.base = self.sd.state_dict() if settings.sd_unlocked else {}  # to be saved as it is, not as it is locked
+        # To be saved as it is here: below it is cast to the precision of the computation.
+        self.base = self.sd.state_dict() if settings.sd_unlocked else {}
         self.control = new_control(self.sd.unet, settings, self.run).to(process.device)
 
         # Lock the base, in the dtype of the computation. Its decoder is trained only if --sd-unlocked says so.
@@ -135,8 +137,8 @@ class Training:
         self.parts = {"control": self.control, "optimisation": self.optimisation, "position": self.position}
         if settings.sd_unlocked:
             self.parts["decoder"] = self.sd.unet.decoder
-        # What is saved, validated and shown in the grids: the copy or its average. Validation weighs all timesteps
-        # alike, so that runs can be compared, and the parts of one that goes on with another --min-snr.
+        # What is saved, validated and shown in the grids: the copy or its average. Validation weights all timesteps
+        # alike, so that runs can be compared, also before and after a change of --min-snr.
         self.average, shown = None, self.control
         if settings.ema:
             self.average = self.parts["average"] = AveragedModel(self.control)
@@ -181,14 +183,14 @@ class Training:
         """One optimizer step, from the gradients of one batch or, accumulated, of a few -> what is logged of it; loss
         and gradient may still be computed by the device."""
         values = {"lr": self.optimisation.current_lr}
-        numbers = Later(*self.take_step(self.next_inputs))
+        pending = Later(*self.take_step(self.next_inputs))
         if self.average:
             update_ema(self.average, self.control, self.settings.ema)
         self.position.seen += self.data.samples_per_step
         # Wall-clock time: waiting for data counts, and so do the grids and saves since the step before.
         before, self.clock = self.clock, time.perf_counter()
         values["images_per_second"] = self.data.samples_per_step / (self.clock - before)
-        return values | {"bad": len(self.data.bad)} | peak_memory(self.process.device), numbers
+        return values | {"bad": len(self.data.bad)} | peak_memory(self.process.device), pending
 
     def next_inputs(self) -> tuple[Tensor, ...]:
         """The loss's inputs: a batch, and the timesteps, noise and dropped prompts that are drawn for it."""

@@ -78,7 +78,7 @@ class ControlCheckpoint:
     def to_fill(cls, checkpoint: Checkpoint, found: ControlFile, unet: UNet) -> tuple[Checkpoint, Self, KeyMap]:
         """-> the file, whose missing weights are computed if it is a Control-LoRA; the ControlNet that it will fill,
         for a base with this UNet; and which weight goes where. Raises CheckpointError for a LoRA that does not fit."""
-        config = unet.config.text_to_image
+        config = unet.config.without_inpainting
         with without_weights():
             control = cls.of(UNet(config), found.config)
         key_map = found.key_map(config)
@@ -134,7 +134,7 @@ class ControlCheckpoint:
 
         copy + (encoder of `target` - encoder of `source`) is a ControlNet for the other base (the paper's Figure 12,
         made exact; in fp32). Between equal encoders nothing changes. A difference has no base: None counts as zero.
-        Raises CheckpointError if this is no copy of such an encoder.
+        Raises CheckpointError if this is not a copy of such an encoder.
         """
         encoders = []
         for unet, sign in ((target, 1), (source, -1)):
@@ -151,7 +151,7 @@ class ControlCheckpoint:
             raise CheckpointError(
                 "a ControlNet-lite has no copy of its base's encoder to move or subtract: use it as it is"
             )
-        if self.encoder.config.text_to_image != unet.config.text_to_image:
+        if self.encoder.config.without_inpainting != unet.config.without_inpainting:
             raise CheckpointError(
                 f"the base that {which} is of another architecture than the ControlNet, which can be moved within its "
                 "family only: give a base of it"
@@ -169,7 +169,7 @@ def same_decoder(checkpoint: Checkpoint, unet: UNet) -> bool:
 
     ControlNet 1.0 was trained with the decoder unlocked for some of the files (its repository, issue 46).
     """
-    parameters = dict(unet.named_parameters())  # those that are packed are no parameters any more
+    parameters = dict(unet.named_parameters())  # those that are packed are not parameters any more
     sources = unet_map(unet.config).sources(parameters)
     for name, parameter in parameters.items():
         if name.startswith("decoder.") and parameter.ndim == 1 and not parameter.is_meta:
@@ -202,7 +202,7 @@ def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
     path, name, weights = of_run(as_path(path_or_name)), str(path_or_name), published.WEIGHTS
     files = [path, *published.places_of(name, weights)]
     for preset in PRESETS.values():
-        if preset.unet == unet.text_to_image:
+        if preset.unet == unet.without_inpainting:
             files += short_named(name, preset.name)
     for file in files:
         if file.is_file() or (file.is_dir() and is_model(file)):  # no other folder that has the name by chance

@@ -27,7 +27,7 @@ DAMPING = 0.5
 def reusing(every: int) -> Callable[[UNet], Predict]:
     """A `make_predictor` of `guided` that computes every `every`th step in full.
 
-    Raises ValueError for what is no distance between key steps.
+    Raises ValueError for less than 1.
     """
     if every < 1:
         raise ValueError(f"reuse is {every}, expected 1 (every step is computed in full) or more")
@@ -57,7 +57,7 @@ class Reusing:
         if not self.advance(timestep, list(controls)):
             return self.approximate(x, t, context, self.extrapolated())
         residuals = total_residuals(x, t, context, controls, branch)
-        output, features = self.exact(x, t, context, residuals)
+        output, features = self.full(x, t, context, residuals)
         self.kept = [*self.kept[-1:], (self.timestep, features)]
         return output
 
@@ -72,7 +72,7 @@ class Reusing:
         self.timestep, self.controls = timestep, controls
         return self.since_key == 0
 
-    def exact(
+    def full(
         self, x: Tensor, t: Tensor, context: Tensor, residuals: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The UNet's output, to the bit, and what is kept: the deep features (B, C, h, w) and the first residual."""

@@ -20,7 +20,7 @@ class UNetConfig:
     heads: tuple[int, ...] = (8, 8, 8, 8)  # how many attention heads
     context_width: int = 768
     linear_projections: bool = False  # around a transformer: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
-    fp32_logits: bool = False  # attention logits in fp32 even in half precision: SD 2.1 overflows without it
+    fp32_logits: bool = False  # attention's, on devices that would compute them in half: SD 2.1's exceed fp16
     groups: int = 32  # of every GroupNorm
     latent_channels: int = 4
     inpainting: bool = False  # its encoder also reads the mask, and the latents of what is kept
@@ -46,7 +46,7 @@ class UNetConfig:
         return self.latent_channels + (1 + self.latent_channels) * self.inpainting
 
     @property
-    def text_to_image(self) -> "UNetConfig":
+    def without_inpainting(self) -> "UNetConfig":
         """The same reading latents alone, as the encoders do that ControlNets are copied from."""
         return replace(self, inpainting=False)
 
@@ -102,7 +102,7 @@ class ScheduleConfig:
     """The forward process: betas linear in their square root, and what the UNet predicts."""
 
     prediction: Literal["eps", "v", "x0"] = "eps"
-    zero_terminal_snr: bool = False  # betas rescaled so that x_999 is pure noise, sampled at trailing timesteps
+    zero_terminal_snr: bool = False  # betas rescaled so that x_T is pure noise, sampled at trailing timesteps
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timesteps: int = 1000
@@ -110,7 +110,7 @@ class ScheduleConfig:
     def __post_init__(self):
         check_fields(self)
         if not self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"betas from {self.beta_start} to {self.beta_end} are no schedule")
+            raise ValueError(f"betas from {self.beta_start} to {self.beta_end} do not make a schedule")
         if self.zero_terminal_snr and self.prediction == "eps":  # x_T is pure noise, and eps says nothing about x0
             raise ValueError('zero terminal SNR is impossible with prediction "eps": use "v" or "x0"')
 

@@ -28,7 +28,7 @@ from controlnet.objective import ControlLoss, Drawn, loss_inputs
 from controlnet.training.distributed import Process
 from controlnet.training.latent_cache import encode
 from controlnet.training.optimisation import Optimisation
-from controlnet.training.options import PAPER, TrainSettings
+from controlnet.training.options import FULL_SIZE, TrainSettings
 from controlnet.training.prepare import keep_memory_in_the_loop, prepare_networks, with_packed_encoders
 from controlnet.training.step import Step
 from controlnet.worlds import TINY_CONTROL_OF, WORLDS
@@ -190,7 +190,7 @@ class Training:
 
     def __init__(self, setup: Setup):
         self.side, self.device = setup.size, torch.device(setup.device)
-        chosen = {**PAPER, "lr": LEARNING_RATE, "warmup": 0}
+        chosen = {**FULL_SIZE, "lr": LEARNING_RATE, "warmup": 0}
         settings = TrainSettings(precision=setup.precision, checkpointing=setup.checkpointing, **chosen)
         self.sd = load_base(setup)
         self.control = ControlNet.load(setup.folder / "control.safetensors", self.sd.unet, dtype=torch.float32)

@@ -106,9 +106,9 @@ def control_unet_config(checkpoint: Checkpoint, found: ControlFile) -> UNetConfi
     with description_errors(checkpoint):
         folder = found.prefix.rstrip(".") if found.layout == "diffusers" else None
         if described is not None:
-            return dataclass_from_dict(UNetConfig, described["unet"]).text_to_image
+            return dataclass_from_dict(UNetConfig, described["unet"]).without_inpainting
         if folder in checkpoint.configs:
-            return unet_from_diffusers(checkpoint.configs[folder]).text_to_image
+            return unet_from_diffusers(checkpoint.configs[folder]).without_inpainting
     for config in (SD15, SD21, TINY):
         if config.unet.context_width in context_widths(checkpoint, found.prefix):
             return config.unet

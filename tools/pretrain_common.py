@@ -63,7 +63,7 @@ def train_part(
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, 0.002)
         mean = step_loss.clone() if mean is None else mean.lerp_(step_loss, 0.01)
-        if saves.over(done) or done == steps:
+        if saves.due(done) or done == steps:
             write_state(state, state_of(done, parts))
             log(out, f"{name} step {done} loss {mean.item():.4f} {report(average, done)}")
     return average

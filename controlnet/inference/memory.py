@@ -112,7 +112,7 @@ def bytes_held(sd: StableDiffusion) -> int:
 def parameters(config: Config) -> list[int]:
     """How many the base has, and a ControlNet."""
     with without_weights():
-        networks = StableDiffusion(config), ControlNet(UNet(config.unet.text_to_image))
+        networks = StableDiffusion(config), ControlNet(UNet(config.unet.without_inpainting))
     return [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
 
 

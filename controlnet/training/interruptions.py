@@ -48,7 +48,7 @@ class Signals:
         finally:
             self.waits = False
 
-    def take_save_asked(self) -> bool:
+    def pop_save_request(self) -> bool:
         """Whether a save is asked for since the last call."""
         asked, self.save_asked = self.save_asked, False
         return asked

@@ -10,8 +10,8 @@ class Interval:
         self.steps, self.seconds = (None, 60 * float(text[:-1])) if text.endswith("m") else (int(text), None)
         self.since = time.monotonic()
 
-    def over(self, done: int) -> bool:
-        """Whether it is over after `done` steps; a new one then begins."""
+    def due(self, done: int) -> bool:
+        """Whether it is to be done after `done` steps; a new interval then begins."""
         if self.steps is not None:
             return done % self.steps == 0
         now = time.monotonic()

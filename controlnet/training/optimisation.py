@@ -23,7 +23,7 @@ MOST_SKIPPED = 20
 @torch.no_grad()
 def update_ema(average: AveragedModel, model: nn.Module, decay: float) -> None:
     """An exponential moving average that after n updates decays by (1 + n) / (10 + n) at most, and is the model itself
-    after the first: a short run's average is else mostly what the weights were at its start.
+    after the first: a short run's average would otherwise mostly be what the weights were at its start.
 
     AveragedModel's own `update_parameters` would have the CPU wait for a GPU.
     """
@@ -40,11 +40,12 @@ class Optimisation:
             with optimisation.autocast():
                 loss = ...
             optimisation.backward(loss / len(micro_batches))
-        optimisation.step()
+        norm = optimisation.update()
+        optimisation.finish(norm)
 
-    Gradients add up over any number of `backward` calls until `step`, which scales them down to the norm `clip`. No
-    method waits for a GPU, but for `step` with adamw8bit. With the others `backward` and `update` can be recorded as a
-    CUDA graph, after `prepare_recording`.
+    Gradients add up over any number of `backward` calls until `update`, which scales them down to the norm `clip`. No
+    method waits for a GPU, except `update` with adamw8bit. With the others `backward` and `update` can be recorded as a
+    CUDA graph, after `prepare_recording`; `finish` is the CPU's part of a step.
     `named` are as from `named_parameters()`: errors name the layer. `optimizer` and `shard` are as in `new_optimizer`.
     """
 
@@ -64,7 +65,7 @@ class Optimisation:
         self.device, self.dtype, self.lr, self.clip = device, PRECISIONS[precision], lr, clip
         self.optimizer, self.sharded = new_optimizer(optimizer, named, lr, shard), shard
         self.own = self.optimizer.optim if shard else self.optimizer  # of this process
-        self.can_skip = optimizer != "adamw8bit"
+        self.stays_on_device = optimizer != "adamw8bit"
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule)
         # fp16 gradients below 6e-8 would vanish: the scaler multiplies the loss and divides the gradients again.
         # Disabled, every call on it passes through, so the loop has no branches for precision.
@@ -100,22 +101,18 @@ class Optimisation:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self) -> Tensor:
+    def update(self) -> Tensor:
         """Updates the parameters and returns the gradients' norm before clipping, a scalar on the device.
 
         Where that norm is not finite the step is skipped: the parameters stay as they are, and in fp16 the scale of the
         loss is halved. Raises FloatingPointError, with the layer's name, soon after MOST_SKIPPED in a row.
         """
-        return self.finish(self.update())
-
-    def update(self) -> Tensor:
-        """The device's part of a step -> the norm."""
         self.scaler.unscale_(self.optimizer)
         if self.in_doubt and (problem := not_finite(self.names, self.parameters)):
             raise FloatingPointError(problem)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        if self.can_skip:  # GradScaler's way to tell a fused optimizer: it leaves everything as it is where this is 1
+        if self.stays_on_device:  # a fused one, which leaves everything as it is where `found_inf` is 1
             self.own.found_inf = 1 - norm.isfinite().float()
             if isinstance(self.own, torch.optim.AdamW):  # refuses to be recorded without it, and else warns of it
                 (group,) = self.optimizer.param_groups
@@ -128,7 +125,8 @@ class Optimisation:
         return norm
 
     def finish(self, norm: Tensor) -> Tensor:
-        """The CPU's part of a step, after the `update` that gave this norm -> the norm."""
+        """Counts skipped steps and goes on in the learning rate's schedule, after the `update` that gave this norm ->
+        the norm."""
         if self.last_norm is not None:  # of the step before: by now it has arrived
             (before,) = self.last_norm.read()
             self.skipped_in_a_row = 0 if math.isfinite(before) else self.skipped_in_a_row + 1
@@ -162,8 +160,8 @@ class Optimisation:
 def new_optimizer(
     name: str, named: list[tuple[str, nn.Parameter]], lr: float, shard: bool = False
 ) -> torch.optim.Optimizer:
-    """ "adamw", "muon", or "adamw8bit", which keeps the moments in 8 bits each (Dettmers et al., arXiv 2110.02861) and
-    needs the package bitsandbytes.
+    """ "adamw" (Loshchilov and Hutter, arXiv 1711.05101), "muon", or "adamw8bit", which keeps the moments in 8 bits
+    each (Dettmers et al., arXiv 2110.02861) and needs the package bitsandbytes.
 
     With `shard` each of several processes keeps AdamW's moments of some parameters, updates these and sends them to the
     others (ZeRO, stage 1: Rajbhandari et al., arXiv 1910.02054): the same numbers as without.
@@ -179,7 +177,7 @@ def new_optimizer(
     settings = dict(lr=lr, weight_decay=1e-2, fused=True)
     if not shard:
         return torch.optim.AdamW(parameters, **settings)
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes its time
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
 
     return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
 

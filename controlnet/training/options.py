@@ -26,9 +26,10 @@ from controlnet.common.program import (
 from .other_names import right_names
 from .recipes import RECIPES
 
-# What depends on the base if it is not given: for SD the authors' own values (docs/train.md of lllyasviel/ControlNet),
-# for the small base what converges within minutes.
-PAPER = dict(
+# What depends on the base if it is not given. For SD the optimizer, its learning rate and the batch are those of
+# lllyasviel/ControlNet (docs/train.md); the intervals are ours, and so are `warmup` and `clip`, which that trainer does
+# not have. For the small base what converges within minutes.
+FULL_SIZE = dict(
     optimizer="adamw", lr=1e-5, lr_schedule="constant", batch_size=4, steps=10000, sample_every="250", save_every="10m"
 )
 LAPTOP = dict(
@@ -37,7 +38,7 @@ LAPTOP = dict(
 
 
 def by_base(name: str) -> str:
-    return f"(default: {LAPTOP[name]} for tiny, {PAPER[name]} for SD)"
+    return f"(default: {LAPTOP[name]} for tiny, {FULL_SIZE[name]} for SD)"
 
 
 # The groups of --help; `fixed` settings are the run's own: resuming with another value is refused.
@@ -172,7 +173,7 @@ class TrainSettings:
         "save an exponential moving average of the copy with this decay, e.g. 0.999", type=share, metavar="DECAY"
     )
     min_snr: float | None = in_method(
-        "weigh timesteps by min(SNR, GAMMA), usually 5; not in the validation loss",
+        "count the error in x0 min(SNR, GAMMA) times, not SNR times; usually 5; not in the validation loss",
         type=positive_number,
         metavar="GAMMA",
     )

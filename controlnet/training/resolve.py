@@ -18,7 +18,7 @@ from .data import image_size
 from .distributed import launch, launched_processes, started_again
 from .lr_schedules import lr_schedule_of
 from .opening import open_sources
-from .options import LAPTOP, PAPER, TrainSettings
+from .options import FULL_SIZE, LAPTOP, TrainSettings
 from .recipes import settings_of
 from .run_state import RunFolder
 
@@ -116,7 +116,7 @@ def note_rising_rate(run: RunFolder, before: TrainSettings, now: TrainSettings) 
 
 
 def with_defaults(settings: TrainSettings, config: Config) -> TrainSettings:
-    defaults = LAPTOP if config.name == "tiny" else PAPER
+    defaults = LAPTOP if config.name == "tiny" else FULL_SIZE
     return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
 
 
@@ -144,7 +144,7 @@ def open_base_of(settings: TrainSettings) -> tuple[BaseFile | None, Config]:
 
 
 def control_config(settings: TrainSettings) -> ControlConfig:
-    """The configuration of a fresh ControlNet. Those that are no baselines are full copies that start differently."""
+    """The configuration of a fresh ControlNet. Those that are not baselines are full copies that start differently."""
     built_otherwise = settings.architecture in BASELINES
     return ControlConfig(
         settings.hint_channels,

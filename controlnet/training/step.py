@@ -12,10 +12,10 @@ from .optimisation import Optimisation
 
 
 class Step:
-    """A step of `optimisation` down the gradients of `loss`, as `process` has wrapped it.
+    """One optimizer step on `loss`, the module that `process.wrap_ddp` returned.
 
-    With `record`, on a single GPU, a step of one batch is replayed as a CUDA graph from its second time on: at four
-    images of 512x512 the kernels of SD 1.5 take a CPU longer to ask for than an H200 to compute.
+    With `record`, on a single GPU, a step of one batch is replayed as a CUDA graph from its second time on: to launch
+    the kernels of SD 1.5 for four images of 512x512 takes a CPU longer than an H200 needs to run them.
     """
 
     def __init__(
@@ -23,24 +23,26 @@ class Step:
     ):
         self.loss, self.optimisation, self.process, self.accumulate = loss, optimisation, process, accumulate
         # What waits for other processes or, as adamw8bit does, for the CPU cannot be recorded.
-        can_record = record and process.world_size == accumulate == 1 and optimisation.can_skip
-        self.replayed = recorded(self.complete, process.device) if can_record else self.complete
-        if self.replayed != self.complete:
+        can_record = record and process.world_size == accumulate == 1 and optimisation.stays_on_device
+        compute = self.last_batch_and_update
+        self.replayed = recorded(compute, process.device) if can_record else compute
+        if self.replayed is not compute:  # as on CUDA
             optimisation.prepare_recording()
 
     def __call__(self, next_inputs: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
         """Takes the loss's inputs from `next_inputs`, batch by batch -> the mean loss and the norm of the gradients.
         The device may still be computing both.
 
-        Raises FloatingPointError as `Optimisation.step` does.
+        Raises FloatingPointError as `Optimisation.update` does.
         """
         total = sum(self.add_gradients(next_inputs(), last=False) for _ in range(self.accumulate - 1))
-        complete = self.complete if self.optimisation.in_doubt else self.replayed
-        loss, norm = complete(*next_inputs())
+        # A step in doubt is not replayed: it looks at its gradients on the way.
+        compute = self.last_batch_and_update if self.optimisation.in_doubt else self.replayed
+        loss, norm = compute(*next_inputs())
         return self.process.mean(total + loss), self.optimisation.finish(norm)
 
-    def complete(self, *inputs: Tensor) -> Tensor:
-        """The gradients of the last batch and the update -> (2,): its part of the loss, and the gradients' norm."""
+    def last_batch_and_update(self, *inputs: Tensor) -> Tensor:
+        """-> (2,): the last batch's part of the loss, and the gradients' norm."""
         loss = self.add_gradients(inputs, last=True)
         return torch.stack([loss, self.optimisation.update()])
 

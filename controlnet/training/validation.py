@@ -45,9 +45,9 @@ class Validation:
         """What is logged after `done` steps of the ControlNet in `loss`. Each save is validated, to know the best,
         except that of a run that is being stopped."""
         values = {}
-        if self.loss and (self.losses.over(done) or saving or last):
+        if self.loss and (self.losses.due(done) or saving or last):
             values |= {**self.loss(loss), "zero_convs": zero_conv_norms(loss.control)}
-        if self.preview and (self.grids.over(done) or last):
+        if self.preview and (self.grids.due(done) or last):
             grid = self.run.grid(done)
             with temporarily_on(self.sd.device, self.sd.vae, self.sd.text_encoder):
                 try:

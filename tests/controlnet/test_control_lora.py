@@ -58,7 +58,7 @@ def test_it_goes_with_any_base_of_the_family(sd, made):
     file, meant = made
     assert_same(ControlNet.load(file, for_inpainting(sd)), meant)  # whose first convolution reads more
     packed = copy.deepcopy(sd)
-    pack(packed.unet)  # whose weights are no parameters any more
+    pack(packed.unet)  # whose weights are not parameters any more
     assert_same(ControlNet.load(file, packed), meant)
     other = strengthened(small_sd(SMALLEST))
     weight = "encoder.middle.res1.conv1.weight"

@@ -85,7 +85,7 @@ def test_losses_along_adamw_steps_are_the_published_ones(style, how):
     for _ in range(4):
         value = compute()
         optimisation.backward(value)
-        optimisation.step()
+        optimisation.finish(optimisation.update())
         losses.append(value.item())
     assert losses == pytest.approx(stored("training")[f"{style}/adamw_{how}"].tolist(), rel=1e-5)
 
@@ -144,7 +144,7 @@ def test_gradients_reach_a_fresh_control_from_its_end():
     for _ in range(3):
         optimisation.backward(small_loss(unet, control))
         reached.append(names_with_gradient(control))
-        optimisation.step()
+        optimisation.finish(optimisation.update())
     assert len(output_zero_convs) == 2 * (len(control.encoder.blocks) + 1)
     assert reached[0] == output_zero_convs
     assert reached[1] == output_zero_convs | trunk | last_of_hint_encoder
@@ -159,7 +159,7 @@ def test_a_step_changes_the_control_alone():
     for _ in range(2):
         optimisation.backward(small_loss(unet, control))
         assert all(parameter.grad is None for parameter in unet.parameters())
-        optimisation.step()
+        optimisation.finish(optimisation.update())
     assert all(torch.equal(value, unet_before[key]) for key, value in unet.state_dict().items())
     assert not torch.equal(control.zero_convs[0].weight, control_before["zero_convs.0.weight"])
     assert not torch.equal(control.encoder.blocks[0].conv.weight, control_before["encoder.blocks.0.conv.weight"])
@@ -192,7 +192,7 @@ def test_only_the_middle_learns_and_the_other_residuals_stay_zero():
     optimisation = Optimisation(trained_by(loss), 1e-3, constant_schedule(0), CPU)
     for _ in range(2):
         optimisation.backward(loss(*small_batch()))
-        optimisation.step()
+        optimisation.finish(optimisation.update())
     *skips, middle = zero_conv_norms(control)
     assert skips == [0] * len(control.zero_convs) and middle > 0
     optimisation.backward(loss(*small_batch()))

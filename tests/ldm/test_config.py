@@ -24,7 +24,7 @@ def test_presets_survive_their_description(config):
         (VAEConfig, {"groups": 48}, "128 channels cannot be shared by 48 groups"),
         (TextConfig, {"family": "t5"}, "family is 't5', expected one of clip, open_clip"),
         (TextConfig, {"vocabulary": 100}, "hold no prompt"),
-        (ScheduleConfig, {"beta_end": 1.5}, "are no schedule"),
+        (ScheduleConfig, {"beta_end": 1.5}, "do not make a schedule"),
         (Config, {"name": "x", "resolution": "512"}, "the resolution '512'"),
         (Config, {"name": "x", "text": TextConfig(width=1024, heads=16)}, "are not of one model"),
         (Config, {"name": "x", "vae": VAEConfig(latent_channels=16)}, "are not of one model"),

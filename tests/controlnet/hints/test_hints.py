@@ -399,13 +399,13 @@ def test_a_keypoint_at_no_possible_place_is_missing(tmp_path):
         ('{"people": [{}]}', "it has no 'pose_keypoints_2d'"),
         ('{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}', "3 numbers where those of 18 keypoints or 25"),
         ('{"people": [{"hand_left_keypoints_2d": [1, 2, 3]}]}', "3 numbers where those of 21 keypoints"),
-        ('{"people": [{"pose_keypoints_2d": [[1, 2], [1]]}]}', "its keypoints are no numbers"),
-        ('{"people": [3]}', "a person is no JSON object"),
+        ('{"people": [{"pose_keypoints_2d": [[1, 2], [1]]}]}', "its keypoints are not numbers"),
+        ('{"people": [3]}', "a person is not a JSON object"),
         ('{"people": 3}', "of another type"),
         ('{"keypoints": 3}', "of another type"),
         ('{"keypoints": [1, 2, 3]}', "3 numbers where"),
-        ("[]", "it is no JSON object or list of such"),
-        ("[3]", "it is no JSON object or list of such"),
+        ("[]", "it is not a JSON object or list of such"),
+        ("[3]", "it is not a JSON object or list of such"),
         ('{"people": [{"pose_keypoints_2d": ["a"]}]}', "not readable as a pose"),
         ("[{}]", "it has no 'people'"),
         ('{"people": [], "canvas_width": Infinity}', "not readable as a pose"),
@@ -418,7 +418,7 @@ def test_what_is_no_pose_is_refused_in_a_sentence(tmp_path, text, sentence):
     with pytest.raises(ValueError, match="does not exist"):
         read_pose(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
-    with pytest.raises(ValueError, match="it is no text: the detector openpose finds poses in a photograph"):
+    with pytest.raises(ValueError, match="it is not text: the detector openpose finds poses in a photograph"):
         read_pose(tmp_path / "photo.jpg")
 
 

@@ -93,7 +93,7 @@ def test_a_name_of_a_lora_is_no_word_of_the_prompt():
         ),
         (dict(negative="easynegative, (embedding:ea:1.2)"), 'there is no embedding "ea"'),
         (dict(embedding=["chalk.pt"]), 'there is no embedding "chalk.pt"'),
-        (dict(embedding=["ink"]), "is no embedding for a word of a prompt: it is a LoRA"),
+        (dict(embedding=["ink"]), "is not an embedding for a word of a prompt: it is a LoRA"),
         (dict(prompt="wide"), "is an embedding for SD 2.x (context width 1024), expected a model (context width 16)"),
     ],
 )

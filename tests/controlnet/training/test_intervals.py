@@ -11,7 +11,7 @@ from controlnet.training.intervals import Interval
 
 def test_steps_are_counted_from_the_start_of_the_run():
     every = Interval("3")
-    assert [done for done in range(1, 11) if every.over(done)] == [3, 6, 9]
+    assert [done for done in range(1, 11) if every.due(done)] == [3, 6, 9]
 
 
 def test_minutes_are_counted_from_the_last_time(monkeypatch):
@@ -20,7 +20,7 @@ def test_minutes_are_counted_from_the_last_time(monkeypatch):
     every, at = Interval("1.5m"), []
     for done in range(1, 11):
         now += 40
-        if every.over(done):
+        if every.due(done):
             at.append(done)
     assert at == [3, 6, 9]
 

@@ -54,7 +54,7 @@ def test_a_step_waits_for_nothing(events, precision):
         optimisation = Optimisation(named, 1e-3, constant_schedule(0), torch.device("cuda"), precision)
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-        norm = optimisation.step()
+        norm = optimisation.finish(optimisation.update())
         numbers = Later(norm, norm)
         assert waits.seen == [] and events == ["recorded"] * 2 and numbers.numbers.device.type == "cpu"
         with pytest.raises(Exception, match="_local_scalar_dense"):

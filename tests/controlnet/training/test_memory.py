@@ -20,7 +20,7 @@ from controlnet.objective import ControlLoss
 from controlnet.training.lr_schedules import constant_schedule
 from controlnet.training.memory import Memory, Prediction, table
 from controlnet.training.optimisation import Optimisation
-from controlnet.training.options import PAPER, TrainSettings
+from controlnet.training.options import FULL_SIZE, TrainSettings
 from controlnet.training.resolve import control_config
 from controlnet.training.simulation import StorageCounter, casts_of, size_of
 from ldm import StableDiffusion
@@ -34,7 +34,7 @@ HALF = {"precision": "fp16", "batch_size": 4, "accumulate": 2}
 
 
 def prediction(config=SHALLOW, device=CUDA, world_size=1, validation=0, **settings) -> Prediction:
-    settings = TrainSettings(**{**PAPER, "images": 1, "sample_count": 0, **settings})
+    settings = TrainSettings(**{**FULL_SIZE, "images": 1, "sample_count": 0, **settings})
     return Prediction(config, settings, SIZE, control_config(settings), device, world_size, validation)
 
 
@@ -179,7 +179,7 @@ def test_the_optimizer_works_in_place(optimizer):
             parameter.grad = torch.ones_like(parameter)
         optimisation.scaler.scale(torch.zeros(()))
         with StorageCounter() as counter:
-            optimisation.step()
+            optimisation.finish(optimisation.update())
     largest = max(parameter.nbytes for parameter in net.parameters())
     assert counter.most < (6 * largest if optimizer == "muon" else 0.05 * sum(p.nbytes for p in net.parameters()))
 

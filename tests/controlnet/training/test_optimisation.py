@@ -66,10 +66,10 @@ def test_two_half_batches_are_one_whole_batch():
     optimisation, accumulating = optimise(whole), optimise(halves)
     for _ in range(3):
         optimisation.backward(squared_error(whole, x, y))
-        norm = optimisation.step().item()
+        norm = optimisation.finish(optimisation.update()).item()
         for half in (slice(0, 4), slice(4, 8)):
             accumulating.backward(squared_error(halves, x[half], y[half]) / 2)
-        assert accumulating.step().item() == pytest.approx(norm, rel=1e-5)
+        assert accumulating.finish(accumulating.update()).item() == pytest.approx(norm, rel=1e-5)
     torch.testing.assert_close(parameters_of(halves), parameters_of(whole), rtol=1e-4, atol=1e-6)
 
 
@@ -77,7 +77,7 @@ def test_gradients_are_forgotten_after_a_step():
     model, x, y = regression()
     optimisation = optimise(model)
     optimisation.backward(squared_error(model, x, y))
-    optimisation.step()
+    optimisation.finish(optimisation.update())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -91,7 +91,7 @@ def test_long_gradients_are_clipped_and_short_ones_are_not(precision):
         assert 0.01 < want.norm() < 100
         optimisation = optimise(model, precision=precision, clip=clip)
         optimisation.backward(squared_error(model, x, y))
-        assert optimisation.step().item() == pytest.approx(want.norm().item(), rel=1e-5)
+        assert optimisation.finish(optimisation.update()).item() == pytest.approx(want.norm().item(), rel=1e-5)
         want = want * min(1, clip / want.norm().item())
         torch.testing.assert_close(gradients_in(optimisation), want, rtol=1e-4, atol=1e-6)
 
@@ -106,7 +106,7 @@ def test_each_step_has_its_own_rate():
     optimisation.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     for _ in range(5):
         optimisation.backward(squared_error(model, x, y))
-        optimisation.step()
+        optimisation.finish(optimisation.update())
     assert used == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
 
 
@@ -136,7 +136,7 @@ def train(optimisation, loss, steps):
         with optimisation.autocast():
             value = loss(step)
         optimisation.backward(value)
-        optimisation.step()
+        optimisation.finish(optimisation.update())
         losses.append(value.item())
     return losses
 
@@ -173,7 +173,7 @@ def test_an_optimizer_that_makes_parameters_contiguous_does_not_undo_channels_la
     before = parameters_of(model)
     for _ in range(2):
         optimisation.backward(model(torch.ones(1, 3, 8, 8)).square().sum())
-        optimisation.step()
+        optimisation.finish(optimisation.update())
     assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in model)
     assert not torch.equal(parameters_of(model), before)
 
@@ -200,26 +200,26 @@ def test_fp16_gradients_do_not_vanish():
     with optimisation.autocast():
         output = model(torch.ones(1, 4))
     optimisation.backward((1e-9 * output.float()).sum())
-    assert optimisation.step().item() == pytest.approx(4e-9, rel=1e-2)
+    assert optimisation.finish(optimisation.update()).item() == pytest.approx(4e-9, rel=1e-2)
 
 
 def test_a_step_that_overflows_changes_the_loss_scale_alone():
     model, x, y = regression()
     optimisation = optimise(model, precision="fp16")
     optimisation.backward(squared_error(model, x, y))
-    optimisation.step()
+    optimisation.finish(optimisation.update())
     before, scale = parameters_of(model), optimisation.scaler.get_scale()
     moments = copy.deepcopy(optimisation.optimizer.state_dict()["state"])
 
     optimisation.backward(squared_error(model, x, y) * float("inf"))
-    assert not math.isfinite(optimisation.step())
+    assert not math.isfinite(optimisation.finish(optimisation.update()))
     assert torch.equal(parameters_of(model), before)
     assert optimisation.scaler.get_scale() == scale / 2
     for i, values in optimisation.optimizer.state_dict()["state"].items():
         assert all(torch.equal(values[name], moments[i][name]) for name in ("exp_avg", "exp_avg_sq", "step"))
 
     optimisation.backward(squared_error(model, x, y))
-    assert math.isfinite(optimisation.step())
+    assert math.isfinite(optimisation.finish(optimisation.update()))
     assert not torch.equal(parameters_of(model), before)
 
 
@@ -263,7 +263,7 @@ def test_the_loss_scale_is_resumed(tmp_path):
     optimisation = optimise(model, precision="fp16")
     for factor in (1, float("inf"), float("inf")):
         optimisation.backward(squared_error(model, x, y) * factor)
-        optimisation.step()
+        optimisation.finish(optimisation.update())
     save_state(tmp_path / "state.pt", 3, optimisation=optimisation)
     fresh = optimise(regression()[0], precision="fp16")
     assert fresh.scaler.get_scale() != optimisation.scaler.get_scale()
@@ -364,11 +364,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(optimizer, precision):
     model, x, y = regression()
     optimisation, before = optimise(model, precision=precision, optimizer=optimizer), parameters_of(model)
     optimisation.backward(squared_error(model, x * math.nan, y))
-    assert math.isnan(optimisation.step())
+    assert math.isnan(optimisation.finish(optimisation.update()))
     assert torch.equal(parameters_of(model), before)
     for _ in range(2):  # a step's norm is looked at in the next one
         optimisation.backward(squared_error(model, x, y))
-        optimisation.step()
+        optimisation.finish(optimisation.update())
     assert not torch.equal(parameters_of(model), before) and parameters_of(model).isfinite().all()
     assert optimisation.skipped_in_a_row == 0
 
@@ -380,7 +380,7 @@ def test_many_skipped_steps_stop_the_run_with_the_layers_name():
     with pytest.raises(FloatingPointError, match="20 steps in a row .*0.weight"):
         for _ in range(22):
             optimisation.backward(squared_error(model, x, y))
-            optimisation.step()
+            optimisation.finish(optimisation.update())
     assert torch.equal(parameters_of(model), before) and optimisation.skipped_in_a_row == 20
 
 
@@ -389,7 +389,7 @@ def test_a_run_that_recovers_in_time_goes_on():
     optimisation, before = optimise(model), parameters_of(model)
     for factor in [math.inf] * 20 + [1] * 2:
         optimisation.backward(squared_error(model, x, y) * factor)
-        optimisation.step()
+        optimisation.finish(optimisation.update())
     assert optimisation.skipped_in_a_row == 0 and not torch.equal(parameters_of(model), before)
 
 
@@ -399,7 +399,7 @@ def test_a_loss_that_is_not_finite_is_called_that():
     with pytest.raises(FloatingPointError, match="the loss is not"):
         for _ in range(22):
             optimisation.backward(squared_error(model, x, y) * math.nan)
-            optimisation.step()
+            optimisation.finish(optimisation.update())
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])

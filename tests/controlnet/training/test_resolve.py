@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from small import SMALLEST, small_sd
 
-from controlnet.training.options import LAPTOP, PAPER, TrainSettings, parse_args
+from controlnet.training.options import FULL_SIZE, LAPTOP, TrainSettings, parse_args
 from controlnet.training.resolve import resolve, with_defaults
 from controlnet.training.run_state import Position, RunFolder, state_of, write_state
 from ldm.config import TINY
@@ -22,7 +22,7 @@ def settings_of(base, out, words):
     return resolve(parse_args("", ["--base", base, "--out", str(out), *words.split()]))
 
 
-@pytest.mark.parametrize("config, defaults", [(SMALLEST, PAPER), (TINY, LAPTOP)])
+@pytest.mark.parametrize("config, defaults", [(SMALLEST, FULL_SIZE), (TINY, LAPTOP)])
 def test_what_nobody_gives_depends_on_the_base(config, defaults):
     settings = with_defaults(TrainSettings(lr=0.5), config)
     assert {name: getattr(settings, name) for name in defaults} == {**defaults, "lr": 0.5}

@@ -78,7 +78,7 @@ def test_control_sets_in_where_hints_tell_what_to_paint(sd):
     optimisation = Optimisation(control.named_parameters(), 3e-3, constant_schedule(0), torch.device("cpu"), clip=1.0)
     for step in range(15):
         optimisation.backward(loss(*made.inputs[0], made.hints))
-        optimisation.step()
+        optimisation.finish(optimisation.update())
         if step % 3 == 2:
             values = made(loss)
             convergence.news(step + 1, values["validation_loss"], values["control_measure"])

@@ -73,7 +73,8 @@ class HintAtInput(ControlNet):
     A convolution of [x, features] is one of x plus one of the features. So a first convolution that is widened for the
     features gives what the base's own gives, plus what the hint encoder's last one gives, which starts at zero. The
     encoder behind it, locked as in the base, then sees the hint. The residuals are how much its outputs change by that:
-    with them the decoder gets exactly what such a base, which would run its encoder once and not three times, gives it.
+    with them the decoder gets exactly what it would get in such a base. That would run its encoder once; here it runs
+    three times.
     """
 
     architecture = "concat"

@@ -14,8 +14,8 @@ class ControlConfig:
 
     hint_channels: int = 3
     hint_widths: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)  # of the hint encoder's convolutions but the last
-    # Each residual is replaced by its mean over all positions, as in ControlNet 1.1's shuffle model. The network does
-    # nothing more: such a control also stays out of the negative prompt's branch, which is the caller's part
+    # Each residual is replaced by its mean over all positions, as in ControlNet 1.1's shuffle model. The network only
+    # averages: to keep such a control out of the negative prompt's branch, too, is the caller's part
     # (`Control.prompt_only`).
     global_average_pooling: bool = False
     # "lite" has one convolution in place of each copied block: the paper's ablation, section 4.2. "concat" has the hint

@@ -51,15 +51,15 @@ def guided(
     sampled: only controls that act in a part of the steps need them. `make_predictor` gives what computes the UNet with
     its controls: `exact` by default, or reuse.py's faster, approximate one.
 
-    Raises ValueError if `timesteps` are needed and missing; `denoise` does for several hints or masks that are not one
-    for each of its x.
+    Raises ValueError if `timesteps` are needed and missing; `denoise` raises it if there are several hints or masks,
+    but not one for each sample of x.
     """
     prepared = [PreparedControl(control, timesteps) for control in controls]
     make_predictor = make_predictor or exact
-    predict, predict_negative = make_predictor(unet), make_predictor(unet)
+    predict, predict_negative = make_predictor(unet), make_predictor(unet)  # reuse.py's keeps its branch's features
 
     def denoise(x: Tensor, t: Tensor, timestep: float | None = None) -> Tensor:
-        timestep = t[0].item() if timestep is None else timestep  # which waits for the device: samplers give it
+        timestep = t[0].item() if timestep is None else timestep  # .item() waits for the GPU
         acting = [control for control in prepared if control.acts(timestep)]
         for control in acting:
             control.check_batch(len(x))
@@ -197,7 +197,7 @@ def check_net(net: ControlNet) -> None:
 
 
 def check_range(start: float, end: float) -> None:
-    """Raises ValueError for what is no range of fractions of the steps."""
+    """Raises ValueError for what is not a range of fractions of the steps."""
     if not 0 <= start < end <= 1:
         raise ValueError(f"a control acts from {start} to {end} of the steps, expected 0 <= start < end <= 1")
 

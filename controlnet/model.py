@@ -54,7 +54,8 @@ class HintEncoder(Checkpointed):
             nn.Conv2d(a, b, 3, stride, padding=1) for (a, b), stride in zip(pairwise(widths), HINT_STRIDES, strict=True)
         )
         for conv in self.convs:
-            # Gaussian, as in the paper. PyTorch's default shrinks the signal by 3x per layer, and control sets in late.
+            # Gaussian, as the paper says. PyTorch's default, which the released code leaves, shrinks the signal to a
+            # third in each layer, and control sets in later.
             kaiming_normal_(conv.weight, nonlinearity="relu")
         self.convs.append(zero_conv(widths[-1], c_out, kernel=3))
 

@@ -1,4 +1,4 @@
-"""The training step of a ControlNet: what is drawn at random for a sample, what the networks get, and the loss.
+"""What a ControlNet is trained to do: what is drawn at random for a sample, what the networks get, and the loss.
 
     E || eps - eps_theta(z_t, t, c_t, c_f) ||^2        over z0, t, c_t, c_f and eps        (arXiv 2302.05543v3, Eq. 5)
 
@@ -48,7 +48,7 @@ class Draws:
 
     latent_shape: tuple[int, int, int]  # (4, h, w), where a call gives no other
     timesteps: int  # T of the schedule
-    prompt_dropout: float  # 0.5 by default and in the paper (section 3.3): hints must be read without one, too
+    prompt_dropout: float  # 0.5 in the paper (section 3.3): hints must be understood without a prompt, too
     seed: int
 
     def __call__(self, positions: Iterable[int], latent_shape: Sequence[int] | None = None) -> Drawn:
@@ -83,14 +83,14 @@ class EncodedPairs(NamedTuple):
 
 
 def loss_inputs(
-    encoded: EncodedPairs, hint: Tensor, drawn: Drawn, latent_scale: float, empty_prompt: Tensor, device: torch.device
+    pairs: EncodedPairs, hint: Tensor, drawn: Drawn, latent_scale: float, empty_prompt: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> z0, noise, t, context and hint on `device`, for `ControlLoss`.
 
     z0 is a fresh sample of the posterior, as in the released code, not its mean; it is scaled to unit standard
     deviation. Dropped prompts become `empty_prompt` (1, 77, D), the text encoder's output for "".
     """
-    mean, logvar, context, hint = (sent(tensor, device) for tensor in (*encoded, hint))
+    mean, logvar, context, hint = (sent(tensor, device) for tensor in (*pairs, hint))
     t, noise, posterior_noise, dropped = (sent(tensor, device) for tensor in drawn)
     z0 = latent_scale * Posterior(mean.float(), logvar.float()).sample(posterior_noise)
     context = torch.where(dropped[:, None, None], empty_prompt, context)
@@ -104,7 +104,7 @@ class ControlLoss(nn.Module):
     """The loss as a module's forward pass, which DistributedDataParallel and torch.compile can wrap.
 
     Gradients go to the control and, if it is unlocked, to the decoder. `min_snr` is the gamma of `min_snr_weights`;
-    None weighs all timesteps alike.
+    None weights all timesteps alike.
     """
 
     def __init__(self, unet: UNet, control: ControlNet, schedule: Schedule, min_snr: float | None = None):

@@ -15,7 +15,7 @@ class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., arXiv 1706.03762) of x (B, N, C) to a context (B, M, D) -> (B, N, C).
 
     q, k and v have no bias, as in the released models. `heads` is their number. With `fp32_logits` the logits q k^T are
-    fp32 even under autocast or with half-precision weights: SD 2.1's exceed the range of fp16.
+    fp32 on every device, also under autocast or with half-precision weights: SD 2.1's exceed the range of fp16.
     """
 
     def __init__(self, width: int, context_width: int, heads: int, fp32_logits: bool = False):
@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(c)) v for q (B, heads, N, c), k and v (B, heads, M, c) -> like q."""
-        # CUDA's kernels, fused or not, sum up logits in fp32 whatever q and k are; those of mps do not. Those of CPUs
+        # CUDA's kernels, fused or not, compute logits in fp32 whatever q and k are; those of mps do not. Those of CPUs
         # do, but their backward pass takes two to three times as long in bf16 as in fp32.
         if self.fp32_logits and q.device.type != "cuda" and q.dtype != torch.float32:
             with torch.autocast(q.device.type, enabled=False):

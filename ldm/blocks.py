@@ -1,4 +1,5 @@
-"""The convolutional parts of the UNet: time embedding, residual block, downsampling, upsampling.
+"""The convolutional parts of the UNet: time embedding (Ho et al., arXiv 2006.11239), residual block, downsampling,
+upsampling (Dhariwal and Nichol, arXiv 2105.05233).
 
 Shapes: B batch, C channels, h and w height and width, T width of the time embedding.
 """

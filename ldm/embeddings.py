@@ -37,7 +37,7 @@ class EmbeddingTokenizer(Tokenizer):
         self.name_of = {i: name for name, ids in self.ids_of.items() for i in ids}
 
     def encode(self, text: str) -> list[int]:
-        """What stands between the names is read without them."""
+        """Text between the names is tokenised as usual."""
         ids, end = [], 0
         for found in self.names.finditer(text):
             own = self.ids_of.get(found[1].lower())

@@ -1,8 +1,8 @@
 """From noise to a latent: each sampler is one function of a step, under the same loop, with its timesteps (`SAMPLERS`).
 
 `denoise(x, t, timestep)` gives the UNet's raw output for x (B, C, h, w) and t (B,), which is filled with the number
-`timestep`; conditions and guidance are inside it. To read that number from t on a GPU would be to wait for it, and the
-CPU waits nowhere in the loop: so the GPU always has the next work in its queue.
+`timestep`; conditions and guidance are inside it. Reading that number from t would make the CPU wait for the GPU.
+Nothing in the loop does, so the GPU's queue never runs empty.
 x keeps its dtype throughout: pass fp32 even where the network inside `denoise` computes in half precision. Nothing is
 changed in place.
 
@@ -123,8 +123,8 @@ def ddim_sigma(a: float, a_next: float, eta: float) -> float:
 def ddpm_step(now: Prediction, a_next: float, *, noise: Noise, **_: Any) -> Tensor:
     """Ancestral sampling (Ho et al., arXiv 2006.11239, Alg. 2): a draw from q(x_next | x, x0), Eq. 6 and 7.
 
-    With the smaller fixed variance, beta as large as the step from `a_next` to `a` makes it, and without clipping x0.
-    The last step adds no noise. k-diffusion's "Euler ancestral" is the same, at other timesteps.
+    With the smaller of DDPM's two variances, for the beta of the step from `a_next` to `a`; x0 is not clipped. The last
+    step adds no noise. k-diffusion's "Euler ancestral" is the same, at other timesteps.
     """
     a, beta = now.alpha_bar, 1 - now.alpha_bar / a_next
     mean = a_next**0.5 * beta / (1 - a) * now.x0 + (1 - beta) ** 0.5 * (1 - a_next) / (1 - a) * now.x

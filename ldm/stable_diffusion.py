@@ -38,7 +38,7 @@ class StableDiffusion(nn.Module):
         self.text_encoder = TextEncoder(config.text)
         self.loras: tuple[str, ...] = ()  # the names of those that were merged into the weights
         self.tokenizer = Tokenizer(config.text)
-        # Its tables are no parameters: they stay on the CPU when the model is built elsewhere, as `load` does.
+        # Its tables are not parameters: they stay on the CPU when the model is built elsewhere, as `load` does.
         with torch.device("cpu"):
             self.schedule = Schedule(config.schedule)
 

@@ -1,4 +1,5 @@
-"""The CLIP text transformer (Radford et al., arXiv 2103.00020): token ids -> the context that the UNet attends to.
+"""The CLIP text transformer: token ids -> the context that the UNet attends to. SD 1.x has OpenAI's (Radford et al.,
+arXiv 2103.00020), SD 2.x OpenCLIP's (Cherti et al., arXiv 2212.07143).
 
 Shapes: B batch, M tokens of the prompt, D width of the text model.
 """

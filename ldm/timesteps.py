@@ -16,9 +16,9 @@ LCM_TRAINED = 50  # of the T timesteps, those at which a consistency model was d
 def ddim_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """DDIM's "uniform" timesteps of the released code: 1, 1 + T // steps, 1 + 2 (T // steps) ..., here falling.
 
-    There may be more of them than `steps`: 30 gives 31. For some `steps` (3, 9, 27, 36, 101, more than 500 ...) the
-    last one would be T, where the released code fails: these get exactly `steps` evenly spaced ones. Trailing for zero
-    terminal SNR.
+    There may be more of them than `steps`: 30 gives 31. Where T // steps divides T - 1 (for T = 1000: 3, 9, 27, 36, 37,
+    101-111, 251-333 and all above 500) the last one would be T, and the released code fails: these get exactly `steps`
+    evenly spaced ones. Trailing for zero terminal SNR.
     """
     T = _check_steps(schedule, steps)
     if schedule.config.zero_terminal_snr:

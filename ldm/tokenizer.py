@@ -56,7 +56,7 @@ class Tokenizer:
         merges = config.vocabulary - 514  # the rest are bytes and special tokens
         self.byte_ids, self.values, self.merges = load_merges(merges)
         self.words = re.compile(f"{SPECIAL}|{WORD}" if config.family == "clip" else WORD, re.IGNORECASE)
-        self.inner: frozenset[int] = frozenset()  # with which no chunk of a prompt may begin: see embeddings.py
+        self.inner: frozenset[int] = frozenset()  # ids inside an embedding: no chunk of a prompt may begin with one
         self.known = {}  # word -> ids, since prompts repeat words
         if config.family == "clip":
             self.known = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}

@@ -1,4 +1,5 @@
-"""The UNet as an encoder and a decoder: epsilon_theta(x_t, t, c) of Rombach et al., arXiv 2112.10752.
+"""The UNet (Ronneberger et al., arXiv 1505.04597) as an encoder and a decoder: epsilon_theta(x_t, t, c) of Rombach et
+al., arXiv 2112.10752.
 
 The encoder of SD 1.5 at 512x512 is these twelve blocks and a middle. Each block's output is also a skip connection:
 
@@ -182,9 +183,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
         """The raw output (B, 4, h, w): eps, v or x0, as the schedule says.
 
-        x (B, 4, h, w), or with what inpainting models read beside it (B, 9, h, w): the latents, the mask (1 is made
-        anew), and the latents of the image without that; t (B,), context (B, M, D). `control` are residuals for the
-        skips and the middle, as a ControlNet gives them.
+        x (B, 4, h, w) or, for inpainting models, (B, 9, h, w): the latents, the mask (1 is made anew) and the masked
+        image's latents; t (B,), context (B, M, D). `control` are residuals for the skips and the middle, as a
+        ControlNet gives them.
         """
         return self.decode(self.encoder(x, t, context), context, control)
 

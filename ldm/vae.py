@@ -1,5 +1,6 @@
 """The autoencoder whose latent space is diffused: images (B, 3, H, W) <-> latents (B, 4, H/8, W/8).
 
+A variational autoencoder (Kingma and Welling, arXiv 1312.6114) with VQGAN's networks (Esser et al., arXiv 2012.09841):
 Rombach et al., arXiv 2112.10752, as released with SD 1.x and 2.x. Images are RGB in [-1, 1]; every GroupNorm has
 epsilon 1e-6. As in the released files, levels are numbered from fine to coarse in the encoder and the decoder alike, so
 the decoder runs them in reverse.

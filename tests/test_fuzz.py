@@ -183,7 +183,7 @@ LIES = {
     "a shape too large": safetensors_file({HINT: entry(shape=(2**39, 2**39))}, bytes(8)),
     "a million dimensions": safetensors_file({HINT: entry(shape=[1] * 10**6)}, bytes(8)),
     "a negative size": safetensors_file({HINT: entry(shape=(-2, -1))}, bytes(8)),
-    "sizes that are no numbers": safetensors_file({HINT: entry(shape=(True, "2"))}, bytes(8)),
+    "sizes that are not numbers": safetensors_file({HINT: entry(shape=(True, "2"))}, bytes(8)),
     "beyond the file": safetensors_file({HINT: entry(offsets=(800, 808))}, bytes(8)),
     "backwards": safetensors_file({HINT: entry(offsets=(8, 0))}, bytes(8)),
     "two tensors in one place": safetensors_file({HINT: entry(), "b": entry()}, bytes(8)),

@@ -1046,7 +1046,7 @@ def test_an_error_is_one_sentence_and_nothing_is_written(weights, place, capsys,
     before = sorted(place.rglob("*"))
     assert run(*options.format(weights=weights).split()) == 2
     printed = capsys.readouterr()
-    # The notice of the example hint is no error.
+    # The notice of the example hint is not an error.
     (line,) = [line for line in notes(printed) if "taking" not in line and "stretched" not in line]
     assert line.startswith("infer.py: " + message.format(weights=weights))
     assert printed.out == ""

@@ -64,7 +64,7 @@ def check_output(out: Path, force: bool) -> None:
 def check_place(out: Path) -> None:
     place = free_place(out.absolute().parent)
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f'"{out}" cannot be written: "{place}" is no folder that you may write to, give another')
+        raise ValueError(f'"{out}" cannot be written: "{place}" is not a folder that you may write to, give another')
 
 
 def check_picture(out: Path, option: str) -> None:

@@ -44,7 +44,7 @@ class Contents:
 def contents(checkpoint: Checkpoint, preset: Config | None = None) -> Contents:
     """`preset` as `find` knows it by the file's name.
 
-    Never raises for a file that could be opened: what is no model is described as `kind`.
+    Never raises for a file that could be opened: what is not a model is described as `kind`.
     """
     base, bad_base = attempt(identify, checkpoint, None, False, preset)
     control, bad_control = attempt(recognise_control, checkpoint)

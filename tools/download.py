@@ -89,7 +89,7 @@ def chosen(names: list[str]) -> list[str]:
     spread = [one for name in names for one in (CONTROLS if name == "controls" else [name])]
     unknown = [name for name in spread if name not in MODELS]
     if unknown or not names:
-        what = f'"{unknown[0]}" is no known model' if unknown else "there is no NAME"
+        what = f'"{unknown[0]}" is not a known model' if unknown else "there is no NAME"
         raise ValueError(f"{what}, expected some of {', '.join(MODELS)} or controls")
     return list(dict.fromkeys(spread))
 

@@ -83,7 +83,7 @@ def held_out(sd: StableDiffusion, recipe: str, file: Path, count: int) -> list[S
     if run.settings_file.exists():
         settings = TrainSettings(**from_json(TrainSettings, run.written()["settings"], str(run.settings_file)))
         if settings.recipe != recipe:
-            raise ValueError(f'"{run.path}" is no run of train.py --recipe {recipe}: give one, or its file alone')
+            raise ValueError(f'"{run.path}" is not a run of train.py --recipe {recipe}: give one, or its file alone')
     else:
         settings = TrainSettings(recipe=recipe, **settings_of(recipe, {}, sd.config.resolution))
     if settings.data in WORLDS:

@@ -99,7 +99,7 @@ def load_judge(file: Path = JUDGE) -> Judge:
     try:
         judge.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{file} is no judge of this version: train it with python -m tools.judge") from error
+        raise ValueError(f"{file} is not a judge of this version: train it with python -m tools.judge") from error
     return judge.float().eval()
 
 

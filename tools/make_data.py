@@ -47,7 +47,7 @@ def make(args: argparse.Namespace) -> None:
         save_png(Image.fromarray(sample.hint), args.out / names["source"], {})
         save_png(Image.fromarray(sample.image), args.out / names["target"], {})
         lines.append(json.dumps({**names, "prompt": sample.caption}))
-    write_text(args.out / "prompt.json", "\n".join(lines) + "\n")  # last: a folder without it is no dataset
+    write_text(args.out / "prompt.json", "\n".join(lines) + "\n")  # last: a folder without it is not a dataset
     print(f"train with: python train.py --data {args.out}")
 
 

@@ -24,7 +24,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError for what is no JSON, and if it is nested so deeply that a walk through it could exhaust
+    """Raises ValueError for what is not JSON, and if it is nested so deeply that a walk through it could exhaust
     Python's stack."""
     try:
         value = json.loads(text)

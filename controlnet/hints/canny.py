@@ -80,7 +80,7 @@ def is_ridge(strength: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray
 def connected(candidates: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """bool (H, W): the candidates that a chain of adjacent (8-connected) candidates joins to a seed."""
     height, width = candidates.shape
-    waiting = np.pad(candidates & ~seeds, 1).ravel()  # the margin is no candidate, so no chain leaves the image
+    waiting = np.pad(candidates & ~seeds, 1).ravel()  # the margin is not a candidate, so no chain leaves the image
     reached = np.pad(seeds, 1).ravel()
     row = width + 2
     around = np.array([-row - 1, -row, -row + 1, -1, 1, row - 1, row, row + 1])

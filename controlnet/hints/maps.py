@@ -96,7 +96,7 @@ def read_map(path: str | Path) -> np.ndarray:
         arrays = read_arrays(path)
         if len(arrays) != 1:
             raise ValueError(f'"{path}" has {len(arrays)} arrays ({", ".join(arrays)}), expected one')
-        values = np.asarray(arrays.popitem()[1])  # a file within that is no array becomes one of bytes
+        values = np.asarray(arrays.popitem()[1])  # a file within that is not an array becomes one of bytes
     else:
         values = image_values(path)
     if values.dtype.kind not in "biuf":

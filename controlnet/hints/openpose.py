@@ -107,7 +107,7 @@ def read_pose(path: str | Path) -> Pose:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         what = error
         if isinstance(error, UnicodeDecodeError):
-            what = "it is no text: the detector openpose finds poses in a photograph, and a drawn pose needs none"
+            what = "it is not text: the detector openpose finds poses in a photograph, and a drawn pose needs none"
         elif isinstance(error, KeyError):
             what = f"it has no {error}"
         elif not isinstance(error, ValueError):
@@ -120,10 +120,10 @@ def read_pose(path: str | Path) -> Pose:
 
 
 def first_frame(content: Any) -> dict:
-    """Of a list of frames, which some editors write, the first. Raises ValueError for what is no frame."""
+    """Of a list of frames, which some editors write, the first. Raises ValueError for what is not a frame."""
     frames = content if isinstance(content, list) else [content]
     if not frames or not isinstance(frames[0], dict):
-        raise ValueError("it is no JSON object or list of such")
+        raise ValueError("it is not a JSON object or list of such")
     if len(frames) > 1:
         warnings.warn(f"the pose file has {len(frames)} frames: taking the first", stacklevel=2)
     return frames[0]
@@ -136,7 +136,7 @@ def people_in(frame: dict) -> list[dict]:
     people = [frame] if BODY in frame else frame["people"]
     for person in people:
         if not isinstance(person, dict):
-            raise ValueError("a person is no JSON object")
+            raise ValueError("a person is not a JSON object")
         if not {BODY, *HANDS, FACE} & person.keys():
             raise KeyError(BODY)
     return people
@@ -156,7 +156,7 @@ def keypoints_of(numbers: Sequence, counts: tuple[int, ...]) -> np.ndarray:
     try:
         values = np.array(numbers, dtype=np.float64)  # None becomes NaN
     except (ValueError, TypeError) as error:
-        raise ValueError("its keypoints are no numbers, or not as many for each point") from error
+        raise ValueError("its keypoints are not numbers, or not as many for each point") from error
     for count, wide in ((count, wide) for count in counts for wide in (2, 3)):
         if values.shape in ((count * wide,), (count, wide)):
             points = values.reshape(count, wide)

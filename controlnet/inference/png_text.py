@@ -25,7 +25,7 @@ def png_texts(settings: dict) -> dict[str, str]:
 def read_texts(path: str | Path) -> tuple[dict | None, str | None]:
     """-> what infer.py recorded in an image, and A1111's text, each None if it is not there.
 
-    Raises ValueError for a file that is no PNG, and for a text that infer.py does not write.
+    Raises ValueError for a file that is not a PNG, and for a text that infer.py does not write.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -37,7 +37,7 @@ def read_texts(path: str | Path) -> tuple[dict | None, str | None]:
     try:
         settings = parse_json(texts[KEY]) if KEY in texts else None
         if KEY in texts and not isinstance(settings, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except ValueError as error:
         raise ValueError(f'"{path}" does not say how it was made ({error}): give a PNG that infer.py made') from error
     return settings, texts.get(A1111_KEY)

@@ -104,7 +104,7 @@ def joined(pieces: list[Piece | None]) -> list[list[Piece]]:
 
 
 def lora_tags(prompt: str) -> list[tuple[str, float]]:
-    """The LoRAs that a prompt names, and their strengths, by default 1. Raises ValueError for one that is no number."""
+    """The LoRAs that a prompt names, with their strengths (default: 1). Raises ValueError for what is not a number."""
     tags = []
     for found in LORA_TAG.finditer(prompt):
         try:

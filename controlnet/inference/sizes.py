@@ -40,8 +40,8 @@ def default_size(config: Config, image: Image.Image | None = None) -> Size:
 
 
 def image_size(config: Config, controls: Sequence[Control], size: Size | None, init: Init | None = None) -> Size:
-    """`size`, or the default that `generate` describes. Raises TypeError for what is no size, ValueError for one that
-    the model cannot make or that is not the size of a hint that is a tensor."""
+    """`size`, or the default that `generate` describes. Raises TypeError for what is not a size, ValueError for one
+    that the model cannot make or that is not the size of a hint that is a tensor."""
     if size is not None:
         if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, Integral) for side in size):
             raise TypeError(f"the size is {size!r}, expected (height, width) in pixels")
@@ -84,7 +84,7 @@ def check_cfg(cfg: float) -> None:
 
 
 def check_seeds(seed: int, count: int) -> None:
-    """Raises TypeError for what is no whole number, ValueError if an image's seed is none of the `SEEDS`."""
+    """Raises TypeError for what is not a whole number, ValueError if an image's would not be below `SEEDS`."""
     if not isinstance(seed, Integral):
         raise TypeError(f"the seed is {seed!r}, expected a whole number")
     last = SEEDS - max(1, count)

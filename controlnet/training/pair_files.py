@@ -50,7 +50,7 @@ def last_exif(png: Path) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """Raises BadSample if there is no such file, or if it is no array and does not begin as an image."""
+    """Raises BadSample if there is no such file, or if it is not an array and does not begin as an image."""
     if not path.is_file():
         raise BadSample(f'"{path}" does not exist')
     if path.suffix.lower() != ".npy":

@@ -35,7 +35,7 @@ PANELS = (
 
 
 def scalars(values: dict) -> dict[str, float]:
-    """The numbers of a log line by name, those of a list as name/0, name/1 ...; what is no number is left out."""
+    """The numbers of a log line by name, those of a list as name/0, name/1 ...; what is not a number is left out."""
     numbers = {}
     for name, value in values.items():
         if isinstance(value, list):

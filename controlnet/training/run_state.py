@@ -16,8 +16,8 @@ OUT/tracker-id             by which wandb or trackio know the run
 OUT/.lock                  which process writes there (lock.py)
 
 A state holds the number of steps done, the ControlNet's parameters, the states of optimizer, learning-rate schedule and
-loss scaler, the position in the data, and, where there are any, the unlocked decoder and the EMA. It has no random
-states: all that is random follows from the seed and the position (objective.py).
+loss scaler, the position in the data, the lowest validation loss, and, where there are any, the unlocked decoder and
+the EMA. It has no random states: all that is random follows from the seed and the position (objective.py).
 """
 
 import json

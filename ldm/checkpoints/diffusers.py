@@ -74,7 +74,7 @@ def widths_from_diffusers(values: dict, default: list[int]) -> tuple[int, tuple[
     if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
         raise TypeError(f"block_out_channels is {widths!r:.80}")
     if not widths or any(width % widths[0] for width in widths):
-        raise ValueError(f"block_out_channels {widths!s:.80} are no multiples of the first")
+        raise ValueError(f"block_out_channels {widths!s:.80} are not multiples of the first")
     return widths[0], tuple(width // widths[0] for width in widths)
 
 

@@ -75,7 +75,7 @@ def read_loras(names: Sequence[str], unet: UNet, text_encoder: TextEncoder) -> l
     """Each of FILE or FILE:STRENGTH, where FILE may be a name in weights/ or weights/loras/. No weights are read.
 
     Raises CheckpointError if there is no such file, if it is something else or for another family, or if anything in
-    it fits nowhere; ValueError for a strength that is not finite, TypeError for names that are no list of texts.
+    it fits nowhere; ValueError for a strength that is not finite, TypeError for names that are not a list of texts.
     """
     if isinstance(names, str | Path) or not all(isinstance(name, str) for name in names):
         raise TypeError(f'loras is {names!r:.80}, expected a list of texts such as ["ink.safetensors:0.8"]')
@@ -193,7 +193,7 @@ def described_settings(checkpoint: Checkpoint) -> dict[str, dict]:
                 raise Damaged("it asks for rslora, whose scale is another")
             alphas = [settings.get("lora_alpha", 1), *dict(settings.get("alpha_pattern") or {}).values()]
             if not all(isinstance(alpha, int | float) for alpha in alphas):
-                raise Damaged("its alpha is no number")
+                raise Damaged("its alpha is not a number")
     except (Damaged, TypeError, ValueError) as error:
         raise CheckpointError(
             f'"{checkpoint.path}" describes itself in a way that is not known ({error!s:.200}): save it as kohya\'s '

@@ -33,7 +33,7 @@ CALLED = re.compile(
 )
 MOST_INSTRUCTIONS = 500_000  # 30 for each tensor, and a whole base with its optimizer has 3,000
 MOST_WORK = 5_000_000  # objects handed to calls: 20 for each tensor
-MOST_HASHED = 10_000  # keys that are no text: an optimizer has one for each parameter
+MOST_HASHED = 10_000  # keys that are not text: an optimizer has one for each parameter
 BULK = 50  # from here on what is handed to a call counts as keys
 LARGEST_TUPLE = 10_000  # objects, also those of tuples in it: each is hashed where it is a key
 

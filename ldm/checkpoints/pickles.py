@@ -56,7 +56,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
     except (CheckpointError, Damaged, Refused, OSError):
         raise
     except zipfile.BadZipFile as error:
-        raise Damaged(f"it is no complete zip archive ({error!s:.200})") from error
+        raise Damaged(f"it is not a complete zip archive ({error!s:.200})") from error
     except pickle.UnpicklingError as error:
         raise Refused(asked_for(str(error))) from error
     except Exception as error:  # damaged instructions fail in any way

@@ -18,7 +18,7 @@ def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if not path.exists():
         raise CheckpointError(f'"{path}" does not exist: {where_to_find(path)}')
     if not path.is_file():
-        raise CheckpointError(f'"{path}" is no file: give the path of a checkpoint or of a folder with one')
+        raise CheckpointError(f'"{path}" is not a file: give the path of a checkpoint or of a folder with one')
     with open(path, "rb") as file:
         start = file.read(4096)
     try:
@@ -33,7 +33,7 @@ def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         ) from error
 
 
-# What a file is that is no checkpoint, by its first bytes.
+# What a file is that is not a checkpoint, by its first bytes.
 FORMATS = (
     (rb"version https://git-lfs", "the pointer that git leaves in place of a large file: fetch it with `git lfs pull`"),
     (rb"# xet version", "the pointer that git leaves in place of a large file: fetch it with `git xet pull`"),

@@ -58,8 +58,8 @@ def open_base(
 
     `prediction` ("eps", "v" or "x0") overrides what the file says, `zero_snr` adds zero terminal SNR, and `vae` is the
     file or folder of another autoencoder.
-    Raises CheckpointError if there is no such file, if it is no SD 1.x or 2.x model, or describes itself in a way that
-    makes no sense.
+    Raises CheckpointError if there is no such file, if it is not an SD 1.x or 2.x model, or describes itself in a way
+    that makes no sense.
     """
     path, preset = find(path_or_preset)
     checkpoint = open_checkpoint(path)

@@ -20,7 +20,7 @@ MOST_VECTORS = 75  # all that a text encoder reads at once
 def read_embedding(path: Path, width: int) -> Tensor:
     """The vectors (n, width), for a text encoder of this width, in fp32.
 
-    Raises CheckpointError for a file that is no embedding, that is one for another family, or that is damaged.
+    Raises CheckpointError for a file that is not an embedding, that is one for another family, or that is damaged.
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.keys & {"clip_l", "clip_g"}:
@@ -30,7 +30,7 @@ def read_embedding(path: Path, width: int) -> Tensor:
     if vectors is None or not vectors.dtype.is_floating_point or not 1 <= len(vectors.shape) <= 2:
         what = kind(checkpoint)
         found = "damaged, or none of a single word" if what.startswith("a textual inversion") else what
-        raise CheckpointError(f'"{path}" is no embedding for a word of a prompt: it is {found}')
+        raise CheckpointError(f'"{path}" is not an embedding for a word of a prompt: it is {found}')
     if vectors.shape[-1] != width:
         raise CheckpointError(
             f'"{path}" is an embedding for {made_for(vectors.shape[-1])}, expected {made_for(width)}: get one for your '

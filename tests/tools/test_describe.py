@@ -264,7 +264,7 @@ def test_diff_of_alike_files(folder, tmp_path, capsys):
     control = folder / "control.safetensors"
     (tmp_path / "copy.safetensors").write_bytes(control.read_bytes())
     assert describe.main([str(control), "--diff", str(tmp_path / "copy.safetensors"), "--values"]) == 0
-    for name in "ab":  # the same NaN is no difference
+    for name in "ab":  # the same NaN is not a difference
         save_file({"x": torch.tensor([1, torch.nan])}, tmp_path / f"{name}.safetensors")
     files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
     assert describe.main([files[0], "--diff", files[1], "--values"]) == 0

@@ -154,7 +154,7 @@ def test_a_size_that_the_model_has_not(hub, tmp_path, capsys, size):
 
 
 def test_names(capsys, tmp_path):
-    for argv, words in ((["sd16"], '"sd16" is no known model'), ([], "there is no NAME")):
+    for argv, words in ((["sd16"], '"sd16" is not a known model'), ([], "there is no NAME")):
         assert download.main([*argv, "--to", str(tmp_path)]) == 2
         assert words in capsys.readouterr().err
     assert download.main(["--list"]) == 0

@@ -55,7 +55,7 @@ def test_options_and_size_reach_the_detector(images, tmp_path):
 
 
 def test_hints_of_any_size_are_what_training_accepts_and_sees(tmp_path):
-    """Photographs of 4:3 and 3:2, whose sides are no multiples of anything; training does not resize such hints."""
+    """Photographs of 4:3 and 3:2, whose sides are not multiples of anything; training does not resize such hints."""
     rng = np.random.default_rng(0)
     for name, size in (("a", (120, 160)), ("b", (150, 100)), ("c", (67, 101))):
         (tmp_path / "images").mkdir(exist_ok=True)

@@ -39,7 +39,7 @@ class Report:
 
     def earlier(self, of: dict[str, str]) -> dict:
         values = None
-        with suppress(ValueError):  # of what is no JSON
+        with suppress(ValueError):  # of what is not JSON
             values = read_json(self.path)
         if not isinstance(values, dict) or not isinstance(values.get("stages"), dict):
             raise ValueError(f'"{self.path}" holds no results of this program: give another --out')

@@ -69,7 +69,7 @@ def hint_of(sent: str) -> Image.Image:
 def sent_back(options: Options) -> str | None:
     """The hint that a picture was made from, as the canvas's value: None if there is none, or it is gone."""
     file = find_hint(options.hint[0]) if options.hint else None
-    if file is None or not file.is_file() or set(options.detect) - {"none"}:  # a photograph is no drawing
+    if file is None or not file.is_file() or set(options.detect) - {"none"}:  # a photograph is not a drawing
         return None
     drawn = io.BytesIO()
     read_image(file).save(drawn, "PNG")

@@ -31,11 +31,11 @@ class Trainings:
         return [path.name for path in sorted(found, key=lambda path: -newest(path))]
 
     def run(self, name: str) -> RunFolder:
-        """Raises ValueError for what is no name of a folder here, also of one that is still to come."""
+        """Raises ValueError for what is not a name of a folder here, also of one that is still to come."""
         if not name:
             raise ValueError("no run is named: choose one, or give a new one a name")
         if Path(name).name != name or name.startswith((".", "-")):
-            raise ValueError(f'"{name}" is no name for a run, expected one like "control": a folder in {self.folder}')
+            raise ValueError(f'"{name}" cannot name a run, expected a name like "control": a folder in {self.folder}')
         return RunFolder(self.folder / name)
 
     def status(self, name: str) -> str:

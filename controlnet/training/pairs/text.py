@@ -47,7 +47,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def looks_like(data: bytes) -> str:
-    """The encoding of bytes that are no UTF-8, to the eye."""
+    """The encoding of bytes that are not UTF-8, to the eye."""
     if b"\0" in data:
         return "UTF-16 without its mark"
     rows = re.findall(rb"[\x80-\xff]+", data)

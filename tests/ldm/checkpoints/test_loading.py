@@ -206,7 +206,7 @@ def test_files_that_are_no_checkpoints(folder, tmp_path):
         "truncated": (data[:-1], "incomplete or damaged, download or copy it again"),
         "cut in the header": (data[: 8 + header // 2], "incomplete or damaged, download or copy it again"),
         "empty": (b"", "the file of 0 bytes is incomplete"),
-        "zip": (b"PK\x03\x04" + bytes(1000), "damaged, download or copy it again (it is no complete zip archive"),
+        "zip": (b"PK\x03\x04" + bytes(1000), "damaged, download or copy it again (it is not a complete zip archive"),
         "pickle": (pickle.dumps({"a": 1}), "a pickle that PyTorch did not write"),
         "pointer": (pointer, "git lfs pull"),
         "page": (b"<!DOCTYPE html><html>" + b" " * 1000, "it is a web page"),

@@ -74,7 +74,7 @@ def verdict_as_control(checkpoint, config=SD15):
 
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 TOKENS = f"{CLIP}text_model.embeddings.token_embedding.weight"
-# name: (manifest, what is added, of a type that is no number of weights, words of the one warning)
+# name: (manifest, what is added, of a type that is not a number of weights, words of the one warning)
 MORE = {
     "logit_scale and projection of ComfyUI": (
         SD1,

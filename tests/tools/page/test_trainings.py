@@ -70,7 +70,7 @@ def test_grids_are_in_order(trainings):
 @pytest.mark.parametrize("name", [None, "", "..", "../other", "/tmp", ".hidden", "-rf", "a/b"])
 def test_no_run_is_outside_the_folder(trainings, name):
     for act in (trainings.run, trainings.status, trainings.stop, trainings.output, lambda n: trainings.start(n, {})):
-        with pytest.raises(ValueError, match="is no name for a run" if name else "no run is named"):
+        with pytest.raises(ValueError, match="cannot name a run" if name else "no run is named"):
             act(name)
 
 

@@ -47,7 +47,10 @@ def test_one_vector_and_half_precision(tmp_path):
         ({"emb_params": torch.zeros(0, 768)}, "has 0 vectors, expected 1 to 75"),
         ({"emb_params": torch.zeros(76, 768)}, "has 76 vectors, expected 1 to 75"),
         ({"emb_params": torch.full((2, 768), torch.nan)}, "has NaN or infinite numbers"),
-        ({"lora_unet_x.alpha": torch.ones(2), "y": torch.ones(2)}, "no embedding for a word of a prompt: it is a LoRA"),
+        (
+            {"lora_unet_x.alpha": torch.ones(2), "y": torch.ones(2)},
+            "not an embedding for a word of a prompt: it is a LoRA",
+        ),
         ({"model.diffusion_model.x": torch.zeros(2), "y": torch.ones(2)}, "it is a diffusion model of another"),
     ],
 )

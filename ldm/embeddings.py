@@ -17,7 +17,7 @@ from .stable_diffusion import StableDiffusion
 from .tokenizer import Tokenizer
 
 
-def names_in(names: Iterable[str]) -> re.Pattern:
+def word_pattern(names: Iterable[str]) -> re.Pattern:
     """Finds them as words of a prompt, in upper or lower case: `name`, or as in ComfyUI `embedding:name`."""
     longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     return re.compile(rf"(?<!\w)(?:embedding:)?({longest_first})(?!\w)", re.IGNORECASE)
@@ -28,7 +28,7 @@ class EmbeddingTokenizer(Tokenizer):
 
     def __init__(self, config: TextConfig, sizes: Mapping[str, int]):
         super().__init__(config)
-        self.names = names_in(sizes)
+        self.names = word_pattern(sizes)
         self.ids_of, following = {}, config.vocabulary
         for name, size in sizes.items():
             self.ids_of[name.lower()] = list(range(following, following + size))

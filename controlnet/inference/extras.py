@@ -15,7 +15,7 @@ from ldm.checkpoints.lora import check_loras
 from ldm.checkpoints.open import open_checkpoint
 from ldm.checkpoints.textual_inversion import read_embedding
 from ldm.config import Config, TextConfig
-from ldm.embeddings import EmbeddingTokenizer, names_in
+from ldm.embeddings import EmbeddingTokenizer, word_pattern
 from ldm.tokenizer import Tokenizer
 
 from .options import Options
@@ -97,7 +97,7 @@ def named_embeddings(options: Options) -> dict[str, Path]:
             paths[f"{WORD}{word}"] = path
     known = [path.stem for path in paths.values()]
     for text in texts_of(options):
-        if lost := TAGGED.search(names_in(known).sub("", text) if known else text):
+        if lost := TAGGED.search(word_pattern(known).sub("", text) if known else text):
             raise no_extra(lost[1], EMBEDDINGS, "embedding")
     return paths
 
@@ -111,7 +111,7 @@ def find_names(names: Collection[str], options: Options) -> set[str]:
     """The names that are words of the prompts, in lower case."""
     if not names:
         return set()
-    found = {name.lower() for text in texts_of(options) for name in names_in(names).findall(text)}
+    found = {name.lower() for text in texts_of(options) for name in word_pattern(names).findall(text)}
     return found & {name.lower() for name in names}  # some letters match others, like the Turkish dotless i
 
 

@@ -11,7 +11,7 @@ from .stored import CheckpointError, StoredTensor, first_few
 
 COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-WEIGHTS = re.compile(
+WEIGHT_FILE_NAME = re.compile(
     rf"(?P<stem>{'|'.join(STEMS)})(\.(?P<of_file>[\w-]+))?\.(?P<type>safetensors|bin)"
     r"(?P<index>\.index(\.(?P<of_index>[\w-]+))?\.json)?"
 )
@@ -65,7 +65,7 @@ def weight_file(folder: Path) -> Path | None:
     """
     found = []
     for file in folder.iterdir():
-        match = WEIGHTS.fullmatch(file.name)
+        match = WEIGHT_FILE_NAME.fullmatch(file.name)
         if match and file.is_file() and not SHARD.search(file.name):
             variant = match["of_file"] or match["of_index"] or ""
             rank = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)

@@ -31,7 +31,7 @@ PARTS = {  # by how their keys begin
 }
 IGNORED_BESIDE_BASE = ("model_ema.", "control_model.", "controlnet.")  # in one file or one folder with it
 BASE_PARTS = tuple(prefix for prefix in PARTS if prefix not in IGNORED_BESIDE_BASE)
-VAE = ("first_stage_model.", "vae.")
+AUTOENCODER = tuple(prefix for prefix, part in PARTS.items() if part == "autoencoder")
 TOKENS = "token_embedding.weight"  # at the end of a key: the table of the text encoder's tokens
 
 SCHEDULE_BUFFERS = """
@@ -109,7 +109,7 @@ def load_parts(
 
 
 def warn_of_broken(checkpoint: Checkpoint, keys: list[str]) -> None:
-    another_vae = all(key.startswith(VAE) for key in keys)
+    another_vae = all(key.startswith(AUTOENCODER) for key in keys)
     remedy = "give another autoencoder with --vae" if another_vae else "get another copy, if there is one in fp32"
     warnings.warn(
         f'"{checkpoint.tensors[keys[0]].path}" has NaN or infinite numbers in {counted(len(keys), "tensor")}, '

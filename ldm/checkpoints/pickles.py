@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -138,17 +138,13 @@ def tensors_by_name(values: object, file_size: int) -> dict[str, Tensor]:
         values = values["state_dict"]
     if not isinstance(values, dict):
         raise Damaged("it holds no tensors by name: save a model's state_dict")
-    tensors = plain_tensors(values.items()) | plain_tensors(inner_items(values, "", 3, set()))
+    tensors = {name: value.detach() for name, value in inner_items(values, "", 3, set()) if is_plain(value)}
     for name, tensor in tensors.items():
         size = tensor.untyped_storage().nbytes()
         # Strides of 0 make much of little.
         if tensor.numel() * tensor.element_size() > size or size > file_size:
             raise Damaged(f"{name!r:.200} reaches beyond its data")
     return tensors
-
-
-def plain_tensors(items: Iterable[tuple[object, object]]) -> dict[str, Tensor]:
-    return {str(name): value.detach() for name, value in items if is_plain(value)}
 
 
 def inner_items(values: object, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, object]]:

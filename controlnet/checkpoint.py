@@ -132,8 +132,9 @@ class ControlCheckpoint:
     def transfer(self, source: UNet | None, target: UNet | None) -> None:
         """From the base `source`, whose encoder this was copied from, to `target`, another one of its family.
 
-        copy + (encoder of `target` - encoder of `source`) is a ControlNet for the other base (the paper's Figure 12,
-        made exact; in fp32). Between equal encoders nothing changes. A difference has no base: None counts as zero.
+        copy + (encoder of `target` - encoder of `source`), in fp32, is a ControlNet for the other base, as the released
+        code's tool_transfer_control.py makes one (the paper's Figure 12 has the copy untouched). Between equal encoders
+        nothing changes. A difference has no base: None counts as zero.
         Raises CheckpointError if this is not a copy of such an encoder.
         """
         encoders = []

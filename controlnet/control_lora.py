@@ -1,8 +1,9 @@
-"""Control-LoRA: a ControlNet in a file of a quarter of its size, as changes of low rank to the encoder of its base.
+"""Control-LoRA: a ControlNet in a fifth of its size (at rank 128), as changes of low rank to the encoder of its base.
 
-The format of Stability AI and of ComfyUI, in which ControlNet 1.1 is published, too. A matrix or a convolution of the
-encoder is the base's plus the product of "up" and "down". What stands there whole is the control's own (hint encoder,
-zero convolutions, norms, biases), and what does not stand there at all is as in the base.
+The format of Stability AI (huggingface.co/stabilityai/control-lora) and of ComfyUI, in which ControlNet 1.1 is
+published, too. A matrix or a convolution of the encoder is the base's plus the product of "up" and "down". What stands
+there whole is the control's own (hint encoder, zero convolutions, norms, biases), and what does not stand there at all
+is as in the base.
 """
 
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ MARK = "lora_controlnet"  # a tensor without numbers
 
 
 def with_encoder(checkpoint: Checkpoint, key_map: KeyMap, encoder: Mapping[str, Tensor]) -> Checkpoint:
-    """The whole ControlNet as `load_parts` reads it, from that of a Control-LoRA. `encoder` are its base's parameters
-    by their names in a ControlNet.
+    """A Control-LoRA's file with the weights of a whole ControlNet, for `load_parts` to read. `encoder` are its base's
+    parameters by their names in a ControlNet.
 
     Raises CheckpointError for changes of another shape.
     """

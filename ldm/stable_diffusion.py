@@ -57,12 +57,12 @@ class StableDiffusion(nn.Module):
         """A trained model from a file or folder in any published layout, or from `weights/` by its preset's name.
 
         It is locked: in eval mode and without gradients for its parameters (call `requires_grad_` to train them).
-        `prediction` says what the UNet predicts where the file does not: see recognise.py. `ema` takes the UNet's
-        moving average, where a file has both. `zero_snr` adds zero terminal SNR, for bases that were trained with it
-        and do not say so; `vae` is a file or folder with another autoencoder. `loras` are merged into the weights:
-        files or names in weights/, each perhaps with a strength ("ink.safetensors:0.8"). A file of a base with its
-        ControlNet serves as that base.
-        Raises CheckpointError if there is no such file or it cannot be used.
+        `prediction` overrides what the file says that the UNet predicts: see recognise.py. `ema` takes the moving
+        average of the UNet's weights, which the file must have. `zero_snr` adds zero terminal SNR, for bases that were
+        trained with it and do not say so; `vae` is a file or folder with another autoencoder. `loras` are merged into
+        the weights: files or names in weights/, each perhaps with a strength ("ink.safetensors:0.8"). A file of a base
+        with its ControlNet serves as that base.
+        Raises CheckpointError if there is no such file or it cannot be used, and for `loras` as `read_loras` does.
         """
         base = open_base(path_or_preset, prediction, zero_snr, vae)
         base.warn()
@@ -92,7 +92,7 @@ class StableDiffusion(nn.Module):
         """Write a file in the original layout, or a new folder in diffusers'. `dtype` None keeps the parameters' own.
 
         Diffusers' layout has no place for the last layer of SD 2.x's text encoder, which is never used.
-        Raises ValueError for a folder that exists.
+        Raises ValueError for a folder that exists and is not empty.
         """
         tensors = {}
         for module, key_map in self.parts(layout):

@@ -20,7 +20,7 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 # ------------------------------------------------------------------------------------------------------------ read
-# Values that a file leaves out are those of SD 1.x, as they are diffusers' own defaults.
+# A value that a file leaves out is taken to be that of SD 1.x, which is not always diffusers' default.
 
 
 def config_from_diffusers(configs: dict[str, dict], prediction: str | None) -> Config:

@@ -61,7 +61,7 @@ def is_model(folder: Path) -> bool:
 def weight_file(folder: Path) -> Path | None:
     """The file with a component's weights, or the index of the files that they are spread over.
 
-    Full precision comes before halves, and safetensors before pickles.
+    Safetensors come before pickles, then full precision before half, then one file before several.
     """
     found = []
     for file in folder.iterdir():

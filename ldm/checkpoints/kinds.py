@@ -19,7 +19,7 @@ TEXT_TO_IMAGE = "expected a text-to-image model: give SD 1.x or 2.x"
 ANOTHER = "which is another architecture: get a ControlNet"
 MOTION = r"\.motion_modules\."
 
-# What looks like a base or a ControlNet and is none.
+# What looks like a base or a ControlNet that can be loaded, and is not.
 PRETENDERS: Rows = (
     (r"^\.(local|global)_adapter\.", "a Uni-ControlNet, which holds several: get a ControlNet for each kind of hint"),
     ((MOTION, ANY_CONTROL), f"a SparseCtrl, for AnimateDiff's videos, {ANOTHER}"),
@@ -74,7 +74,7 @@ KINDS: Rows = (
     (r"^\.lora_(?!controlnet$)|.[._]lora[._]|\.hada_w|\.lokr_w|\.oft_|\.dora_scale", LORA),
     (r"^\.emb_params$|^\.string_to_(param|token)\.|^\.<.*>$|^\.clip_[lg]$", TEXTUAL_INVERSION),
     (r"^\.(control_model\.)?input_hint_block\.|^\.controlnet\.|^\.(controlnet_cond_embedding|hint_encoder)\.", CONTROL),
-    (r"^\.control\.encoder\.", "the state of a training run, for its --resume: give the run's control.safetensors"),
+    (r"^\.control\.encoder\.", "the state of a training run, which has a ControlNet: pass it as --control"),
     (r"^\.(optimizer\.)?state\.\d+\.", "the state of an optimizer: give the weights beside it"),
     (rf"^\.[\w.-]+\.({DEEPER})", "a file with the tensors of several models: save those of one with torch.save"),
     (r"\.(stylegan_decoder|quantize)\.", "a model that mends faces in finished images: give the base"),
@@ -128,7 +128,7 @@ def kind(checkpoint: Checkpoint) -> str:
 
 
 def pretender(checkpoint: Checkpoint) -> str | None:
-    """What a file is that looks like a base or a ControlNet, but for another family or use; None for all others."""
+    """What a file is that looks like a base or a ControlNet but is for another family or use; None for all others."""
     found = matching(checkpoint, PRETENDERS)
     if found:
         return found

@@ -79,7 +79,7 @@ def load_parts(
 ) -> None:
     """Fill modules that were built `without_weights`. Nothing is loaded unless everything fits.
 
-    Tensors are assigned one by one: the peak is the parameters' final memory and one tensor more. Parameters that no
+    Tensors are read one by one: the peak is the parameters' final memory and one tensor more. Parameters that no
     output depends on are zero where the file lacks them. Warns of weights that are not finite, and of what is left out:
     keys that are neither wanted nor in `IGNORED` nor beginning with any of `ignored`.
     Raises CheckpointError for keys that are missing, of another shape or not of a floating type.

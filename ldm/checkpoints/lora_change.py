@@ -1,9 +1,11 @@
 """What a LoRA adds to one weight, by the kinds that are in use.
 
-LoRA, and LoCon for convolutions      up down; with a core, up (core) down: CP decomposition
-LoHa (LyCORIS, arXiv 2108.06098)      (w1_a w1_b) * (w2_a w2_b), entry by entry
-LoKr (LyCORIS, arXiv 2212.10650)      w1 (x) w2, Kronecker's product; each of them may be a product itself
+LoRA, and LoCon for convolutions      up down; with a core, up (core) down: Tucker decomposition
+LoHa (as FedPara, arXiv 2108.06098)   (w1_a w1_b) * (w2_a w2_b), entry by entry
+LoKr (as KronA, arXiv 2212.10650)     w1 (x) w2, Kronecker's product; each of them may be a product itself
 DoRA (arXiv 2402.09353)               any of them, and then each row or column brought to a length that was learned
+
+LoCon, LoHa and LoKr are LyCORIS' (arXiv 2309.14859).
 
 Shapes: O output and I input channels, r rank; a convolution's kernel h w is flattened into its input, (O, I h w).
 """

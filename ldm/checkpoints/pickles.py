@@ -24,7 +24,7 @@ from .stored import CheckpointError, Damaged, StoredTensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of a file from before PyTorch 1.6
-LARGEST_PROGRAM = 10_000_000  # bytes of instructions, the weights apart: a whole base with its optimiser has 1 MB
+LARGEST_PROGRAM = 10_000_000  # bytes of instructions, the weights apart: a whole base with its optimizer has 0.4 MB
 
 # Names that trainers leave in checkpoints, beside those that PyTorch knows.
 LEFTOVER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
@@ -38,9 +38,9 @@ LEFTOVER_NAMES = frozenset(LEFTOVERS.split())
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """The tensors by name: those of "state_dict" if there is one, else all, `tensors_by_name` says how.
+    """The tensors by name: those of "state_dict" if there is one, else all (`tensors_by_name` says how).
 
-    The weights stay on disk; but a file from before PyTorch 1.6 is read whole.
+    The weights stay on disk, except that a file from before PyTorch 1.6 is read whole.
     Raises Refused for a pickle that does more than describe tensors, Damaged for a file that is incomplete.
     """
     try:
@@ -71,7 +71,7 @@ def is_zip(path: Path) -> bool:
 def check_archive(path: Path) -> None:
     """What PyTorch takes on trust in a zip archive, which holds the pickle in data.pkl and each storage in a file.
 
-    Raises CheckpointError for an archive of something else.
+    Raises CheckpointError for an archive of something else, Damaged for one that PyTorch cannot have written.
     """
     if not is_zip(path):
         return
@@ -167,4 +167,4 @@ def is_plain(value: object) -> bool:
 def asked_for(message: str) -> str:
     """What PyTorch refused, from its message of many lines."""
     name = re.search(r"GLOBAL (.{1,200}?) (?:was not an allowed|whose module)", message)
-    return repr(name[1]) if name else "something else than tensors"
+    return repr(name[1]) if name else "something other than tensors"

@@ -79,7 +79,7 @@ def identify(
 ) -> BaseFile:
     """`open_base` for a checkpoint that is open. `preset` is what its name says, which counts if nothing in it does."""
     if prediction is not None and prediction not in SPELLED:
-        raise CheckpointError(f'the prediction is "{prediction}", expected eps or v')
+        raise CheckpointError(f'the prediction is "{prediction}", expected eps, v or x0')
     prediction = SPELLED.get(prediction)
     layout = base_layout(checkpoint)
     described = described_base(checkpoint)

@@ -1,4 +1,4 @@
-"""Writes checkpoints in the original layout: safetensors, whole or not at all."""
+"""Writes a network's tensors under the keys of a layout, as safetensors, whole or not at all."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def gather(module: nn.Module, key_map: KeyMap, dtype: torch.dtype | None = None)
 
 
 def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors under a temporary name in the same folder, then rename: `path` is never half written.
+    """Write safetensors as a `new_file`: `path` is never half written.
 
     Raises OSError if it cannot be written.
     """

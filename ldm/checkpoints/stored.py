@@ -70,14 +70,14 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-LARGEST_HEADER = 5_000_000  # bytes; a whole base with its EMA has 0.4 million
+LARGEST_HEADER = 5_000_000  # bytes; a whole base with its EMA has 0.3 million
 MIN_MAPPED = 2**17  # bytes; smaller tensors are read, not mapped: mapping one takes as long as reading so many
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """-> the tensors by name, and the metadata. Only the header is read.
 
-    Raises Damaged for a file that the safetensors library does not accept, or with a type that PyTorch lacks, and
+    Raises Damaged for a file that the safetensors library does not accept, or with a type beyond `DTYPES`, and
     CheckpointError for a header that no model has.
     """
     with open(path, "rb") as file:
@@ -137,5 +137,5 @@ def parse_json(text: bytes | str) -> dict:
     except (ValueError, RecursionError) as error:
         raise Damaged(f"it is not readable as JSON ({str(error) or 'nested too deeply':.200})") from error
     if not isinstance(values, dict):
-        raise Damaged("it is JSON, but no object")
+        raise Damaged("it is JSON, but not an object")
     return values

@@ -138,9 +138,9 @@ class ChannelsLastNorm(nn.GroupNorm):
 def pack(*networks: nn.Module) -> None:
     """Replaces the layers of networks that will only be run and saved: packed layers pass on no gradients.
 
-    Pack last: a ControlNet is copied from a base, or loaded as a difference from it, before the base is packed. The
-    tiled VAE needs plain weights. Weights are laid out for the first shape seen (size and batch); others are up to 1.9x
-    slower. Layers that are not fp32 on a CPU are left alone, and so is everything if PyTorch was built without oneDNN.
+    Pack last: a packed base cannot be copied into a ControlNet. The tiled VAE needs plain weights. Weights are laid out
+    for the first shape seen (size and batch); others are up to 1.9x slower. Layers that are not fp32 on a CPU are left
+    alone, and so is everything if PyTorch was built without oneDNN.
     """
     if not torch.backends.mkldnn.is_available():
         return

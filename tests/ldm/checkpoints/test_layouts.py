@@ -276,7 +276,7 @@ def test_folders_that_lack_something(folder, tmp_path):
             {"a": {"input_hint_block.0.weight": 0}, "b": {"input_hint_block.0.weight": 0}},
             "a file with the tensors of several models",
         ),
-        ({"step": 3, "control": {"encoder.blocks.0.weight": 0}}, "the state of a training run, for its --resume"),
+        ({"step": 3, "control": {"encoder.blocks.0.weight": 0}}, "the state of a training run, which has a ControlNet"),
         ({"state": {0: {"exp_avg": 0}}, "param_groups": []}, "the state of an optimizer"),
         ({"a": {"b": {"c": 1}}}, "a file without tensors"),
     ],

@@ -283,7 +283,7 @@ def test_eps_by_the_caller_for_a_base_with_zero_snr(tmp_path):
     without_metadata(tmp_path / "folder/unet" / WEIGHTS_NAME)  # the scheduler tells
     for path in (tmp_path / "own.safetensors", tmp_path / "folder"):
         assert error_of(open_base, path, "eps").endswith("for models that predict v: leave out --prediction eps")
-    assert 'the prediction is "noise", expected eps or v' in error_of(open_base, tmp_path / "folder", "noise")
+    assert 'the prediction is "noise", expected eps, v or x0' in error_of(open_base, tmp_path / "folder", "noise")
     assert open_base(tmp_path / "folder", "v_prediction").config.schedule.prediction == "v"
 
 

@@ -109,8 +109,8 @@ class ControlCheckpoint:
 
         With `difference_to` (original layout only) the file holds the copy minus the encoder of that base, marked as
         other programs mark it: loaded with another base of the family, the ControlNet is transferred to it.
-        Raises ValueError for a folder that exists, and CheckpointError for an architecture that diffusers or a
-        difference lacks.
+        Raises ValueError for a folder that exists and is not empty, and CheckpointError for an architecture that
+        diffusers cannot describe or that has no difference to a base.
         """
         unet = self.encoder.config
         metadata = {"config": json.dumps({"unet": asdict(unet), "control": asdict(self.config)})}
@@ -155,7 +155,7 @@ class ControlCheckpoint:
         if self.encoder.config.without_inpainting != unet.config.without_inpainting:
             raise CheckpointError(
                 f"the base that {which} is of another architecture than the ControlNet, which can be moved within its "
-                "family only: give a base of it"
+                "family only: give a base of that family"
             )
 
 
@@ -194,8 +194,8 @@ TINY_CONTROLS = {
 
 
 def find_control(path_or_name: str | Path, unet: UNetConfig) -> Path:
-    """A file or folder, a run's folder for what it has trained, or one in `weights/` by its name or, for a base with
-    this UNet, its short name.
+    """The file or folder at this path, or in `weights/` by its name or, for a base with this UNet, its short name. A
+    training run's folder stands for what the run has saved.
 
     Short names are those of `TINY_CONTROLS`, "fill50k" for tiny-fill50k.safetensors, and "canny" for
     control_v11p_sd15_canny.pth. Raises CheckpointError if there is none.

@@ -22,7 +22,7 @@ from ldm.config import PRESETS, SD15, UNetConfig, dataclass_from_dict
 from .config import HINT_STRIDES, ControlConfig
 from .control_lora import MARK
 
-# How the keys begin that a file may have beside a ControlNet's, and those that the state of a run has.
+# How the other keys begin that a file may have beside a ControlNet's, and those that the state of a run may have.
 IGNORED_BESIDE_CONTROL = (*BASE_PARTS, "model_ema.")
 IGNORED_IN_STATE = ("control.", "average.", "decoder.", "optimisation.")
 
@@ -31,7 +31,7 @@ IGNORED_IN_STATE = ("control.", "average.", "decoder.", "optimisation.")
 
 def control_map(unet: UNetConfig, control: ControlConfig, prefix: str = "control_model.") -> KeyMap:
     """For a copy of the encoder of `unet`. Some files of other programs have the prefix "" here."""
-    # Their hint encoder counts its activations too, so a convolution is every other module.
+    # Their hint encoder counts its activations, too, so every other module is a convolution.
     convs = [(f"hint_encoder.convs.{i}", f"input_hint_block.{2 * i}") for i in range(len(control.hint_widths) + 1)]
     zero_convs = [(f"zero_convs.{i}", f"zero_convs.{i}.0") for i in range(encoder_length(unet))]
     encoder = lite_rows(unet) if control.architecture == "lite" else encoder_rows(unet)
@@ -115,7 +115,7 @@ class ControlFile:
         return replace(key_map, sparse=("encoder.",)) if self.needs_base == "difference" else key_map
 
 
-# (layout, what all keys begin with, what then the hint encoder's); some programs drop "control_model."
+# (layout, prefix of all keys, what the hint encoder's have next); some programs drop "control_model."
 CONTROL_FORMS = (
     ("ldm", "control_model.", "input_hint_block."),
     ("ldm", "", "input_hint_block."),
@@ -130,8 +130,8 @@ CONTROL_FORMS = (
 def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | None = None) -> ControlFile:
     """The ControlNet in this file, whatever else is there.
 
-    `global_average_pooling` overrides what our metadata, diffusers' configuration or the run of a state say; without a
-    word there is none.
+    `global_average_pooling` overrides what our metadata, diffusers' configuration or the run of a state say. Where
+    nothing says it, there is none.
     Raises CheckpointError if there is no ControlNet in it, or if it describes itself in a way that makes no sense.
     """
     if pretender(checkpoint):
@@ -157,7 +157,7 @@ def recognise_control(checkpoint: Checkpoint, global_average_pooling: bool | Non
 
 
 def run_is_pooled(state: Path) -> bool:
-    """Whether the ControlNet is that the run of this state has saved; False if the state was moved out of its run."""
+    """Whether the ControlNet that this state's run has saved is pooled; False if the state was moved out of its run."""
     run = state.resolve().parent.parent
     saved = run / "control.safetensors"
     if not saved.is_file() or not (run / "settings.json").is_file():
@@ -197,8 +197,8 @@ def context_widths(checkpoint: Checkpoint, prefix: str = "") -> list[int]:
 
 
 def control_by_shape(checkpoint: Checkpoint, layout: str, prefix: str) -> ControlConfig:
-    """From the shapes of the hint encoder; if it is not whole, the published ones. The paper's baselines are expected
-    in the state of a run alone, as our other files describe them."""
+    """From the shapes of the hint encoder, or the published sizes if it is not whole. The paper's baselines are looked
+    for only in the state of a run, as our other files describe them."""
     sources = ControlFile(ControlConfig(), layout, prefix).key_map(SD15.unet).sources
     convs = (f"hint_encoder.convs.{i}.weight" for i in range(len(HINT_STRIDES)))
     keys = [source.key for source in sources(convs).values()]

@@ -18,7 +18,7 @@ from .tokenizer import Tokenizer
 
 
 def word_pattern(names: Iterable[str]) -> re.Pattern:
-    """Finds them as words of a prompt, in upper or lower case: `name`, or as in ComfyUI `embedding:name`."""
+    """Finds these names as words of a prompt, in upper or lower case: `name`, or as in ComfyUI `embedding:name`."""
     longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     return re.compile(rf"(?<!\w)(?:embedding:)?({longest_first})(?!\w)", re.IGNORECASE)
 

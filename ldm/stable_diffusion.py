@@ -104,11 +104,11 @@ class StableDiffusion(nn.Module):
             save_pipeline(path, self.config, tensors, metadata)
 
     def parts(self, layout: Layout = "ldm") -> list[tuple[nn.Module, KeyMap]]:
-        """What a checkpoint consists of."""
+        """The networks, each with its places in a file of this layout."""
         return list(zip((self.unet, self.vae, self.text_encoder), base_maps(self.config, layout), strict=True))
 
     def parts_in(self, checkpoint: Checkpoint) -> list[tuple[nn.Module, KeyMap]]:
-        """What it consists of, with the places that this checkpoint of a base has for it."""
+        """The networks, each with its places in this checkpoint of a base."""
         return list(zip((self.unet, self.vae, self.text_encoder), maps_in(checkpoint, self.config), strict=True))
 
     def with_parts(self, **networks: nn.Module) -> "StableDiffusion":

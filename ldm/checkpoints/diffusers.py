@@ -89,7 +89,7 @@ def vae_from_diffusers(values: dict) -> VAEConfig:
 
 
 def text_from_diffusers(values: dict) -> TextConfig:
-    """The exact GELU tells SD 2.x, whose last layer is left out here as it is not used."""
+    """The exact GELU means SD 2.x, whose last layer, which is never used, is left out in this layout."""
     open_clip = values.get("hidden_act", "quick_gelu") == "gelu"
     return TextConfig(
         "open_clip" if open_clip else "clip",

@@ -13,7 +13,7 @@ LORAS, EMBEDDINGS = "loras", "embeddings"  # the folders in weights/
 
 
 def find_extra(name: str, folder: str) -> Path | None:
-    """The file called `name`, with its suffix or without, in weights/ or in `folder` there, never one of another."""
+    """The file called `name`, with its suffix or without, in weights/ or in `folder` there, and nowhere else."""
     if os.path.basename(name) != name or "\0" in name:
         return None
     paths = chain.from_iterable(places_of(name, place) for place in (published.WEIGHTS, published.WEIGHTS / folder))

@@ -12,7 +12,7 @@ LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path`, no other process's, for what becomes `path`. It is removed at the end."""
+    """A hidden folder beside `path`, this process's own, for what becomes `path`. It is removed at the end."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # left by a process of the same number
     folder.mkdir(parents=True)
@@ -54,7 +54,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What processes that were killed have left in `folder`. No living one may be writing there."""
+    """What processes that were killed have left in `folder`. No running one may be writing there."""
     for path in folder.glob(".*.tmp"):
         if LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

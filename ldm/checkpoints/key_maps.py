@@ -4,11 +4,11 @@ A parameter called `weight` or `bias` keeps that name, so a table lists modules 
 or cut differently have rows of their own. Tables may list modules that a configuration does not have (a shortcut
 between equal widths): they are looked up by the parameters that exist, never the other way round.
 
-There are two layouts. "ldm" is that of the released checkpoints of SD 1.x and 2.x. Its
-`input_blocks` and `output_blocks` are our `encoder.blocks` and `decoder.blocks`, counted alike; each consists of up to
-three numbered modules: what it begins with, a transformer if there is one, an upsampler if there is one. "diffusers"
-is that of the library of this name. It counts residual blocks and transformers apart and by level, and spreads a base
-over a folder: here a key begins with its subfolder ("unet.", "vae.", "text_encoder.").
+There are two layouts. "ldm" is that of the released checkpoints of SD 1.x and 2.x. Its `input_blocks` and
+`output_blocks` are our `encoder.blocks` and `decoder.blocks`, counted alike; each consists of up to three numbered
+modules: what it begins with, a transformer if there is one, an upsampler if there is one. "diffusers" is that of the
+library of this name. It counts residual blocks and transformers apart and by level, and spreads a base over a folder:
+here a key begins with its subfolder ("unet.", "vae.", "text_encoder.").
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from typing import Literal
 from ldm.config import Config, TextConfig, UNetConfig, VAEConfig
 
 Layout = Literal["ldm", "diffusers"]
-SGM_TEXT = "conditioner.embedders.0."  # the text encoder's prefix in the layout of SD-Turbo, else that of "ldm"
+SGM_TEXT = "conditioner.embedders.0."  # the text encoder's prefix in SD-Turbo's layout, which is otherwise "ldm"
 Rows = list[tuple[str, str]]
 
 
@@ -258,7 +258,7 @@ def diffusers_encoder_rows(config: UNetConfig) -> Rows:
         *under("encoder.middle.res2", "mid_block.resnets.1", DIFFUSERS_RES_BLOCK),
     ]
     for level in range(len(config.multipliers)):
-        first = 1 + level * (config.blocks + 1)  # after the first convolution, and a downsampler a level
+        first = 1 + level * (config.blocks + 1)  # the first convolution is block 0; each level ends with a downsampler
         for i in range(config.blocks):
             rows += diffusers_block_rows(f"encoder.blocks.{first + i}", f"down_blocks.{level}", i)
         rows.append((f"encoder.blocks.{first + config.blocks}.conv.conv", f"down_blocks.{level}.downsamplers.0.conv"))

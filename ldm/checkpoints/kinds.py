@@ -113,7 +113,7 @@ KINDS: Rows = (
 
 
 def kind(checkpoint: Checkpoint) -> str:
-    """What a file seems to be that is not what was expected."""
+    """What a file seems to be, for the error where another kind was expected."""
     found = pretender(checkpoint) or other_pipeline(checkpoint) or matching(checkpoint, KINDS)
     if found:
         return found

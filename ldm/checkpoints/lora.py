@@ -175,7 +175,7 @@ def changes_of(
 
 
 def described_settings(checkpoint: Checkpoint) -> dict[str, dict]:
-    """By network, what diffusers says of a LoRA in the metadata, and PEFT in a file beside it: no tensor is alpha.
+    """By network, the settings of a LoRA, alpha above all: diffusers' in the metadata, or PEFT's in a file beside it.
 
     Raises CheckpointError if that is not readable, or asks for a scale that is not alpha / rank.
     """

@@ -12,7 +12,7 @@ from .read import read_config, read_tensors
 from .spellings import respelled
 from .stored import CheckpointError, StoredTensor
 
-# How keys of a UNet, a ControlNet or an autoencoder in diffusers' layout begin, beside whose file is its config.json.
+# How keys begin in diffusers' file of a UNet, a ControlNet or an autoencoder alone, beside which is its config.json.
 COMPONENT_ALONE = ("down_blocks.", "controlnet_cond_embedding.", "decoder.mid_block.")
 
 
@@ -53,7 +53,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A .safetensors file, a pickle (.ckpt, .pth, .bin) or a folder in diffusers' layout.
+    """A .safetensors file, a pickle (.ckpt, .pth, .pt, .bin) or a folder in diffusers' layout.
 
     Raises CheckpointError if there is no such file, or if it is of another kind, incomplete, or wants to run code.
     """

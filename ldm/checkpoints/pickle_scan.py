@@ -25,13 +25,13 @@ TAKES = {
     )
     for opcode in pickletools.opcodes
 }
-# What describes plain tensors and plain data, of that which PyTorch's reader would call.
+# Of what PyTorch's reader would call, that which describes plain tensors and plain data.
 CALLED = re.compile(
     r"(collections (OrderedDict|Counter)|(__builtin__|builtins) (set|complex)|torch (Size|device)|_codecs encode|"
     r"torch\.serialization _get_layout|torch\.nn\.parameter Parameter|torch\._tensor _rebuild_from_type_v2|"
     r"torch\._utils _rebuild_(parameter(_with_state)?|tensor(_v[23])?|meta_tensor_no_storage))"
 )
-MOST_INSTRUCTIONS = 500_000  # 30 for each tensor, and a whole base with its optimizer has 3,000
+MOST_INSTRUCTIONS = 500_000  # 30 for each tensor, of which a whole base with its optimizer has 3,000
 MOST_WORK = 5_000_000  # objects handed to calls: 20 for each tensor
 MOST_HASHED = 10_000  # keys that are not text: an optimizer has one for each parameter
 BULK = 50  # from here on what is handed to a call counts as keys

@@ -1,4 +1,4 @@
-"""PyTorch's pickles (.ckpt, .pth, .bin), read by PyTorch's own reader of weights.
+"""PyTorch's pickles (.ckpt, .pth, .pt, .bin), read by PyTorch's own reader of weights.
 
 A pickle is a program that builds objects, and may call anything while it does so. `torch.load(weights_only=True)`
 allows it only what describes tensors and plain data. Trainers leave more beside the weights (the name of a callback, a
@@ -71,7 +71,7 @@ def is_zip(path: Path) -> bool:
 def check_archive(path: Path) -> None:
     """What PyTorch takes on trust in a zip archive, which holds the pickle in data.pkl and each storage in a file.
 
-    Raises CheckpointError for an archive of something else, Damaged for one that PyTorch cannot have written.
+    Raises CheckpointError for an archive of something else, Damaged for one that torch.save would not write.
     """
     if not is_zip(path):
         return
@@ -132,7 +132,8 @@ def stand_in(name: str) -> type:
 
 def tensors_by_name(values: object, file_size: int) -> dict[str, Tensor]:
     """The tensors of the outermost dictionary, or of its "state_dict", and those inside its values under joined names
-    ("module.control_model. ..."), by which the file can be recognised.
+    ("module.control_model. ..."), by which the file can be recognised. Raises Damaged if there is no dictionary, or for
+    a tensor larger than its data.
     """
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         values = values["state_dict"]

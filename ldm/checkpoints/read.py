@@ -65,7 +65,7 @@ def reason_unreadable(path: Path, start: bytes, error: Damaged) -> str:
 
 
 def text_of(path: Path) -> str | None:
-    """A file's text on one line; None if it is none."""
+    """A file's text on one line; None if it is not text."""
     try:
         text = " ".join(path.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError:
@@ -84,5 +84,5 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(path: Path) -> dict:
-    """`read_json` of diffusers, which may write null for what it leaves at its default."""
+    """`read_json` for a configuration of diffusers, without what is null: that stands for a default."""
     return {name: value for name, value in read_json(path).items() if value is not None}

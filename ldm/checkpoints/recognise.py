@@ -193,7 +193,9 @@ def prediction_of(
     return config.schedule.prediction, "its family"
 
 
-# --------------------------------------------------------------------------------------------------- descriptions
+# -------------------------------------------------------------------------------------------------------- descriptions
+
+
 def described_config(checkpoint: Checkpoint) -> dict | None:
     """The architecture as we write it into the metadata. None for what others call "config", a common name."""
     try:
@@ -205,7 +207,7 @@ def described_config(checkpoint: Checkpoint) -> dict | None:
 
 
 def described_base(checkpoint: Checkpoint) -> dict | None:
-    """That of a base. None if it describes a ControlNet alone, which may lie in a folder beside a base of others."""
+    """That of a base. None if it describes a ControlNet alone, which may share a folder with another program's base."""
     described = described_config(checkpoint)
     if described is None or described.keys() == {"unet", "control"}:
         return None

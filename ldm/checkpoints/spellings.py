@@ -8,8 +8,8 @@ from .stored import CheckpointError, StoredTensor
 # Modules that wrap others, at any depth of a key: DistributedDataParallel, torch.compile, FSDP, checkpointing.
 WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 
-# How keys of a base, a ControlNet or an autoencoder begin. What stands before them in all of a model's keys is the
-# program's that wrote the file: "model.", "params.", "state_dict.net." ...
+# How keys of a base, a ControlNet or an autoencoder begin. Whatever all of a model's keys have before that comes from
+# the program that wrote the file: "model.", "params.", "state_dict.net." ...
 ROOTS = (
     "model.diffusion_model.",
     "first_stage_model.decoder.",

@@ -1,7 +1,7 @@
 """The files of embeddings (ldm/embeddings.py). Prompts name them by their file.
 
 They hold the vectors under one of several keys: A1111's .pt under "string_to_param" {"*": vectors}, its .safetensors
-as "emb_params", diffusers' files under the token that it was trained as {"<cat-toy>": vectors}.
+as "emb_params", diffusers' files under the token that they were trained as {"<cat-toy>": vectors}.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def read_embedding(path: Path, width: int) -> Tensor:
     vectors = checkpoint.tensors[keys[0]] if len(keys) == 1 else None
     if vectors is None or not vectors.dtype.is_floating_point or not 1 <= len(vectors.shape) <= 2:
         what = kind(checkpoint)
-        found = "damaged, or none of a single word" if what.startswith("a textual inversion") else what
+        found = "damaged, or for several words" if what.startswith("a textual inversion") else what
         raise CheckpointError(f'"{path}" is not an embedding for a word of a prompt: it is {found}')
     if vectors.shape[-1] != width:
         raise CheckpointError(

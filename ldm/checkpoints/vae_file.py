@@ -23,7 +23,7 @@ PREFIXES = {"ldm": "first_stage_model.", "diffusers": "vae."}  # in a base
 def open_vae(path: str | Path) -> Checkpoint:
     """Its tensors alone, under the prefix that its layout has in a base. `path` may be a name, as of a base.
 
-    Raises CheckpointError as `open_checkpoint` does, and for a file without autoencoder.
+    Raises CheckpointError as `open_checkpoint` does, and for a file without an autoencoder.
     """
     checkpoint = open_checkpoint(find(path)[0])
     prefix = next((p for p in (*PREFIXES.values(), "") if f"{p}decoder.conv_in.weight" in checkpoint.tensors), None)

@@ -41,7 +41,7 @@ def test_one_vector_and_half_precision(tmp_path):
     "values, said",
     [
         ({"clip_l": VECTORS, "clip_g": torch.zeros(3, 1280)}, "is an embedding for SDXL or a later family, and only"),
-        ({"<a>": VECTORS, "<b>": VECTORS + 1}, "it is damaged, or none of a single word"),
+        ({"<a>": VECTORS, "<b>": VECTORS + 1}, "it is damaged, or for several words"),
         ({"emb_params": torch.zeros(3, 768, dtype=torch.int32)}, "it is damaged"),
         ({"emb_params": torch.zeros(1, 3, 768)}, "it is damaged"),
         ({"emb_params": torch.zeros(0, 768)}, "has 0 vectors, expected 1 to 75"),

@@ -4,9 +4,9 @@
     python -m tools.accept --device cuda --minutes 3 --out accept.json --only forward,step
     python -m tools.accept --device cpu --size tiny --out accept.json        # the program itself, tried in a minute
 
-SD 1.5 and a ControlNet are made from random numbers, so neither a network nor files are needed, and are compared with
-what another process computes on the CPU in fp32. If diffusers is installed, it is measured, too. Results go to --out as
-JSON, row by row, and at the end to a table beside it (accept.md). A later call with --only adds to the file.
+SD 1.5 and a ControlNet are made from random numbers, so nothing is downloaded. What they compute is compared with what
+another process computes on the CPU in fp32. If diffusers is installed, it is measured, too. Results go to --out, row by
+row, as JSON, and at the end to a table beside it (accept.md). A later call with --only adds to the file.
 
 Each stage gets its share of the minutes that are left; what it has no time for is "not run". The exit status is 0 if
 all that must hold does, 1 if something does not, fails, or was not run, 2 for a mistake in the call.

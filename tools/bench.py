@@ -54,7 +54,7 @@ class Row:
 
 ROWS = (
     Row("sampling", "an image of {size}x{size}, {steps} steps"),
-    Row("reuse", "12 images with --reuse 2; beside it in full", {"every": 2}, own={"every": 1}),
+    Row("reuse", "4 images by each small ControlNet with --reuse 2; beside it in full", {"every": 2}, own={"every": 1}),
     Row("vae", "VAE, encoding {size}x{size}", {"encode": True, "tiled": False}),
     Row("vae", "VAE, encoding {size}x{size}, tiled (--low-memory)", {"encode": True, "tiled": True}),
     Row("vae", "VAE, decoding {size}x{size}", {"encode": False, "tiled": False}),

@@ -90,7 +90,7 @@ def base_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def widest_dtype(checkpoint: Checkpoint, keys: Iterable[str]) -> torch.dtype:
-    """The floating-point type that holds all of these tensors exactly; at least fp16, with which PyTorch can count."""
+    """The type that holds all of these floating-point tensors exactly; at least fp16, in which PyTorch computes."""
     found = {checkpoint.tensors[key].dtype for key in keys if key not in IGNORED and not key.startswith("model_ema.")}
     types = {dtype if dtype.itemsize > 1 else torch.float16 for dtype in found if dtype.is_floating_point}
     return reduce(torch.promote_types, types) if types else torch.float32

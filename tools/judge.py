@@ -104,7 +104,7 @@ def load_judge(file: Path = JUDGE) -> Judge:
 
 
 def train(out: Path, size: int, steps: int, batch: int, device: torch.device) -> None:
-    """Writes a judge to `out` that has learned from as many batches of scenes of size x size pixels."""
+    """Trains a judge on `steps` batches of scenes of size x size pixels, and writes it to `out`."""
     torch.manual_seed(0)
     judge = Judge().to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3)

@@ -1,6 +1,6 @@
 """The images that pretraining sees: drawn once from all synthetic datasets, and kept in OUT with their captions.
 
-Drawing takes longer than a step of the autoencoder on them; kept, an image costs a page of a memory-mapped file.
+Drawing takes longer than a step of the autoencoder on them; a stored image costs one read from a memory-mapped file.
 """
 
 import json

@@ -83,7 +83,7 @@ class BaseLoss(nn.Module):
 def latents_of(pictures: Pictures, sd: StableDiffusion, file: Path) -> Tensor:
     """(N, 4, h, w), scaled, fp32: read from `file`, or computed and kept there.
 
-    The posterior's mean stands in for a sample: its standard deviation is a few thousandths of the latents' own.
+    The posterior's mean stands in for a sample: its standard deviation is a few hundredths of the latents' own.
     """
     if not file.exists():
         chunks = tqdm(np.array_split(pictures.images, len(pictures.images) // 64 + 1), "latents", mininterval=10)
@@ -118,8 +118,8 @@ class Batches(Dataset):
 
 
 def mostly_noisy(timesteps: int, count: int, generator: torch.Generator) -> Tensor:
-    """(count,) timesteps, each with a probability proportional to t: flat images of 16x16 latents are decided while
-    they are still mostly noise."""
+    """(count,) timesteps, each the larger of two, so with a probability nearly proportional to t: flat images of 16x16
+    latents are decided while they are still mostly noise."""
     return torch.randint(timesteps, (2, count), generator=generator).amax(dim=0)
 
 

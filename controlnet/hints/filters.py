@@ -97,7 +97,8 @@ def doubled_along(values: np.ndarray, axis: int) -> np.ndarray:
 def shuffle(image: np.ndarray, *, seed: int = 0, cell: int = 256) -> np.ndarray:
     """The image's colours and textures moved to other places: smooth noise says where each pixel is fetched from.
 
-    As for v1.1's shuffle model, it has a random value every `cell` pixels, which depends on the image and `seed` alone.
+    As in v1.1's annotator (annotator/shuffle), the noise has a random value every `cell` pixels. Here these values
+    depend on the image and `seed` alone.
     """
     if cell < 1 or seed < 0:
         raise ValueError(
@@ -153,7 +154,7 @@ def inpaint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def inpaint_at_random(image: np.ndarray) -> np.ndarray:
     """`inpaint` for training, with a hole that depends on the image alone: half of the holes are rectangles, the others
-    the low parts of smooth noise, a tenth to six tenths of the image in one or several pieces."""
+    the low parts of smooth noise. It takes about a tenth to six tenths of the image, in one or several pieces."""
     rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(image)))
     height, width = image.shape[:2]
     if rng.random() < 0.5:

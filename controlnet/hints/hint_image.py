@@ -52,7 +52,8 @@ class HintImage:
         mask: Image.Image | None = None,
         fit: str = "stretch",
     ) -> "HintImage":
-        """`image` is what `as_rgb` takes, or, for a detector of maps or poses, a map or a file of them.
+        """`image` is what `as_stored` takes (with a detector of photographs, not .npy files) or, for one of maps or
+        poses, a map or a file of either.
 
         `detect` is a detector with its options, as in "canny:low=50,high=150"; None or "none" takes the image as it
         is. Raises ValueError for an unknown detector or option and for what the detector cannot read.
@@ -179,7 +180,7 @@ def layers_of(stored: Image.Image | np.ndarray) -> tuple[Image.Image, ...]:
 
 
 def to_bytes(array: np.ndarray) -> np.ndarray:
-    """uint8 (H, W), (H, W, 3) or (H, W, 4) of an array that `as_rgb` takes."""
+    """uint8 (H, W), (H, W, 3) or (H, W, 4) of an array that `as_stored` takes."""
     pixels = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if pixels.size and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
         if pixels.dtype == np.uint8:

@@ -25,8 +25,8 @@ COCO_IN_BODY_25 = [*range(8), *range(9, 19)]
 
 MAX_PEOPLE = 300
 MAX_SIDE, MAX_MILLIONS = 16384, 20  # of a canvas, in pixels: a typo in a file must not exhaust the memory
-FARTHEST = 1e6  # in pixels: a keypoint beyond is none, and would be no number when it is drawn
-USUAL_SIDE = 512  # of the canvas of a file that does not tell
+FARTHEST = 1e6  # in pixels: a keypoint beyond counts as missing; a huge one would overflow when it is drawn
+USUAL_SIDE = 512  # of the canvas, where neither the file nor its keypoints tell
 
 
 @dataclass(frozen=True)

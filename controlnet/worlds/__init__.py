@@ -11,7 +11,7 @@ And there is a dataset for each other control: `canny` and `scribble` of scenes,
 ADE20K's colours) and `depth` of scenes, where every pixel's class and depth are known. `edits` are scenes before and
 after a change, which the caption asks for.
 
-Sample i depends on the dataset and the seed alone, not on what was drawn before. Validation sets (`held_out`) have
+Sample i depends on the dataset's arguments alone, not on what was drawn before. Validation sets (`held_out`) have
 random streams of their own: they share no samples with a training set, whatever its seed.
 """
 

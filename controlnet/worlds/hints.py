@@ -10,7 +10,7 @@ from controlnet.hints.filters import as_rgb, smooth_noise
 from .classes import ADE20K_CLASSES
 from .world import Picture
 
-EDGE_THRESHOLDS = (50, 100)  # of Canny: half the usual, so that 25 levels of gray suffice for an edge
+EDGE_THRESHOLDS = (50, 100)  # of Canny: half the usual, so that a step of 26 levels of gray is an edge
 FINER = 2  # scribbles are drawn larger, so that their edges are smooth
 
 
@@ -32,7 +32,7 @@ def scribble(picture: Picture, rng: np.random.Generator) -> np.ndarray:
     lines[1:] |= parts[1:] != parts[:-1]
     lines[:, 1:] |= parts[:, 1:] != parts[:, :-1]
     lines &= smooth_noise(rng, side, side, cell=side // 10) > gaps
-    # Odd, 2 to 4 of 128 pixels; of one pixel it would end Python in Pillow 12.
+    # Odd, about 3 of 128 pixels wide. A filter of one pixel would crash Python, with Pillow 12.
     brush = 2 * max(1, round(side * rng.uniform(0.007, 0.012))) + 1
     strokes = Image.fromarray(lines.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(brush))
     return as_rgb(np.asarray(strokes.reduce(FINER)))

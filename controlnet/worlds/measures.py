@@ -88,7 +88,8 @@ def mean_iou(shown: np.ndarray, true: np.ndarray) -> float:
 
 def palette_distance(a: np.ndarray, b: np.ndarray) -> float:
     """How far the colours of `a` must move on average to become those of `b`, wherever in the image: the sliced
-    Wasserstein distance of two images of one size, in levels of 255, over 13 directions in RGB."""
+    Wasserstein distance (Rabin et al., SSVM 2011) of two images of one size, in levels of 255, over 13 directions in
+    RGB."""
     directions = np.array([d for d in itertools.product((-1, 0, 1), repeat=3) if d > (0, 0, 0)]).T  # (3, 13)
     directions = directions / np.linalg.norm(directions, axis=0)
     ranked = [np.sort(image.reshape(-1, 3) @ directions, axis=0) for image in (a, b)]

@@ -18,7 +18,7 @@ HAIR = {
 HAIR_STYLES = ("short", "long", "curly", "bun", "bald")
 HATS = ("cap", "top hat", "straw hat")
 SHOES = ((40, 32, 32), (236, 232, 224), (150, 60, 44))
-DARK, LIPS, STRAW = (40, 32, 32), (188, 62, 62), (236, 200, 112)  # also eyes and top hats
+DARK, LIPS, STRAW = (40, 32, 32), (188, 62, 62), (236, 200, 112)  # DARK: of eyes and top hats
 
 # As fractions of the person's height. Each arm and leg is a chain of two bones.
 HEAD_RADIUS, NECK, TORSO, SHOULDER, HIP = 0.095, 0.122, 0.29, 0.105, 0.065

@@ -24,7 +24,7 @@ from tools.bench_ours import SEED, fill, write_models
 
 from .device import settle
 
-SPACE = 12e9  # bytes that the models and the reference need at full size
+SPACE = 12e9  # bytes: at full size models and reference need 9 GB, and the programs write beside them
 
 
 SMALL = replace(

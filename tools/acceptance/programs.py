@@ -28,7 +28,7 @@ from .exact import relative
 from .job import Job
 from .report import Report
 
-FRACTION = 0.08  # of a GPU's memory: 7 to 12 GB, too little for what `out_of_memory` asks for
+FRACTION = 0.08  # of a GPU's memory: 7 GB of an H100, 12 of an H200, too little for what `out_of_memory` asks for
 TRAININGS = {
     "fp32": ["--precision", "fp32"],
     "fp16, accumulated": ["--precision", "fp16", "--accumulate", "2"],

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("experiments", nargs="*", choices=choices, metavar="EXPERIMENT", help=names)
     folder = "the page's folder (default: runs/paper, with --quick runs/paper-quick)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=folder)
-    parser.add_argument("--quick", action="store_true", help="one seed, a tenth of the steps: no results, but a page")
+    parser.add_argument("--quick", action="store_true", help="one seed and a few steps: no results, but a page")
     parser.add_argument("--seeds", type=positive, help="trainings of each kind (default: 3, with --quick 1)")
     parser.add_argument("--base", default="tiny", help="the locked base, a file or a preset (default: %(default)s)")
     precision = f"of the trainings: {PRECISION_HELP}. On CPUs bf16 pays with AVX512-BF16 only (default: %(default)s)"

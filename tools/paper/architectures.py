@@ -70,7 +70,7 @@ def tables(numbers: dict) -> list[str]:
         [name, steps_shown(one["set_in"]), shown(one["validation_loss"], digits=4)]
         for name, one in numbers["trainings"].items()
     ]
-    looked = "control sets in at step (of full looked for every 10, of others every 20)"
+    looked = "control sets in at step (full is looked at twice as often)"
     return [
         table(["IoU with the hint", *numbers["kinds"]], rows("iou", numbers["kinds"])),
         table(["both colours right", *named], rows("colours", named)),

@@ -123,7 +123,7 @@ def draw_hills(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> No
 
 
 def draw_sea(canvas: Canvas, setting: Setting, rng: np.random.Generator, bottom: float) -> None:
-    """From the horizon to `bottom`, darker where it is near."""
+    """From the horizon to `bottom`, where land covers it; without land (`bottom` 1) it is darker where it is near."""
     colour, top = setting.lit(GROUNDS["sea"]), setting.horizon
     draw_below(canvas, np.full(25, top), colour)
     if bottom == 1:

@@ -1,4 +1,4 @@
-"""Which things a scene has, and where they stand: no thing hides another."""
+"""Which things a scene has, and where they stand: none hides much of another."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Placed:
 
 
 def random_things(rng: np.random.Generator, setting: Setting) -> list[Placed]:
-    """One to four, from far to near, each of another colour."""
+    """One to four, from far to near, no two of the same colour."""
     count = rng.choice([1, 2, 3, 4], p=(0.22, 0.36, 0.28, 0.14))
     names, colours, things = kinds_for(rng, setting, count), list(rng.permutation(contrasting(setting))), []
     for name in names:

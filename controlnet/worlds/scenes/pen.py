@@ -18,7 +18,7 @@ class Pen:
         self, canvas: Canvas, foot: tuple[float, float], scale: float, main: RGB, rng: np.random.Generator, night: bool
     ):
         self.canvas, self.foot, self.rng = canvas, np.array(foot), rng
-        self.axes = scale * np.array([rng.choice([-1, 1]), -1])  # mirrored every other time
+        self.axes = scale * np.array([rng.choice([-1, 1]), -1])  # mirrored half the time
         self.main, self.dark, self.light = main, shade(main), tint(main)
         self.glass = LAMP if night else GLASS
 

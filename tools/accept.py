@@ -40,7 +40,7 @@ class Stage:
 
 STAGES = {
     "machine": Stage(10, "figures", "versions, a large matrix product, the copy rate"),
-    "weights": Stage(35, "exact", "the models are made; the reference begins behind"),
+    "weights": Stage(35, "exact", "the models are made; the CPU begins the reference, in the background"),
     "training": Stage(70, "programs", "train.py on the small model: precisions, workers, resume to the bit"),
     "forward": Stage(40, "exact", "text, UNet with control, VAE and pictures against the CPU"),
     "step": Stage(40, "exact", "loss and gradients of a training step against the CPU"),

@@ -39,18 +39,18 @@ def make_strip(args: argparse.Namespace) -> None:
     chosen = [grids[i] for i in sorted({round(i) for i in np.linspace(0, len(grids) - 1, args.columns)})]
     ious = {line["step"]: line["iou"] for line in run_folder.logged() if "iou" in line}
 
-    hints, _, truths = images_of(run_folder, chosen[0], args.rows)
+    hints, _, truths = images_in(run_folder, chosen[0], args.rows)
     columns = [column("hint", hints)]
     for path in chosen:
         step = int(path.stem)
         caption = f"step {step}" + (f", IoU {ious[step]:.2f}" if step in ious else "")
-        columns.append(column(caption, images_of(run_folder, path, args.rows)[1]))
+        columns.append(column(caption, images_in(run_folder, path, args.rows)[1]))
     columns.append(column("truth", truths))
     save_png(Image.fromarray(np.hstack(columns)), args.out, {})
     print(args.out)
 
 
-def images_of(run_folder: RunFolder, grid_file: Path, rows: int) -> tuple[list[np.ndarray], ...]:
+def images_in(run_folder: RunFolder, grid_file: Path, rows: int) -> tuple[list[np.ndarray], ...]:
     """Hints, samples and truths, uint8 (H, W, 3), of a grid's first rows. Its fourth column is text."""
     grid = np.asarray(Image.open(grid_file).convert("RGB"))
     width = grid.shape[1] // 4

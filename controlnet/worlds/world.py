@@ -33,10 +33,6 @@ class Truth:
     ground: str
     far: str
 
-    def mask(self, number: int) -> np.ndarray:
-        """bool (H, W): where thing `number` is seen."""
-        return self.objects == number
-
 
 @dataclass(frozen=True)
 class Sample:

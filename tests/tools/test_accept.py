@@ -18,7 +18,7 @@ import infer
 from controlnet.training.options import parse_args
 from ldm.unet import UNetDecoder, UNetEncoder
 from tools import accept, bench
-from tools.acceptance import behind, device, exact, figures, job, programs
+from tools.acceptance import compared, device, exact, figures, job, programs
 from tools.acceptance.report import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -108,7 +108,7 @@ def test_the_whole_program(run, tmp_path):
     assert "| **out_of_memory** | only a GPU's memory can be limited |" in table
 
 
-def test_what_was_computed_behind_is_not_computed_again(tmp_path, monkeypatch):
+def test_what_was_computed_in_the_background_is_not_computed_again(tmp_path, monkeypatch):
     started = []
 
     def process(target, args, daemon):
@@ -119,7 +119,7 @@ def test_what_was_computed_behind_is_not_computed_again(tmp_path, monkeypatch):
     for files in ([], ["predictions.json"], ["reference.safetensors"]):
         for file in files:
             (tmp_path / file).touch()
-        job.Job(CPU, job.SIZES["tiny"], tmp_path).begin_behind()
+        job.Job(CPU, job.SIZES["tiny"], tmp_path).begin_in_background()
     assert started == ["write_reference", "write_predictions", "write_reference"]
 
 
@@ -334,5 +334,5 @@ def test_a_late_signal_does_nothing(tmp_path):
 
 
 def test_predictions_are_for_every_case():
-    names = list(behind.cases(job.SIZES["full"]))
+    names = list(compared.cases(job.SIZES["full"]))
     assert len(names) == 12 and names[-1] == "batch 16, checkpointing, accumulate 2"

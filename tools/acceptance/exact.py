@@ -9,7 +9,7 @@ from torch import Tensor
 from tools.bench import psnr
 from tools.bench_case import to_numpy
 
-from .behind import CFG, outputs, pictures, training_step
+from .compared import CFG, outputs, pictures, training_step
 from .job import Job
 from .report import Report
 
@@ -23,7 +23,7 @@ COSINE = {"fp16": 0.999, "bf16": 0.99}
 def weights(job: Job, report: Report) -> None:
     job.need_weights()
     report.note("bytes, both layouts", sum(path.stat().st_size for path in job.folder.rglob("*.safetensors")))
-    job.begin_behind()
+    job.begin_in_background()
 
 
 def forward(job: Job, report: Report) -> None:

@@ -18,7 +18,7 @@ from tools.bench_case import Work, timed
 from tools.bench_ours import Training
 
 from . import device
-from .behind import cases, denoiser
+from .compared import cases, denoiser
 from .job import Job
 from .report import Report
 
@@ -162,7 +162,7 @@ def step_works(job: Job, step: Callable[[int], Work]) -> Works:
 
 def memory(job: Job, report: Report) -> None:
     """Of training steps: what train.py --dry-run says, what was allocated, and what PyTorch held for it."""
-    predictions = json.loads(job.from_behind("predictions.json").read_text())
+    predictions = json.loads(job.from_background("predictions.json").read_text())
     before = device.allocated(job.device)
     run = Training(job.setup())
     works = {}

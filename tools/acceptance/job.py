@@ -81,7 +81,7 @@ class Job:
     device: torch.device
     size: Size
     folder: Path
-    behind: list[multiprocessing.Process] = field(default_factory=list)
+    background: list[multiprocessing.Process] = field(default_factory=list)
 
     def settle(self) -> None:
         settle(self.device)
@@ -128,37 +128,37 @@ class Job:
 
     # ---------------------------------------------------------------------------------------------- the reference
 
-    def begin_behind(self) -> None:
+    def begin_in_background(self) -> None:
         """Starts a process for each file that the CPU computes while the device does something else, unless the folder
         has it."""
         self.need_weights()
-        if self.behind:
+        if self.background:
             return
         for file, function, *more in (
             ("reference.safetensors", "write_reference"),
             ("predictions.json", "write_predictions", self.device.type),
         ):
             if not (self.folder / file).exists():
-                arguments = ("acceptance.behind", function, self.size, self.folder, *more)
+                arguments = ("acceptance.compared", function, self.size, self.folder, *more)
                 process = multiprocessing.get_context("spawn").Process(target=bench.call, args=arguments, daemon=True)
                 process.start()
-                self.behind.append(process)
+                self.background.append(process)
 
-    def from_behind(self, name: str) -> Path:
+    def from_background(self, name: str) -> Path:
         """Waits for a file that those processes write. Raises ValueError if it does not come."""
         file = self.folder / name
         if not file.exists():
-            self.begin_behind()
+            self.begin_in_background()
         while not file.exists():
-            if not any(process.is_alive() for process in self.behind) and not file.exists():
+            if not any(process.is_alive() for process in self.background) and not file.exists():
                 raise ValueError(f"{name} was not written: stderr tells why")
-            for process in self.behind:
+            for process in self.background:
                 process.join(0.2)
         return file
 
     def reference(self) -> dict[str, Tensor]:
-        """What `behind.write_reference` computes on the CPU, in fp32."""
-        return load_file(self.from_behind("reference.safetensors"))
+        """What `compared.write_reference` computes on the CPU, in fp32."""
+        return load_file(self.from_background("reference.safetensors"))
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def job(device: str | None, size: str, folder: Path | None) -> Iterator[Job]:
         try:
             yield work
         finally:
-            for process in work.behind:
+            for process in work.background:
                 process.terminate()
                 process.join()
 

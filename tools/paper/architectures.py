@@ -11,7 +11,7 @@ from controlnet.worlds import Sample
 from .cost import counted, machine, seconds_of
 from .experiment import Experiment
 from .lab import BATCH, OPTIMIZER, Lab, circles_measured
-from .runs import at_end, set_in
+from .runs import last_loss, set_in
 from .statistics import IS, LEARNED, Numbers, Verdict, above, all_of, judged, shown, steps_shown, table
 
 PROMPTS: dict[str, Callable[[Sample], str]] = {
@@ -51,7 +51,7 @@ def trainings_of(lab: Lab, architecture: str) -> dict[str, list]:
     logs = [lab.train(seed, **settings_of(architecture)).log() for seed in range(lab.scale.seeds)]
     return {
         "set_in": [set_in(log) for log in logs],
-        "validation_loss": [at_end(log, "validation_loss") for log in logs],
+        "validation_loss": [last_loss(log) for log in logs],
     }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from controlnet import ControlNet
 from controlnet.training.charts import Points
 from controlnet.worlds import Fill50k
-from tools.convergence import images_of
+from tools.convergence import images_in
 
 from .experiment import Experiment
 from .lab import SHOWN, WATCHED, Lab, circles_measured, follows, save_sheet
@@ -45,8 +45,8 @@ def measure(lab: Lab) -> dict:
 def along_the_steps(run: Run) -> dict[str, list[np.ndarray]]:
     """The first samples of every other grid up to the last, as in the paper's figure."""
     files = run.folder.grids()[::-2][::-1]
-    hints, _, _ = images_of(run.folder, files[0], SHOWN)
-    return {"hints": hints} | {f"step {int(file.stem)}": images_of(run.folder, file, SHOWN)[1] for file in files}
+    hints, _, _ = images_in(run.folder, files[0], SHOWN)
+    return {"hints": hints} | {f"step {int(file.stem)}": images_in(run.folder, file, SHOWN)[1] for file in files}
 
 
 def untrained(lab: Lab) -> float:

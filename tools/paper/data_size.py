@@ -2,7 +2,7 @@
 
 from .experiment import Experiment
 from .lab import BATCH, Lab, circles_measured, save_sheet
-from .runs import at_end
+from .runs import last_loss
 from .statistics import IS, Verdict, above, all_of, judged, shown, table
 
 FEW, ENDLESS = "100", "endless"
@@ -27,7 +27,7 @@ def measure(lab: Lab) -> dict:
             rows[size] = {
                 "iou": circles_measured(sheet[size], lab.circles)["iou"],
                 **{f"prompted {name}": value for name, value in circles_measured(prompted, lab.circles).items()},
-                "validation loss": at_end(run.log(), "validation_loss"),
+                "validation loss": last_loss(run.log()),
             }
         if seed == 0:
             save_sheet(lab, "data_size", sheet)

@@ -42,9 +42,9 @@ def watched(log: Sequence[dict], name: str) -> list[tuple[int, object]]:
     return [(line["step"], line[name]) for line in log if name in line]
 
 
-def at_end(log: Sequence[dict], name: str) -> object:
-    """The last of these values."""
-    return watched(log, name)[-1][1]
+def last_loss(log: Sequence[dict]) -> float:
+    """The validation loss at the end."""
+    return watched(log, "validation_loss")[-1][1]
 
 
 def set_in(log: Sequence[dict]) -> int | None:

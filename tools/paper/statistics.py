@@ -73,7 +73,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def numbers_table(numbers: Numbers, columns: dict[str, str], first: str = "") -> str:
+def numbers_table(numbers: Numbers, columns: dict[str, str]) -> str:
     """A row for each in `numbers`; `columns` are measures with their titles."""
     rows = [[name, *(shown(row[measure]) for measure in columns)] for name, row in numbers.items()]
-    return table([first, *columns.values()], rows)
+    return table(["", *columns.values()], rows)

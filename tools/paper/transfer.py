@@ -19,12 +19,12 @@ from .statistics import LEARNED, Verdict, above, judged, lost, numbers_table, sh
 OWN, UNTOUCHED, MOVED = "its own base", "the other base, untouched", "the other base, difference of encoders added"
 TRUE = "true pictures of the other world"
 LR = 5e-4  # a third of what the base was trained with, with the same optimizer
-PAPER = 250, 240, 220  # RGB
+CREAM = 250, 240, 220  # RGB
 
 
 def pastel(image: np.ndarray) -> np.ndarray:
-    """In the other world's style: colours as of chalk on cream paper, halfway to the paper's."""
-    return np.rint((image + np.array(PAPER)) / 2).astype(np.uint8)
+    """In the other world's style: as of chalk on cream paper, every colour halfway to cream."""
+    return np.rint((image + np.array(CREAM)) / 2).astype(np.uint8)
 
 
 def restyled(lab: Lab) -> StableDiffusion:

@@ -27,10 +27,11 @@ def test_a_thing_gets_the_colour_that_it_is_told_and_all_else_stays(pairs):
             if was != now
         ]
         assert after.caption.startswith("make it a") and thing.kind in after.caption and thing.colour in after.caption
-        place = grown(before.truth.mask(number) | after.truth.mask(number), by=2)  # its edge, and a shadow's rim
+        there = (before.truth.objects == number) | (after.truth.objects == number)
+        place = grown(there, by=2)  # its edge, and a shadow's rim
         assert (before.image != after.image).any() and np.array_equal(before.image[~place], after.image[~place])
         tones = np.array([PAINTS[thing.colour], shade(PAINTS[thing.colour]), tint(PAINTS[thing.colour])])
-        pixels = after.image[after.truth.mask(number)].astype(int)
+        pixels = after.image[after.truth.objects == number].astype(int)
         assert (np.abs(pixels[:, None] - tones).max(axis=2).min(axis=1) < 6).mean() > 0.03  # of a snowman, its scarf
 
 

@@ -55,7 +55,7 @@ def test_classes_objects_and_depth_agree(scenes):
         assert np.array_equal(scene.mask, truth.objects >= 0) and np.array_equal(scene.parts, truth.classes)
         assert np.array_equal(is_one_of(truth, KINDS), scene.mask)
         for number, thing in enumerate(truth.things):
-            mask = truth.mask(number)
+            mask = truth.objects == number
             assert is_one_of(truth, [thing.kind])[mask].all() and np.ptp(truth.depth[mask]) == 0
         assert (truth.depth[is_one_of(truth, ["sky"])] == 1).all() and 0 <= truth.depth.min() < 0.05
         assert shown(truth) & {"grass", "snow", "sand"} <= {truth.ground, "sand"} and truth.ground in shown(truth)
@@ -77,7 +77,7 @@ def test_things_have_their_colours(scenes):
     """Of a snowman it is that of hat and scarf, and persons have other colours, too."""
     for scene in scenes:
         for number, thing in enumerate(scene.truth.things):
-            pixels = scene.image[scene.truth.mask(number)].astype(int)
+            pixels = scene.image[scene.truth.objects == number].astype(int)
             paint = PAINTS[thing.colour]
             tones = np.array([paint, shade(paint), tint(paint)])
             share = (np.abs(pixels[:, None] - tones).max(axis=2).min(axis=1) < 6).mean()
@@ -99,7 +99,7 @@ def test_every_thing_is_seen_whole_enough_and_large_ones_are_twice_as_large(scen
     lengths, areas = {"large": [], "small": []}, []
     for scene in scenes:
         for number, thing in enumerate(scene.truth.things):
-            rows, columns = np.nonzero(scene.truth.mask(number))
+            rows, columns = np.nonzero(scene.truth.objects == number)
             areas.append(len(rows))
             lengths[thing.size].append(1 + max(np.ptp(rows), np.ptp(columns)))
     assert (np.array(areas) > 200).mean() > 0.99
@@ -109,7 +109,7 @@ def test_every_thing_is_seen_whole_enough_and_large_ones_are_twice_as_large(scen
 def test_places_are_those_of_the_image(scenes):
     for scene in scenes:
         for number, thing in enumerate(scene.truth.things):
-            columns = np.nonzero(scene.truth.mask(number))[1]
+            columns = np.nonzero(scene.truth.objects == number)[1]
             middle = (columns.min() + columns.max()) / 2 / SIZE
             low, high = {"left": (0, 0.4), "middle": (0.36, 0.64), "right": (0.6, 1)}[thing.place]
             assert low < middle < high, (thing, middle)
@@ -130,7 +130,7 @@ def test_everything_there_is_comes_about():
 
 def test_things_are_drawn_from_far_to_near_and_the_near_hide_the_far(scenes):
     for scene in scenes:
-        depths = [float(scene.truth.depth[scene.truth.mask(i)].mean()) for i in range(len(scene.truth.things))]
+        depths = [float(scene.truth.depth[scene.truth.objects == i].mean()) for i in range(len(scene.truth.things))]
         assert depths == sorted(depths, reverse=True)
     setting = Setting("day", "grass", "nothing", 0.5, 0.5, "nothing", (0.2, 0.2), clouds=0)
     far, near = (
@@ -139,7 +139,7 @@ def test_things_are_drawn_from_far_to_near_and_the_near_hide_the_far(scenes):
     )
     truth = draw_scene(SIZE, setting, [far, near], np.random.default_rng(0)).truth
     assert CLASSES[truth.classes[int(0.6 * SIZE), SIZE // 2]] == "mushroom"  # its cap, before the gate
-    assert truth.depth[truth.mask(1)].max() < truth.depth[truth.mask(0)].min()
+    assert truth.depth[truth.objects == 1].max() < truth.depth[truth.objects == 0].min()
 
 
 def test_the_ground_comes_nearer_downwards_and_things_stand_at_the_depth_of_their_foot(scenes):
@@ -152,7 +152,7 @@ def test_the_ground_comes_nearer_downwards_and_things_stand_at_the_depth_of_thei
         assert (np.diff(rows) <= 0).all()
         for number, thing in enumerate(truth.things):
             if KINDS[thing.kind].home == "land":
-                mask = truth.mask(number)
+                mask = truth.objects == number
                 foot = np.nonzero(mask)[0].max()
                 assert (
                     abs(truth.depth[mask].mean() - 0.9 * (1 - foot / SIZE) / 0.45) < 0.15

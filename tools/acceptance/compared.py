@@ -93,7 +93,7 @@ def training_step(job: Job, precision: str) -> dict[str, Tensor]:
 
 
 def write_reference(size: Size, folder: Path) -> None:
-    os.nice(5)  # what goes on before is timed
+    os.nice(5)  # what runs in the foreground is timed
     torch.set_num_threads(max(1, torch.get_num_threads() - 4))
     job = Job(torch.device("cpu"), size, folder)
     tensors = dict(outputs(job, "fp32")) | training_step(job, "fp32")

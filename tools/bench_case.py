@@ -63,7 +63,7 @@ def measure(module: str, task: str, arguments: dict, setup: dict, cold: bool) ->
     reset_peak(setup.device)
     for _ in range(0 if cold else WARM_UPS[device]):
         work()
-    if device != "cuda":  # where the first time counts: the memory of a graph that is replayed is taken for free
+    if device != "cuda":  # there the warm-up counts: a replayed graph's memory does not show as allocated
         reset_peak(setup.device)
     seconds, result = timed(work, setup.device)
     times = [seconds]

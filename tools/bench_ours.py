@@ -71,7 +71,7 @@ def write_models(folder: Path, sd: StableDiffusion, control: ControlNet, dtype: 
     """base.safetensors and control.safetensors, and the folders base and control in diffusers' layout."""
     sd.save(folder / "base.safetensors", dtype)
     control.save(folder / "control.safetensors", dtype)
-    if not (folder / "base").exists():  # since a start that was stopped
+    if not (folder / "base").exists():  # it does if an earlier call was stopped here
         sd.save(folder / "base", dtype, layout="diffusers")
     control.save(folder / "control", dtype, layout="diffusers")
 

@@ -4,8 +4,9 @@
     python -m tools.check_data my/pairs --size 768x512 --buckets --sheet sheet.png
     python -m tools.check_data photographs --detect canny --prompt "" --sheet sheet.png
 
-Found are pairs that cannot be used; hints that are black, of one colour, inverted or label maps; images that are there
-twice, share a hint or are left out; captions that are too long or garbled; what crops take, and what is enlarged.
+It finds pairs that cannot be used; hints that are black, of one colour, inverted or label maps; images that are there
+twice, share a hint or are left out; captions that are too long or garbled. It says what cropping cuts off, and what is
+enlarged.
 
 The exit status is 0 if nothing was found, crops and enlargements aside, 1 if something was, and 2 if there is nothing
 to train on.

@@ -18,8 +18,9 @@ import sys
 from controlnet.common.program import new_parser, note, printable
 from tools.cli import run_tool
 
-LINES_AT_MOST = 20  # of a kind of difference, and
-WIDEST = 200  # characters of a text from a file; --json has all
+# --json has all of both.
+LINES_AT_MOST = 20  # of a kind of difference
+WIDEST = 200  # characters of a text from a file
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ DIFFERENCES = {  # by what a ControlNet needs its base for
 }
 LAYOUTS = {"ldm": "original", "diffusers": "diffusers", "state": "our own names, as in a state of train.py"}
 STATE_PARTS = {"average.": "moving average (EMA)", "decoder.": "UNet's decoder"}  # as PARTS, beside a run's ControlNet
-READ_ANYWAY = 64_000_000  # bytes: of smaller files all numbers are read
+READ_ANYWAY = 64_000_000  # bytes: all numbers of smaller files are read, also without --values
 
 Facts = dict[str, object]  # as JSON can have them
 
@@ -51,7 +51,7 @@ def contents(checkpoint: Checkpoint, preset: Config | None = None) -> Contents:
     if base or control:
         names = [name for name, found in (("base", base), ("ControlNet", control)) if found]
         return Contents(" with a ".join(names), base, control)
-    if is_base(checkpoint):  # what is wrong is in what it says of itself
+    if is_base(checkpoint):  # by its keys, but not by its sizes or its description
         return Contents("base", problem=bad_base)
     what = kind(checkpoint)
     return Contents("ControlNet", problem=bad_control) if what == CONTROL else Contents(what)

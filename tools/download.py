@@ -127,7 +127,7 @@ def fetch(model: Model, pinned: str | None, path: Path) -> None:
 
 
 class PartialFile(io.BufferedWriter):
-    """A server may send for ever. Raises ValueError beyond `size` bytes, and where it begins again and again."""
+    """Against a server that sends for ever: raises ValueError beyond `size` bytes, and if it begins again too often."""
 
     def __init__(self, path: Path, size: int):
         super().__init__(io.FileIO(path, "ab"))

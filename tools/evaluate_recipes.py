@@ -30,7 +30,7 @@ from controlnet.worlds.measures import foreground, iou, palette_distance, psnr
 from ldm import StableDiffusion
 from tools.paint import after_autoencoder, mismatched, painter
 
-TOLD = 8  # levels by which before and after differ where something is to change
+TOLD = 8  # levels: where before and after differ by more, something is to change
 SHARPNESS = "sharpness (0 the hint's, 1 the picture's; noise raises it, too)"
 
 Measure = Callable[[np.ndarray, Sample], dict[str, float]]

@@ -21,7 +21,7 @@ from ldm import StableDiffusion
 from tools.judge import COLOUR_NAMES, Judge
 from tools.paint import Paint, after_autoencoder, mismatched
 
-LEAST = 0.002  # of a picture's pixels: a thing of 6x6 of 128x128 is there
+LEAST = 0.002  # of a picture's pixels make a thing count: 6x6 of 128x128
 
 Seen = tuple[np.ndarray, np.ndarray]  # classes and colours, as Judge.see gives them
 

@@ -79,7 +79,7 @@ class Judge(nn.Module):
     @torch.no_grad()
     def see(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (H, W, 3) -> numbers in CLASSES and in COLOUR_NAMES, both (H, W). A thing's colour is the one that
-        captions tell: of a house that of its walls, also where its roof is."""
+        captions name: a house has the colour of its walls, on its roof, too."""
         classes, colours = self(to_images([image]).to(self.out.weight))
         return classes[0].argmax(dim=0).cpu().numpy(), colours[0].argmax(dim=0).cpu().numpy()
 
@@ -113,7 +113,7 @@ def train(out: Path, size: int, steps: int, batch: int, device: torch.device) ->
     for lesson in (bar := tqdm(lessons, "judge", mininterval=10)):
         images, classes, colours = (tensor.to(device) for tensor in lesson)
         seen_classes, seen_colours = judge(images.to(memory_format=torch.channels_last))
-        of_things = classes.masked_fill(colours < 0, -1)  # a tenth of the pixels: they count once more by themselves
+        of_things = classes.masked_fill(colours < 0, -1)  # a tenth of the pixels, which therefore count twice
         loss = F.cross_entropy(seen_classes, classes) + F.cross_entropy(seen_classes, of_things, ignore_index=-1)
         loss = loss + F.cross_entropy(seen_colours, colours, ignore_index=-1)
         optimizer.zero_grad()

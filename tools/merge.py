@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("controls", nargs="*", metavar="CONTROL", help="two or more, in any layout; none with --lora")
     group = parser.add_argument_group("sum")
     add = group.add_argument
-    add("--weights", nargs="+", type=float, metavar="X", help="one for each CONTROL, as given (default: the mean)")
+    add("--weights", nargs="+", type=float, metavar="X", help="one for each CONTROL, taken as is (default: the mean)")
     add("--base", metavar="BASE", help="what the LoRAs change, or what to add to ControlNets stored as a difference")
     add("--lora", action="append", metavar="FILE[:X]", help="a LoRA, and how strongly (default: 1); repeatable")
     of_base = parser.add_argument_group("what a base with LoRAs lacks; the result will have it")

@@ -13,12 +13,12 @@ from controlnet.worlds import Sample
 from ldm import StableDiffusion
 
 Paint = Callable[[Sequence[Sample]], list[np.ndarray]]
-BATCH = 8  # images that are sampled at once, by two cores in three quarters of the time
+BATCH = 8  # images that are sampled at once: on two cores in three quarters of the time
 
 
 def painter(sd: StableDiffusion, controls: Sequence[ControlNet], settings: dict) -> Paint:
-    """-> samples -> images, some of them at once. With several `controls` a sample's hint holds theirs one after the
-    other, three channels each.
+    """-> a function of samples, which gives their images. With several `controls` a sample's hint holds theirs one
+    after the other, three channels each.
 
     Without any prompt the hints take its place: they act in its branch alone, so that guidance strengthens them
     (arXiv 2302.05543v3, section 3.4).
@@ -38,7 +38,7 @@ def painter(sd: StableDiffusion, controls: Sequence[ControlNet], settings: dict)
 
 @torch.no_grad()
 def after_autoencoder(sd: StableDiffusion, images: list[np.ndarray]) -> list[np.ndarray]:
-    """One by one, as large ones need."""
+    """One at a time: large images would not fit into memory together."""
     return [np.asarray(to_pil(sd.decode(sd.encode(to_images([one]), sample=False))[0])) for one in images]
 
 

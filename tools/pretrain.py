@@ -58,7 +58,7 @@ def pretrain(args: argparse.Namespace) -> None:
     start = StableDiffusion.load(args.start) if args.start else None
     pictures = open_pictures(args.out, TINY.resolution, args.pictures, args.seed)
     check_begun(args)
-    torch.manual_seed(args.seed)  # after the drawing, whose workers draw a number: a run that goes on has none
+    torch.manual_seed(args.seed)  # after the drawing, which draws a random number, too, and which a resumed run skips
     sd = start or fresh_base(TINY, train_vae(TINY, pictures, args), pictures)
     sd = train_unet(sd.to(args.device), pictures, args)
     file = args.out / "tiny.safetensors"
@@ -67,8 +67,8 @@ def pretrain(args: argparse.Namespace) -> None:
 
 
 def check_begun(args: argparse.Namespace) -> None:
-    """Notes in OUT what it is begun with. Raises ValueError if it was begun with anything else: what is kept there
-    would go on as it was."""
+    """Notes in OUT the seed and the start of a run. Raises ValueError if it was begun with others: what is kept there
+    would be used all the same."""
     file, asked = args.out / "begun.json", {"seed": args.seed, "start": str(args.start or "scratch")}
     if not file.exists():
         write_text(file, json.dumps(asked))

@@ -47,7 +47,7 @@ def open_pictures(folder: Path, size: int, count: int, seed: int) -> Pictures:
 
 
 def draw_pictures(drawings: "Drawings", size: int, images: Path, captions: Path) -> None:
-    """Writes the captions last: files without them are of a run that was stopped."""
+    """Writes the captions last: without them the drawing was stopped, and begins again."""
     drawn = DataLoader(drawings, batch_size=None, num_workers=os.cpu_count() or 1, collate_fn=tuple)
     drawn_captions = []
     with new_file(images) as temporary:

@@ -20,10 +20,10 @@ def read_hint(path: str | Path, channels: int = 3) -> np.ndarray:
 
 
 def open_hint(path: str | Path) -> Image.Image | np.ndarray:
-    """An image, upright, of any mode; from a .npy file of another number of channels than 1, 3 or 4, uint8 (H, W, C).
+    """An upright image of any mode, or uint8 (H, W, C) from a .npy file with another number of channels than 1, 3 or 4.
 
-    Arrays in files are (H, W) or (H, W, C), uint8 or floats in [0, 1]. Raises ValueError for other ones, for a file
-    that cannot be read, and for an image of 32 bits a channel.
+    Arrays in files are (H, W) or (H, W, C), uint8 or floats in [0, 1]. Raises ValueError for others, for a file that
+    cannot be read, and for an image of 32 bits a channel.
     """
     if Path(path).suffix.lower() != ".npy":
         image = open_image(path)
@@ -46,7 +46,7 @@ def with_channels(stored: Image.Image | np.ndarray, channels: int, name: str) ->
     """(H, W, `channels`) of what `open_hint` returns for the file `name`.
 
     Of an image, 3 channels are RGB with `ground_of_hint` behind transparent parts, 1 is that in gray, and 4 are red,
-    green, blue and opacity as they are stored. Raises ValueError if it has another number.
+    green, blue and opacity as they are stored. Raises ValueError if it does not have so many.
     """
     if isinstance(stored, Image.Image) and channels in IMAGE_MODES:
         image = in_8_bits(stored) if channels == 4 else to_rgb(stored, ground_of_hint)

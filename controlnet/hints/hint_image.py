@@ -85,7 +85,7 @@ class HintImage:
         return self.made[size] if channels == 3 else to_gray(self.made[size])
 
     def check_channels(self, channels: int) -> None:
-        """Raises ValueError if the ControlNet's hints have others than this one."""
+        """Raises ValueError if this hint cannot be had in so many channels, those that the ControlNet reads."""
         if self.detector is not None and channels not in ((3,) if self.detector == "inpaint" else (1, 3)):
             raise ValueError(
                 f"the ControlNet takes hints of {channels} channels, and the detector {self.detector} makes 3: "

@@ -97,7 +97,7 @@ def loaded(load):
 
 
 def run(detector, image: np.ndarray, **options) -> np.ndarray:
-    """Detects at the image's own resolution, which controlnet_aux rounds to multiples of 64; the hint has its size."""
+    """Detects at the image's resolution, which controlnet_aux rounds to multiples of 64, and resizes the hint back."""
     height, width = image.shape[:2]
     resolution = max(64, min(height, width))
     hint = detector(

@@ -46,7 +46,7 @@ class Pose:
 def pose_hint(pose: Pose, *, height: int = 0, width: int = 0) -> np.ndarray:
     """The pose drawn (pose.py) on a canvas of `height` and `width` pixels, by default its own -> uint8 (H, W, 3).
 
-    If it has none, the canvas is chosen to have the pose in its middle, and a warning says so.
+    If the pose has no canvas, one is chosen with the pose in its middle, and a warning says so.
     """
     height, width = height or pose.height, width or pose.width
     if height < 1 or width < 1:
@@ -82,8 +82,7 @@ def in_pixels(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def is_normalised(keypoints: np.ndarray) -> bool:
-    """Whether x and y of these keypoints (..., 3) are parts of the canvas: most are within it, where a few pixels would
-    be its corner."""
+    """Whether x and y of these keypoints (..., 3) are parts of the canvas: as pixels, most would be in its corner."""
     points = keypoints[is_found(keypoints), :2]
     return bool(len(points)) and ((points > -1) & (points < 2)).all(axis=1).mean() > 0.5
 
@@ -111,7 +110,7 @@ def read_pose(path: str | Path) -> Pose:
         elif isinstance(error, KeyError):
             what = f"it has no {error}"
         elif not isinstance(error, ValueError):
-            what = "something in it is of another type"
+            what = "something in it is of the wrong type"
         raise ValueError(
             f'"{path}" is not readable as a pose ({what}): expected OpenPose JSON, {{"people": [{{"pose_keypoints_2d": '
             '[x, y, confidence, ...]}], "canvas_width": ..., "canvas_height": ...}'
@@ -120,7 +119,7 @@ def read_pose(path: str | Path) -> Pose:
 
 
 def first_frame(content: Any) -> dict:
-    """Of a list of frames, which some editors write, the first. Raises ValueError for what is not a frame."""
+    """The first of a list of frames, which some editors write. Raises ValueError for what is not a frame."""
     frames = content if isinstance(content, list) else [content]
     if not frames or not isinstance(frames[0], dict):
         raise ValueError("it is not a JSON object or list of such")
@@ -130,7 +129,7 @@ def first_frame(content: Any) -> dict:
 
 
 def people_in(frame: dict) -> list[dict]:
-    """Raises KeyError for a person without a body, hands or a face."""
+    """The people of a frame. Raises KeyError for one with neither body nor hands nor face, ValueError for no object."""
     if "keypoints" in frame:
         return [{BODY: person} for person in split_people(frame["keypoints"])]
     people = [frame] if BODY in frame else frame["people"]

@@ -36,7 +36,7 @@ def colour_wheel(steps: int) -> np.ndarray:
 COLOURS, HAND_COLOURS = colour_wheel(18), colour_wheel(20)  # joint i of a body and limb i have colour i
 BLUE, WHITE = np.array([0, 0, 255]), np.array([255, 255, 255])
 LIMB_BRIGHTNESS = 0.6
-LARGE = 4096  # pixels of a rectangle
+LARGE = 4096  # pixels: in a larger rectangle only those near the limb are looked at
 
 
 def draw_pose(
@@ -66,7 +66,7 @@ def draw_pose(
 def draw_limbs(
     canvas: np.ndarray, keypoints: np.ndarray, limbs: tuple, draw: Callable, half_width: float, colours: np.ndarray
 ) -> None:
-    """Draws each limb whose ends both are found onto float (H, W, 3), in place."""
+    """Draws each limb with both ends found onto `canvas`, float (H, W, 3), in place."""
     points, found = keypoints[:, :2], is_found(keypoints)
     for (start, end), colour in zip(limbs, colours, strict=False):  # a body's last colour is only a joint's
         if found[start] and found[end]:
@@ -122,8 +122,8 @@ def direction_and_half_length(start: np.ndarray, end: np.ndarray) -> tuple[np.nd
 def pixels_around(
     centre: np.ndarray, direction: np.ndarray, reach: np.ndarray, half_width: float, shape: tuple[int, ...]
 ) -> tuple[tuple, np.ndarray, np.ndarray]:
-    """The pixels within `reach` of `centre`, as an index (rows, columns), and x and y from there to their middles. If
-    they are many, only those near the line through `centre`, to save time."""
+    """The pixels within `reach` of `centre`, as an index (rows, columns), and x and y of their middles as seen from it.
+    If they are many, only those near the line through `centre`, to save time."""
     low, high = (
         np.clip(edge, 0, shape[1::-1]).astype(int) for edge in (np.floor(centre - reach), np.ceil(centre + reach))
     )

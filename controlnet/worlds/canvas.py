@@ -14,7 +14,7 @@ Points = np.ndarray | Sequence[tuple[float, float]]  # (N, 2)
 class Canvas:
     """An image of plain colours, drawn at four times its size; coordinates are fractions of its side, y points down.
 
-    All that is drawn after `label` was set to a number (1 to 255) carries it; the ground is 0.
+    What is drawn carries the `label` (1 to 255) of that moment; the ground is 0.
     """
 
     def __init__(self, size: int, ground: RGB | np.ndarray):

@@ -1,7 +1,7 @@
 """What may be seen at a pixel of a scene, and as which class of ADE20K a segmentation map shows it."""
 
-# Name -> number of the class in hints/ade20k.py. ADE20K knows none of those with a comment: they have the class named
-# there, whose colour no other has.
+# Name -> number of the class in hints/ade20k.py. Where ADE20K has no such class, a comment names the one that stands in
+# for it, which nothing else here has; what is in the sky counts as sky.
 ADE20K_CLASSES = {
     "sky": 2,
     "sun": 2,

@@ -75,7 +75,7 @@ def random_looks(rng: np.random.Generator, shirt: str, trousers: str, ground: RG
 
 
 def caption(rng: np.random.Generator, looks: Looks, ground: str) -> str:
-    """Most captions leave hair and hat out, others name one of them or both, but no short hair under a hat."""
+    """Most captions leave hair and hat out; the others name what there is of them, but not short hair under a hat."""
     person = "person"
     if rng.random() < 0.35:
         style = looks.style if looks.style in ("long", "curly") and rng.random() < 0.5 else ""

@@ -23,7 +23,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is where in a scene. The setting is named as in scenes/setting.py: sky, ground and what is far away."""
+    """What is where in a scene. Sky, ground and what is far away have the names of scenes/setting.py."""
 
     classes: np.ndarray  # uint8 (H, W): numbers in classes.CLASSES
     objects: np.ndarray  # int8 (H, W): number of the thing that is seen there, -1 where none is

@@ -85,7 +85,7 @@ def profiled(work: Callable[[], Any], device: torch.device) -> list[tuple[str, i
 
 
 def waits(work: Callable[[], Any], device: torch.device) -> list[str]:
-    """The line of code of each time that the program waited for the GPU; on a CPU none."""
+    """For each time that the program waited for the GPU, the line of code; on a CPU none."""
     if device.type != "cuda":
         work()
         return []

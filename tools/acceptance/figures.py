@@ -1,4 +1,4 @@
-"""The stages that measure time and memory, and where both go. Most of it are figures and aims, which need not hold."""
+"""The stages that measure time and memory, and where both go. Most rows are figures and aims, which need not hold."""
 
 import json
 import platform
@@ -137,8 +137,8 @@ def image_works(job: Job, sample: Callable, encode: Callable, decode: Callable) 
 
 
 def our_steps(job: Job, cached: bool = False) -> tuple[Works, Works]:
-    """With latents computed in each step, or before. Their memory is that without CUDA graphs, whose own counts as
-    free."""
+    """With latents computed in each step, or before. Memory is measured without CUDA graphs, as theirs does not show as
+    allocated."""
     run = Training(job.setup())
     works, measured = (step_works(job, partial(run.step, cached=cached, record=record)) for record in (True, False))
     if cached:
@@ -186,7 +186,7 @@ def profile(job: Job, report: Report) -> None:
     look_at(job, report, "a denoising step", partial(denoiser(job, sd, control), 501))
     del sd, control
     job.settle()
-    step = Training(job.setup()).step(job.size.batches[0], cached=True, record=False)  # of a replay little is seen
+    step = Training(job.setup()).step(job.size.batches[0], cached=True, record=False)  # little is seen of a replay
     look_at(job, report, "a training step", step)
 
 

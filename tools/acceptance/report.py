@@ -71,8 +71,8 @@ class Report:
         self.rows.append({"what": what, "value": plain(value), "kind": kind, "limit": limit, "held": held})
         self.write()
 
-    must = partialmethod(judge, "must")  # or the run has failed
-    aim = partialmethod(judge, "aim")  # is hoped for
+    must = partialmethod(judge, "must")  # else the run has failed
+    aim = partialmethod(judge, "aim")  # hoped for
 
     def write(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")

@@ -32,7 +32,7 @@ def runs_tab(trainings: Trainings) -> None:
     before = gr.State()
 
     def look(run: str | None, which: int, before: tuple | None) -> list:
-        """What is new of a run. `before` says what is shown: its name, lines of its log, grids, and which of them."""
+        """What is new about a run. `before` is what is shown: its name, lines of its log, grids, and which of them."""
         names = gr.Dropdown(trainings.names())
         if run not in trainings.names():
             return [names, *[gr.skip()] * 5, before]

@@ -83,7 +83,7 @@ element.querySelector('.undo').addEventListener('click', () => {
 });
 for (const button of element.querySelectorAll('input[name=mode]'))
   button.addEventListener('change', () => { mode = button.value; finish(); });
-watch('value', () => {  // a hint of before, which strokes go over
+watch('value', () => {  // an earlier picture's hint comes back, to be drawn on
   const image = new Image();
   image.onload = () => { element.querySelector('input[value=draw]').click(); clear(image); };
   image.src = JSON.parse(props.value).drawing;

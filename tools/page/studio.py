@@ -135,8 +135,8 @@ class Studio:
         return self.base[1]
 
     def options_of(self, picture: str) -> tuple[Options, str]:
-        """With which infer.py made it, or as far as A1111 tells; and why the files that it names are left out, if they
-        are: as with --again they may lie beside the page's pictures and in weights/, and nowhere else.
+        """Those with which infer.py made it, or as many as A1111 tells; and, if the files that it names are left out,
+        why: as with --again they may lie beside the page's pictures, in weights/ and in assets/, and nowhere else.
 
         Raises ValueError for a picture that does not tell.
         """
@@ -174,6 +174,6 @@ def sentence_of(error: Exception) -> str:
 
 
 def in_the_pages_words(sentence: str) -> str:
-    """A visitor knows of no options, and not under which name the studio keeps an image."""
+    """A visitor knows neither options nor the name under which the studio keeps an image."""
     sentence = re.sub(r'"[^"]*/inputs/[0-9a-f]{16}\.png"', "the image", sentence)
     return sentence.replace("--control ", "ControlNet ").replace(" --", " ")

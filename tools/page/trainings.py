@@ -31,7 +31,7 @@ class Trainings:
         return [path.name for path in sorted(found, key=lambda path: -newest(path))]
 
     def run(self, name: str) -> RunFolder:
-        """Raises ValueError for what is not a name of a folder here, also of one that is still to come."""
+        """A run here, which may not have begun. Raises ValueError for what cannot be the name of its folder."""
         if not name:
             raise ValueError("no run is named: choose one, or give a new one a name")
         if Path(name).name != name or name.startswith((".", "-")):
@@ -54,7 +54,7 @@ class Trainings:
         return f"step {step} of {steps}; process {process}"
 
     def process(self, name: str) -> int | None:
-        """That trains it on this machine; also one that was started here and has not come to its lock yet."""
+        """Of the one that trains it on this machine, also if it was started here and has not yet taken its lock."""
         started = self.started.get(name)
         if started and started.poll() is None:
             return started.pid

@@ -59,7 +59,7 @@ class BaseAlone(ControlLoss):
 
 
 def loss_of(step: str, sd: StableDiffusion, control: ControlNet, architecture: str = "full") -> ControlLoss:
-    """The loss of a row of the table, with gradients for the weights that it computes them of."""
+    """The loss of a row of the table, where those weights require gradients that the row says."""
     control.requires_grad_(step != BASE)
     start_as(control, architecture)
     sd.unet.encoder.requires_grad_(step in (BASE, ENCODER))
@@ -73,7 +73,7 @@ def inputs(config: Config, batch: int) -> tuple[Tensor, ...]:
 
 
 def trained_part(loss: ControlLoss, step: str) -> nn.Module:
-    """What the optimizer moves. Gradients of other weights are computed for nothing."""
+    """What the optimizer changes. Gradients of other weights, where a row has them, are computed in vain."""
     return loss.unet if step == BASE else loss.control
 
 

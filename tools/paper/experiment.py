@@ -17,9 +17,9 @@ class Experiment:
 
     title: str
     claim: str  # the paper's, in a sentence
-    how: str  # it is done here, and what about it is this small world's
+    how: str  # how it is tested here, and what of it holds for this small world alone
     measure: Callable[[Lab], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[str]]  # as Markdown
     verdict: Callable[[dict[str, Any]], Verdict]
     charts: Callable[[dict[str, Any]], dict[str, dict[str, Points]]] = lambda numbers: {}  # title -> its curves
-    settings: Callable[[Lab], dict[str, Any]] = lambda lab: {}  # by which its numbers are known, beside the lab's
+    settings: Callable[[Lab], dict[str, Any]] = lambda lab: {}  # its numbers hold for these, and for the lab's

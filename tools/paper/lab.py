@@ -67,7 +67,7 @@ class Lab:
 
     @property
     def settings(self) -> dict:
-        """Numbers that are kept are those of this call if they were measured with the same."""
+        """Numbers on disk are measured again unless they were measured with the same settings."""
         scale = vars(self.scale)
         return {**scale, "base": Path(self.base).stem, "fingerprint": self.fingerprint, "precision": self.precision}
 
@@ -82,7 +82,7 @@ class Lab:
         steps = settings.get("steps", self.scale.steps)
         every = max(steps // 15, 5)
         watched = dict(sample_count=0)
-        if not settings:  # twice as often: how sudden control sets in is told no finer than it is looked at
+        if not settings:  # watched twice as often: how suddenly control sets in shows no finer than this
             watched = dict(sample_count=WATCHED, sample_every=every // 2, validate_every=every // 2)
         defaults = dict(
             data="fill50k",

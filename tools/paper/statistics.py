@@ -8,10 +8,10 @@ from typing import NamedTuple
 # Row of a table -> measure -> its values, one for each seed.
 Numbers = dict[str, dict[str, list[float]]]
 
-LEAST = 0.02  # a smaller difference, of an IoU or a share, counts for none
-LEARNED = 0.5  # the IoU from which on a full ControlNet follows its hints: below there is nothing to compare with
+LEAST = 0.02  # a smaller difference, of an IoU or a share, does not count
+LEARNED = 0.5  # the IoU above which a full ControlNet follows its hints: below, there is nothing to compare with
 IS = {True: "is", False: "is not", None: "may be"}  # an answer in words
-LOST = 0.1  # of an IoU: who loses more has lost the hint
+LOST = 0.1  # of an IoU: what loses more has lost the hint
 
 
 class Verdict(NamedTuple):
@@ -46,7 +46,7 @@ def above(high: Sequence[float], low: Sequence[float]) -> bool | None:
     """Whether one mean is above the other by more than one standard deviation of their difference, and by `LEAST`.
 
     False if the difference and its deviation together stay below `LEAST`: then it is not, or by nothing that counts.
-    Otherwise that cannot be told: None, as always if each is of one training. A single value beside several is one that
+    Otherwise it cannot be told: None, as always with one training each. A single value beside several is one that
     depends on no training.
     """
     if len(high) == len(low) == 1:

@@ -63,8 +63,8 @@ def measure(lab: Lab) -> dict:
 
 
 def measured(images: list[np.ndarray], lab: Lab) -> dict[str, float]:
-    """How well they follow their hints, and the share that is nearer to the true picture in pastel than to it as it
-    was: where a disc is has no part in that, as both have it in one place."""
+    """How well they follow their hints, and the share that is nearer to the true picture in pastel than to the true
+    picture itself: the disc's place does not matter for that, as it is the same in both."""
     pairs = zip(images, lab.circles, strict=True)
     nearer = [apart(image, pastel(sample.image)) < apart(image, sample.image) for image, sample in pairs]
     return {"iou": follows(images, lab.circles), "pastel": fmean(nearer)}

@@ -11,7 +11,7 @@ from .setting import GROUNDS, SKIES, Setting
 WHITE, NAVY, MOON, SHADOW = (255, 255, 255), (30, 36, 84), (250, 240, 200), (30, 40, 90)
 HILL, SNOWY_HILL, ROCK, PEAK = (112, 172, 92), (206, 220, 238), (134, 142, 172), (244, 248, 252)
 CLOUD = {"day": WHITE, "sunset": (255, 206, 180), "night": (78, 88, 146), "rain": (214, 220, 228), "snowfall": WHITE}
-RISE = {"grass": (144, 190, 90), "sand": (228, 200, 146), "snow": (216, 226, 241)}  # nearer, the ground's other tone
+RISE = {"grass": (144, 190, 90), "sand": (228, 200, 146), "snow": (216, 226, 241)}  # of the ground, where it is nearer
 X = np.linspace(0, 1, 25)
 
 
@@ -136,7 +136,7 @@ def draw_sea(canvas: Canvas, setting: Setting, rng: np.random.Generator, bottom:
 
 
 def draw_land(canvas: Canvas, setting: Setting, rng: np.random.Generator) -> None:
-    """A ground with a gentle edge, and nearer a second rise of another tone."""
+    """A ground with a gentle edge, and in front a second rise in another tone."""
     rise = setting.shore + rng.uniform(0.4, 0.6) * (1 - setting.shore)
     near_colour = setting.lit(RISE[setting.ground])
     for edge, swell, colour in ((setting.shore, 0.008, setting.ground_colour), (rise, 0.022, near_colour)):

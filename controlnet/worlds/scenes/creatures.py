@@ -1,4 +1,4 @@
-"""Things that are alive, or look so: birds, fish, cats, dogs, snowmen, persons."""
+"""Things that are alive, or look so: birds, fish, cats, dogs, snowmen, people."""
 
 from .paint import INK, WOOD, mixed, shade
 from .pen import Pen
@@ -108,7 +108,7 @@ def dog(pen: Pen) -> None:
 
 
 def snowman(pen: Pen) -> None:
-    """White; its hat and its scarf are of the main colour."""
+    """White, with hat and scarf in the main colour."""
     snow, blue = (250, 250, 252), (206, 220, 236)
     # Arms, the three balls in their shade, buttons, scarf.
     for side in (-1, 1):
@@ -132,7 +132,7 @@ def snowman(pen: Pen) -> None:
 
 
 def person(pen: Pen) -> None:
-    """The main colour is the shirt's or the dress's."""
+    """The main colour is that of the shirt or dress."""
     skin = SKINS[pen.rng.integers(len(SKINS))]
     hair = HAIR[pen.rng.integers(len(HAIR))]
     dress, waving, long = pen.rng.random(3) < (0.4, 0.4, 0.4)

@@ -21,13 +21,14 @@ class Layer:
 
 
 class Layers:
-    """Gives what is drawn from now on a label of its own; label 0 is the sky."""
+    """Each layer has a label of its own on the canvas: its number, from the sky, which is 0."""
 
     def __init__(self, canvas: Canvas):
         self.canvas, self.layers = canvas, [Layer("sky", 1.0)]
         canvas.label = 0
 
     def start(self, kind: str, depth: float | None = None, thing: int = -1) -> None:
+        """What is drawn from now on is a new layer."""
         self.canvas.label = len(self.layers)
         self.layers.append(Layer(kind, depth, thing))
 

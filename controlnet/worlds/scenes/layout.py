@@ -48,7 +48,7 @@ def random_things(rng: np.random.Generator, setting: Setting) -> list[Placed]:
 
 
 def kinds_for(rng: np.random.Generator, setting: Setting, count: int) -> list[str]:
-    """The names of different kinds: at sea mostly of those that live there, elsewhere seldom."""
+    """The names of different kinds. Those that live at sea are frequent there, and rare elsewhere."""
     wet = setting.ground == "sea" or setting.far == "sea"
     weights = {"land": 0.4 if setting.ground == "sea" else 1.0, "sky": 1.2, "sea": 4.0 if wet else 0.12}
     shares = np.array([kind.share * weights[kind.home] for kind in KINDS.values()])
@@ -93,7 +93,7 @@ def depth_at(setting: Setting, y: float | np.ndarray) -> float | np.ndarray:
 
 
 def apart(a: Placed, b: Placed) -> bool:
-    """Whether the boxes do not overlap, or at different depths with little of the farther one hidden."""
+    """Whether the boxes do not overlap, or do so at different depths and hide little of the farther one."""
     (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = a.box, b.box
     across = min(right, other_right) - max(left, other_left)
     down = min(bottom, other_bottom) - max(top, other_top)

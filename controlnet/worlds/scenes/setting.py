@@ -1,4 +1,4 @@
-"""Where a scene plays: which sky, which ground, what is far away, and their colours."""
+"""Where a scene is set: which sky, which ground, what is far away, and their colours."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ GROUNDS: dict[str, RGB] = {
     "snow": (236, 242, 250),
     "sea": (62, 146, 200),
 }
-# By what each sky's light multiplies the colours of the land.
+# What the colours of the land are multiplied by under each sky.
 LIGHT = {
     "day": (1.0, 1.0, 1.0),
     "sunset": (1.0, 0.84, 0.8),
@@ -35,7 +35,7 @@ FAR = {
     "snow": {"nothing": 0.35, "hills": 0.25, "snowy mountains": 0.4},
     "sea": {"nothing": 0.6, "hills": 0.15, "mountains": 0.15, "snowy mountains": 0.1},
 }
-CLOUDS = {"day": (0, 4), "sunset": (0, 3), "night": (0, 3), "rain": (1, 4), "snowfall": (1, 4)}  # from, below
+CLOUDS = {"day": (0, 4), "sunset": (0, 3), "night": (0, 3), "rain": (1, 4), "snowfall": (1, 4)}  # at least, and below
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The things of the scenes: how each is called, how wide and high it is, where it belongs."""
+"""The things of the scenes: what each is called, how wide and high it is, where it belongs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from .pen import Pen
 
 @dataclass(frozen=True)
 class Kind:
-    """`words` are its names in captions, and `coloured` how these are told with its colour; `width` and `height` are in
-    units of its size; `home` is land, sea or sky; `share` is how often it is taken."""
+    """`words` are its names in captions, `coloured` says how a name is joined with its colour; `width` and `height` are
+    in units of its size; `home` is land, sea or sky; `share` is how often it is chosen."""
 
     name: str
     draw: Callable[[Pen], None]

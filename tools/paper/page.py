@@ -12,7 +12,7 @@ from controlnet.training.run_state import write_text
 from . import NAMES
 from .experiment import Experiment
 from .lab import LR, OPTIMIZER, WARMUP, Lab
-from .statistics import Verdict
+from .statistics import LEAST, Verdict
 
 EXPERIMENTS: dict[str, Experiment] = {name: import_module(f"{__package__}.{name}").EXPERIMENT for name in NAMES}
 ANSWERS = {True: "yes", False: "**no**", None: "cannot be said"}
@@ -26,8 +26,8 @@ the `.json` files beside it. Values are means and standard deviations over the s
 first six of those that are held out, with the seeds 0 to 5: none is picked. A value of this world is not one of
 photographs: what can be compared is which is better, and what happens when.
 
-One value is above another if more than one standard deviation of their difference lies between them, and is not if that
-would add up to next to nothing. Else, and always with one seed, it cannot be said.
+One value is above another if their difference is larger than its standard deviation and than {LEAST:g}. It is not above
+if difference and deviation together are below {LEAST:g}. Otherwise, and always with one seed, it cannot be said.
 
 Where nothing else is said, trainings are by {OPTIMIZER.capitalize()} at a constant rate of {LR:g}, after {WARMUP} steps
 of warm-up; the authors used AdamW at 1e-5 for SD.

@@ -269,7 +269,7 @@ def test_what_cannot_be_converted(folder, tmp_path, capsys):
     assert "--vae does not go with a ControlNet" in error(capsys, control, "--vae", base, "--out", out)
     assert "--base does not go with a base" in error(capsys, base, "--base", base, "--out", out)
     (tmp_path / "file").write_text("")
-    assert "no folder that you may write to" in error(capsys, base, "--out", tmp_path / "file/out.safetensors")
+    assert "not a folder that you may write to" in error(capsys, base, "--out", tmp_path / "file/out.safetensors")
     assert not out.exists()
 
 

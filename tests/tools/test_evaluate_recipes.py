@@ -129,7 +129,7 @@ def test_a_run_of_a_recipe_is_measured_on_its_own_validation_pairs(files, monkey
     assert [sample.hint.shape for sample in asked] == 2 * [(96, 96, 3)] + 2 * [(64, 64, 3)]
     assert [bool(sample.caption) for sample in asked] == [False, False, True, True]
     assert evaluated(files, "tile", "run") == 2
-    assert "no run of train.py --recipe tile" in capsys.readouterr().err
+    assert "not a run of train.py --recipe tile" in capsys.readouterr().err
 
 
 def lines_of(recipe, sd, files, capsys):

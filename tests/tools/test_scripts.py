@@ -45,7 +45,7 @@ def test_a_picture_is_a_png_in_a_place_that_is_seen_before_the_work(tmp_path, ca
     (tmp_path / "a.png").write_text("")
     name, *options = words.split()
     main = importlib.import_module(f"tools.{name}").main
-    for out, found in (("a.jpg", "expected the name of a file ending in .png"), ("a.png/b.png", "no folder that you")):
+    for out, found in (("a.jpg", "expected the name of a file ending in .png"), ("a.png/b.png", "not a folder that")):
         assert main([*options, str(tmp_path / out)]) == 2
         assert found in capsys.readouterr().err
     assert (tmp_path / "a.jpg").read_text() == "precious"

@@ -75,7 +75,7 @@ def training(setup: Setup, cached: bool) -> Work:
 
 
 def trainer(setup: Setup) -> Callable[[int], Work]:
-    """batch size -> one step as in examples/controlnet/train_controlnet.py, with its optimiser, from a batch whose
+    """batch size -> one step as in examples/controlnet/train_controlnet.py, with its optimizer, from a batch whose
     prompts are tokens. As there only the ControlNet, in fp32, is under autocast: the locked networks are themselves in
     half precision."""
     base, device, dtype = setup.folder / "base", torch.device(setup.device), PRECISIONS[setup.precision]

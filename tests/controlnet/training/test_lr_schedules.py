@@ -57,7 +57,7 @@ def test_a_resumed_run_has_the_rates_of_one_that_asked_for_as_many_steps(name):
             used.append(one.optimizer.param_groups[0]["lr"])
             for parameter in one.parameters:
                 parameter.grad = torch.ones_like(parameter)
-            one.step()
+            one.finish(one.update())
         return used
 
     first, resumed, whole = optimisation(4), optimisation(9), optimisation(9)

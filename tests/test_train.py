@@ -425,7 +425,7 @@ def test_the_same_command_goes_on_with_the_latents(base, tmp_path, capsys, monke
         send(patch, signal.SIGTERM, 2, latent_cache, "encode")
         assert run(base, tmp_path, "--steps", "1", "--batch-size", "4") == 128 + signal.SIGTERM
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error == "train.py: stopped at once: the same command goes on where it was"
+        assert error == "train.py: stopped at once: nothing is saved but cached latents, the same command starts again"
         assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
         calls, original = [], latent_cache.encode
         patch.setattr(latent_cache, "encode", lambda *given: calls.append(given) or original(*given))

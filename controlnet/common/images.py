@@ -51,8 +51,8 @@ def resized(image: Image.Image, size: Size) -> Image.Image:
 
 
 def averaged(values: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """`length` means along an axis. Of a value at the end of one's interval that part counts which lies in it, where
-    Pillow's box filter takes it as a whole or not at all: of 103 pixels for 100 it leaves out three."""
+    """`length` means along an axis, each over its interval of the values. A value counts by the part of it that lies in
+    the interval, where Pillow's box filter takes it as a whole or not at all."""
     present = values.shape[axis]
     ends = np.arange(length + 1) * present / length
     starts, stops = ends[:-1], ends[1:]

@@ -154,7 +154,8 @@ def read_parameters(text: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def with_schedule(sampler: str, schedule: str) -> str:
-    """The sampler's name as older versions write it: with " Karras" if that is the schedule."""
+    """The sampler's name as older versions write it: with " Karras" if that is the schedule, as DPM++'s automatic one
+    is."""
     karras = schedule == "Karras" or (schedule == "Automatic" and sampler.startswith("DPM++"))
     return f"{sampler} Karras" if karras else sampler
 

@@ -92,7 +92,7 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
 
 
 def relocated(path: str, values: dict, files: dict[str, str], trust: bool) -> dict:
-    """The values with files named as they are found from here; the keys of `files` change with them."""
+    """The values with files named as they are found from here; `files` gets these names as further keys."""
 
     def found(option: str, name: str) -> str:
         file = split_strength(name)[0] if option == "lora" else name

@@ -59,7 +59,8 @@ def find_extras(options: Options, config: Config, recorded_files: Collection[str
 
 
 def named_loras(options: Options) -> tuple[list[str], dict[str, Path]]:
-    """-> each as FILE:STRENGTH, and the files. Raises CheckpointError or ValueError for a name without one."""
+    """-> each as FILE:STRENGTH, and the files. Raises CheckpointError or ValueError for a name without a file, for one
+    in the negative prompt, and for too many."""
     if lora_tags(options.negative):
         raise ValueError("the negative prompt names a LoRA, which acts on the whole image: name it in the prompt")
     found, files = [], {}

@@ -21,7 +21,7 @@ def finite(compute: Callable[[], Tensor], networks: dict[str, nn.Module]) -> Ten
 
 
 class Watched:
-    """A denoiser that keeps its inputs, so that they can be computed again to find a bad layer.
+    """A denoiser that keeps its inputs, so that its steps can be computed again to find a bad layer.
 
     Only the last result is looked at: NaN and infinity stay through the steps, and a look at each step would make the
     CPU wait for the GPU.

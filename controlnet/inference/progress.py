@@ -31,8 +31,8 @@ class Progress:
 
     @torch.no_grad()
     def preview(self, side: int = 256) -> Image.Image:
-        """x0 as an RGB image whose longer side is about `side` pixels or less: its latents are averaged, then decoded.
-        Nothing is decoded before this is called."""
+        """x0 as an RGB image whose longer side has less than twice `side` pixels: its latents are averaged, then
+        decoded. Nothing is decoded before this is called."""
         factor = max(1, 8 * max(self.x0.shape[-2:]) // side)
         return self.decode(F.avg_pool2d(self.x0, factor))
 

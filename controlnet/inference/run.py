@@ -263,7 +263,7 @@ def note_idle_hints(hints: list[CheckedHint], *passes: int) -> None:
 
 
 def check_prompts(options: Options, tokenizer: Tokenizer) -> None:
-    """Notes what has no effect in the prompts. Raises ValueError for prompts that are much too long."""
+    """Notes what is cut from the prompts or read as words. Raises ValueError for prompts that are much too long."""
     for prompt in (options.prompt, options.negative):
         chunks_of(tokenizer, prompt, options.long_prompts)
         if found := NOT_READ.findall(prompt):

@@ -11,7 +11,8 @@ Points = list[tuple[float, float]]  # step and value
 
 
 def chart(title: str, curves: dict[str, Points], set_in: int | None = None) -> str:
-    """`curves` by their names. Their last values stand beside these, if there is room. At step `set_in` control has."""
+    """`curves` by their names, which the legend shows with the last values if they are few. A dashed line marks
+    `set_in`, the step at which control set in."""
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return svg(title, [text(WIDTH / 2, HEIGHT / 2, "nothing yet", "middle")])

@@ -2,11 +2,12 @@
 
 import math
 
-# Until control sets in the measure stays below a thousandth: nothing of the hint comes through the zero convolutions.
-# Then it grows tenfold within some steps. Two validations in a row, as one may come after a step that went astray.
+# Until control sets in the measure stays below a thousandth: hardly anything of the hint comes through the zero
+# convolutions. Then it grows tenfold within some steps. Two validations in a row must reach this, as one may come after
+# a step that went astray.
 SET_IN = 0.01
-BETTER_LOSS, BETTER_MEASURE = 0.99, 1.05  # times the best before: less is no change
-LONG = 10  # validations; without a change also as many steps as before them
+BETTER_LOSS, BETTER_MEASURE = 0.99, 1.05  # times the best before: a smaller change does not count
+LONG = 10  # validations; a run is flat only if as many steps have passed since the last change as before it, too
 
 
 class Convergence:

@@ -105,7 +105,7 @@ class Process:
             loss,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             init_sync=False,
-            gradient_as_bucket_view=True,  # else the gradients stand in memory twice
+            gradient_as_bucket_view=True,  # otherwise the gradients would be in memory twice
         )
 
     def accumulating(self, loss: nn.Module, last: bool) -> AbstractContextManager:
@@ -127,8 +127,8 @@ def join_processes(device: str | None) -> Process:
     picked = pick_device(device)
     if picked.type == "cuda":
         picked = use_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    # The main process may compute latents, or wait for another run's, while the others wait for it.
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+    # The main process may compute latents, or wait for another run's, while the others wait for it.
     patience = timedelta(days=1)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
     # Processes that are started again must not find the addresses of those before.

@@ -1,4 +1,4 @@
-"""What data are, wherever they lie and since when: digests of names, contents and captions.
+"""Digests of names, contents and captions, by which data are known wherever and however long they lie.
 
 A run goes on only with the same data; latents are found again by what they were made from.
 """
@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ENDS = 2**15  # bytes that are read at each end of a large file
-# Of compressed images any edit changes the length or the end; of archives, which are large, no other is looked for.
+ENDS = 2**15  # bytes that are read at the end of a large file, and twice as many at its beginning
+# An edit changes the length or the end of a compressed image; archives are too large to look for any other.
 TOLD_BY_ENDS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".jp2", ".tar"}
 
 

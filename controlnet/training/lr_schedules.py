@@ -1,7 +1,8 @@
 """Learning-rate schedules by their usual names. Each is a function of the step alone, so a resumed run has the rates of
 one that was never stopped.
 
-They are diffusers' (optimization.py), but for the warm-up: it does not put the decay off, the lower of the two counts.
+They are diffusers' (optimization.py), except that the warm-up begins above 0 and does not put the decay off (the lower
+of the two counts), and that polynomial ends at 0, not at a rate of 1e-7.
 """
 
 import math
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 from .options import TrainSettings
 
-# The step -> a factor to the learning rate.
+# The step -> a factor of the learning rate.
 LRSchedule = Callable[[int], float]
 
 

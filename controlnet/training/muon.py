@@ -21,8 +21,8 @@ READING_OR_WRITING_DATA = (
     "encoder.blocks.0.conv",  # of the UNet and of a ControlNet
     "encoder.blocks.0",  # of a ControlNet-lite
     "hint_encoder.convs.0",
-    "decoder.conv_out",
-    "encoder.conv_in",  # these and the one above, of the autoencoder
+    "decoder.conv_out",  # of the UNet and of the autoencoder
+    "encoder.conv_in",  # this and the next two of the autoencoder
     "encoder.conv_out",
     "decoder.conv_in",
     "token_embedding",

@@ -31,7 +31,7 @@ class Progress:
         self.loggers = open_loggers(settings, run)
         self.bar = tqdm(desc="train", total=settings.steps, initial=start, mininterval=1)
         self.loss = self.pace = None
-        self.skipped = 0  # steps, whose gradients were not finite
+        self.skipped = 0  # steps whose gradients were not finite
         self.shown: dict[str, str] = {}  # of the last validation
         self.unwritten: tuple[dict, Later] | None = None
 
@@ -72,7 +72,7 @@ class Progress:
             write_report(self.run, self.curves, self.steps, self.convergence.set_in)
 
     def take(self, values: dict) -> str:
-        """-> what there is to say of them."""
+        """Adds them to the curves -> what there is to say of them."""
         self.curves.add(values)
         if "control_measure" not in values:
             return ""
@@ -96,7 +96,7 @@ class Progress:
 
 
 def smoothed(before: float | None, now: float) -> float:
-    """A loss that is not finite counts where no other is known, not from then on: its step is skipped."""
+    """A loss that is not finite, whose step is skipped, counts only as long as no other is known."""
     if before is None or not math.isfinite(before):
         return now
     return 0.95 * before + 0.05 * now if math.isfinite(now) else before

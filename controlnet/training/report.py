@@ -54,7 +54,7 @@ class Curve:
         self.values.append(value)
 
     def points(self) -> Points:
-        """At most MOST_POINTS, each the last step of some and their mean; what is not finite is left out."""
+        """At most MOST_POINTS, each the last step of a few and their mean value; what is not finite is left out."""
         steps, values = np.array(self.steps), np.array(self.values)
         steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
         if not len(steps):

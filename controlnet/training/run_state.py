@@ -263,7 +263,9 @@ class RunFolder:
         return 0, 0
 
     def how_to_go_on(self) -> str:
-        return f"go on with --resume --out {self.path}" if self.states() else "the same command goes on where it was"
+        if self.states():
+            return f"go on with --resume --out {self.path}"
+        return "nothing is saved but cached latents, the same command starts again"
 
 
 def numbered(folder: Path, suffix: str) -> list[Path]:

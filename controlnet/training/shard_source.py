@@ -96,8 +96,9 @@ class ShardSource(Source):
 class ShardStream(ShardSource):
     """Position -> a pair: each epoch takes the archives in a new order, and of each its pairs in a new order.
 
-    An archive's headers are read when the stream comes to it. So position p depends on (seed, p) alone, and a run that
-    goes on at p passes those before it by their headers. `len` is a guess: as many in each archive as in the first.
+    An archive's headers are read when the stream comes to it. Position p depends on (seed, p) alone: a run that goes on
+    at p reads no more than the headers of the archives before it. `len` is a guess: as many pairs in each archive as in
+    the first.
     """
 
     def __init__(self, shards: Sequence[Shard], wanted: Wanted, files: FolderSource, seed: int = 0):

@@ -107,7 +107,7 @@ def refuse(error: OSError) -> None:
 
 
 def sort_by_role(files: list[Path]) -> tuple[dict[Path, Path], Files, Files, list[Path]]:
-    """-> image -> its key, hints, captions, and what is neither."""
+    """-> the images' keys, the hints, the captions, and all other files."""
     in_folders, elsewhere, hints, captions, others = {}, {}, Files(), Files(), []
     for file in files:
         suffix, (role, key) = file.suffix.lower(), role_and_key(file)
@@ -119,7 +119,7 @@ def sort_by_role(files: list[Path]) -> tuple[dict[Path, Path], Files, Files, lis
             (in_folders if role == "image" else elsewhere)[file] = key
         else:
             others.append(file)
-    keys = in_folders or elsewhere  # a preview beside images/ is none of them
+    keys = in_folders or elsewhere  # beside images/ a picture is something else, like a preview
     others += elsewhere if in_folders else []
     sort_by_end(keys, hints)
     return keys, hints, captions, others

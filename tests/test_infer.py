@@ -728,7 +728,7 @@ def test_an_image_of_a1111_is_made_again_as_far_as_it_tells(weights, capsys):
     save_png(photograph((8, 8)), "theirs.png", {"parameters": A1111})
     assert infer.main(["--again", "theirs.png", "--device", "cpu", "--out", "a.png"]) == 0
     said = capsys.readouterr().err
-    assert "is not by infer.py, whose noise is another: the image will be similar at most" in said
+    assert "was not made by infer.py, whose noise differs: the image will be similar at best" in said
     assert "not taken from it: Model hash, ControlNet 0, LoRA ink" in said
     settings = settings_of("a.png")
     assert settings["base"] == str(weights / "tiny.safetensors")

@@ -1105,7 +1105,11 @@ def test_a_dry_run_knows_what_the_run_will_write(base, tmp_path, capsys, no_simu
 @pytest.mark.parametrize("what", ["too full", "another run", "no cache", "no image"])
 def test_a_dry_run_refuses_what_would_fail_later(base, tmp_path, capsys, monkeypatch, copy_of_run, no_simulation, what):
     data, how = own_pairs(tmp_path / "pairs", count=20), ["--dry-run", "--steps", "1"]
-    words = {"too full": "give another folder as --out", "another run": "holds a run", "no cache": "something else"}
+    words = {
+        "too full": "give another folder as --out",
+        "another run": "holds a run",
+        "no cache": "something other than cached latents",
+    }
     if what == "too full":
         monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     elif what == "another run":

@@ -25,7 +25,7 @@ def of_a_file(error: OSError, disk_advice: str) -> str:
     if "Broken pipe" in said:
         return "what reads the output has ended"
     if any(words in said for words in ("Permission denied", "not permitted", "Read-only")):
-        return f"{said}: change what you may do there, or give another place"
+        return f"{said}: change the permissions there, or give another place"
     if any(words in said for words in ("No space left", "quota exceeded", "could not be written")):
         return f"{said}: {disk_advice}"
     if any(words in said for words in ("File exists", "s a directory", "Not a directory")):

@@ -12,7 +12,7 @@ import numpy as np
 
 LARGEST_JSON = 10_000_000  # bytes
 DEEPEST_JSON = 100  # lists and objects within each other
-LARGEST_ARRAY = 400_000_000  # bytes, with all others of an .npz file
+LARGEST_ARRAY = 400_000_000  # bytes, of all arrays in an .npz file together
 
 
 def read_json(path: str | Path) -> Any:

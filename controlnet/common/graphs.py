@@ -35,7 +35,7 @@ class Graphs:
         self.memory = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Computes the first time, and then replays or, where there is no memory for a graph, computes again."""
+        """Computes the first time and replays from then on, or computes again where there is no room for a graph."""
         if key in self.ways:
             return self.ways[key](*inputs)
         device = inputs[0].device
@@ -48,7 +48,7 @@ class Graphs:
 
 def leaves_room(taken: int, device: torch.device) -> bool:
     """Whether a graph, which keeps the bytes `taken`, leaves as many for everything else."""
-    torch.cuda.empty_cache()  # of what is free now no graph holds any
+    torch.cuda.empty_cache()  # what it returns to the device is in no graph
     free, _ = torch.cuda.mem_get_info(device)
     return 2 * taken <= free
 

@@ -81,7 +81,7 @@ def to_rgb(image: Image.Image, ground: Ground | None = None) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     colour, result = ground(image) if ground else "white", Image.new("RGB", image.size)
-    for top in range(0, image.height, 1024):  # strips, as the steps between would take a gigabyte for a large image
+    for top in range(0, image.height, 1024):  # in strips: intermediate images of a large one would take a gigabyte
         box = (0, top, image.width, min(top + 1024, image.height))
         strip = image.crop(box).convert("RGBA")
         result.paste(Image.alpha_composite(Image.new("RGBA", strip.size, colour), strip).convert("RGB"), box)

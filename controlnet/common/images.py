@@ -111,7 +111,7 @@ def to_unit_range(stacked: np.ndarray) -> Tensor:
 
 
 def check_values(what: str, values: Tensor) -> None:
-    """Raises ValueError for values outside [0, 1], up to rounding, but for the -1 in an inpainting hint's hole."""
+    """Raises ValueError for values outside [0, 1], up to rounding, except the -1 in an inpainting hint's hole."""
     wrong = (values > 1.001) | ((values < -0.001) & ((values + 1).abs() > 0.001))
     if wrong.any():
         raise ValueError(

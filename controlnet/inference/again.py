@@ -26,7 +26,7 @@ LONGEST_NAME = 1000
 
 
 def with_recorded(given: dict) -> tuple[Options, dict[str, str]]:
-    """The options, those of the image for --again where they are not given, and the fingerprints of that image's files.
+    """The options as given, otherwise as the image for --again records them, and the fingerprints of its files.
 
     Raises ValueError for an image that does not say how it was made, or that names files it may not open.
     """
@@ -61,7 +61,7 @@ def of_ours(path: str, recorded: dict) -> tuple[dict, dict[str, str]]:
 def of_a1111(path: str, text: str, given: dict) -> dict:
     """The options in A1111's text. A note says what else it names."""
     values, others = read_parameters(text)
-    note(f'"{path}" is not by infer.py, whose noise is another: the image will be similar at most')
+    note(f'"{path}" was not made by infer.py, whose noise differs: the image will be similar at best')
     model = values.pop("base", None)
     if model and "base" not in given:
         files = published.places_of(model, published.WEIGHTS) if Path(model).name == model else ()
@@ -73,7 +73,7 @@ def of_a1111(path: str, text: str, given: dict) -> dict:
     values["sampler"] = sampler_name(values.get("sampler", ""))
     if values["sampler"] not in A1111_SAMPLERS and "sampler" not in given:
         found = values.pop("sampler")
-        what = f'there is no sampler "{found}" here' if found else "its sampler is not told"
+        what = f'there is no sampler "{found}" here' if found else "it names no sampler"
         note(f'{what}: taking "{Options.sampler}" (see --sampler)')
     for name, needed in {"strength": "init", "mask_blur": "mask", "only_masked": "mask"}.items():
         if name in values and needed not in given:

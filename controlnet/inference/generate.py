@@ -63,8 +63,9 @@ def generate(
     """`count` RGB images of `size`: by default the size of hints that are tensors, else one fitted to `init` or to the
     first hint's image, else a square. (With `init.only_masked` it is the size at which a part is made.)
 
-    Image i has the seed `seed + i`, and of hints or masks that are a batch of `count` its own. `batch_size` images are
-    made at once, by default `default_batch_size`; it changes an image by rounding alone. `cfg` None is `default_cfg`.
+    Image i has the seed `seed + i`, and its own hint or mask where these are a batch of `count`. `batch_size` images
+    are made at once, by default `default_batch_size`; it changes an image by rounding alone. `cfg` None is
+    `default_cfg`.
     The ControlNets must be on the device and in the dtype of `sd`; hints and masks are brought there, and latents are
     fp32. An inpainting base needs an `init` with a mask. prompts.py says how prompts are read. `progress` shows a bar,
     and `callback` is called after each step of each image.

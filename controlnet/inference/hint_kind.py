@@ -1,13 +1,13 @@
 """What a hint looks like: for which small ControlNet it is, and whether it is what its ControlNet reads.
 
-Where nobody says a ControlNet, on a black ground (at least half of the image),
+Where no ControlNet is named, on a black ground (at least half of the image),
 - thin lines in the limb colours of drawn poses, whose weakest channel is low            -> "pose"
 - one thin white circle, complete as far as it lies in the frame                         -> "circles"
 - any other thin white lines                                                             -> "canny"
 - white strokes as of a pen                                                              -> "scribble"
 and on any ground
 - the colours of ADE20K's classes                                                        -> "seg"
-- gray that is smooth but for a few edges                                                -> "depth"
+- gray that is smooth except at a few edges                                              -> "depth"
 Anything else is not guessed. Where a ControlNet's name says what it reads, a hint that looks otherwise gets a note.
 Hints are uint8 RGB (H, W, 3).
 """
@@ -44,7 +44,7 @@ def kind_of_lines(strongest: np.ndarray, weakest: np.ndarray) -> str | None:
         return None
     if is_circle(lit):
         return "circles"
-    if width_of_lines(lit) < max(1.6, 0.0105 * min(lit.shape)):  # edges are one pixel wide, of 128 perhaps
+    if width_of_lines(lit) < max(1.6, 0.0105 * min(lit.shape)):  # edges are one pixel wide, perhaps at 128x128
         return "canny"
     return "scribble" if (strongest < 32)[~lit].mean() > 0.8 else None  # a photograph is not that black
 
@@ -163,7 +163,7 @@ LINES, POSE, DEPTH = "light lines on black", "limbs in their colours on black", 
 SEGMENTATION, NORMAL = "a map in ADE20K's colours", "a normal map"
 INVERTED, PHOTOGRAPH, GRAY = "dark lines on white", "a photograph", "a gray image"
 
-# A hint is called by the first of these that applies: by DEPTH never, which names only what a ControlNet reads.
+# A hint is called by the first of these that applies: never DEPTH, which only names what a ControlNet reads.
 LOOKS = {
     POSE: is_pose,
     LINES: is_lines,

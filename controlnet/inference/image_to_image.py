@@ -73,8 +73,8 @@ class Init:
         return ImageChops.lighter(self.mask, self.mask.filter(ImageFilter.GaussianBlur(self.mask_blur)))
 
     def box(self, size: Size | None = None) -> Box:
-        """The part that is made. With `only_masked` it has the shape of `size`, or without one sides of at most 2:1, as
-        far as the image reaches."""
+        """The part that is made. With `only_masked` it has the shape of `size` or, without one, sides of at most 2:1,
+        as far as the image reaches."""
         if self.only_masked is None:
             return 0, 0, *self.image.size
         left, top, right, bottom = self.soft_mask.getbbox()
@@ -170,5 +170,5 @@ def known_part(sd: StableDiffusion, init: Init, generators: list[Generator], til
 
 
 def with_known(x: Tensor, part: Tensor | None) -> Tensor:
-    """What the UNet reads: of an inpainting base x with the known part, (B, 9, h, w), else x alone, (B, 4, h, w)."""
+    """What the UNet reads: x alone, (B, 4, h, w), or in an inpainting base x with the known part, (B, 9, h, w)."""
     return x if part is None else torch.cat([x, part.to(x.dtype)], dim=1)

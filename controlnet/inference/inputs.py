@@ -45,11 +45,11 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 @dataclass(frozen=True)
 class CheckedHint:
-    """One --hint and all that makes its control but the ControlNet's weights."""
+    """One --hint and all that makes its control, except the ControlNet's weights."""
 
     options: HintOptions  # with the control's name, also where it was not given
     file: Path
-    made: dict[Size, Tensor]  # (1, C, H, W) in [0, 1] for each size of images: what it is made of may be large
+    made: dict[Size, Tensor]  # (1, C, H, W) in [0, 1] for each size of images; not its source, which may be large
     control_file: Path
     mask: Tensor | None
 
@@ -250,7 +250,7 @@ def find_hint(name: str) -> Path:
 
 
 def note_changes(name: str, init: Init, size: Size) -> None:
-    """A note if the initial image is distorted, or with a mask made smaller."""
+    """A note if the initial image is distorted or, with a mask, made smaller."""
     if init.only_masked is not None:
         return
     note_stretch(name, init.image, size, init.fit, most=0.03)

@@ -24,7 +24,7 @@ from .sampler_names import sampler_name
 
 MAX_HINTS = 32  # for one image
 
-# The groups of --help. Options are recorded in the images made, but those marked `passing`, which belong to one call.
+# The groups of --help. Options are recorded in the images made, except those marked `passing`, which belong to a call.
 # Those marked `later` came after the first release: images without them were made with their defaults. Those marked
 # `lacking` need not have a value for every hint.
 HINTS = "hints and controls: once for all hints, or once for each"

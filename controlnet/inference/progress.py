@@ -53,7 +53,7 @@ def reporter(
 
 @contextmanager
 def shown(total: int) -> Iterator[Callable[[], None]]:
-    """-> what is to be called after each step. It shows a bar on a terminal, else now and then a line."""
+    """-> what is to be called after each step. It shows a bar on a terminal, elsewhere a line now and then."""
     if sys.stderr.isatty():
         with tqdm(total=total, unit="step") as bar:
             yield bar.update

@@ -30,7 +30,8 @@ SAME_SAMPLERS = {
 
 
 def sampler_name(text: str) -> str:
-    """Our name for a sampler of A1111, ComfyUI or diffusers, in any case, with or without spaces; else the text."""
+    """Our name for a sampler of A1111, ComfyUI or diffusers, in upper or lower case, with or without spaces; for any
+    other text the text itself."""
     plain = re.sub(r"[\W_]", "", text.lower().replace("+", "p")).removeprefix("k").removesuffix("scheduler")
     base, karras = plain.removesuffix("karras").removesuffix("discrete"), "-karras" * plain.endswith("karras")
     names = {other: ours for ours, others in SAME_SAMPLERS.items() for other in others}

@@ -51,8 +51,8 @@ def check_room(written: list[tuple[Path, int]]) -> None:
 
 
 def files_of_run(settings: TrainSettings, prediction: Prediction) -> dict[str, int]:
-    """Bytes of the states and of their ControlNets, with those that are written before the oldest go, of the best
-    ControlNet, and of an unlocked base."""
+    """Bytes of the states and their ControlNets, counting the new ones that are written before the oldest are removed,
+    of the best ControlNet, and of an unlocked base."""
     run, stored = prediction.run, PRECISIONS[settings.save_dtype].itemsize
     control, decoder = size_of(run.loss.control), size_of(run.sd.unet.decoder) if settings.sd_unlocked else 0
     state = control * (2 if settings.ema else 1) + decoder + optimizer_size(run.loss, settings.optimizer)

@@ -65,7 +65,7 @@ def plan(settings: TrainSettings) -> str:
         f"{pairs} pairs of {size[1]}x{size[0]} pixels, {samples} samples seen ({epochs:.1f} epochs)",
         unused,
         *framing(sources.train, multiple),
-        f"{settings.steps} optimizer steps of {settings.accumulate} x {settings.batch_size}, a process",
+        f"{settings.steps} optimizer steps of {settings.accumulate} x {settings.batch_size}, per process",
         f"memory of a process on {device.type}:",
         table(memory),
         *(fitting_batches(settings, predict) if settings.fit else []),

@@ -64,7 +64,7 @@ def look_at_pairs(source: FolderSource) -> tuple[list[str], list[Finding]]:
     """-> a sentence for each pair that cannot be used, and what is odd about the hints of the others."""
 
     def look(i: int) -> tuple[str | None, str | None]:
-        """Why it cannot be used, and the oddity's name."""
+        """Why it cannot be used, and what is odd about its hint."""
         try:
             hint = hint_of(source, i)
         except BadSample as error:
@@ -152,7 +152,7 @@ def captions(entries: Sequence[Entry]) -> Iterator[Finding]:
 
 
 def is_garbled(caption: str) -> bool:
-    """Bytes that were no UTF-8, or UTF-8 that was read as Windows' own: "cafÃ©"."""
+    """Bytes that were not UTF-8, or UTF-8 that was read as Windows-1252: "cafÃ©"."""
     if REPLACED in caption:
         return True
     try:

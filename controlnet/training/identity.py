@@ -1,4 +1,4 @@
-"""Digests of names, contents and captions, by which data are known wherever and however long they lie.
+"""Digests of names, contents and captions: data are known by these, not by where they lie or since when.
 
 A run goes on only with the same data; latents are found again by what they were made from.
 """

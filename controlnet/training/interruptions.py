@@ -49,7 +49,7 @@ class Signals:
             self.waits = False
 
     def pop_save_request(self) -> bool:
-        """Whether a save is asked for since the last call."""
+        """Whether a save was asked for since the last call."""
         asked, self.save_asked = self.save_asked, False
         return asked
 
@@ -74,7 +74,7 @@ class Lasting:
     def attempt(self, function, *arguments) -> None:
         try:
             function(*arguments)
-        except OSError:  # also what waits to be written goes nowhere, or Python would fail with it at its end
+        except OSError:  # what is buffered goes nowhere, too, or Python would fail on it when it exits
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)

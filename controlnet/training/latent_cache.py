@@ -43,7 +43,7 @@ MADE_WITH = ("format", "base", "dtype")  # what all latents of a cache have in c
 
 @torch.no_grad()
 def encode(sd: StableDiffusion, images: Tensor, captions: list[str]) -> EncodedPairs:
-    """Images (B, 3, H, W) in [-1, 1] and captions -> moments (B, 4, h, w) and text states (B, 77, D), on its device."""
+    """Images (B, 3, H, W) in [-1, 1] and captions -> moments (B, 4, h, w) and text states (B, 77, D), where `sd` is."""
     posterior = sd.vae.posterior(images.to(sd.vae.quant_conv.bias))
     return EncodedPairs(posterior.mean, posterior.logvar, sd.encode_text(captions))
 
@@ -75,7 +75,7 @@ def card_of(folder: Path) -> dict | None:
     if not card.exists():
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(
-                f'"{folder}" holds something else than cached latents: give an empty or new folder as --cache'
+                f'"{folder}" holds something other than cached latents: give an empty or new folder as --cache'
             )
         return None
     try:
@@ -171,8 +171,9 @@ def cut(indices: list[int], length: int) -> list[list[int]]:
 def encoding_batch(size: Size) -> int:
     """How many images are encoded at once: as many as four of 512x512 have pixels.
 
-    Kernels that share a batch among threads round by its size, so that of the training must not matter here: the
-    latents of a data set are the same for all runs on it. Without gradients this takes less memory than a step.
+    Kernels that share a batch among threads round differently for each size of it. So the training's batch size must
+    not matter here: the latents of a data set are the same for all runs on it. Without gradients this takes less memory
+    than a step.
     """
     return max(1, 4 * 512**2 // (size[0] * size[1]))
 

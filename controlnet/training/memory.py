@@ -1,4 +1,4 @@
-"""How much memory a training run will need, found without it.
+"""How much memory a training run will need, found without running it.
 
 What the networks and the optimizer keep follows from their parameters, what comes and goes from a simulated step
 (simulation.py). What is neither is estimated from measurements, on CUDA as a range. Not in it: torch.compile, and the
@@ -29,7 +29,7 @@ Estimates = dict[str, tuple[int, int]]  # bytes that no simulation sees, by name
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device, item by item, when most is held in all."""
+    """Bytes on the device, item by item, at the run's peak."""
 
     base: int  # the locked UNet, with an unlocked decoder
     encoders: int  # autoencoder and text encoder, as far as they are there during the steps
@@ -161,8 +161,8 @@ def peak_by_batch(trace: Callable[[int], list[int]]) -> Callable[[int], int]:
 
 
 def optimizer_size(module: nn.Module, optimizer: str) -> int:
-    """Bytes for the moments of what is trained: AdamW has two, in 8 bits a quarter of that, and Muon one for what it
-    takes in AdamW's place."""
+    """Bytes for the moments of what is trained: AdamW has two, in 8 bits a quarter of that, and Muon one for hidden
+    weights, two for the others."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     two = 2 * sum(parameter.nbytes for _, parameter in named)
     if optimizer == "muon":

@@ -173,7 +173,7 @@ class TrainSettings:
         "save an exponential moving average of the copy with this decay, e.g. 0.999", type=share, metavar="DECAY"
     )
     min_snr: float | None = in_method(
-        "count the error in x0 min(SNR, GAMMA) times, not SNR times; usually 5; not in the validation loss",
+        "weigh the error in x0 by min(SNR, GAMMA), not by SNR; usually 5; not in the validation loss",
         type=positive_number,
         metavar="GAMMA",
     )

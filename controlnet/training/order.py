@@ -1,8 +1,8 @@
 """Which sample stands where in a run.
 
 Position p is the p-th sample that a run looks at, counted over all processes, accumulated batches and epochs. Which
-sample that is follows from (seed, p) alone, so a resumed run needs to know nothing but p, and batches can be cut into
-any parts; with aspect buckets into whole batches.
+sample that is follows from (seed, p) alone, so a resumed run needs to know nothing but p, and may have another batch
+size and number of processes. With aspect buckets, whose batches are of one size each, the batch size stays.
 """
 
 from collections.abc import Iterator, Sequence

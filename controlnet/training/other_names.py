@@ -1,4 +1,4 @@
-"""What people type who come from other trainers: their names for our options. Nothing here imports PyTorch."""
+"""What people who come from other trainers type: their names for our options. Nothing here imports PyTorch."""
 
 from difflib import get_close_matches
 
@@ -63,9 +63,9 @@ NOT_NEEDED = {
 
 
 def right_names(unknown: list[str], flags: list[str], resume: bool) -> str | None:
-    """What to type in place of words that no option takes, one sentence; None if a word is like none that is known.
+    """What to type in place of words that no option takes, one sentence; None if a word resembles none that is known.
 
-    `flags` are those that there are, `resume` whether --resume is given, to which others add a state's name.
+    `flags` are all that there are, `resume` says whether --resume is given, to which others add a state's name.
     """
     said, is_value = [], False
     for word in unknown:

@@ -26,7 +26,7 @@ def prepare_process(settings: TrainSettings, device: torch.device) -> TrainSetti
 
 
 def prepare_networks(sd: StableDiffusion, control: ControlNet, settings: TrainSettings, device: torch.device) -> None:
-    """To be called once the weights are in place: those of the locked encoder are packed, and cannot be copied then."""
+    """To be called once the weights are in place: it packs those of the locked encoder, which then cannot be copied."""
     for network in (sd.unet, control):
         network.to(memory_format=torch.channels_last)  # the faster layout for convolutions
         set_checkpointing(network, settings.checkpointing)
@@ -47,7 +47,7 @@ def with_packed_encoders(sd: StableDiffusion) -> StableDiffusion:
 
 def keep_memory_in_the_loop(device: torch.device) -> None:
     """To be called when the loop begins, in which blocks of the same sizes come and go at each step: the autoencoder's
-    activations would fragment the heap. Peaks are reported from here on."""
+    activations would fragment the heap. On CUDA the memory that is reported is the peak from here on."""
     keep_freed_memory(device, large=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -28,7 +28,7 @@ from .transform import Transform
 
 
 def own_samples(settings: TrainSettings, size: Size) -> list[Sample]:
-    """The samples of --validate: hints that are read, cropped or made as those of a folder, and white for an image.
+    """The samples of --validate: hints, read and cropped or made like a folder's, with white in place of an image.
     Raises ValueError for a file that cannot be read."""
     maker, samples = hint_maker(settings.detect), []
     for file, prompt in settings.validate:
@@ -42,7 +42,7 @@ def own_samples(settings: TrainSettings, size: Size) -> list[Sample]:
 
 class Preview:
     """Images for the hints of a few samples, always with the same seeds, so that steps can be compared. They are
-    sampled in the training's batches, which need more memory there, for gradients."""
+    sampled in batches of the training's size, which without gradients need less memory than there."""
 
     def __init__(self, sd: StableDiffusion, samples: Sequence[Sample], batch_size: int, steps: int = 10):
         self.sd, self.samples, self.batch_size, self.steps = sd, samples, batch_size, steps
@@ -91,7 +91,7 @@ def images_of(
     """An image (H, W, 3), uint8, for each prompt and its hint of each control (B, C, H, W), with the seeds `seed`,
     `seed` + 1 ...: equal to `generate`'s, to rounding, but sampled as one batch.
 
-    They are decoded one after the other: that needs the most memory, and fills a GPU alone."""
+    They are decoded one after the other: decoding needs the most memory, and one image fills a GPU."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     x = draw(generators, latent_shape(sd.config, tuple(controls[0].hint.shape[-2:]))).to(sd.device)
     contexts = [prompt_contexts(sd, prompt, "", clip_skip=1, long=False) for prompt in prompts]

@@ -5,10 +5,10 @@
 - `shuffle`: the picture's colours at other places; averaged residuals can say nothing of places.
 - `ip2p`: the picture to change, with an instruction as the prompt (Brooks, Holynski, Efros, arXiv 2211.09800).
 
-Version 1.1's README tells of other trainings in part: half of its holes were what optical flow covers up, and half of
-ip2p's prompts described the picture after the change ("a cute boy"); here all are instructions. Here a picture has one
-random hole or shuffle, the same in each epoch, so that hints can be stored and a run resumes exactly. More come of more
-pictures: `--no-cache` draws them without end, or crops a folder's anew with `--random-crop`.
+Version 1.1's README tells of trainings that differ in part: half of its holes were what optical flow covers up, and
+half of ip2p's prompts described the picture after the change ("a cute boy"); here all are instructions. Here a picture
+has one random hole or shuffle, the same in each epoch, so that hints can be stored and a run resumes exactly. For more
+of them it takes more pictures: `--no-cache` draws them without end, or crops a folder's anew with `--random-crop`.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A step of training without its numbers: fake tensors have shapes and dtypes but no contents, and every storage that
 comes and goes is counted. So what a step holds at its peak is known in seconds, on any machine.
 
-Counted is what PyTorch's operators hand out; what they take and give back within themselves is not.
+What PyTorch's operators return is counted; what they allocate and free within themselves is not.
 """
 
 import weakref

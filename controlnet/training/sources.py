@@ -202,7 +202,7 @@ class HintMaker:
 def hint_maker(text: str | None) -> HintMaker | None:
     """What --detect names, for example "canny:low=50". Raises ValueError for what makes no hints from images.
 
-    "inpaint" is none of the detectors: it needs a hole, in training a random one.
+    "inpaint" is not one of the detectors: it needs a hole, in training a random one.
     """
     if text is None:
         return None
@@ -229,7 +229,7 @@ class BadSamples:
         return self.unlisted + len(self.names)
 
     def add(self, indices: Iterable[int]) -> None:
-        """-1 is none. Raises ValueError if too many are bad by now."""
+        """Of bad samples, but -1 is none. Raises ValueError if they have become too many."""
         new = {self.name_of(index) for index in sorted(indices) if index >= 0} - self.names
         if new:
             self.names |= new

@@ -10,7 +10,7 @@ from .tables import READERS, STEMS, list_table
 
 __all__ = ["BadSample", "Entry", "Listing", "Wanted", "recognise"]
 
-# Each gives None for a folder that is laid out in another way. The first that fits is it.
+# Each gives None for a folder that is laid out in another way. The first that fits is taken.
 LAYOUTS = (
     list_table,  # prompt.json, metadata.jsonl, .csv, .parquet
     list_folders,  # images/ hints/ captions/, sd-scripts' folders, images with .txt, photographs

@@ -44,7 +44,7 @@ def list_shards(folder: Path, wanted: Wanted) -> Listing | None:
 
 @lru_cache(maxsize=4)  # an epoch takes one archive after the other
 def pairs_in(shard: Path) -> tuple[Packed, ...]:
-    """The pairs in an archive, by its headers alone. Raises ValueError if it is damaged, compressed or no archive."""
+    """The pairs in an archive, by its headers alone. Raises ValueError if it is damaged, compressed or not one."""
     groups: dict[str, list[Member]] = {}
     try:
         with tarfile.open(shard, "r:") as archive:

@@ -49,7 +49,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
     header = lines_of(text)[0]
     delimiter = max(",;\t", key=header.count)
     rows = csv.DictReader(io.StringIO(text, newline="\n"), delimiter=delimiter, skipinitialspace=True, strict=True)
-    read = 1  # line, the header
+    read = 1  # the last line that was read: the header
     try:
         for values in rows:
             read = rows.line_num

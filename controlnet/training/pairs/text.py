@@ -4,7 +4,7 @@ import codecs
 import re
 from pathlib import Path
 
-# What says of itself how it is encoded. UTF-32's mark begins as UTF-16's does.
+# The marks that a text may begin with, and its encoding. UTF-32's begins as UTF-16's does.
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -12,7 +12,8 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# For bytes above 127 that mostly stand in rows: what most of the letters are in such a text. The first that fits is it.
+# For bytes above 127 that mostly stand in rows: what most letters of a text in this encoding are. The first that fits
+# is taken.
 TYPICAL = {
     "cp1251": ("Windows-1251", "[а-яё]"),
     "shift_jis": ("Shift-JIS", "[ぁ-ヿ、。一-龥]"),

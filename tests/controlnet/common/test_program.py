@@ -114,9 +114,9 @@ def test_names_that_no_encoding_has_are_printed_all_the_same(monkeypatch):
         (BrokenPipeError(32, "Broken pipe"), "what reads the output has ended"),
         (OSError(28, "No space left on device"), "No space left on device: make room"),
         (OSError("000002.pt could not be written (failed)"), "000002.pt could not be written (failed): make room"),
-        (PermissionError(13, "Permission denied", "a.json"), "Permission denied: 'a.json': change what you may do"),
-        (OSError("[Errno 13] Permission denied: 'a.png'"), "Permission denied: 'a.png': change what you may do"),
-        (OSError(30, "Read-only file system", "a"), "Read-only file system: 'a': change what you may do"),
+        (PermissionError(13, "Permission denied", "a.json"), "Permission denied: 'a.json': change the permissions"),
+        (OSError("[Errno 13] Permission denied: 'a.png'"), "Permission denied: 'a.png': change the permissions"),
+        (OSError(30, "Read-only file system", "a"), "Read-only file system: 'a': change the permissions"),
         (FileNotFoundError(2, "No such file or directory", "a.png"), "No such file or directory: 'a.png'\n"),
     ],
 )

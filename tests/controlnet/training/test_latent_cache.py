@@ -243,7 +243,7 @@ def test_each_size_has_files_of_its_own(sd, tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(sd, tmp_path):
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError, match="something other than cached latents"):
         prepare_folder(tmp_path, CARD)
 
 

@@ -19,14 +19,15 @@ light lines.
 import re
 import sys
 
-from controlnet.common.program import add_options, new_parser, run, said_if_slow, share_cores
+from controlnet.common.program import add_options, new_parser, said_if_slow, share_cores
+from controlnet.common.program import run as run_program
 from controlnet.inference.options import Options
 
 
 def main(argv: list[str] | None = None) -> int:
     share_cores()
     given = parse_args(argv)
-    return run(
+    return run_program(
         "infer.py",
         lambda: infer(given),
         debug=given.get("debug", False),

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> int:
     from controlnet.common.images import save_png
-    from controlnet.training.data import image_size
+    from controlnet.training.data import training_size
     from controlnet.training.findings import look_at_folder, look_at_pairs
     from controlnet.training.framing import framing
     from controlnet.training.pairs import Wanted, recognise
@@ -59,7 +59,7 @@ def check(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--sheet is {args.sheet}, in the folder of pairs, of which it would become a part: name another place"
             )
-    size = image_size(args.size, TINY)  # which makes all sizes that the others make
+    size = training_size(args.size, TINY)  # which makes all sizes that the others make
     multiple = 32 if min(size) < 256 else 64  # of buckets' sides: as the small base has them, and SD
     transform = Transform(size, buckets=bucket_sizes(size, multiple) if args.buckets else ())
     listing = recognise(args.folder, Wanted(args.detect is None, args.prompt_dropout < 1, args.prompt))

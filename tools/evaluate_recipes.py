@@ -19,7 +19,7 @@ from torch import Tensor
 from controlnet import ControlNet
 from controlnet.common.images import to_images
 from controlnet.common.program import from_json
-from controlnet.training.data import image_size
+from controlnet.training.data import training_size
 from controlnet.training.opening import open_sources
 from controlnet.training.options import TrainSettings
 from controlnet.training.recipes import settings_of
@@ -88,7 +88,7 @@ def held_out(sd: StableDiffusion, recipe: str, file: Path, count: int) -> list[S
         settings = TrainSettings(recipe=recipe, **settings_of(recipe, {}, sd.config.resolution))
     if settings.data in WORLDS:
         settings = replace(settings, validation=count)
-    return list(islice(good_samples(open_sources(settings, image_size(settings.size, sd.config)).validation), count))
+    return list(islice(good_samples(open_sources(settings, training_size(settings.size, sd.config)).validation), count))
 
 
 # ------------------------------------------------------------------------------------------------------------- measures

@@ -90,10 +90,10 @@ def named_embeddings(options: Options) -> dict[str, Path]:
     given = {path.stem.lower() for path in paths.values()}
     for name in sorted(given - find_names(given, options)):
         note(f'the prompts do not name the embedding "{name}": it has no effect')
-    lying = {path.stem.lower(): path for path in reversed(list(embedding_files()))}  # weights/ comes first
-    for word in sorted(find_names(lying, options) - given):
+    in_weights = {path.stem.lower(): path for path in reversed(list(embedding_files()))}  # weights/ comes first
+    for word in sorted(find_names(in_weights, options) - given):
         # A word may also be the name of a base or of a ControlNet in weights/.
-        path = lying[word]
+        path = in_weights[word]
         if path.parent != published.WEIGHTS or kind(open_checkpoint(path)).startswith("a textual inversion"):
             paths[f"{WORD}{word}"] = path
     known = [path.stem for path in paths.values()]

@@ -92,9 +92,9 @@ def generate(
     check_batch_size(batch_size)
     cfg = default_cfg(sd.config) if cfg is None else cfg
     check_cfg(cfg)
-    tiled = cpu_offload is not None
+    low_memory = cpu_offload is not None
     tiles = tiles_of(sd.config, size) if tile_diffusion else []
-    make_predictor = predictor_for(sd, reuse, compile, tiled, in_parts=bool(tiles))
+    make_predictor = predictor_for(sd, reuse, compile, low_memory, in_parts=bool(tiles))
     timesteps = timesteps_for(sampler, sd.schedule, steps)
     if init:
         timesteps = timesteps[len(timesteps) - steps_done(init.strength, len(timesteps)) :]
@@ -104,7 +104,7 @@ def generate(
         return [init.resized(size).image if init.only_masked is None else init.image] * count
     controls = [at_size(control, size, init) for control in controls]
     if batch_size is None:
-        plan = Plan(sd.config, size, sd.dtype, len(controls), tiled, tile_diffusion)
+        plan = Plan(sd.config, size, sd.dtype, len(controls), low_memory, tile_diffusion)
         batch_size = default_batch_size(plan, count, sd.device if cpu_offload is None else torch.device(cpu_offload))
 
     # Each image draws from its own generator, in a fixed order: x, the posteriors' noise, then the sampler's.
@@ -113,15 +113,15 @@ def generate(
     if init:
         start = init.resized(size)
         with on_device(cpu_offload, sd.vae):
-            known = encode(sd, start.pixels(), generators, tiled)
-            seen = known_part(sd, start, generators, tiled) if sd.config.unet.inpainting else None
+            z0 = encode(sd, start.pixels(), generators, low_memory)
+            seen = known_part(sd, start, generators, low_memory) if sd.config.unet.inpainting else None
     with on_device(cpu_offload, sd.text_encoder):
         contexts = prompt_contexts(sd, prompt, negative, clip_skip, long_prompts)
 
     def preview(denoise: Watched, x0: Tensor) -> Image.Image:
         denoise.check(x0)
         with on_device(cpu_offload, sd.vae):
-            return decode(sd, x0, tiled)[0]
+            return decode(sd, x0, low_memory)[0]
 
     latents, bar = [], tqdm(total=count * len(timesteps), unit="step", disable=not progress)
     with bar, on_device(cpu_offload, sd.unet, *(control.net for control in controls)):
@@ -131,15 +131,15 @@ def generate(
             prompts = [context.expand(len(x), -1, -1) for context in contexts]
             part = None if seen is None else seen[batch].to(x)
             acting = [control.of_images(batch) for control in controls]
-            denoise = make_denoise(sd, *prompts, cfg, acting, timesteps, not tiled, make_predictor, part, tiles)
+            denoise = make_denoise(sd, *prompts, cfg, acting, timesteps, not low_memory, make_predictor, part, tiles)
             if init:
-                x, keep = begin(start, known[batch].to(x), x, noise, sd.schedule, timesteps, blend=seen is None)
+                x, keep = begin(start, z0[batch].to(x), x, noise, sd.schedule, timesteps, blend=seen is None)
             on_step = reporter(bar, callback, first, len(timesteps), partial(preview, denoise))
             latents.append(sample_loop(sampler, denoise, x, timesteps, sd.schedule, eta, noise, keep, on_step))
             denoise.check(latents[-1])
 
     with on_device(cpu_offload, sd.vae):
-        images = [image for x in latents for image in decode(sd, x, tiled)]
+        images = [image for x in latents for image in decode(sd, x, low_memory)]
     return [init.put_back(image, start) for image in images] if init else images
 
 

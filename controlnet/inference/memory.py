@@ -41,7 +41,8 @@ class Plan:
         """Bytes for the image and the networks.
 
         On a CPU decoding cannot use most of what sampling has freed: glibc keeps its smaller blocks, in pieces. With
-        `low_memory` a CPU's networks stay in their files, which the system keeps in memory as far as there is room.
+        `low_memory` networks are not counted: a CPU's stay in their files, which the system keeps in memory as far as
+        there is room, and a GPU's come and go.
         """
         guided, decoding = self.guided(), decoding_memory(self.config, self.size, self.dtype, self.low_memory)
         height, width = at_once = self.at_once()

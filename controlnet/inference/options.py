@@ -284,7 +284,7 @@ def options_for_each_hint(options: Options) -> list[HintOptions]:
     return [HintOptions(**{name: values[i] for name, values in columns.items()}) for i in range(count)]
 
 
-def check_pairs(options: Options) -> None:
+def check_together(options: Options) -> None:
     """Raises ValueError for an option without another that it belongs to."""
     if options.control and len(options.control) != len(options.hint):
         found = f"{len(options.hint)} --hint and {len(options.control)} --control"

@@ -33,7 +33,7 @@ from .generate import generate
 from .image_to_image import Init
 from .inputs import CheckedHint, hint_runs, net_loader, read_inputs, read_start, steps_of
 from .memory import Plan, default_batch_size
-from .options import RECORDED, HintOptions, Options, check_pairs
+from .options import RECORDED, HintOptions, Options, check_together
 from .png_text import check_unchanged, fingerprint, png_texts
 from .predictors import check_compile
 from .progress import Progress, shown
@@ -98,7 +98,7 @@ def prepare(options: Options, recorded_files: dict[str, str], held: int = 0) -> 
     device = use_device(options.device)
     options = replace(options, precision=use_precision(options.precision or default_precision(device), device))
     check_out(options.out)
-    check_pairs(options)
+    check_together(options)
     extras = find_extras(options, config, recorded_files)
     check_prompts(options, extras.tokenizer(config.text))
     if options.compile:

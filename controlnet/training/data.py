@@ -83,7 +83,7 @@ class Pairs(Dataset):
 # ------------------------------------------------------------------------------------------------------ one run's data
 
 
-def image_size(size: str | None, config: Config) -> Size:
+def training_size(size: str | None, config: Config) -> Size:
     """--size, or None for the base's own -> (height, width). Raises ValueError if the model cannot make it."""
     if size is None:
         return config.resolution, config.resolution
@@ -97,7 +97,7 @@ class TrainingData:
 
     def __init__(self, settings: TrainSettings, sd: StableDiffusion, process: Process):
         self.settings, self.process = settings, process
-        self.size = image_size(settings.size, sd.config)
+        self.size = training_size(settings.size, sd.config)
         self.latent_shape = latent_shape(sd.config, self.size)
         self.sources = open_sources(settings, self.size, size_multiple(sd.config))
         train = self.sources.train

@@ -12,7 +12,7 @@ from ldm.config import Config
 
 from .memory import Prediction, optimizer_size
 from .options import TrainSettings
-from .simulation import size_of
+from .simulation import bytes_of
 from .sources import FolderSource, Source, good_samples
 from .stored_latents import hint_as_image
 
@@ -54,7 +54,7 @@ def files_of_run(settings: TrainSettings, prediction: Prediction) -> dict[str, i
     """Bytes of the states and their ControlNets, counting the new ones that are written before the oldest are removed,
     of the best ControlNet, and of an unlocked base."""
     run, stored = prediction.run, PRECISIONS[settings.save_dtype].itemsize
-    control, decoder = size_of(run.loss.control), size_of(run.sd.unet.decoder) if settings.sd_unlocked else 0
+    control, decoder = bytes_of(run.loss.control), bytes_of(run.sd.unet.decoder) if settings.sd_unlocked else 0
     state = control * (2 if settings.ema else 1) + decoder + optimizer_size(run.loss, settings.optimizer)
     parameters = sum(parameter.numel() for parameter in run.loss.control.parameters())
     count, controls = settings.keep + 1, settings.keep + 2
@@ -66,11 +66,11 @@ def files_of_run(settings: TrainSettings, prediction: Prediction) -> dict[str, i
 
 def latents_size(config: Config, settings: TrainSettings, source: Source, size: tuple[int, int]) -> int:
     """Bytes of mean, logvar and text states, and of computed hints, judged by a few of them."""
-    number, latents = PRECISIONS[settings.precision].itemsize, size[0] * size[1] // config.vae.downscale**2
-    encoded = 2 * config.vae.latent_channels * latents + config.text.positions * config.text.width
+    positions = size[0] * size[1] // config.vae.downscale**2
+    numbers = 2 * config.vae.latent_channels * positions + config.text.positions * config.text.width
     # What sd-scripts' folders repeat is stored once.
     count = len(set(source.entries)) if isinstance(source, FolderSource) else len(source)
-    return count * (number * encoded + hint_size(source))
+    return count * (PRECISIONS[settings.precision].itemsize * numbers + hint_size(source))
 
 
 def hint_size(source: Source) -> int:

@@ -16,7 +16,7 @@ from ldm.checkpoints.recognise import BaseFile
 from ldm.config import Config
 from ldm.stable_diffusion import StableDiffusion
 
-from .data import image_size
+from .data import training_size
 from .disk import disk_plan
 from .distributed import launched_processes
 from .framing import framing
@@ -38,7 +38,7 @@ def plan(settings: TrainSettings) -> str:
     """
     base, config = open_base_of(settings)
     control = check_networks(settings, base, config)
-    size = image_size(settings.size, config)
+    size = training_size(settings.size, config)
     multiple = size_multiple(config)
     sources = open_sources(settings, size, multiple)
     own_samples(settings, size)

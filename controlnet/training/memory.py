@@ -19,7 +19,7 @@ from ldm.config import Config
 from .latent_cache import SHARD, encoding_batch
 from .muon import is_hidden_weight
 from .options import TrainSettings
-from .simulation import FakeRun, size_of
+from .simulation import FakeRun, bytes_of
 
 LARGEST_BATCH = 4096  # beyond it no answer is looked for
 
@@ -113,13 +113,13 @@ class Prediction:
         """The prediction, given the peaks of a step, with its gradients, and of encoding a batch."""
         run, settings = self.run, self.settings
         encoders, for_images = self.encoders()
-        copy = size_of(run.loss.control) * (2 if settings.ema else 1)
+        copy = bytes_of(run.loss.control) * (2 if settings.ema else 1)
         moments = optimizer_size(run.loss, settings.optimizer)
         optimizer = moments // (self.world_size if settings.shard else 1)
         snapshot = self.snapshot(copy, moments, optimizer)
         not_yet = 0 if settings.no_cache else optimizer + snapshot  # when images are encoded, which is before the steps
         memory = Memory(
-            base=size_of(run.sd.unet),
+            base=bytes_of(run.sd.unet),
             encoders=encoders,
             copy=copy,
             optimizer=optimizer,
@@ -138,7 +138,7 @@ class Prediction:
         other processes, which it gathers for that, stay with it, too. From a GPU all goes to the CPU's memory."""
         if self.device.type != "cpu":
             return 0
-        decoder = size_of(self.run.sd.unet.decoder) if self.settings.sd_unlocked else 0
+        decoder = bytes_of(self.run.sd.unet.decoder) if self.settings.sd_unlocked else 0
         return copy + decoder + moments + (moments - own_moments)
 
     def encoders(self) -> tuple[int, int]:
@@ -146,10 +146,10 @@ class Prediction:
         the cache or decoded for the grids. On a CPU they never leave, and encoding packs copies of them (prepare.py).
         """
         sd, cached = self.run.sd, not self.settings.no_cache
-        plain = size_of(sd.vae, sd.text_encoder)
+        plain = bytes_of(sd.vae, sd.text_encoder)
         if self.device.type != "cpu":
             return (0, plain) if cached else (plain, 0)
-        packed = size_of(sd.vae.encoder, sd.text_encoder) if self.run.dtype == torch.float32 else 0
+        packed = bytes_of(sd.vae.encoder, sd.text_encoder) if self.run.dtype == torch.float32 else 0
         return (plain, packed) if cached else (plain + packed, 0)
 
 

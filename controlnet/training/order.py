@@ -65,10 +65,9 @@ class Bucketed:
 
     def __init__(self, sizes: Sequence[Size], seed: int, batch_size: int):
         self.seed, self.batch_size = seed, batch_size
-        self.kinds = sorted(set(sizes))
-        number = {size: i for i, size in enumerate(self.kinds)}
+        number = {size: i for i, size in enumerate(sorted(set(sizes)))}
         self.bucket_of = np.array([number[size] for size in sizes], dtype=np.int64)
-        self.members = [np.flatnonzero(self.bucket_of == i) for i in range(len(self.kinds))]
+        self.members = [np.flatnonzero(self.bucket_of == i) for i in range(len(number))]
 
     def at(self, position: int) -> int:
         batch, place = divmod(position, self.batch_size)

@@ -14,7 +14,7 @@ from ldm.checkpoints.recognise import BaseFile, open_base
 from ldm.checkpoints.stored import CheckpointError
 from ldm.config import PRESETS, Config
 
-from .data import image_size
+from .data import training_size
 from .distributed import launch, launched_processes, started_again
 from .lr_schedules import lr_schedule_of
 from .opening import open_sources
@@ -43,7 +43,7 @@ def resolve(given: dict) -> TrainSettings:
         optional(package, f"--log {package}")
     _, config = open_base_of(settings)
     if not settings.resume:
-        settings = replace(settings, **settings_of(settings.recipe, given, min(image_size(settings.size, config))))
+        settings = replace(settings, **settings_of(settings.recipe, given, min(training_size(settings.size, config))))
     in_epochs = settings.epochs and settings.steps is None
     settings = with_defaults(settings, config)
     if in_epochs:
@@ -97,7 +97,7 @@ def steps_of_epochs(settings: TrainSettings, config: Config, done: int, seen: in
     they have `seen` some, perhaps in smaller batches or fewer processes."""
     if settings.no_cache and settings.data in WORLDS and settings.images is None:
         raise ValueError(f"{settings.data} is drawn without end, and has no epochs: say --images N, or --steps")
-    pairs = len(open_sources(settings, image_size(settings.size, config)).train)
+    pairs = len(open_sources(settings, training_size(settings.size, config)).train)
     per_step = settings.batch_size * settings.accumulate * launched_processes()
     left = settings.epochs * pairs - seen
     return done + max(math.ceil(left / per_step), 0)

@@ -175,5 +175,6 @@ def make_fake(module: nn.Module) -> None:
             setattr(part, name, nn.Parameter(fake, parameter.requires_grad))
 
 
-def size_of(*modules: nn.Module) -> int:
+def bytes_of(*modules: nn.Module) -> int:
+    """Of their parameters."""
     return sum(parameter.nbytes for module in modules for parameter in module.parameters())

@@ -17,7 +17,7 @@ from controlnet.objective import ControlLoss, denoising_loss
 from controlnet.training.memory import optimizer_size
 from controlnet.training.options import TrainSettings
 from controlnet.training.resolve import control_config
-from controlnet.training.simulation import FakeRun, StorageCounter, size_of, zero_inputs
+from controlnet.training.simulation import FakeRun, StorageCounter, bytes_of, zero_inputs
 from ldm import StableDiffusion
 from ldm.config import SD15, Config
 from tools.acceptance.device import median_seconds
@@ -93,7 +93,7 @@ def counted(
         with StorageCounter() as counter:
             operations = count_flops(lambda: loss(*inputs(config, batch)).backward())
     part = trained_part(loss, step)
-    weights = size_of(run.sd) if step == BASE else size_of(run.sd, run.loss.control)
+    weights = bytes_of(run.sd) if step == BASE else bytes_of(run.sd, run.loss.control)
     memory = weights + optimizer_size(part, optimizer) + counter.most
     return Cost(sum(parameter.numel() for parameter in trained_in(part)), memory, operations)
 

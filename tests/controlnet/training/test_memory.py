@@ -22,7 +22,7 @@ from controlnet.training.memory import Memory, Prediction, table
 from controlnet.training.optimisation import Optimisation
 from controlnet.training.options import FULL_SIZE, TrainSettings
 from controlnet.training.resolve import control_config
-from controlnet.training.simulation import StorageCounter, casts_of, size_of
+from controlnet.training.simulation import StorageCounter, bytes_of, casts_of
 from ldm import StableDiffusion
 from ldm.unet import set_checkpointing
 
@@ -66,7 +66,7 @@ def test_images_are_encoded_where_there_is_no_room_for_a_step():
     """Checkpointed steps of small networks hold less than the autoencoder does: when the cache is made, in batches of
     its own and before there are moments, and without a cache at every step."""
     wide = replace(SHALLOW, vae=replace(SHALLOW.vae, channels=64))  # the autoencoder's maps
-    encoders = size_of(*(getattr(StableDiffusion(wide), name) for name in ("vae", "text_encoder")))
+    encoders = bytes_of(*(getattr(StableDiffusion(wide), name) for name in ("vae", "text_encoder")))
     cached, at_each_step = prediction(wide, images=None), prediction(wide, no_cache=True, checkpointing=True)
     memory, each = cached(1), max(at_each_step.encoding(2)) / 2  # nearly all is of the images
     assert memory.images + memory.optimizer == pytest.approx(encoders + 256 * each, rel=0.02)

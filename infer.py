@@ -10,10 +10,10 @@
 Prints the path of each image. Each PNG carries all that makes it again, as A1111 and its viewers read it ("parameters")
 and as JSON ("controlnet"), which --again reads.
 
-Images that go in are brought to the size of the image made: its short side is the base's resolution and each side a
-multiple of 64 (of 32 for tiny), in the shape of --init, else of the first hint. They are stretched to it, or cropped or
-padded (--fit); smaller ones with Lanczos, larger ones by area. Transparent parts become white, or black in hints with
-light lines.
+Images that go in are brought to the size of the image made. Without --size its short side is the base's resolution
+and each side a multiple of 64 (of 32 for tiny), in the shape of --init, else of the first hint. They are stretched to
+it, or cropped or padded (--fit); smaller ones with Lanczos, larger ones by area. Transparent parts become white, or
+black in hints with light lines; those of --init are made anew unless a --mask says what is.
 """
 
 import re

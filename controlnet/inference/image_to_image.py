@@ -117,7 +117,7 @@ def span(middle: int, length: int, limit: int) -> tuple[int, int]:
 
 
 def steps_done(strength: float, steps: int) -> int:
-    """As many as in the released code, int(strength * steps), but none is lost to the rounding of the product."""
+    """As many as in Stable Diffusion's img2img.py, int(strength * steps), but none is lost to rounding the product."""
     return int(round(strength * steps, 6))
 
 
@@ -160,8 +160,8 @@ def check_inpainting(config: Config, init: Init | None) -> None:
 def known_part(sd: StableDiffusion, init: Init, generators: list[Generator], tiled: bool) -> Tensor:
     """(B, 5, h, w): the mask, 1 where the image is made anew, and scaled latents of the image with gray in its place.
 
-    As in the released code the mask is 0 or 1, at each position of the latents that of its first pixel. `init` is
-    already `resized`; for each generator the latents are a sample of the posterior.
+    As in Stable Diffusion's inpaint_st.py the mask is 0 or 1, at each position of the latents that of its first pixel.
+    `init` is already `resized`; for each generator the latents are a sample of the posterior.
     """
     mask = (to_mask(init.mask) >= 0.5).float()  # (1, 1, H, W)
     latents = encode(sd, init.pixels() * (1 - mask), generators, tiled)  # (B, 4, h, w)

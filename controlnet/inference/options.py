@@ -123,7 +123,7 @@ class Options:
         metavar="X",
     )
     mask: str | None = in_init(
-        "white is made anew, black is kept to the bit (inpainting); as large as --init. Also for --detect inpaint",
+        "white is made anew, black is kept to the bit (inpainting); of the shape of --init. Also for --detect inpaint",
         metavar="FILE",
     )
     mask_blur: float = in_init(

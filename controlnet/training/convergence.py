@@ -1,4 +1,5 @@
-"""Whether control has set in, and whether anything still changes: what is read from the validations of a run."""
+"""Whether control has set in (the paper's sudden convergence, Figure 4), and whether anything still changes: what is
+read from the validations of a run."""
 
 import math
 

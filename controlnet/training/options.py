@@ -81,7 +81,8 @@ class TrainSettings:
         "training resolution in pixels (default: the base's own)", type=size_argument, metavar="N|WxH"
     )
     buckets: bool = in_data(
-        "crop each image to the nearest shape of a few with as many pixels, one a batch; validation pairs to --size",
+        "crop each image to the nearest of a few shapes with no more pixels than --size, one shape a batch; validation "
+        "pairs to --size",
         False,
     )
     detect: str | None = in_data(
@@ -158,7 +159,8 @@ class TrainSettings:
     lr: float | None = in_method(f"the learning rate {by_base('lr')}", **FACTOR)
     warmup: int = in_method("steps up to the full learning rate (default: %(default)s)", 100, **COUNT)
     lr_schedule: str | None = in_method(
-        f"of the learning rate after the warm-up; all but constant fall to 0 at --steps {by_base('lr_schedule')}",
+        "of the learning rate, which the warm-up holds down at first; all but constant fall to 0 at --steps "
+        f"{by_base('lr_schedule')}",
         choices=["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"],
     )
     lr_cycles: int = in_method("how often cosine_with_restarts falls to 0 (default: %(default)s)", 3, **NUMBER)

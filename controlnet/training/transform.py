@@ -20,7 +20,8 @@ LARGEST_ASPECT = 4  # of a bucket: 1024x256 at 512
 def bucket_sizes(size: Size, multiple: int) -> tuple[Size, ...]:
     """Sizes of all shapes with no more pixels than `size` has, so that a batch of any takes no more memory.
 
-    The sides are multiples of `multiple`: each width has the greatest height that fits, and each height such a width.
+    The sides are multiples of `multiple`: each width has the greatest height that fits, and each height such a width,
+    as in NovelAI's aspect ratio bucketing (2022).
     """
     pixels = size[0] * size[1]
     tall = {(pixels // width // multiple * multiple, width) for width in range(multiple, max(size) * 2 + 1, multiple)}

@@ -116,7 +116,7 @@ def control_of(out):
 
 
 def assert_same_run(a, b):
-    """Weights, optimiser, scaler, rate, average and position to the last bit, and what was logged of each step."""
+    """Weights, optimizer, scaler, rate, average and position to the last bit, and what was logged of each step."""
     assert_equal(control_of(a), control_of(b))
     assert_equal(newest_state(a), newest_state(b))
     assert steps_of(a) == steps_of(b)

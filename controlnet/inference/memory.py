@@ -41,16 +41,23 @@ class Plan:
         """Bytes for the image and the networks.
 
         On a CPU decoding cannot use most of what sampling has freed: glibc keeps its smaller blocks, in pieces. With
-        `low_memory` networks are not counted: a CPU's stay in their files, which the system keeps in memory as far as
-        there is room, and a GPU's come and go.
+        `low_memory` a CPU's networks stay in their files, which the system keeps in memory as far as there is room, and
+        a GPU has those alone that sample, and then the one that decodes.
         """
         guided, decoding = self.guided(), decoding_memory(self.config, self.size, self.dtype, self.low_memory)
         height, width = at_once = self.at_once()
         encoding_hints = 3 * 16 * self.dtype.itemsize * height * width if self.controls else 0  # 3 maps of 16 channels
         kept = guided if device.type == "cpu" and self.feature_map(at_once) < GLIBC_KEEPS else 0
-        base, control = parameters(self.config)
-        networks = 0 if self.low_memory else self.dtype.itemsize * (base + self.controls * control)
-        return networks + max(encoding_hints, guided, kept + decoding)
+        to_sample, to_decode = (self.dtype.itemsize * count for count in self.parameters(device))
+        return max(to_sample + max(encoding_hints, guided), to_decode + kept + decoding)
+
+    def parameters(self, device: torch.device) -> tuple[int, int]:
+        """How many are in memory during sampling and during decoding."""
+        unet, vae, text_encoder, control = parameters(self.config)
+        to_sample = unet + self.controls * control
+        if self.low_memory:
+            return (0, 0) if device.type == "cpu" else (to_sample, vae)
+        return (to_sample + vae + text_encoder,) * 2
 
     def guided(self) -> int:
         """Bytes that the image holds at the peak of a guided step. As counted for SD, each branch of the guidance holds
@@ -106,15 +113,17 @@ def decoding_memory(config: Config, size: Size, dtype: torch.dtype, tiled: bool)
 
 def bytes_held(sd: StableDiffusion) -> int:
     """Bytes of a base in memory, for `check_memory`."""
-    return sd.dtype.itemsize * parameters(sd.config)[0]
+    *base, _ = parameters(sd.config)
+    return sd.dtype.itemsize * sum(base)
 
 
 @cache
-def parameters(config: Config) -> list[int]:
-    """How many the base has, and a ControlNet."""
+def parameters(config: Config) -> tuple[int, ...]:
+    """How many the UNet has, the autoencoder, the text encoder, and a ControlNet."""
     with without_weights():
-        networks = StableDiffusion(config), ControlNet(UNet(config.unet.without_inpainting))
-    return [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+        sd, control = StableDiffusion(config), ControlNet(UNet(config.unet.without_inpainting))
+    networks = sd.unet, sd.vae, sd.text_encoder, control
+    return tuple(sum(parameter.numel() for parameter in network.parameters()) for network in networks)
 
 
 # -------------------------------------------------------------------------------------------------------- what is free

@@ -54,8 +54,8 @@ def test_decoding_holds_what_the_rule_says(fakes):
 
 
 def test_networks_count_and_on_a_cpu_what_sampling_leaves():
-    base, control = memory.parameters(TINY)
-    weights = 4 * (base + control)
+    *base, control = memory.parameters(TINY)
+    weights = 4 * (sum(base) + control)
     guided, decoding = PLAN.guided(), memory.decoding_memory(TINY, SIZE, FP32, False)
     assert PLAN.memory(CPU) == weights + guided + decoding
     assert PLAN.memory(CUDA) == weights + max(guided, decoding)
@@ -66,10 +66,20 @@ def test_networks_count_and_on_a_cpu_what_sampling_leaves():
     assert two - weights - decoding == 4 * control > 0
 
 
+def test_low_memory_has_the_networks_that_work_on_a_gpu_and_none_on_a_cpu():
+    unet, vae, _, control = memory.parameters(TINY)
+    for side in (256, 512):  # at the former sampling takes the most, at the latter decoding
+        plan = replace(PLAN, size=(side, side), low_memory=True)
+        sampling = max(plan.guided(), 4 * 3 * 16 * side**2)  # or the hint encoder's
+        decoding = memory.decoding_memory(TINY, plan.size, FP32, True)
+        assert plan.memory(CUDA) == max(4 * (unet + control) + sampling, 4 * vae + decoding)
+        assert plan.memory(CPU) == max(sampling, plan.guided() + decoding)
+
+
 def test_a_base_in_memory_is_not_counted_twice(monkeypatch):
     sd = SimpleNamespace(config=TINY, dtype=FP32)
     needed = PLAN.memory(CUDA)
-    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 4 * memory.parameters(TINY)[0])
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 4 * sum(memory.parameters(TINY)[:3]))
     memory.check_memory(PLAN, CUDA, held=memory.bytes_held(sd))
     with pytest.raises(ValueError, match="GB are free"):
         memory.check_memory(PLAN, CUDA, held=memory.bytes_held(sd) - 1)

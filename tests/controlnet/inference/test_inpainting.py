@@ -83,8 +83,8 @@ def test_a_control_is_a_copy_of_another_bases_encoder(sd):
     with pytest.raises(ValueError, match="copy the encoder of the base that it was made from"):
         ControlNet.from_unet(sd.unet)
     wide = replace(SMALLEST, unet=replace(SMALLEST.unet, inpainting=True))
-    (wide_base, wide_control), (base, control) = parameters(wide), parameters(SMALLEST)
-    assert (wide_base - base, wide_control) == (5 * 8 * 9, control)
+    (wide_unet, *wide_others), (unet, *others) = parameters(wide), parameters(SMALLEST)
+    assert (wide_unet - unet, wide_others) == (5 * 8 * 9, others)
 
 
 @pytest.mark.filterwarnings("ignore")  # of weights that overflow

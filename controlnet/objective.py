@@ -66,7 +66,7 @@ class Draws:
 
 def seeded(*numbers: int) -> torch.Generator:
     """A CPU generator of its own for, say, (seed, purpose, position). The purpose is a number: 1 is the order of the
-    samples, 2 what is drawn here, 3 what a source draws for a sample."""
+    samples, 2 what is drawn here, 3 what a source draws for a sample, 4 and 5 the order of archives and their pairs."""
     sequence = np.random.SeedSequence(numbers)
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 

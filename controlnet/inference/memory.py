@@ -48,12 +48,12 @@ class Plan:
         height, width = at_once = self.at_once()
         encoding_hints = 3 * 16 * self.dtype.itemsize * height * width if self.controls else 0  # 3 maps of 16 channels
         kept = guided if device.type == "cpu" and self.feature_map(at_once) < GLIBC_KEEPS else 0
-        to_sample, to_decode = (self.dtype.itemsize * count for count in self.parameters(device))
+        to_sample, to_decode = self.networks(device)
         return max(to_sample + max(encoding_hints, guided), to_decode + kept + decoding)
 
-    def parameters(self, device: torch.device) -> tuple[int, int]:
-        """How many are in memory during sampling and during decoding."""
-        unet, vae, text_encoder, control = parameters(self.config)
+    def networks(self, device: torch.device) -> tuple[int, int]:
+        """Bytes of those that are in memory during sampling and during decoding."""
+        unet, vae, text_encoder, control = (self.dtype.itemsize * count for count in parameters(self.config))
         to_sample = unet + self.controls * control
         if self.low_memory:
             return (0, 0) if device.type == "cpu" else (to_sample, vae)
